@@ -1,0 +1,30 @@
+"""Supervised fine-tuning of causal language models with PyTorch Lightning."""
+
+from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.generation import GenerationRecord, Sampling, log_generations
+from lightning_sft.log_probs import compute_entropy, get_response_log_probs
+from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
+from lightning_sft.module import SFTModule
+from lightning_sft.rewards import exact_match_reward, r1_zero_reward
+from lightning_sft.tokenization import tokenize_prompt_and_output
+
+__all__ = [
+    "GenerationMonitor",
+    "GenerationRecord",
+    "LastCheckpoint",
+    "SFTDataModule",
+    "SFTModule",
+    "Sampling",
+    "StepProgressBar",
+    "TokenThroughput",
+    "compute_entropy",
+    "exact_match_reward",
+    "get_response_log_probs",
+    "log_generations",
+    "masked_normalize",
+    "r1_zero_reward",
+    "sft_loss",
+    "sft_microbatch_train_step",
+    "tokenize_prompt_and_output",
+]

@@ -1,0 +1,234 @@
+"""The plan of optimizer steps: which examples form a step, on which rank, in which microbatch."""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapreplace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step: which examples, on which rank, in which microbatch.
+
+    Attributes:
+        ranks: `ranks[rank][microbatch]` lists example indices, longest example first. Every rank has the same number
+            of microbatches; where a rank has too few sequences for that, its last ones are empty.
+        num_sequences: Over all ranks.
+        num_tokens: Prompt and response tokens over all ranks, without padding.
+        num_response_tokens: Over all ranks: the labels that count in the loss.
+    """
+
+    ranks: list[list[list[int]]]
+    num_sequences: int
+    num_tokens: int
+    num_response_tokens: int
+
+
+def microbatch_cost(lengths: Sequence[int], start: int, end: int) -> int:
+    """Tokens that sequences `start:end` of `lengths` (longest first) occupy as one right-padded microbatch.
+
+    `num_sequences * longest`. The cuts below rely on one thing: dropping a sequence from either end never costs more.
+    """
+    return (end - start) * lengths[start]
+
+
+def deal_to_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Deal sequences out, each to the rank with the fewest tokens so far; of equals, the fewest sequences, the lowest.
+
+    The ranks' totals then differ by no more than the longest sequence, and no rank stays empty while there are at
+    least `world_size` sequences.
+
+    Args:
+        lengths: Tokens of each sequence, longest first.
+        world_size: Number of ranks.
+
+    Returns:
+        For each rank the positions in `lengths` that it gets, ascending.
+    """
+    dealt: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, 0, rank) for rank in range(world_size)]  # a heap of (tokens, sequences, rank)
+    for position, length in enumerate(lengths):
+        num_tokens, num_sequences, rank = loads[0]
+        dealt[rank].append(position)
+        heapreplace(loads, (num_tokens + length, num_sequences + 1, rank))
+    return dealt
+
+
+def cut_by_cost(lengths: Sequence[int], budget: int) -> list[int]:
+    """Cut sequences into the fewest contiguous microbatches that cost at most `budget` each, filling one by one.
+
+    Args:
+        lengths: Tokens of each sequence, longest first, none longer than `budget`.
+        budget: Tokens, as `microbatch_cost` counts them.
+
+    Returns:
+        The cuts: microbatch `i` is `lengths[cuts[i]:cuts[i + 1]]`.
+    """
+    cuts = [0]
+    while (start := cuts[-1]) < len(lengths):
+        fitting = bisect_right(
+            range(start + 2, len(lengths) + 1), budget, key=lambda end: microbatch_cost(lengths, start, end)
+        )
+        cuts.append(start + 1 + fitting)
+    return cuts
+
+
+def cut_by_count(lengths: Sequence[int], count: int) -> list[int]:
+    """Cut sequences into exactly `min(count, len(lengths))` contiguous microbatches, the costliest as cheap as can be.
+
+    Args:
+        lengths: Tokens of each sequence, longest first.
+        count: Number of microbatches wanted.
+
+    Returns:
+        The cuts, as `cut_by_cost` gives them.
+    """
+    if count >= len(lengths):
+        return list(range(len(lengths) + 1))
+    budgets = range(lengths[0], microbatch_cost(lengths, 0, len(lengths)) + 1)
+    enough = bisect_left(budgets, True, key=lambda budget: len(cut_by_cost(lengths, budget)) - 1 <= count)
+    cuts = cut_by_cost(lengths, budgets[enough])
+    while len(cuts) - 1 < count:
+        splittable = [pair for pair in pairwise(cuts) if pair[1] - pair[0] > 1]
+        start, end = max(splittable, key=lambda pair: microbatch_cost(lengths, *pair))
+        middles = range(start + 1, end)
+        costs = [max(microbatch_cost(lengths, start, at), microbatch_cost(lengths, at, end)) for at in middles]
+        insort(cuts, middles[costs.index(min(costs))])
+    return cuts
+
+
+class BatchPlan:
+    """Every optimizer step of a run, as a pure function of its arguments.
+
+    Each epoch's order follows from `(seed, epoch)` and is cut into steps of `batch_size` sequences; neither depends on
+    the number of ranks or on how a step is split. Within a step the sequences are dealt to ranks so that tokens are
+    balanced, sorted by length on each rank, and cut into microbatches: a single one if no rule is given.
+
+    Args:
+        lengths: Tokens of each example as the model sees it, `(num_examples,)`.
+        num_response_tokens: Labels of each example that count in the loss, `(num_examples,)`.
+        batch_size: Sequences per optimizer step, over all ranks. The last step of an epoch may have fewer.
+        world_size: Number of ranks.
+        gradient_accumulation_steps: Microbatches per rank and step; fewer where a step has not enough sequences.
+        max_tokens_per_microbatch: Split by memory instead: the most tokens, padding included, in a microbatch.
+        seed: Of the order.
+        shuffle: Whether each epoch has an order of its own. If not, it is the order of the data.
+        limit_steps_per_epoch: Take only this many steps of each epoch's order; all if None.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps in each epoch.
+
+    Raises:
+        ValueError: If there are no examples, the arrays differ in shape, a number is too small, both microbatch rules
+            are given, or an example is longer than `max_tokens_per_microbatch`.
+    """
+
+    def __init__(
+        self,
+        lengths: ArrayLike,
+        num_response_tokens: ArrayLike,
+        *,
+        batch_size: int,
+        world_size: int = 1,
+        gradient_accumulation_steps: int | None = None,
+        max_tokens_per_microbatch: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        limit_steps_per_epoch: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("gradient_accumulation_steps", gradient_accumulation_steps, 1),
+            ("max_tokens_per_microbatch", max_tokens_per_microbatch, 1),
+            ("seed", seed, 0),
+            ("limit_steps_per_epoch", limit_steps_per_epoch, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, but it is {value}.")
+        if gradient_accumulation_steps is not None and max_tokens_per_microbatch is not None:
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {gradient_accumulation_steps} and `max_tokens_per_microbatch` is "
+                f"{max_tokens_per_microbatch}, but each alone decides the microbatches. Give one of them."
+            )
+        self._lengths = np.array(lengths, dtype=np.int64)
+        self._num_response_tokens = np.array(num_response_tokens, dtype=np.int64)
+        if self._lengths.shape != self._num_response_tokens.shape or self._lengths.ndim != 1:
+            raise ValueError(
+                "`lengths` and `num_response_tokens` must have one number for each example, but their shapes are "
+                f"{self._lengths.shape} and {self._num_response_tokens.shape}."
+            )
+        if self._lengths.size == 0:
+            raise ValueError("`lengths` is empty; expected at least one example. Check the training data.")
+        longest = int(self._lengths.argmax())
+        if max_tokens_per_microbatch is not None and self._lengths[longest] > max_tokens_per_microbatch:
+            raise ValueError(
+                f"`max_tokens_per_microbatch` is {max_tokens_per_microbatch}, but example {longest} has "
+                f"{self._lengths[longest]} tokens. Raise `max_tokens_per_microbatch` to at least that, "
+                "or lower `max_length`."
+            )
+        self._batch_size = batch_size
+        self._world_size = world_size
+        self._count = gradient_accumulation_steps or 1
+        self._budget = max_tokens_per_microbatch
+        self._seed = seed
+        self._shuffle = shuffle
+        self.steps_per_epoch = -(-self._lengths.size // batch_size)
+        if limit_steps_per_epoch is not None:
+            self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
+        self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
+
+    def step(self, index: int) -> StepPlan:
+        """Plan one optimizer step.
+
+        Args:
+            index: Counts optimizer steps over the whole run, from 0; the epoch is `index // steps_per_epoch`.
+
+        Raises:
+            ValueError: If `index` is negative.
+        """
+        if index < 0:
+            raise ValueError(f"`index` counts optimizer steps from 0, but it is {index}.")
+        epoch, step_in_epoch = divmod(index, self.steps_per_epoch)
+        start = step_in_epoch * self._batch_size
+        examples = self._order(epoch)[start : start + self._batch_size]
+        examples = examples[np.argsort(-self._lengths[examples], kind="stable")]
+
+        dealt = [examples[positions] for positions in deal_to_ranks(self._lengths[examples].tolist(), self._world_size)]
+        cuts = self._cut([self._lengths[on_rank].tolist() for on_rank in dealt])
+        ranks = [
+            [on_rank[start:end].tolist() for start, end in pairwise(rank_cuts)]
+            for on_rank, rank_cuts in zip(dealt, cuts, strict=True)
+        ]
+        most = max(len(microbatches) for microbatches in ranks)
+        for microbatches in ranks:
+            microbatches.extend([] for _ in range(most - len(microbatches)))
+        return StepPlan(
+            ranks=ranks,
+            num_sequences=examples.size,
+            num_tokens=int(self._lengths[examples].sum()),
+            num_response_tokens=int(self._num_response_tokens[examples].sum()),
+        )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The examples of one epoch in order; kept until another epoch is asked for."""
+        if self._latest is None or self._latest[0] != epoch:
+            num_examples = self._lengths.size
+            rng = np.random.default_rng([self._seed, epoch])
+            self._latest = epoch, rng.permutation(num_examples) if self._shuffle else np.arange(num_examples)
+        return self._latest[1]
+
+    def _cut(self, ranks: list[list[int]]) -> list[list[int]]:
+        """The cuts of each rank's lengths, by the rule, into as many microbatches on every rank as can be."""
+        if self._budget is None:
+            return [cut_by_count(lengths, self._count) for lengths in ranks]
+        cuts = [cut_by_cost(lengths, self._budget) for lengths in ranks]
+        most = max(len(rank_cuts) for rank_cuts in cuts) - 1
+        return [
+            rank_cuts if len(rank_cuts) - 1 == most else cut_by_count(lengths, most)
+            for lengths, rank_cuts in zip(ranks, cuts, strict=True)
+        ]

@@ -1,0 +1,7 @@
+"""Callbacks: generations, throughput, checkpoints and the progress bar."""
+
+from lightning_sft.callbacks.checkpoint import LastCheckpoint
+from lightning_sft.callbacks.generation_monitor import GenerationMonitor
+from lightning_sft.callbacks.progress import StepProgressBar, TokenThroughput
+
+__all__ = ["GenerationMonitor", "LastCheckpoint", "StepProgressBar", "TokenThroughput"]

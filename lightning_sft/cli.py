@@ -1,0 +1,100 @@
+"""The command line: `lightning-sft fit|validate|test|predict`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.module import SFTModule
+
+
+class SFTCLI(LightningCLI):
+    """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Expose the callbacks as `--generation.*`, `--best_checkpoint.*` and `--last_checkpoint.*`."""
+        parser.add_lightning_class_args(TokenThroughput, "throughput")  # before callbacks that take time
+        parser.add_lightning_class_args(GenerationMonitor, "generation")
+        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(StepProgressBar, "progress_bar")
+        parser.set_defaults(
+            {
+                "best_checkpoint.monitor": "val/loss",
+                "best_checkpoint.mode": "min",
+                "best_checkpoint.filename": "best",
+                "best_checkpoint.enable_version_counter": False,
+                "best_checkpoint.save_on_train_epoch_end": False,  # at validation, when there is a loss to compare
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Pass on what model, data and trainer share."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.data.tokenizer is None and isinstance(config.model.model, str):
+            config.data.tokenizer = config.model.model
+        if isinstance(config.seed_everything, int) and not config.data.seed:
+            config.data.seed = config.seed_everything
+        config.model.seed = config.data.seed
+        if not config.trainer.max_epochs and config.trainer.max_steps == -1 and not config.trainer.max_time:
+            config.trainer.max_epochs = 1
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep what the user says: Lightning would let the checkpoint's hyperparameters override it (#20801)."""
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        places = {"Run": folder, "Generations": folder / "generations"}
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                places["Last checkpoint"] = callback.path(self.trainer)
+            elif getattr(callback, "best_model_path", ""):
+                places["Best checkpoint"] = Path(callback.best_model_path)
+        lines = [f"{name + ':':<17}{_relative(path)}" for name, path in places.items()]
+        print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {_relative(folder.parent)}"]))
+
+
+def _relative(path: Path) -> Path:
+    path, here = path.resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def quickstart_config() -> Path:
+    """The configuration that runs offline, without any argument: beside the package, or inside an installed one."""
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    return next(path for folder in folders if (path := folder / "quickstart.yaml").is_file())
+
+
+def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> SFTCLI:
+    """Parse arguments and build model, data and trainer; `run=False` does not start anything.
+
+    Args:
+        args: Arguments as a list or a nested dictionary; those of the command line if None.
+        run: Whether `args` names a subcommand to be run.
+    """
+    return SFTCLI(
+        SFTModule,
+        SFTDataModule,
+        args=args,
+        run=run,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,  # they are the module's
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"log_every_n_steps": 10, "num_sanity_val_steps": 0},
+        parser_kwargs={"allow_abbrev": False, "prog": "lightning-sft"},
+    )
+
+
+def main() -> None:
+    """Entry point. `lightning-sft fit` without any argument runs the quickstart."""
+    if sys.argv[1:] == ["fit"]:
+        sys.argv += ["--config", str(quickstart_config())]
+    build()

@@ -1,0 +1,393 @@
+"""`SFTDataModule`: rows in, optimizer steps out."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast, get_args
+
+import lightning as L
+import numpy as np
+import torch
+from datasets import Dataset
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_sft.batching import BatchPlan
+from lightning_sft.dataset import Data, EncodedRows, Row, RowFormat, TooLong, encode_rows, open_sources
+from lightning_sft.tokenization import Example, collate_padded, pad_token_id
+
+
+class SFTDataModule(L.LightningDataModule):
+    """Prompt/output rows, tokenised once and handed out as whole optimizer steps.
+
+    A batch of `train_dataloader` is everything one optimizer step needs on this rank: `microbatches`, a list of
+    dictionaries with `input_ids`, `labels` and `response_mask`, each `(sequences, longest - 1)`; and the step's
+    totals over all microbatches and ranks, `num_sequences`, `num_tokens` and `num_response_tokens`. Validation and
+    test batches are the same, in the order of the file.
+
+    To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
+    into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
+
+    Args:
+        tokenizer: Name, path or object; on the command line it is the model's unless given.
+        train_data: A JSONL, JSON, CSV or Parquet file, a glob pattern, a hub data set (`name`, `name:config` or
+            `name:config:split`), or a list of these; in Python also a list of dictionaries or a `datasets.Dataset`.
+        val_data: Likewise, for validation.
+        test_data: Likewise, for `test`.
+        predict_data: Likewise, for `predict`; these rows need no output. Default: the validation rows.
+        val_fraction: Without `val_data`: this share of the training rows, drawn by `seed`, is for validation.
+        prompt_field: Column with the text before the response.
+        output_field: Column with the response.
+        ground_truth_field: Column with the reference answer, for rewards. Rows without the default column use the
+            output.
+        prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
+        row_transform: Function called with each row first; returns the row to use instead.
+        batch_size: Sequences per optimizer step, over all devices.
+        gradient_accumulation_steps: Microbatches per device and optimizer step. Neither this nor the next: one.
+        max_tokens_per_microbatch: Split each step by memory instead: the most tokens, padding included, in one
+            microbatch.
+        max_length: The most tokens of prompt and response together, EOS included. No limit if None.
+        too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
+        append_eos: Whether every response ends in EOS, so that the model learns to stop.
+        seed: Of the order of the rows and of the validation split.
+        num_workers: Processes that collate batches ahead of time.
+        num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
+
+    Raises:
+        ValueError: If an argument is out of range or two exclude each other. Rows are checked before training starts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        train_data: Data | None = None,
+        val_data: Data | None = None,
+        test_data: Data | None = None,
+        predict_data: Data | None = None,
+        val_fraction: float = 0.0,
+        prompt_field: str = "prompt",
+        output_field: str = "output",
+        ground_truth_field: str = "ground_truth",
+        prompt_template: str | None = None,
+        row_transform: Callable[[dict[str, Any]], Row] | None = None,
+        batch_size: int = 32,
+        gradient_accumulation_steps: int | None = None,
+        max_tokens_per_microbatch: int | None = None,
+        max_length: int | None = None,
+        too_long: TooLong = "error",
+        append_eos: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer is None:
+            raise ValueError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
+        if too_long not in get_args(TooLong):
+            raise ValueError(f"`too_long` is {too_long!r}, expected one of {', '.join(get_args(TooLong))}.")
+        if not 0.0 <= val_fraction < 1.0:
+            raise ValueError(f"`val_fraction` is {val_fraction}, expected a share of the rows: at least 0, below 1.")
+        if val_fraction and val_data is not None:
+            raise ValueError("Both `val_data` and `val_fraction` are given; the validation rows come from one of them.")
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token.")
+        self._tokenizer = tokenizer
+        self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
+        self._row_format = RowFormat(prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
+        self._encode_options = {"max_length": max_length, "too_long": too_long, "append_eos": append_eos}
+        self._num_proc = num_proc
+        self._val_fraction = val_fraction
+        self._batch_rule = {
+            "batch_size": batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "max_tokens_per_microbatch": max_tokens_per_microbatch,
+            "seed": seed,
+        }
+        BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
+        self._num_workers = num_workers
+        self._rows: dict[str, Dataset] = {}
+        self._plans: dict[str, BatchPlan] = {}
+        self._position = Position()
+        self._trainer_settings: dict[str, Any] | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself; loaded when first asked for."""
+        if not isinstance(self._tokenizer, str):
+            return self._tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(self._tokenizer)
+        except Exception as error:
+            raise ValueError(f"`tokenizer` is {self._tokenizer!r}, which cannot be loaded: {error}") from error
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Tokenise on one process of each machine; the others then find the result in the cache."""
+        self._load_rows(self.trainer.state.fn or TrainerFn.FITTING if self.trainer else TrainerFn.FITTING)
+
+    def setup(self, stage: str) -> None:
+        """Load the rows of the stage (`fit`, `validate`, `test` or `predict`) and plan its optimizer steps."""
+        self._load_rows(stage)
+        if stage == TrainerFn.FITTING:
+            self._position = Position()
+            self._plan_training()
+        for split in ("val", "test"):
+            if split in self._rows:
+                self._plans[split] = self._plan(split, shuffle=False)
+
+    def _load_rows(self, stage: str) -> None:
+        for split in _SPLITS[TrainerFn(stage)]:
+            if split in self._rows:
+                continue
+            if split == "predict":
+                self._rows[split] = self._load_prompts()
+            elif self._data[split] is not None:
+                self._rows[split] = self._encode(split)
+            elif split == "val" and self._val_fraction:
+                parts = self._encode("train").train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
+                self._rows["train"], self._rows["val"] = parts["train"], parts["test"]
+            elif split != "val" or stage == TrainerFn.VALIDATING:
+                command = TrainerFn(stage).value
+                raise ValueError(f"`{split}_data` is needed for {command}; expected a file, a data set or a list of rows.")
+
+    def _encode(self, split: str) -> Dataset:
+        sources = open_sources(cast(Data, self._data[split]), f"{split}_data")
+        rows = encode_rows(sources, self._row_format, self.tokenizer, num_proc=self._num_proc, **self._encode_options)
+        self._report(split, rows)
+        return rows.dataset
+
+    def _report(self, split: str, rows: EncodedRows) -> None:
+        kept, limit = len(rows.dataset), f"longer than `max_length` = {self._encode_options['max_length']} tokens"
+        if rows.num_dropped:
+            rank_zero_info(f"{split}_data: dropped {rows.num_dropped} of {kept + rows.num_dropped} rows, {limit}.")
+        if rows.num_truncated:
+            rank_zero_info(
+                f"{split}_data: truncated {rows.num_truncated} of {kept + rows.num_dropped} rows, {limit}; "
+                "their responses lose the end and the EOS."
+            )
+        if not kept:
+            raise ValueError(f"`{split}_data`: all {rows.num_dropped} rows are {limit}. Raise `max_length`.")
+
+    def _load_prompts(self) -> Dataset:
+        if self._data["predict"] is None:
+            self._load_rows(TrainerFn.VALIDATING)
+            return self._rows["val"].select_columns(["prompt", "ground_truth"])
+        prompts = []
+        for source in open_sources(self._data["predict"], "predict_data"):
+            for start in range(0, len(source.rows), 1000):
+                indices = range(start, min(start + 1000, len(source.rows)))
+                for where, row in source.decode(source.rows[start : indices.stop], list(indices)):
+                    try:
+                        prompts.append(self._row_format.render_prompt(row))
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from None
+        return Dataset.from_list(prompts)
+
+    def prompts(self, stage: str, num_prompts: int | None = None) -> list[dict[str, Any]]:
+        """The first prompts of a stage, each with `prompt` and `ground_truth`: of `fit` and `validate` the validation
+        rows, or the training rows where there are none.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+            num_prompts: How many; all if None.
+        """
+        order = ("val", "train") if stage in ("fit", "validate") else (stage,)
+        rows = next(self._rows[split] for split in order if split in self._rows)
+        rows = rows.select_columns(["prompt", "ground_truth"])
+        return rows.select(range(min(len(rows), num_prompts or len(rows)))).to_list()
+
+    # -- optimizer steps -----------------------------------------------------------------------------------------
+
+    def _plan(self, split: str, **options: Any) -> BatchPlan:
+        columns = self._rows[split].with_format("numpy")
+        num_inputs = np.asarray(columns["num_tokens"]) - 1  # the last token is only a label
+        world_size = self.trainer.world_size if self.trainer else 1
+        rule = self._batch_rule | {"world_size": world_size} | options
+        return BatchPlan(np.maximum(num_inputs, 1), np.asarray(columns["num_response_tokens"]), **rule)
+
+    def _plan_training(self) -> None:
+        trainer = self.trainer
+        if trainer is None or trainer.limit_train_batches == 0:
+            self._plans["train"] = self._plan("train")
+            return
+        self._restore_trainer()
+        limit, num_steps = trainer.limit_train_batches, self._plan("train").steps_per_epoch
+        limit = limit if isinstance(limit, int) else max(1, int(limit * num_steps))
+        shuffle = trainer.overfit_batches == 0
+        self._plans["train"] = self._plan("train", shuffle=shuffle, limit_steps_per_epoch=limit)
+        self._show_one_long_epoch(self._plans["train"].steps_per_epoch)
+
+    def _show_one_long_epoch(self, steps_per_epoch: int) -> None:
+        """Turn the trainer's epochs into optimizer steps.
+
+        Lightning's own epoch counters go wrong when a run is resumed more than once, and with them order and length.
+        """
+        trainer = cast(L.Trainer, self.trainer)
+        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        self._trainer_settings = {
+            "max_epochs": fit_loop.max_epochs,
+            "min_epochs": fit_loop.min_epochs,
+            "max_steps": epoch_loop.max_steps,
+            "min_steps": epoch_loop.min_steps,
+            "limit_train_batches": trainer.limit_train_batches,
+            "val_check_interval": trainer.val_check_interval,
+            "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
+        }
+        limits = [epoch_loop.max_steps] if epoch_loop.max_steps >= 0 else []
+        if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0:
+            limits.append(fit_loop.max_epochs * steps_per_epoch)
+        num_steps = min(limits, default=-1)
+
+        interval = trainer.val_check_interval
+        if isinstance(interval, float):  # a fraction of an epoch; a run shorter than that is validated at its end
+            num_epochs = (trainer.check_val_every_n_epoch or 1) if interval == 1.0 else 1
+            interval = max(1, int(interval * num_epochs * steps_per_epoch))
+            interval = min(interval, num_steps) if num_steps > 0 else interval
+        if fit_loop.min_epochs:
+            epoch_loop.min_steps = max(epoch_loop.min_steps or 0, fit_loop.min_epochs * steps_per_epoch)
+        fit_loop.max_epochs, fit_loop.min_epochs, epoch_loop.max_steps = -1, None, num_steps
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = interval, None
+        trainer.limit_train_batches = 1.0
+
+    def _restore_trainer(self) -> None:
+        """Leave the trainer's settings as they were found."""
+        trainer, settings = self.trainer, self._trainer_settings
+        if trainer is None or settings is None:
+            return
+        for name in ("max_epochs", "min_epochs"):
+            setattr(trainer.fit_loop, name, settings[name])
+        for name in ("max_steps", "min_steps"):
+            setattr(trainer.fit_loop.epoch_loop, name, settings[name])
+        for name in ("limit_train_batches", "val_check_interval", "check_val_every_n_epoch"):
+            setattr(trainer, name, settings[name])
+        self._trainer_settings = None
+
+    def teardown(self, stage: str) -> None:
+        """Give the trainer back as it was."""
+        self._restore_trainer()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Give the trainer back as it was."""
+        self._restore_trainer()
+
+    def train_dataloader(self) -> "StepLoader":
+        """One item for each optimizer step of the run, from the current position on."""
+        max_steps = self.trainer.max_steps if self._trainer_settings is not None and self.trainer else -1
+        # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
+        num_steps = max_steps + 1 if max_steps >= 0 else _ENDLESS
+        if self._trainer_settings is None:
+            num_steps = self._plans["train"].steps_per_epoch
+        return self._loader("train", num_steps, self._position)
+
+    def val_dataloader(self) -> "StepLoader | list[StepLoader]":
+        """The validation rows; nothing if there are none."""
+        return self._loader("val", self._plans["val"].steps_per_epoch) if "val" in self._plans else []
+
+    def test_dataloader(self) -> "StepLoader":
+        """The test rows."""
+        return self._loader("test", self._plans["test"].steps_per_epoch)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Lists of rows with `prompt` and `ground_truth`."""
+        rows = self.prompts("predict")
+        return DataLoader(rows, batch_size=self._batch_rule["batch_size"], collate_fn=list)  # type: ignore[arg-type]
+
+    def _loader(self, split: str, num_steps: int, position: "Position | None" = None) -> "StepLoader":
+        rank = self.trainer.global_rank if self.trainer else 0
+        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_token_id(self.tokenizer))
+        return StepLoader(dataset, num_steps, self._num_workers, position)
+
+    # -- position ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands in its data, and what that position depends on."""
+        if "train" not in self._rows:
+            return {}
+        identity = {"num_rows": len(self._rows["train"])}
+        identity |= {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+        return {"step": self._position.step, **identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved position.
+
+        Raises:
+            ValueError: If the training rows, `batch_size` or `seed` are not those of the checkpoint.
+        """
+        if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, now in self.state_dict().items():
+            if name != "step" and state_dict[name] != now:
+                raise ValueError(
+                    f"The checkpoint was made with `{name}` = {state_dict[name]}, now it is {now}: the run cannot "
+                    f"continue at the same place in the data. Use {state_dict[name]}, or start anew from the weights."
+                )
+        self._position.step = state_dict["step"]
+
+
+_ENDLESS = 2**31
+_SPLITS = {
+    TrainerFn.FITTING: ("train", "val"),
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+    TrainerFn.PREDICTING: ("predict",),
+}
+
+
+@dataclass
+class Position:
+    """Optimizer steps handed out so far in a run."""
+
+    step: int = 0
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """What one rank needs for each optimizer step of a plan."""
+
+    def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int) -> None:
+        self._rows = rows.select_columns(["input_ids", "num_prompt_tokens"]).with_format("numpy")
+        self._plan, self._rank, self._pad_id = plan, rank, pad_id
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        plan = self._plan.step(step)
+        return {
+            "microbatches": [self._collate(indices) for indices in plan.ranks[self._rank]],
+            "num_sequences": plan.num_sequences,
+            "num_tokens": plan.num_tokens,
+            "num_response_tokens": plan.num_response_tokens,
+        }
+
+    def _collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        if not indices:  # nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched
+            stand_in = Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)
+            return collate_padded([stand_in], self._pad_id)
+        batch = self._rows[indices]
+        examples = [
+            Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
+            for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
+        ]
+        return collate_padded(examples, self._pad_id)
+
+
+class StepLoader:
+    """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone."""
+
+    def __init__(
+        self, dataset: StepDataset, num_steps: int, num_workers: int, position: Position | None = None
+    ) -> None:
+        self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
+        self._position = position
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # The body of a generator runs at the first `next`: after a checkpoint's position was restored.
+        position = self._position or Position()
+        steps = range(position.step, self._num_steps)
+        loader = DataLoader(self._dataset, sampler=steps, batch_size=None, num_workers=self._num_workers)
+        for batch in loader:
+            position.step += 1  # counted where a step is handed out, so workers running ahead do not matter
+            yield batch

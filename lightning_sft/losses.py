@@ -1,0 +1,94 @@
+"""Masked sums and the supervised fine-tuning loss."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+LossNormalization = Literal["token", "sequence"]
+
+
+def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, dim: int | None = None) -> Tensor:
+    """Sum the elements where `mask == 1` and divide by a constant.
+
+    Elements outside the mask never contribute, not even NaN or infinity, nor do they receive a gradient.
+
+    Args:
+        tensor: Any shape.
+        mask: The same shape; 1 or True counts.
+        normalize_constant: What the sum is divided by.
+        dim: The dimension summed over; all if None.
+
+    Returns:
+        `tensor`'s shape without `dim`; a scalar if `dim` is None.
+
+    Source: Stanford CS336, assignment 5, "SFT helper methods".
+    """
+    kept = torch.where(mask == 1, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+    total = kept.sum() if dim is None else kept.sum(dim=dim)
+    return total / normalize_constant
+
+
+def masked_mean(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Mean of all elements where `mask == 1`, a scalar; 0 where the mask is empty."""
+    return masked_normalize(tensor, mask, max(int((mask == 1).sum()), 1))
+
+
+def sft_loss(
+    log_probs: Tensor,
+    response_mask: Tensor,
+    *,
+    num_response_tokens: int,
+    num_sequences: int,
+    loss_normalization: LossNormalization = "token",
+    normalize_constant: float = 1.0,
+) -> Tensor:
+    """One microbatch's share of an optimizer step's loss: over all microbatches and ranks the shares sum to the loss.
+
+    The loss of the step is the negative log-likelihood of its response tokens, summed, and divided by
+
+    - `"token"`: the step's number of response tokens, or
+    - `"sequence"`: `normalize_constant` times the step's number of sequences. With equal microbatches this is
+      `sft_microbatch_train_step` accumulated over `gradient_accumulation_steps`.
+
+    Args:
+        log_probs: `(batch_size, sequence_length)`, in nats.
+        response_mask: The same shape; True where the label is a response token.
+        num_response_tokens: Of the whole step: all microbatches, all ranks.
+        num_sequences: Likewise.
+        loss_normalization: Which of the two.
+        normalize_constant: Only used by `"sequence"`.
+
+    Returns:
+        A scalar.
+    """
+    by_token = loss_normalization == "token"
+    constant = num_response_tokens if by_token else normalize_constant * num_sequences
+    return -masked_normalize(log_probs, response_mask, constant)
+
+
+def sft_microbatch_train_step(
+    policy_log_probs: Tensor,
+    response_mask: Tensor,
+    gradient_accumulation_steps: int,
+    normalize_constant: float = 1.0,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Backpropagate the loss of one microbatch.
+
+    `loss = mean_b(-masked_normalize(log_probs, mask, normalize_constant, dim=-1)) / gradient_accumulation_steps`
+
+    Args:
+        policy_log_probs: `(batch_size, sequence_length)`, carrying gradients.
+        response_mask: The same shape; 1 or True where the label is a response token.
+        gradient_accumulation_steps: Microbatches per optimizer step.
+        normalize_constant: What each sequence's sum is divided by.
+
+    Returns:
+        The loss that was backpropagated (a detached scalar), and metadata: `num_response_tokens`.
+
+    Source: Stanford CS336, assignment 5, "SFT helper methods".
+    """
+    per_sequence = -masked_normalize(policy_log_probs, response_mask, normalize_constant, dim=-1)
+    loss = per_sequence.mean() / gradient_accumulation_steps
+    loss.backward()
+    return loss.detach(), {"num_response_tokens": (response_mask == 1).sum()}

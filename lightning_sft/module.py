@@ -1,0 +1,334 @@
+"""`SFTModule`: one `training_step` is one optimizer step."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
+
+from lightning_sft.log_probs import get_response_log_probs
+from lightning_sft.losses import LossNormalization, masked_normalize, sft_loss
+
+Batch = dict[str, Any]
+
+
+def adamw(params: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """The default optimizer: AdamW with learning rate 1e-5, betas 0.9 and 0.95, no weight decay."""
+    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class SFTModule(L.LightningModule):
+    """Fine-tunes a causal language model on the responses of prompt/output pairs.
+
+    A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients
+    of its microbatches, clips, and steps optimizer and schedule. The loss is normalised by the totals of the whole
+    step, so it does not depend on how the step is split over microbatches and devices.
+
+    Args:
+        model: Name or path of a pretrained model; or the settings of a configuration with `model_type`, such as
+            `{model_type: qwen2, vocab_size: 512, hidden_size: 128}`, to train from scratch; or a model.
+        loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`:
+            summed over each response, divided by `normalize_constant`, averaged over the step's sequences.
+        normalize_constant: Divides the loss under `sequence`.
+        max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
+        optimizer: Any torch optimizer, by class path, and its arguments.
+        lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
+        warmup_steps: Optimizer steps over which the learning rate rises; below 1: a share of the run.
+        lr_scheduler_kwargs: Further arguments of the schedule.
+        gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
+        model_kwargs: Passed to `from_pretrained` or `from_config`, such as `attn_implementation`.
+        seed: Of weights trained from scratch, and of dropout, which is drawn anew from (seed, step, device) in each
+            step. On the command line it is the seed of the data.
+
+    Raises:
+        ValueError: If an argument is out of range, the model cannot be loaded, or it does not fit the data.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: str | dict[str, Any] | PreTrainedModel,
+        loss_normalization: LossNormalization = "token",
+        normalize_constant: float = 1.0,
+        max_grad_norm: float | None = 1.0,
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: str = "cosine",
+        warmup_steps: float = 0.03,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if loss_normalization not in get_args(LossNormalization):
+            raise ValueError(f"`loss_normalization` is {loss_normalization!r}, expected 'token' or 'sequence'.")
+        for name, value in {"normalize_constant": normalize_constant, "max_grad_norm": max_grad_norm}.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` is {value}, expected a positive number.")
+        if warmup_steps < 0:
+            raise ValueError(f"`warmup_steps` is {warmup_steps}, expected a number of steps or a share below 1.")
+        # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
+        self.save_hyperparameters(
+            "loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed"
+        )
+        self.automatic_optimization = False
+        self._source = model
+        self._loss_options = {"loss_normalization": loss_normalization, "normalize_constant": normalize_constant}
+        self._max_grad_norm = max_grad_norm
+        self._optimizer = optimizer
+        self._schedule = (lr_scheduler, warmup_steps, lr_scheduler_kwargs)
+        self._gradient_checkpointing = gradient_checkpointing
+        self._model_kwargs = model_kwargs or {}
+        self._seed = seed
+        self._metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
+        if isinstance(model, PreTrainedModel):
+            self.model = model
+
+    def configure_model(self) -> None:
+        """Load or build the model, once, and switch it to training mode."""
+        if not isinstance(getattr(self, "model", None), PreTrainedModel):
+            self.model = self._build()
+        self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
+        if self._gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._check_vocabulary()
+
+    def _build(self) -> PreTrainedModel:
+        # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.
+        options = {"dtype": torch.float32} | self._model_kwargs
+        if isinstance(self._source, str):
+            try:
+                return AutoModelForCausalLM.from_pretrained(self._source, **options)
+            except Exception as error:
+                raise ValueError(f"`model` is {self._source!r}, which cannot be loaded: {error}") from error
+        settings = dict(cast(dict[str, Any], self._source))
+        try:
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        except KeyError:
+            raise ValueError(f"`model` has no `model_type`, only {sorted(settings)}. Add one, such as qwen2.") from None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return AutoModelForCausalLM.from_config(config, **options)
+
+    def _check_vocabulary(self) -> None:
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        num_embeddings = self.model.get_input_embeddings().num_embeddings
+        if tokenizer is not None and len(tokenizer) > num_embeddings:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but the model only {num_embeddings} embeddings. "
+                "Use the model's own tokenizer, or call `model.resize_token_embeddings` first."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
+        """Convert or move everything, but keep rotary frequencies in float32.
+
+        In bfloat16 they are wrong by up to 0.5 in the cosine at position 4,000 (Lightning's `bf16-true` casts them).
+        """
+        exact = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and buffer.dtype == torch.float32 and not buffer.is_meta
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in exact:
+            converted = getattr(module, name)
+            if converted.dtype != torch.float32:
+                setattr(module, name, buffer.to(converted.device))
+        return self
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model's own output."""
+        return self.model(input_ids, **kwargs)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step over the batch's microbatches."""
+        torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)  # of dropout
+        optimizer = cast(Optimizer, self.optimizers())
+        optimizer.zero_grad()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of the entropy
+        microbatches = batch["microbatches"]
+        for index, microbatch in enumerate(microbatches):
+            with self._gradient_sync(enabled=index == len(microbatches) - 1):
+                scores = self._score(microbatch, return_token_entropy=True)
+                loss = sft_loss(
+                    scores["log_probs"],
+                    microbatch["response_mask"],
+                    num_response_tokens=batch["num_response_tokens"],
+                    num_sequences=batch["num_sequences"],
+                    **self._loss_options,
+                )
+                # Distributed strategies average gradients over devices; the loss is a sum over them.
+                self.manual_backward(loss * self.trainer.world_size)
+            totals[0] += loss.detach()
+            totals[1] += masked_normalize(scores["token_entropy"], microbatch["response_mask"], 1.0)
+        self._step(optimizer)
+        self._log_step(batch, totals)
+
+    def _score(self, microbatch: Batch, **options: bool) -> dict[str, Tensor]:
+        input_ids, labels = microbatch["input_ids"], microbatch["labels"]
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"A row has {input_ids.shape[1] + 1} tokens, but the model has only {longest} positions. "
+                f"Set `max_length` to {longest} at most, and `too_long` to drop or truncate."
+            )
+        return get_response_log_probs(self.model, input_ids, labels, use_cache=False, **options)
+
+    @contextmanager
+    def _gradient_sync(self, enabled: bool) -> Iterator[None]:
+        """Let devices exchange gradients only after the last microbatch."""
+        wrapped = self.trainer.strategy.model
+        if enabled or not isinstance(wrapped, DistributedDataParallel):
+            yield
+        else:
+            with wrapped.no_sync():
+                yield
+
+    def _step(self, optimizer: Optimizer) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else None
+        optimizer.step()
+        skipped = scaler is not None and scaler.get_scale() < cast(float, scale)  # 16-mixed: gradients overflowed
+        if not skipped:
+            cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradients here, where 16-bit precision has already unscaled them."""
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm or math.inf)
+        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _log_step(self, batch: Batch, totals: Tensor) -> None:
+        if self.trainer.world_size > 1:
+            totals = cast(Tensor, self.trainer.strategy.reduce(totals, reduce_op="sum"))
+        scheduler = cast(LRSchedulerPLType, self.lr_schedulers())
+        self.log("train/loss", totals[0].float(), prog_bar=True)
+        self.log_dict(
+            {
+                "train/token_entropy": (totals[1] / batch["num_response_tokens"]).float(),
+                "train/grad_norm": self._grad_norm.float(),
+                "train/learning_rate": scheduler.get_last_lr()[0],  # type: ignore[union-attr]
+                "step": float(self.global_step),  # the x-axis of every logger: optimizer steps done
+            }
+        )
+
+    # -- validation and test -------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch's sums and counts to the validation metrics."""
+        self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch's sums and counts to the test metrics."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same metrics as validation, as `test/...`."""
+        self._log_metrics("test")
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        for microbatch in batch["microbatches"]:
+            scores = self._score(microbatch, return_token_entropy=True, return_is_top1=True)
+            self._metrics[stage].update(**scores, response_mask=microbatch["response_mask"])
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics = cast(ResponseMetrics, self._metrics[stage])
+        for name, value in metrics.compute().items():
+            # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
+            self.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
+        if stage == "val":
+            self.log("step", float(self.global_step), sync_dist=True)
+        metrics.reset()
+
+    # -- prediction ----------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[Any]:
+        """Generate responses for the batch's prompts, as the run's `GenerationMonitor` is set up to.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for callback in cast(L.Trainer, self.trainer).callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "generate"):
+                return callback.generate(self.trainer, self, batch)
+        raise ValueError("`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none.")
+
+    # -- optimizers and checkpoints ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer over all trainable parameters, and the schedule over the whole run."""
+        optimizer = self._optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        name, warmup, kwargs = self._schedule
+        num_steps = self.trainer.max_steps
+        if num_steps < 0 and (name not in ("constant", "constant_with_warmup") or 0 < warmup < 1):
+            raise ValueError(
+                f"`lr_scheduler` is {name!r} with `warmup_steps` = {warmup}, but the run has no length. Set "
+                "`max_steps` or `max_epochs`, or choose `constant` or `constant_with_warmup` with a number of steps."
+            )
+        num_warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+        try:
+            scheduler = get_scheduler(name, optimizer, num_warmup_steps, max(num_steps, 1), kwargs)
+        except ValueError as error:
+            raise ValueError(f"`lr_scheduler` is {name!r}: {error}") from None
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the model's configuration, so that loading needs no other file."""
+        hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
+        hyper_parameters["model"] = self.model.config.to_dict()
+
+
+class ResponseMetrics(Metric):
+    """Loss, perplexity, accuracy and entropy over response tokens: sums and counts, divided once.
+
+    Args:
+        loss_normalization: What `loss` is divided by, as in training; the other metrics are always per token.
+        normalize_constant: Likewise.
+    """
+
+    full_state_update = False
+    nll: Tensor
+    entropy: Tensor
+    num_top1: Tensor
+    num_tokens: Tensor
+    num_sequences: Tensor
+
+    def __init__(self, loss_normalization: LossNormalization = "token", normalize_constant: float = 1.0) -> None:
+        super().__init__()
+        self._by_token, self._normalize_constant = loss_normalization == "token", normalize_constant
+        for name in ("nll", "entropy", "num_top1", "num_tokens", "num_sequences"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_probs: Tensor, token_entropy: Tensor, is_top1: Tensor, response_mask: Tensor) -> None:
+        """Add one microbatch; all tensors `(batch_size, sequence_length)`."""
+        self.nll -= masked_normalize(log_probs, response_mask, 1.0)
+        self.entropy += masked_normalize(token_entropy, response_mask, 1.0)
+        self.num_top1 += (is_top1 & response_mask).sum()
+        self.num_tokens += response_mask.sum()
+        self.num_sequences += response_mask.any(dim=-1).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices."""
+        by = self.num_tokens if self._by_token else self._normalize_constant * self.num_sequences
+        return {
+            "loss": self.nll / by,
+            "perplexity": (self.nll / self.num_tokens).exp(),
+            "token_accuracy": self.num_top1 / self.num_tokens,
+            "token_entropy": self.entropy / self.num_tokens,
+        }

@@ -1,0 +1,139 @@
+"""From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class Example(TypedDict):
+    """One tokenised row: the prompt's ids followed by the response's ids."""
+
+    input_ids: list[int]
+    num_prompt_tokens: int
+
+
+def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before a text of its own accord, such as a BOS; usually none or one."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded positions: the pad token, or else EOS, or else 0. No mask is ever read off this id."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def encode_prompts(prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each prompt, with the tokenizer's own prefix and without a suffix such as EOS.
+
+    A prompt that already spells the prefix out (chat templates do) does not get it twice.
+    """
+    if not prompt_strs:
+        return []
+    prefix = prompt_prefix(tokenizer)
+    encoded = tokenizer(list(prompt_strs), add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids if prefix and ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+
+
+def encode_examples(
+    prompt_strs: Sequence[str],
+    output_strs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool = False,
+) -> list[Example]:
+    """Tokenise prompts and outputs apart and join each pair. The response never gains a BOS.
+
+    Args:
+        prompt_strs: The texts before. An empty one is the tokenizer's prefix alone.
+        output_strs: The texts after, one for each prompt.
+        tokenizer: Any Hugging Face tokenizer.
+        append_eos: Whether each response ends in the tokenizer's EOS.
+
+    Raises:
+        ValueError: If the numbers of prompts and outputs differ, or EOS is wanted and the tokenizer has none.
+    """
+    if len(prompt_strs) != len(output_strs):
+        raise ValueError(
+            f"`prompt_strs` and `output_strs` must pair up, but there are {len(prompt_strs)} prompts "
+            f"and {len(output_strs)} outputs."
+        )
+    if append_eos and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "`append_eos` is True, but the tokenizer has no EOS token. Set `tokenizer.eos_token`, or pass "
+            "`append_eos=False` (the model then never learns to stop)."
+        )
+    if not output_strs:
+        return []
+    prompts = encode_prompts(prompt_strs, tokenizer)
+    outputs = tokenizer(list(output_strs), add_special_tokens=False, verbose=False)["input_ids"]
+    eos = [tokenizer.eos_token_id] if append_eos else []
+    return [
+        Example(input_ids=prompt + output + eos, num_prompt_tokens=len(prompt))
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def num_response_labels(num_tokens: int, num_prompt_tokens: int) -> int:
+    """Labels of one example that count in the loss: its response tokens, less one that has nothing before it."""
+    return max(num_tokens - max(num_prompt_tokens, 1), 0)
+
+
+def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
+    """Right-pad examples to the longest and shift by one.
+
+    With `t` an example's tokens and `r` True on its response tokens: `input_ids = t[:-1]`, `labels = t[1:]`,
+    `response_mask = r[1:]`, so that position `i` of the mask says whether the *label* at `i` counts.
+
+    Args:
+        examples: At least one tokenised row.
+        pad_id: Fills `input_ids` and `labels` after each example's end.
+
+    Returns:
+        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(batch_size, max(num_tokens) - 1)`.
+    """
+    width = max(1, *(len(example["input_ids"]) for example in examples))
+    tokens = torch.full((len(examples), width), pad_id, dtype=torch.int64)
+    response = torch.zeros((len(examples), width), dtype=torch.bool)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
+        response[row, example["num_prompt_tokens"] : length] = True
+    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": response[:, 1:]}
+
+
+def tokenize_prompt_and_output(
+    prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Tokenise prompts and outputs apart, join each pair, right-pad, and mark the response.
+
+    The prompt keeps the tokenizer's own prefix (such as BOS); the output gets no special token. The mask is True
+    where the *label* is a response token. Without any prompt token the first response token is no label: nothing
+    stands before it.
+
+    Args:
+        prompt_strs: The texts before.
+        output_strs: The texts after, one for each prompt.
+        tokenizer: Any Hugging Face tokenizer, with or without a pad token.
+
+    Returns:
+        `input_ids`, `labels` and `response_mask`, each `(batch_size, max(prompt_and_output_lens) - 1)`.
+
+    Raises:
+        ValueError: If there is no pair, or the numbers of prompts and outputs differ.
+
+    Source: Stanford CS336, assignment 5, "SFT helper methods".
+    """
+    examples = encode_examples(prompt_strs, output_strs, tokenizer)
+    if not examples:
+        raise ValueError("`prompt_strs` and `output_strs` are empty; expected at least one pair.")
+    return collate_padded(examples, pad_token_id(tokenizer))

@@ -1,0 +1,130 @@
+import inspect
+import operator
+import re
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from lightning_sft.demo import word_problems, word_tokenizer
+from lightning_sft.tokenization import encode_examples
+
+OPERATORS = {"+": operator.add, "-": operator.sub}
+ADDING = {"buys", "finds", "wins", "gets", "borrows"}
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[str, list[str]]:
+    return word_problems(num_rows=4000, seed=3)[:]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def test_rows_are_determined_by_the_seed_on_every_machine(problems):
+    assert word_problems(num_rows=4000, seed=3)[:] == problems
+    assert word_problems(num_rows=10, seed=3)["output"] == problems["output"][:10]
+    assert word_problems(num_rows=10, seed=4)["output"] != problems["output"][:10]
+    assert word_problems(num_rows=1)[0] == {
+        "prompt": "User: Gus has 55 pens, gives 7 to Hana, then gives 35 to Hana. "
+        "How many pens does Gus have now? Assistant: <think>",
+        "output": " 55 - 7 = 48 ; 48 - 35 = 13 </think> <answer> 13 </answer>",
+        "ground_truth": "13",
+    }
+
+
+@pytest.mark.parametrize("validation_seed", [3, 4])
+def test_train_and_validation_share_no_prompt_and_no_solution(problems, validation_seed):
+    validation = word_problems(num_rows=4000, seed=validation_seed, split="validation")[:]
+    assert not set(problems["prompt"]) & set(validation["prompt"])
+    assert not set(problems["output"]) & set(validation["output"])
+
+
+def test_any_other_split_is_refused():
+    with pytest.raises(ValueError, match='`split` is \'test\'; expected "train" or "validation"'):
+        word_problems(num_rows=1, split="test")
+
+
+def test_equations_are_right_and_end_in_the_ground_truth(problems):
+    for output, ground_truth in zip(problems["output"], problems["ground_truth"], strict=True):
+        equations, answer = re.fullmatch(r" (.*) </think> <answer> (\d+) </answer>", output).groups()
+        results = []
+        for equation in equations.split(" ; "):
+            left, sign, right, _, result = equation.split(" ")
+            assert OPERATORS[sign](int(left), int(right)) == int(result), equation
+            assert not results or results[-1] == left
+            results.append(result)
+        assert len(results) == 2
+        assert results[-1] == answer == ground_truth
+
+
+def test_prompts_tell_the_story_of_the_equations(problems):
+    for prompt, output in zip(problems["prompt"], problems["output"], strict=True):
+        start, first, second = re.fullmatch(r"User: (.*), (.*), then (.*)\. How .* Assistant: <think>", prompt).groups()
+        told = [re.search(r"\d+", start)[0]]
+        for change in (first, second):
+            told += ["+" if change.split()[0] in ADDING else "-", re.search(r"\d+", change)[0]]
+        left, sign1, n1, _, _, _, _, sign2, n2, *_ = output.split()
+        assert told == [left, sign1, n1, sign2, n2]
+
+
+def test_all_numbers_occur_and_no_other(problems):
+    numbers = set(map(int, re.findall(r"-?\d+", " ".join(problems["output"]))))
+    assert numbers == set(range(100))
+
+
+def test_vocabulary_has_the_size_that_configs_state(tokenizer):
+    assert len(tokenizer) == 152
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
+
+
+def test_special_tokens_are_distinct(tokenizer):
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+@pytest.mark.parametrize("column", ["prompt", "output"])
+def test_decoding_gives_every_text_back(problems, tokenizer, column):
+    ids = tokenizer(problems[column], add_special_tokens=False)["input_ids"]
+    assert tokenizer.unk_token_id not in {token for row in ids for token in row}
+    assert tokenizer.batch_decode(ids) == problems[column]
+
+
+def test_every_token_is_used_but_the_special_ones(tokenizer):
+    used = set()
+    for split in ("train", "validation"):
+        problems = word_problems(num_rows=4000, split=split)[:]
+        for column in ("prompt", "output"):
+            used.update(*tokenizer(problems[column])["input_ids"])
+    assert set(range(len(tokenizer))) - used == set(tokenizer.all_special_ids)
+
+
+def test_a_number_is_one_token(tokenizer):
+    tokens = tokenizer.tokenize(" 12 + 7 = 19 ; 19 - 5 = 14 </think> <answer> 14 </answer>")
+    assert tokens == [
+        *(" 12", " +", " 7", " =", " 19", " ;", " 19", " -", " 5", " =", " 14"),
+        *(" </think>", " <answer>", " 14", " </answer>"),
+    ]
+
+
+def test_library_tokenisation_is_that_of_the_whole_text_and_the_response_decodes_alone(problems, tokenizer):
+    prompts, outputs = problems["prompt"], problems["output"]
+    examples = encode_examples(prompts, outputs, tokenizer, append_eos=True)
+    for prompt, output, example in list(zip(prompts, outputs, examples, strict=True))[:100]:
+        assert example["input_ids"] == [*tokenizer(prompt + output)["input_ids"], tokenizer.eos_token_id]
+        response = example["input_ids"][example["num_prompt_tokens"] :] + [tokenizer.pad_token_id] * 3
+        assert tokenizer.decode(response, skip_special_tokens=True) == output
+
+
+def test_foreign_words_become_the_unknown_token(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(tokenizer("User: Zoe has")["input_ids"]) == ["User:", "<unk>", " has"]
+
+
+def test_batches_hold_what_a_causal_model_takes(tokenizer):
+    assert set(tokenizer("User:")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(("function", "result"), [(word_problems, Dataset), (word_tokenizer, PreTrainedTokenizerFast)])
+def test_return_types_are_classes_that_a_config_can_be_checked_against(function, result):
+    assert inspect.signature(function).return_annotation is result
