@@ -233,6 +233,7 @@ class SFTDataModule(L.LightningDataModule):
             "max_steps": epoch_loop.max_steps,
             "min_steps": epoch_loop.min_steps,
             "limit_train_batches": trainer.limit_train_batches,
+            "limit_val_batches": trainer.limit_val_batches,
             "val_check_interval": trainer.val_check_interval,
             "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
         }
@@ -251,6 +252,8 @@ class SFTDataModule(L.LightningDataModule):
         fit_loop.max_epochs, fit_loop.min_epochs, epoch_loop.max_steps = -1, None, num_steps
         trainer.val_check_interval, trainer.check_val_every_n_epoch = interval, None
         trainer.limit_train_batches = 1.0
+        if "val" not in self._rows:
+            trainer.limit_val_batches = 0
 
     def _restore_trainer(self) -> None:
         """Leave the trainer's settings as they were found."""
@@ -261,7 +264,7 @@ class SFTDataModule(L.LightningDataModule):
             setattr(trainer.fit_loop, name, settings[name])
         for name in ("max_steps", "min_steps"):
             setattr(trainer.fit_loop.epoch_loop, name, settings[name])
-        for name in ("limit_train_batches", "val_check_interval", "check_val_every_n_epoch"):
+        for name in ("limit_train_batches", "limit_val_batches", "val_check_interval", "check_val_every_n_epoch"):
             setattr(trainer, name, settings[name])
         self._trainer_settings = None
 
@@ -382,6 +385,13 @@ class StepLoader:
 
     def __len__(self) -> int:
         return self._num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the datamodule keeps the position. Having it tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore here."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # The body of a generator runs at the first `next`: after a checkpoint's position was restored.

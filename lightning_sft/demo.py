@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 LARGEST_NUMBER = 99
+LARGEST_CHANGE = 99
 
 _NAMES = ("Ava", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
 _THINGS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
@@ -58,7 +59,7 @@ def word_problems(num_rows: int = 20_000, seed: int = 0, split: Literal["train",
 def _draw_problem(rng: random.Random) -> dict[str, str] | None:
     """One random problem, or None if a number on the way is negative or too large."""
     name, friend = rng.sample(_NAMES, 2)
-    start, n1, n2 = (rng.randint(2, LARGEST_NUMBER) for _ in range(3))
+    start, n1, n2 = rng.randint(2, LARGEST_NUMBER), rng.randint(2, LARGEST_CHANGE), rng.randint(2, LARGEST_CHANGE)
     (sign1, first), (sign2, second) = _draw_change(rng), _draw_change(rng)
     middle = start + n1 if sign1 == "+" else start - n1
     end = middle + n2 if sign2 == "+" else middle - n2

@@ -13,8 +13,8 @@ def _float32_or_more(logits: Tensor) -> Tensor:
 def compute_entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution over the vocabulary.
 
-    `H = -sum_v p_v log p_v` with `log p = logits - logsumexp(logits)`. Subtracting before multiplying keeps the
-    digits that `logsumexp(logits) - sum(p * logits)` cancels when all logits are large; a logit of `-inf` adds zero.
+    `H = -sum_v p_v log p_v` with `log p = logits - logsumexp(logits)`. `log_softmax` computes that after subtracting
+    the maximum, so no digits cancel however large the logits are; a logit of `-inf` adds zero.
 
     Args:
         logits: Unnormalised scores, `(batch_size, sequence_length, vocab_size)`. Half precision is upcast once.
@@ -24,9 +24,9 @@ def compute_entropy(logits: Tensor) -> Tensor:
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
-    logits = _float32_or_more(logits)
-    log_p = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(dim=-1)
+    log_p = torch.log_softmax(_float32_or_more(logits), dim=-1)
+    # exp(-1000) is 0 even in float64. Clamping to the dtype's minimum instead would overflow in backward.
+    return -(log_p.exp() * log_p.clamp(min=-1000.0)).sum(dim=-1)
 
 
 def get_response_log_probs(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, cast, get_args
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from lightning_sft.log_probs import get_response_log_probs
 from lightning_sft.losses import LossNormalization, masked_normalize, sft_loss
@@ -90,7 +91,7 @@ class SFTModule(L.LightningModule):
         self._gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self._seed = seed
-        self._metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
+        self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
         if isinstance(model, PreTrainedModel):
             self.model = model
 
@@ -100,7 +101,8 @@ class SFTModule(L.LightningModule):
             self.model = self._build()
         self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
         if self._gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            new_name = getattr(self.model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
+            (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._check_vocabulary()
 
     def _build(self) -> PreTrainedModel:
@@ -112,10 +114,12 @@ class SFTModule(L.LightningModule):
             except Exception as error:
                 raise ValueError(f"`model` is {self._source!r}, which cannot be loaded: {error}") from error
         settings = dict(cast(dict[str, Any], self._source))
-        try:
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        except KeyError:
-            raise ValueError(f"`model` has no `model_type`, only {sorted(settings)}. Add one, such as qwen2.") from None
+        if settings.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`model` is to be built from {settings}, whose `model_type` is no architecture that this version of "
+                "`transformers` knows. Give one, such as qwen2 or llama."
+            )
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             return AutoModelForCausalLM.from_config(config, **options)
@@ -155,7 +159,7 @@ class SFTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step over the batch's microbatches."""
-        torch.manual_seed(hash((self._seed, self.global_step, self.global_rank)) % 2**63)  # of dropout
+        torch.manual_seed(_mixed_seed(self._seed, self.global_step, self.global_rank))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of the entropy
@@ -174,8 +178,9 @@ class SFTModule(L.LightningModule):
                 self.manual_backward(loss * self.trainer.world_size)
             totals[0] += loss.detach()
             totals[1] += masked_normalize(scores["token_entropy"], microbatch["response_mask"], 1.0)
+        learning_rate = optimizer.param_groups[0]["lr"]
         self._step(optimizer)
-        self._log_step(batch, totals)
+        self._log_step(batch, totals, learning_rate)
 
     def _score(self, microbatch: Batch, **options: bool) -> dict[str, Tensor]:
         input_ids, labels = microbatch["input_ids"], microbatch["labels"]
@@ -210,16 +215,15 @@ class SFTModule(L.LightningModule):
         norm = nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm or math.inf)
         self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _log_step(self, batch: Batch, totals: Tensor) -> None:
+    def _log_step(self, batch: Batch, totals: Tensor, learning_rate: float) -> None:
         if self.trainer.world_size > 1:
             totals = cast(Tensor, self.trainer.strategy.reduce(totals, reduce_op="sum"))
-        scheduler = cast(LRSchedulerPLType, self.lr_schedulers())
         self.log("train/loss", totals[0].float(), prog_bar=True)
         self.log_dict(
             {
                 "train/token_entropy": (totals[1] / batch["num_response_tokens"]).float(),
                 "train/grad_norm": self._grad_norm.float(),
-                "train/learning_rate": scheduler.get_last_lr()[0],  # type: ignore[union-attr]
+                "train/learning_rate": learning_rate,
                 "step": float(self.global_step),  # the x-axis of every logger: optimizer steps done
             }
         )
@@ -245,10 +249,10 @@ class SFTModule(L.LightningModule):
     def _evaluate(self, stage: str, batch: Batch) -> None:
         for microbatch in batch["microbatches"]:
             scores = self._score(microbatch, return_token_entropy=True, return_is_top1=True)
-            self._metrics[stage].update(**scores, response_mask=microbatch["response_mask"])
+            self.metrics[stage].update(**scores, response_mask=microbatch["response_mask"])
 
     def _log_metrics(self, stage: str) -> None:
-        metrics = cast(ResponseMetrics, self._metrics[stage])
+        metrics = cast(ResponseMetrics, self.metrics[stage])
         for name, value in metrics.compute().items():
             # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
             self.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
@@ -292,6 +296,10 @@ class SFTModule(L.LightningModule):
         """Store the model's configuration, so that loading needs no other file."""
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
+
+
+def _mixed_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class ResponseMetrics(Metric):

@@ -108,7 +108,8 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Te
         length = len(example["input_ids"])
         tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
         response[row, example["num_prompt_tokens"] : length] = True
-    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": response[:, 1:]}
+    # Apart in memory, so that writing into `labels` leaves `input_ids` alone.
+    return {"input_ids": tokens[:, :-1].clone(), "labels": tokens[:, 1:].clone(), "response_mask": response[:, 1:]}
 
 
 def tokenize_prompt_and_output(
