@@ -1,6 +1,7 @@
 """The command line: `lightning-sft fit|validate|test|predict`."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,16 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
 
 
 def main() -> None:
-    """Entry point. `lightning-sft fit` without any argument runs the quickstart."""
+    """Entry point. `lightning-sft fit` without any argument runs the quickstart.
+
+    What this package refuses ends in one line; any other exception keeps its traceback.
+    """
     if sys.argv[1:] == ["fit"]:
         sys.argv += ["--config", str(quickstart_config())]
-    build()
+    try:
+        build()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("lightning_sft."):
+            raise
+        sys.exit(f"lightning-sft: error: {error}")

@@ -151,7 +151,9 @@ class SFTDataModule(L.LightningDataModule):
                 self._rows["train"], self._rows["val"] = parts["train"], parts["test"]
             elif split != "val" or stage == TrainerFn.VALIDATING:
                 command = TrainerFn(stage).value
-                raise ValueError(f"`{split}_data` is needed for {command}; expected a file, a data set or a list of rows.")
+                raise ValueError(
+                    f"`{split}_data` is needed for {command}; expected a file, a data set or a list of rows."
+                )
 
     def _encode(self, split: str) -> Dataset:
         sources = open_sources(cast(Data, self._data[split]), f"{split}_data")

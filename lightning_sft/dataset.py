@@ -1,14 +1,18 @@
-"""From files to token ids: rows are read through `datasets`, checked, rendered, tokenised once and cached on disk."""
+"""From files to token ids: rows are read, checked, rendered, tokenised once and cached on disk by their content."""
 
 import csv
 import glob
+import hashlib
 import json
+import os
 import string
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.fingerprint import Hasher
@@ -19,9 +23,8 @@ from lightning_sft.tokenization import encode_examples, num_response_labels
 
 Row = Mapping[str, Any]
 TooLong = Literal["error", "drop", "truncate"]
-Data = str | Sequence[str] | Dataset | Sequence[Row]
+Data: TypeAlias = str | Sequence[str] | Dataset | Sequence[Row]
 
-_BATCH_ROWS = 1000
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -56,11 +59,12 @@ class RowFormat:
         """The row's `prompt`, `output` and `ground_truth`.
 
         Raises:
-            ValueError: If a column is missing or its value is not a string; the message names the column.
+            ValueError: If a column is missing or its value is not a string, or `row_transform` fails.
         """
         row = self._transformed(row)
-        output = _text(row, self.output_field, "output_field")
-        return {"prompt": self._prompt(row), "output": output, "ground_truth": self._ground_truth(row) or output}
+        prompt, output = self._prompt(row), _text(row, self.output_field, "output_field")
+        ground_truth = self._ground_truth(row)
+        return {"prompt": prompt, "output": output, "ground_truth": output if ground_truth is None else ground_truth}
 
     def render_prompt(self, row: Row) -> dict[str, str | None]:
         """The row's `prompt` and `ground_truth` (None if it has none); an output is not needed.
@@ -72,51 +76,56 @@ class RowFormat:
         return {"prompt": self._prompt(row), "ground_truth": self._ground_truth(row)}
 
     def _transformed(self, row: Row) -> Row:
-        return row if self.row_transform is None else self.row_transform(dict(row))
+        if self.row_transform is None:
+            return row
+        try:
+            row = self.row_transform(dict(row))
+        except Exception as error:
+            raise ValueError(f"`row_transform` failed: {type(error).__name__}: {error}") from error
+        if not isinstance(row, Mapping):
+            raise ValueError(f"`row_transform` returned {_shorten(row)}, expected a dictionary.")
+        return row
 
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:
             return _text(row, self.prompt_field, "prompt_field")
-        values = {name: _text(row, name, "prompt_template") for name in _template_fields(self.prompt_template)}
-        return self.prompt_template.format(**values)
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+        return self.prompt_template.format(**{field: _text(row, field, "prompt_template") for field in fields})
 
     def _ground_truth(self, row: Row) -> str | None:
-        by_default = self.ground_truth_field == RowFormat.ground_truth_field
-        if by_default and row.get(self.ground_truth_field) is None:
+        if self.ground_truth_field == RowFormat.ground_truth_field and row.get(self.ground_truth_field) is None:
             return None
         return _text(row, self.ground_truth_field, "ground_truth_field")
 
 
 def _read_template(template: str) -> str:
     if "{" not in template:
-        path = Path(template)
-        if not path.is_file():
+        if not os.path.isfile(template):  # `Path.is_file` raises on a text too long for a file name
             raise FileNotFoundError(
                 f"`prompt_template` is {template!r}, which has no {{column}} in it and is no file either. "
                 "Give a text such as 'Question: {question}', or the path of a file with such a text."
             )
-        template = path.read_text(encoding="utf-8").removesuffix("\n")
+        template = Path(template).read_text(encoding="utf-8-sig").removesuffix("\n")
     try:
-        fields = _template_fields(template)
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"`prompt_template` has unbalanced braces ({error}). Write literal braces twice.") from None
-    for field in fields:
-        if not field.isidentifier():
+    if not parts:
+        raise ValueError("`prompt_template` has no {column} in it, so all prompts would be the same.")
+    for _, field, spec, conversion in parts:
+        if not str(field).isidentifier() or spec or conversion:
+            extras = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise ValueError(
-                f"`prompt_template` has {{{field}}}, but expects plain column names such as {{question}}. "
+                f"`prompt_template` has {{{field}{extras}}}, but expects plain column names such as {{question}}. "
                 "Write literal braces twice."
             )
     return template
 
 
-def _template_fields(template: str) -> list[str]:
-    return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-
-
 def _text(row: Row, field: str, argument: str) -> str:
     value = row.get(field)
-    if field not in row or value is None:
-        raise ValueError(f"no value for `{field}` (`{argument}`). The row has {sorted(row)}.")
+    if value is None:
+        raise ValueError(f"no value for `{field}` (`{argument}`). The row has {sorted(map(str, row))}.")
     if not isinstance(value, str):
         raise ValueError(
             f"`{field}` (`{argument}`) is {_shorten(value)} of type {type(value).__name__}, expected a string."
@@ -139,24 +148,14 @@ class Source:
 
     name: str
     rows: Dataset
-    json_unit: Literal["line", "row"] | None = None  # each row is {"text": JSON}, to be called line or row N
+    is_json: bool = False  # each row is {"place": "line 1", "json": "{...}"}: nothing guesses a type then
 
     def decode(self, batch: dict[str, list[Any]], indices: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The rows of a batch, each with the words that locate it."""
         for offset, index in enumerate(indices):
-            if self.json_unit is None:
-                yield f"row {index + 1} of {self.name}", {key: values[offset] for key, values in batch.items()}
-                continue
-            where, line = f"{self.json_unit} {index + 1} of {self.name}", batch["text"][offset]
-            if not line.strip():
-                continue  # a blank line
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not valid JSON ({error}): {_shorten(line)}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {_shorten(row)}.")
-            yield where, row
+            row = {column: values[offset] for column, values in batch.items()}
+            place = row["place"] if self.is_json else f"row {index + 1}"
+            yield f"{place} of {self.name}", json.loads(row["json"]) if self.is_json else row
 
 
 def open_sources(data: Data, argument: str) -> list[Source]:
@@ -170,31 +169,37 @@ def open_sources(data: Data, argument: str) -> list[Source]:
 
     Raises:
         FileNotFoundError: If a file is missing or a pattern matches none.
-        ValueError: If a file is empty or cannot be read.
+        TypeError: If `data` is none of these.
+        ValueError: If a source has no rows or cannot be read.
     """
     if isinstance(data, Dataset):
-        return [Source(f"`{argument}`", data)]
-    items = [data] if isinstance(data, str | Path) else list(data)
-    if not items:
-        raise ValueError(f"`{argument}` is empty; expected a file, a data set or a list of rows.")
-    if all(isinstance(item, str | Path) for item in items):
-        return [source for item in items for source in _open_name(str(item), argument)]
-    if all(isinstance(item, Mapping) for item in items):
-        return [_json_source(f"`{argument}`", items)]
-    kinds = sorted({type(item).__name__ for item in items})
-    raise TypeError(f"`{argument}` holds {kinds}; expected file names, or dictionaries, one for each row.")
+        sources = [Source(f"`{argument}`", data.with_format(None))]
+    elif isinstance(data, str | Path):
+        sources = _open_name(str(data), argument)
+    elif isinstance(data, Sequence) and all(isinstance(item, str | Path) for item in data):
+        sources = [source for name in data for source in _open_name(str(name), argument)]
+    elif isinstance(data, Sequence) and all(isinstance(item, Mapping) for item in data):
+        rows = [_json_row(f"row {number}", row) for number, row in enumerate(data, 1)]
+        sources = [Source(f"`{argument}`", Dataset.from_list(rows, _JSON_FEATURES), is_json=True)]
+    else:
+        raise TypeError(
+            f"`{argument}` is {_shorten(data)} of type {type(data).__name__}; expected a file, a data set's name, "
+            "a list of these, a `datasets.Dataset`, or a list of dictionaries."
+        )
+    if not sources or not all(len(source.rows) for source in sources):
+        raise ValueError(f"`{argument}` has no rows; expected at least one.")
+    return sources
 
 
 def _open_name(name: str, argument: str) -> list[Source]:
-    if name.endswith(_SUFFIXES) or glob.has_magic(name):
-        paths = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-        missing = [path for path in paths if not Path(path).is_file()]
-        if missing or not paths:
+    if os.path.isfile(name):
+        return [_open_file(name, argument)]
+    path, *options = name.split(":", 2)
+    if name.endswith(_SUFFIXES) or glob.has_magic(path):
+        paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        if not paths:
             raise FileNotFoundError(f"`{argument}` is {name!r}, but there is no such file.")
         return [_open_file(path, argument) for path in paths]
-    if Path(name).is_file():
-        raise ValueError(f"`{argument}` is {name!r}; expected a file ending in {', '.join(_SUFFIXES)}.")
-    path, *options = name.split(":")
     config, split = [*options, None, None][:2]
     try:
         return [Source(name, load_dataset(path, config or None, split=split or "train"))]
@@ -206,51 +211,90 @@ def _open_name(name: str, argument: str) -> list[Source]:
 
 
 def _open_file(path: str, argument: str) -> Source:
-    if not Path(path).stat().st_size:
-        raise ValueError(f"`{argument}`: {path} is empty; expected at least one row.")
+    if not path.endswith(_SUFFIXES):
+        raise ValueError(f"`{argument}` is {path!r}; expected a file ending in {', '.join(_SUFFIXES)}.")
     try:
-        if path.endswith(".csv"):
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                header = next(csv.reader(file))
-            # Without types pandas would guess them and turn '007' into 7 and 'NA' into nothing.
-            columns = Features({column: Value("string") for column in header})
-            options = {"features": columns, "keep_default_na": False, "encoding": "utf-8-sig"}
-            return Source(path, load_dataset("csv", data_files=[path], split="train", **options))
+        # Left alone, `datasets` knows a changed file by its modification time only, which copying can preserve.
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "blake2b").hexdigest()
+        key = Hasher.hash([content, Path(path).suffix, Path(__file__).read_bytes()])
         if path.endswith(".parquet"):
-            return Source(path, load_dataset("parquet", data_files=[path], split="train"))
-        if path.endswith(".json"):
-            text = Path(path).read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                return _json_source(path, json.loads(text))
-        # The JSON loader of `datasets` guesses types and turns '2020-01-01' into a timestamp: read lines of text.
-        lines = load_dataset("text", data_files=[path], split="train", encoding="utf-8-sig")
-        return Source(path, lines, json_unit="line")
+            options = {"split": "train", "cache_dir": str(_cache_folder() / key)}
+            rows = load_dataset("parquet", data_files=[glob.escape(path)], **options)
+            rows._fingerprint = key  # as `fingerprint` does here:
+        else:
+            rows = Dataset.from_generator(_read_rows, _JSON_FEATURES, gen_kwargs={"path": path}, fingerprint=key)
+        return Source(path, rows, is_json=not path.endswith(".parquet"))
     except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UnicodeDecodeError):
-            reason = f"{path} is not UTF-8 text ({cause.reason} in line {_undecodable_line(path)})"
-            raise ValueError(f"`{argument}`: {reason}. Save it as UTF-8.") from None
-        raise ValueError(f"`{argument}`: cannot read {path}: {type(cause).__name__}: {cause}") from error
+        raise ValueError(f"`{argument}`: cannot read {path}: {error.__cause__ or error}") from error
 
 
-def _json_source(name: str, rows: Sequence[object]) -> Source:
-    columns: dict[str, list[Any]] = {}
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {number} of {name}: expected an object with columns, got {_shorten(row)}.")
-        columns.setdefault("text", []).append(json.dumps(row, default=repr))
-    return Source(name, Dataset.from_dict(columns), json_unit="row")
+def _cache_folder() -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE, "lightning_sft")
 
 
-def _undecodable_line(path: str) -> int:
-    number = 0
+_JSON_FEATURES = Features({"place": Value("string"), "json": Value("string")})
+
+
+def _json_row(place: str, row: object) -> dict[str, str]:
+    # What JSON cannot hold must not turn into text, which would pass for a prompt or an output.
+    return {"place": place, "json": json.dumps(row, default=lambda value: {type(value).__name__: repr(value)})}
+
+
+def _read_rows(path: str) -> Iterator[dict[str, str]]:
+    read = {".csv": _read_csv, ".json": _read_json}.get(Path(path).suffix, _read_json_lines)
+    row = None
+    for place, row in read(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {_shorten(row)}.")
+        yield _json_row(place, row)
+    if row is None:
+        raise ValueError("it has no rows.")
+
+
+def _read_json_lines(path: str) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(_text_lines(path), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                problem = f"{error.msg} at column {error.colno}"
+                raise ValueError(f"line {number}: not valid JSON ({problem}): {_shorten(line)}") from None
+            yield f"line {number}", row
+
+
+def _read_json(path: str) -> Iterator[tuple[str, object]]:
+    start = next((line for line in _text_lines(path) if line.strip()), "").lstrip()
+    if not start.startswith("["):
+        return _read_json_lines(path)
+    rows = json.loads("".join(_text_lines(path)))
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_csv(path: str) -> Iterator[tuple[str, object]]:
+    reader = csv.reader(_text_lines(path), strict=True)
+    field_size_limit = csv.field_size_limit(sys.maxsize)  # unless raised, no field may pass 131,072 characters
+    try:
+        records = filter(None, reader)  # a blank line is an empty record
+        header = next(records, [])
+        for number, record in enumerate(records, 1):
+            if len(record) != len(header):
+                raise ValueError(f"row {number}: expected {len(header)} fields, as in the header, got {len(record)}.")
+            yield f"row {number}", dict(zip(header, record, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}.") from None
+    finally:
+        csv.field_size_limit(field_size_limit)
+
+
+def _text_lines(path: str) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                line.decode()
-            except UnicodeDecodeError:
-                break
-    return number
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from None
+            yield text
 
 
 @dataclass(frozen=True)
@@ -292,28 +336,30 @@ def encode_rows(
         ValueError: If a row is malformed, has no response token, or is too long; the message names file and row.
     """
     encode = _Encode(row_format, tokenizer, max_length, too_long, append_eos)
+    key = encode.fingerprint()
+    _cache_folder().mkdir(parents=True, exist_ok=True)
     parts = []
     for source in sources:
         rows = source.rows
         workers = num_proc or min(8, 1 + len(rows) // 20_000)
+        fingerprint = Hasher.hash([rows._fingerprint, source.is_json, key])
         parts.append(
             rows.map(
                 encode,
                 batched=True,
-                batch_size=_BATCH_ROWS,
                 with_indices=True,
-                fn_kwargs={"source": Source(source.name, rows.select([]), source.json_unit)},
+                fn_kwargs={"source": replace(source, rows=rows.select([]))},
                 remove_columns=rows.column_names,
                 features=_ENCODED_FEATURES,
                 num_proc=workers if workers > 1 else None,
-                new_fingerprint=Hasher.hash([rows._fingerprint, source.name, encode.fingerprint()]),
+                new_fingerprint=fingerprint,
+                # Named here, so that rows in memory, too, are encoded to disk and found by the other processes.
+                cache_file_name=str(_cache_folder() / f"{fingerprint}.arrow"),
                 desc=f"Tokenising {Path(source.name.strip('`')).name}",
             )
         )
     dataset = concatenate_datasets(parts)
-    if not len(dataset):
-        raise ValueError(f"{', '.join(source.name for source in sources)}: no rows.")
-    fate = np.asarray(dataset.with_format("numpy")["fate"])
+    fate = dataset.with_format("numpy")["fate"][:]
     dataset = dataset.remove_columns("fate")
     if (fate == _DROPPED).any():
         dataset = dataset.select(np.flatnonzero(fate != _DROPPED))
@@ -352,12 +398,12 @@ class _Encode:
             try:
                 texts.append(self.row_format.render(row))
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+                raise ValueError(f"{where}: {error}") from error.__cause__
             places.append(where)
         prompts, outputs = [text["prompt"] for text in texts], [text["output"] for text in texts]
         examples = encode_examples(prompts, outputs, self.tokenizer, self.append_eos)
 
-        columns: dict[str, list[Any]] = {name: [] for name in _ENCODED_FEATURES}
+        encoded = []
         for where, text, example in zip(places, texts, examples, strict=True):
             ids, num_prompt_tokens = example["input_ids"], example["num_prompt_tokens"]
             if not num_response_labels(len(ids), num_prompt_tokens):
@@ -375,15 +421,19 @@ class _Encode:
                 ids = ids[: self.max_length]
             num_labels = num_response_labels(len(ids), num_prompt_tokens)
             fate = _KEPT if not over else _DROPPED if self.too_long == "drop" or not num_labels else _TRUNCATED
-            values = (*text.values(), ids, num_prompt_tokens, len(ids), num_labels, fate)
-            for column, value in zip(columns.values(), values, strict=True):
-                column.append(value)
-        return columns
+            encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, fate))
+        return dict(zip(_ENCODED_FEATURES, map(list, zip(*encoded, strict=True)), strict=True))
 
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code of this file and of `tokenization`."""
-        code = [Path(file).read_bytes() for file in (__file__, tokenization.__file__)]
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        tokenizer = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
-        settings = (type(self.tokenizer).__name__, self.tokenizer.eos_token_id, self.row_format)
-        return Hasher.hash([code, tokenizer, settings, self.max_length, self.too_long, self.append_eos])
+        tokenizer, transform = self.tokenizer, self.row_format.row_transform
+        if getattr(tokenizer, "backend_tokenizer", None) is not None:  # its calls leave their settings behind
+            content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        else:
+            content = [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
+        special = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.split_special_tokens)
+        # A function of a module is hashed by its name alone, so the module's code is added.
+        module = sys.modules.get(getattr(getattr(transform, "func", transform), "__module__", ""))
+        files = [__file__, tokenization.__file__, getattr(module, "__file__", None)]
+        code = [Path(file).read_bytes() for file in files if file]
+        return Hasher.hash([code, content, special, self.row_format, self.max_length, self.too_long, self.append_eos])

@@ -9,8 +9,8 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-LARGEST_NUMBER = 99
-LARGEST_CHANGE = 99
+_LARGEST_NUMBER = 30  # sums up to 99 take a tiny model many more optimizer steps
+_LARGEST_CHANGE = 10
 
 _NAMES = ("Ava", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
 _THINGS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
@@ -59,11 +59,11 @@ def word_problems(num_rows: int = 20_000, seed: int = 0, split: Literal["train",
 def _draw_problem(rng: random.Random) -> dict[str, str] | None:
     """One random problem, or None if a number on the way is negative or too large."""
     name, friend = rng.sample(_NAMES, 2)
-    start, n1, n2 = rng.randint(2, LARGEST_NUMBER), rng.randint(2, LARGEST_CHANGE), rng.randint(2, LARGEST_CHANGE)
+    start, n1, n2 = rng.randint(2, _LARGEST_NUMBER), rng.randint(2, _LARGEST_CHANGE), rng.randint(2, _LARGEST_CHANGE)
     (sign1, first), (sign2, second) = _draw_change(rng), _draw_change(rng)
     middle = start + n1 if sign1 == "+" else start - n1
     end = middle + n2 if sign2 == "+" else middle - n2
-    if not (0 <= middle <= LARGEST_NUMBER and 0 <= end <= LARGEST_NUMBER):
+    if not (0 <= middle <= _LARGEST_NUMBER and 0 <= end <= _LARGEST_NUMBER):
         return None
     prompt = _PROMPT.format(
         name=name,
@@ -88,7 +88,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     on its own too. Its vocabulary is closed: `len(word_tokenizer())` is the `vocab_size` of a model for it, and
     every other word becomes `<unk>`.
     """
-    texts = [_PROMPT, _OUTPUT, *_GAINS, *_LOSSES, *_NAMES, *_THINGS, "+ -", *map(str, range(LARGEST_NUMBER + 1))]
+    texts = [_PROMPT, _OUTPUT, *_GAINS, *_LOSSES, *_NAMES, *_THINGS, "+ -", *map(str, range(_LARGEST_NUMBER + 1))]
     words = [word for word in re.findall(_TOKEN, " ".join(texts)) if "{" not in word]
     tokens = dict.fromkeys([*_SPECIAL_TOKENS, *words])  # without repetitions, in order
     pad, eos, unk = _SPECIAL_TOKENS

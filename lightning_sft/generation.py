@@ -230,7 +230,11 @@ def _generate(
         num_beams=1,
         repetition_penalty=1.0,  # the model's own recommendation would otherwise apply
         stop_strings=sampling.stop_strings,
-        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k} if sampling.temperature else {}),
+        **(
+            {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            if sampling.temperature
+            else {}
+        ),
     )
     stopping = {"tokenizer": tokenizer} if sampling.stop_strings else {}
     output = model.generate(input_ids, attention_mask=mask, generation_config=config, **stopping)

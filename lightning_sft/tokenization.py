@@ -108,8 +108,8 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Te
         length = len(example["input_ids"])
         tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
         response[row, example["num_prompt_tokens"] : length] = True
-    # Apart in memory, so that writing into `labels` leaves `input_ids` alone.
-    return {"input_ids": tokens[:, :-1].clone(), "labels": tokens[:, 1:].clone(), "response_mask": response[:, 1:]}
+    shifted = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": response[:, 1:]}
+    return {name: tensor.clone() for name, tensor in shifted.items()}  # or writing to `labels` changes `input_ids`
 
 
 def tokenize_prompt_and_output(

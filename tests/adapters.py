@@ -25,7 +25,5 @@ def run_masked_normalize(tensor, mask, normalize_constant, dim=None):
     return masked_normalize(tensor, mask, normalize_constant, dim)
 
 
-def run_sft_microbatch_train_step(
-    policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0
-):
+def run_sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
     return sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant)

@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
+
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -28,10 +28,10 @@ def test_rows_are_determined_by_the_seed_on_every_machine(problems):
     assert word_problems(num_rows=10, seed=3)["output"] == problems["output"][:10]
     assert word_problems(num_rows=10, seed=4)["output"] != problems["output"][:10]
     assert word_problems(num_rows=1)[0] == {
-        "prompt": "User: Gus has 55 pens, gives 7 to Hana, then gives 35 to Hana. "
-        "How many pens does Gus have now? Assistant: <think>",
-        "output": " 55 - 7 = 48 ; 48 - 35 = 13 </think> <answer> 13 </answer>",
-        "ground_truth": "13",
+        "prompt": "User: Gus has 30 marbles, lends 8 to Hana, then gives 2 to Hana. "
+        "How many marbles does Gus have now? Assistant: <think>",
+        "output": " 30 - 8 = 22 ; 22 - 2 = 20 </think> <answer> 20 </answer>",
+        "ground_truth": "20",
     }
 
 
@@ -70,13 +70,12 @@ def test_prompts_tell_the_story_of_the_equations(problems):
         assert told == [left, sign1, n1, sign2, n2]
 
 
-def test_all_numbers_occur_and_no_other(problems):
-    numbers = set(map(int, re.findall(r"-?\d+", " ".join(problems["output"]))))
-    assert numbers == set(range(100))
+def test_all_numbers_to_30_occur_and_no_other(problems):
+    assert set(re.findall(r"-?\d+", " ".join(problems["output"]))) == {str(number) for number in range(31)}
 
 
 def test_vocabulary_has_the_size_that_configs_state(tokenizer):
-    assert len(tokenizer) == 152
+    assert len(tokenizer) == 83
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
 
 
@@ -91,13 +90,9 @@ def test_decoding_gives_every_text_back(problems, tokenizer, column):
     assert tokenizer.batch_decode(ids) == problems[column]
 
 
-def test_every_token_is_used_but_the_special_ones(tokenizer):
-    used = set()
-    for split in ("train", "validation"):
-        problems = word_problems(num_rows=4000, split=split)[:]
-        for column in ("prompt", "output"):
-            used.update(*tokenizer(problems[column])["input_ids"])
-    assert set(range(len(tokenizer))) - used == set(tokenizer.all_special_ids)
+def test_every_token_is_used_but_the_special_ones(problems, tokenizer):
+    ids = tokenizer(problems["prompt"] + problems["output"])["input_ids"]
+    assert set(range(len(tokenizer))) - set().union(*ids) == set(tokenizer.all_special_ids)
 
 
 def test_a_number_is_one_token(tokenizer):

@@ -383,7 +383,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "name"), [({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"), ({"train_data": ROWS[:9]}, "num_rows")]
+    ("changes", "name"),
+    [({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"), ({"train_data": ROWS[:9]}, "num_rows")],
 )
 def test_resuming_with_other_data_is_refused(tmp_path, changes, name):
     _, _, trainer = fit(tmp_path, max_steps=2)

@@ -26,10 +26,6 @@ def respond(answer: str) -> str:
     return f"7 and 7 make that. </think> <answer> {answer} </answer>"
 
 
-def unfinished_worker() -> rewards._MathVerify:
-    return rewards._workers[os.getpid()]
-
-
 @pytest.fixture
 def short_limit(monkeypatch):
     """A worker of its own, with two seconds per question."""
@@ -122,16 +118,16 @@ def test_the_format_is_closed_reasoning_then_one_space_then_one_answer(response,
         (r"\dfrac12", r"\boxed{\frac{1}{2}}"),
         (r"\frac{2}{4}", r"\frac{1}{2}"),
         ("0.333333", "1/3"),
-        (r"3.5", r"3\frac{1}{2}"),
-        (r"2^{1/2}", r"\sqrt{2}"),
+        ("3.5", r"3\frac{1}{2}"),
+        ("2^{1/2}", r"\sqrt{2}"),
         ("1 + x^2", "x^2+1"),
         (r"\left( 1, 2 \right)", "(1,2)"),
         ("3, 1, 2", r"\{1, 2, 3\}"),
         ("x = 14", "14"),
         ("- 5", "-5"),
-        (r"1{,}234", "1234"),
-        (r"x\n=14".replace(r"\n", "\n"), "14"),
-        (r"10^{20}", "100000000000000000000"),
+        ("1{,}234", "1234"),
+        ("x\n= 14", "14"),
+        ("10^{20}", "100000000000000000000"),
         ("(A)", "A"),
         # Percent signs and known units are optional; expressions need not be evaluated.
         ("50%", "50"),
@@ -175,7 +171,7 @@ def test_answers_that_mean_the_ground_truth_are_right(answer, ground_truth):
         ("1e999999999", "14"),
         ("14!", "14"),
         ("inf", "14"),
-        ("nan", "nan."[:2]),
+        ("nan", "14"),
         (r"\frac{0}{0}", "14"),
         (r"\frac{1}{3}", r"\frac{1}{2}"),
         # Units and words.
@@ -196,7 +192,7 @@ def test_answers_that_mean_the_ground_truth_are_right(answer, ground_truth):
         ("\x00", "14"),
         ("\ud800", "14"),
         ("\u2665", "14"),
-        ("{" * 300, "14"),
+        ("{" * 50, "14"),
         ("1^" * 500, "14"),
         ("__import__('os').getpid()", "14"),
         ("14", ""),
@@ -271,9 +267,10 @@ def test_an_interrupted_question_does_not_answer_the_next_one(short_limit, monke
         worker._process.stdin.flush()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(worker, "_ask", interrupted)
+    monkeypatch.setattr(worker, "_ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         r1_zero_reward(respond("1"), r"\frac{4}{2}")
+    monkeypatch.delattr(worker, "_ask")
     assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
 
 
@@ -281,7 +278,8 @@ def _rewards_in_fork(connection) -> None:
     connection.send([r1_zero_reward(respond(f"{n}/2"), str(n // 2)) for n in range(1, 9)])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as notebooks use on several GPUs")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, by which notebooks use several GPUs")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python >= 3.12, as torch has started threads
 def test_a_forked_process_does_not_share_its_parents_worker():
     assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
     here, there = multiprocessing.Pipe()

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch.distributed
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.generation import (
@@ -81,23 +81,26 @@ class GenerationMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What the model says before it learns anything."""
         if trainer.global_step == 0:
-            self._log_outside_validation(trainer, pl_module)
+            self._summary_of(trainer, pl_module, "fit")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Every `every_n_steps` optimizer steps."""
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
-            self._log_outside_validation(trainer, pl_module)
+            self._summary_of(trainer, pl_module, "fit")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At each validation; not again if this step has just been shown."""
         if trainer.sanity_checking:
             return
-        summary = self._summary_of(trainer, pl_module, "fit" if trainer.state.fn == "fit" else "validate")
+        fitting = trainer.state.fn == "fit"
+        summary = self._summary_of(trainer, pl_module, "fit" if fitting else "validate")
         for name, value in summary.items():
             if not math.isnan(value):
-                pl_module.log(f"val/{name}", value, prog_bar=name == "answer_reward", sync_dist=True)
+                # In a training run the loggers have the numbers already: this is for `ModelCheckpoint` and the like.
+                logger = False if fitting else None
+                pl_module.log(f"val/{name}", value, name == "answer_reward", logger, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Over all test rows."""
@@ -144,14 +147,16 @@ class GenerationMonitor(L.Callback):
     def _summary_of(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> dict[str, float]:
         """Generate over all devices, log table and lines, and return the averages."""
         step = trainer.global_step
-        if stage == "fit" and self._latest is not None and self._latest[0] == step:
+        if self._latest is not None and self._latest[0] == step:
             return self._latest[1]
         limit = self.num_prompts if stage in ("fit", "validate") else None
         rows = trainer.datamodule.prompts(stage, limit)  # type: ignore[attr-defined]
         # Every device gets as many prompts as the others, some twice where the number does not divide: sharded
         # strategies need them all to take part.
         world_size, rank = trainer.world_size, trainer.global_rank
-        share = [rows[index % len(rows)] for index in range(rank, math.ceil(len(rows) / world_size) * world_size, world_size)]
+        share = [
+            rows[index % len(rows)] for index in range(rank, math.ceil(len(rows) / world_size) * world_size, world_size)
+        ]
         parts = _gather(trainer, self.generate(trainer, pl_module, share))
         records = [record for group in zip(*parts, strict=True) for record in group][: len(rows)]
         summary = summarize(records)
@@ -160,12 +165,6 @@ class GenerationMonitor(L.Callback):
         if trainer.is_global_zero:
             self._show(trainer, stage, step, records, summary, folder)
         return summary
-
-    def _log_outside_validation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        summary = self._summary_of(trainer, pl_module, "fit")
-        metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
 
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / "generations"  # `log_dir` is a collective
@@ -194,8 +193,12 @@ class GenerationMonitor(L.Callback):
             name = f"step_{step}.jsonl" if stage != "test" else f"test_step_{step}.jsonl"
             write_records(folder / name, records, step=step)
         table = markdown_table(records[: self.num_rows_shown])
+        metrics = {f"val/{name}": value for name, value in summary.items() if not math.isnan(value)}
         for logger in trainer.loggers:
-            _log_table(logger, table, step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("generations", table, step)
+            if stage == "fit":
+                logger.log_metrics(metrics, step)
 
 
 def _gather(trainer: L.Trainer, records: list[GenerationRecord]) -> list[list[GenerationRecord]]:
@@ -205,11 +208,6 @@ def _gather(trainer: L.Trainer, records: list[GenerationRecord]) -> list[list[Ge
     parts: list[list[GenerationRecord]] = [[] for _ in range(trainer.world_size)]
     torch.distributed.all_gather_object(parts, records)
     return parts
-
-
-def _log_table(logger: Logger, table: str, step: int) -> None:
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text("generations", table, step)
 
 
 def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str:

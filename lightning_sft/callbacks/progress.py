@@ -32,7 +32,9 @@ class TokenThroughput(L.Callback):
     The time is that of the optimizer steps alone. Put it before callbacks that do long work after a step.
     """
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 

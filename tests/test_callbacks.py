@@ -1,0 +1,183 @@
+"""`GenerationMonitor` and `LastCheckpoint` in real runs."""
+
+import csv
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from conftest import character_tokenizer, tiny_config, tiny_model
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_sft import GenerationMonitor, LastCheckpoint, Sampling, SFTDataModule, SFTModule, TokenThroughput
+from lightning_sft.callbacks.generation_monitor import markdown_table
+from lightning_sft.generation import GenerationRecord
+
+ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
+KEYS = {"step", "prompt", "response", "ground_truth", "format_reward", "answer_reward", "reward", "token_entropy"}
+
+
+def by_length(response, ground_truth):
+    return {"format_reward": 1.0, "answer_reward": float(len(response) % 2), "reward": 0.25}
+
+
+def make_monitor(**changes):
+    return GenerationMonitor(**({"reward_fn": by_length, "num_prompts": 3, "sampling": Sampling(5)} | changes))
+
+
+def fit(folder, callbacks, logger=False, data=None, dropout=0.0, **options):
+    module = SFTModule(tiny_config(attention_dropout=dropout), optimizer=lambda p: torch.optim.SGD(p, lr=0.3))
+    data = data or SFTDataModule(character_tokenizer(), ROWS, ROWS[:5], batch_size=4)
+    trainer = L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "logger": logger,
+            "callbacks": callbacks,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(callback, LastCheckpoint) for callback in callbacks),
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "default_root_dir": folder,
+            "max_epochs": 2,
+        }
+        | options
+    )
+    trainer.fit(module, data)
+    return module, trainer
+
+
+def test_training_with_and_without_the_monitor_gives_identical_weights(tmp_path):
+    monitor = make_monitor(every_n_steps=1, sampling=Sampling(5, temperature=1.0))
+    watched, _ = fit(tmp_path, [monitor], dropout=0.3)
+    alone, _ = fit(tmp_path, [], dropout=0.3)
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
+    modes = [{module.training for module in run.model.modules()} for run in (watched, alone)]
+    assert modes == [{True}, {True}]
+
+
+def test_each_generation_writes_its_lines_table_and_scalars(tmp_path):
+    _, trainer = fit(tmp_path, [make_monitor(every_n_steps=2)], TensorBoardLogger(tmp_path))
+    folder = tmp_path / "lightning_logs" / "version_0"
+    steps = [0, 2, 3, 4, 6]  # before training, every second step, and at validation
+    files = sorted((folder / "generations").iterdir())
+    assert [file.name for file in files] == [f"step_{step}.jsonl" for step in steps]
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["q0", "q1", "q2"]
+    assert {line["step"] for line in lines} == {2}
+    assert all(line.keys() >= KEYS | {"response_length"} for line in lines)
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    for name in ("reward", "answer_reward", "format_reward", "response_length", "response_entropy"):
+        assert [event.step for event in events.Scalars(f"val/{name}")] == steps
+    shares = {event.step: event.value for event in events.Scalars("val/answer_reward")}
+    assert shares[2] == pytest.approx(sum(line["answer_reward"] for line in lines) / 3)
+    assert {"val/response_length_correct", "val/response_length_incorrect"} & set(events.Tags()["scalars"])
+    assert [event.step for event in events.Tensors("generations/text_summary")] == steps
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("val/loss")] == [3, 6]
+    assert trainer.callback_metrics["val/answer_reward"].item() == shares[6]
+
+
+def test_a_step_that_is_also_validated_is_generated_for_once(tmp_path):
+    monitor, calls = make_monitor(every_n_steps=1), []
+    generate = monitor.generate
+    monitor.generate = lambda *args: calls.append(1) or generate(*args)
+    fit(tmp_path, [monitor])
+    assert len(calls) == 1 + 6
+
+
+def test_without_validation_rows_the_prompts_are_training_rows(tmp_path, capsys):
+    fit(tmp_path, [make_monitor(every_n_steps=3)], data=SFTDataModule(character_tokenizer(), ROWS, batch_size=4))
+    assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["step 0:", "step 3:", "step 6:"]
+    first = json.loads((tmp_path / "generations" / "step_0.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == "q0"
+
+
+def test_a_failing_reward_is_shown_and_training_goes_on(tmp_path):
+    def broken(response, ground_truth):
+        raise KeyError("verifier")
+
+    with pytest.warns(UserWarning, match=r"reward function failed on 3 of 3 examples.*KeyError: 'verifier'.*q0"):
+        _, trainer = fit(tmp_path, [make_monitor(reward_fn=broken)])
+    assert trainer.global_step == 6
+    assert trainer.callback_metrics["val/reward_failures"] == 3
+
+
+def test_predict_returns_and_writes_a_record_for_each_row(tmp_path, capsys):
+    module = SFTModule(tiny_model())
+    rows = [{"prompt": f"p{i}"} for i in range(5)]
+    data = SFTDataModule(character_tokenizer(), predict_data=rows, batch_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[make_monitor()],
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    batches = trainer.predict(module, data)
+    assert [record.prompt for batch in batches for record in batch] == ["p0", "p1", "p2", "p3", "p4"]
+    lines = [json.loads(line) for line in (tmp_path / "generations" / "predict.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["p0", "p1", "p2", "p3", "p4"]
+    assert {line["reward"] for line in lines} == {None}
+
+
+def test_test_reports_loss_and_rewards_over_all_rows(tmp_path):
+    module = SFTModule(tiny_model())
+    data = SFTDataModule(character_tokenizer(), test_data=ROWS, batch_size=4)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[make_monitor()],
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    (metrics,) = trainer.test(module, data, verbose=False)
+    assert metrics.keys() >= {"test/loss", "test/perplexity", "test/token_accuracy", "test/answer_reward"}
+    assert len((tmp_path / "generations" / "test_step_0.jsonl").read_text().splitlines()) == 12
+
+
+def test_fast_dev_run_generates_but_writes_nothing(tmp_path):
+    fit(tmp_path, [make_monitor(), LastCheckpoint()], fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_monitor_without_an_sft_datamodule_says_so(tmp_path):
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[make_monitor()], max_steps=1)
+    with pytest.raises(ValueError, match="`GenerationMonitor` takes its prompts from an `SFTDataModule`"):
+        trainer.validate(SFTModule(tiny_model()), torch.utils.data.DataLoader([1]))
+
+
+def test_table_cells_are_escaped_and_long_texts_cut():
+    record = GenerationRecord("p" * 700, "a|b\n<script>*x*", None, None, None, None, 0.5, 3, "eos")
+    _, header, rule, line = markdown_table([record]).split("\n")
+    assert header.count("|") == rule.count("|") == line.count("|") == 8
+    assert "a&#124;b<br>&#60;script&#62;&#42;x&#42;" in line
+    assert "… " + "p" * 600 + " " in line
+
+
+def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_path):
+    data = SFTDataModule(character_tokenizer(), ROWS, batch_size=4)
+    _, trainer = fit(tmp_path, [LastCheckpoint(every_n_steps=2)], data=data, max_steps=5)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == trainer.global_step == 5
+    assert checkpoint["SFTDataModule"]["step"] == 5
+
+
+def test_throughput_counts_real_tokens(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("lightning_sft.callbacks.progress.time.perf_counter", lambda: next(clock))
+    data = SFTDataModule(character_tokenizer(), ROWS, batch_size=12)
+    fit(tmp_path, [TokenThroughput()], CSVLogger(tmp_path), data, max_steps=1)
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    num_tokens = sum(len(row["prompt"]) + len(row["output"]) for row in ROWS)  # inputs: EOS is only a label
+    assert float(row["train/tokens_per_second"]) == num_tokens / 2
+    assert not math.isnan(float(row["train/loss"]))
+
+
+@pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "batch_size"])
+def test_bad_numbers_are_named(name):
+    with pytest.raises(ValueError, match=f"`{name}` is 0, expected at least 1"):
+        GenerationMonitor(**{name: 0})

@@ -1,0 +1,183 @@
+"""Generation records against a naive decoder, and a model left as it was found."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import character_tokenizer, tiny_model
+
+from lightning_sft import GenerationRecord, Sampling, log_generations
+from lightning_sft.generation import summarize
+
+PROMPTS = ["a", "abcdef", "xy"]
+EOS = 128
+
+
+def length_reward(response, ground_truth):
+    return {"format_reward": 1.0, "answer_reward": float(len(response) > 5), "reward": 0.5}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(3)
+    model = tiny_model(initializer_range=0.3)
+    model.lm_head.weight.data[128:] = 0.0  # special tokens do not win by chance
+    return model
+
+
+def generate(model, prompts=PROMPTS, reward_fn=length_reward, tokenizer=None, ground_truths=None, **sampling):
+    tokenizer = tokenizer or character_tokenizer()
+    sampling = Sampling(**({"max_new_tokens": 12} | sampling))
+    return log_generations(
+        model, tokenizer, prompts, ground_truths or ["g"] * len(prompts), reward_fn, sampling=sampling, batch_size=2
+    )
+
+
+def greedy(model, prompt, max_new_tokens):
+    """One token at a time, no cache, no padding; with the mean entropy of the distributions drawn from."""
+    ids, entropies = [ord(char) for char in prompt], []
+    model.eval()
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        entropies.append(-sum(x * math.log(x) for x in p.tolist()))
+        ids.append(int(p.argmax()))
+        if ids[-1] == EOS:
+            break
+    return ids[len(prompt) :], sum(entropies) / len(entropies)
+
+
+def test_log_generations_equals_greedy_decoding_one_token_at_a_time(model):
+    records, _ = generate(model)
+    for prompt, record in zip(PROMPTS, records, strict=True):
+        ids, entropy = greedy(model, prompt, 12)
+        assert record.prompt == prompt
+        assert record.response == "".join(map(chr, ids))
+        assert record.response_length == len(ids)
+        assert record.token_entropy == pytest.approx(entropy, rel=1e-5)
+
+
+def test_a_response_ends_in_eos_or_a_stop_string_or_at_its_longest(model):
+    ids, _ = greedy(model, "a", 12)
+    assert EOS not in ids
+    (record,) = generate(model, ["a"])[0]
+    assert (record.stop_reason, record.response_length) == ("length", 12)
+    stop = record.response[3:5]
+    (stopped,) = generate(model, ["a"], stop_strings=[stop])[0]
+    assert stopped.response == record.response[: record.response.index(stop) + 2]
+    assert (stopped.stop_reason, stopped.response_length) == ("stop", len(stopped.response))
+    model.lm_head.weight.data[EOS] = model.lm_head.weight.data[ids[4]] * 1.5  # EOS now wins where the fifth token did
+    ended_ids, _ = greedy(model, "a", 12)
+    assert ended_ids[-1] == EOS
+    (ended,) = generate(model, ["a"])[0]
+    assert (ended.stop_reason, ended.response_length) == ("eos", len(ended_ids))
+    assert len(ended.response) == len(ended_ids) - 1
+
+
+def test_sampling_follows_its_own_seed_only(model):
+    def responses(seed, ambient):
+        torch.manual_seed(ambient)
+        return [record.response for record in generate(model, temperature=1.0, seed=seed)[0]]
+
+    assert responses(1, ambient=5) == responses(1, ambient=6)
+    assert responses(1, ambient=5) != responses(2, ambient=5)
+    assert responses(1, ambient=5) != [record.response for record in generate(model)[0]]
+
+
+def test_log_generations_leaves_modes_tokenizer_and_randomness_as_they_were(model):
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    settings, tokenizer = model.generation_config.to_dict(), character_tokenizer()
+    tokenizer_before, state = tokenizer.backend_tokenizer.to_str(), torch.get_rng_state()
+    generate(model, tokenizer=tokenizer, temperature=1.0)
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config.to_dict() == settings
+    assert tokenizer.backend_tokenizer.to_str() == tokenizer_before
+    assert (tokenizer.pad_token, tokenizer.padding_side) == (None, character_tokenizer().padding_side)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_everything_is_put_back_when_generation_fails(model):
+    model.train()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"Prompts have \[70\] tokens; expected .* fewer than the model's 64"):
+        generate(model, ["p" * 70])
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generation_stops_where_the_model_has_no_more_positions(model):
+    (record,) = generate(model, ["p" * 60])[0]
+    assert record.response_length == 4
+
+
+def test_a_prompt_without_tokens_is_refused_and_a_bos_alone_is_enough(model):
+    with pytest.raises(ValueError, match=r"Prompts have \[0\] tokens; expected at least 1"):
+        generate(model, [""])
+    assert generate(model, [""], tokenizer=character_tokenizer(bos=True))[0][0].response_length == 12
+
+
+def test_a_reward_that_fails_is_recorded_and_counts_as_zero(model):
+    def fragile(response, ground_truth):
+        if ground_truth == "bad":
+            raise RuntimeError("no verifier")
+        return {"reward": 1.0} if ground_truth == "keys" else length_reward(response, ground_truth)
+
+    records, summary = generate(model, reward_fn=fragile, ground_truths=["bad", "keys", "fine"])
+    assert records[0].reward_error == "RuntimeError: no verifier"
+    assert "fragile" in records[1].reward_error
+    assert "answer_reward" in records[1].reward_error
+    assert [record.reward for record in records] == [0.0, 0.0, 0.5]
+    assert records[2].reward_error is None
+    assert summary["reward_failures"] == 2
+
+
+def test_without_ground_truth_nothing_is_scored(model):
+    records, summary = generate(model, reward_fn=None, ground_truths=[None] * 3)
+    assert {record.reward for record in records} == {None}
+    assert math.isnan(summary["reward"])
+    assert summary["response_length"] == 12
+
+
+def test_the_summary_divides_lengths_by_correctness():
+    def record(answer, length, entropy):
+        return GenerationRecord("p", "r", "g", 1.0, answer, answer / 2, entropy, length, "eos")
+
+    summary = summarize([record(1.0, 10, 0.5), record(0.0, 4, 1.5), record(0.0, 7, 4.0)])
+    assert summary == pytest.approx(
+        {
+            "reward": 1 / 6,
+            "answer_reward": 1 / 3,
+            "format_reward": 1.0,
+            "response_length": 7.0,
+            "response_length_correct": 10.0,
+            "response_length_incorrect": 5.5,
+            "response_entropy": 2.0,
+            "reward_failures": 0.0,
+        }
+    )
+
+
+def test_records_are_written_one_json_object_a_line(model, tmp_path):
+    path = tmp_path / "new" / "records.jsonl"
+    records, _ = log_generations(
+        model, character_tokenizer(), ["a\nb", "ü"], ["1", "2"], length_reward, sampling=Sampling(3), path=path
+    )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["a\nb", "ü"]
+    assert json.loads(lines[0]) == vars(records[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)]
+)
+def test_bad_sampling_parameters_are_named(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}, expected"):
+        Sampling(**{name: value})
+
+
+def test_prompts_and_ground_truths_must_pair_up(model):
+    with pytest.raises(ValueError, match="There are 3 `prompts`, but 1 `ground_truths`"):
+        generate(model, ground_truths=["g"])

@@ -1,0 +1,250 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from adapters import run_compute_entropy, run_get_response_log_probs
+from conftest import tiny_model
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from lightning_sft.log_probs import compute_entropy, get_response_log_probs
+
+INF = math.inf
+
+
+def entropy_by_hand(logits: list[float]) -> float:
+    """`-sum_v p_v log p_v` in Python's floats, a term without probability left out."""
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    probabilities = [weight / math.fsum(weights) for weight in weights]
+    return -math.fsum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def entropies_by_hand(logits: Tensor) -> Tensor:
+    return torch.tensor([[entropy_by_hand(position) for position in row] for row in logits.tolist()])
+
+
+class Recorded(nn.Module):
+    """Anything with a `.logits` in its output; takes nothing but `input_ids`, by position."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits, self.seen = logits, None
+
+    def forward(self, input_ids: Tensor, /) -> SimpleNamespace:
+        self.seen = input_ids
+        return SimpleNamespace(logits=self.logits)
+
+
+class Bigram(nn.Module):
+    """Logits are a row of a table."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def llama_and_ids() -> tuple[nn.Module, Tensor, Tensor]:
+    """A Llama whose distributions are far from uniform, and random tokens."""
+    torch.manual_seed(0)
+    model = tiny_model(initializer_range=0.5)
+    tokens = torch.randint(131, (2, 8))
+    return model, tokens[:, :-1], tokens[:, 1:]
+
+
+def naive_log_probs(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """The logarithm of the softmax, in float64, picked out one by one."""
+    probabilities = model(input_ids).logits.double().softmax(dim=-1)
+    rows = [
+        [probabilities[row, position, label].log() for position, label in enumerate(row_labels)]
+        for row, row_labels in enumerate(labels.tolist())
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def test_compute_entropy_equals_the_published_snapshot(shared_data):
+    torch.manual_seed(42)
+    expected = np.load(shared_data / "cs336_snapshots" / "test_compute_entropy.npz")["array"]
+    torch.testing.assert_close(run_compute_entropy(torch.randn(2, 10, 100)), torch.from_numpy(expected))
+
+
+def test_compute_entropy_equals_the_sum_by_hand():
+    logits = 3 * torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(compute_entropy(logits), entropies_by_hand(logits))
+
+
+def test_compute_entropy_of_three_known_distributions():
+    probabilities = torch.tensor([[[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.0, 1.0]]])
+    expected = torch.tensor([[1.0, 1.5, 0.0]]) * math.log(2)  # 1, 1.5 and 0 bits
+    torch.testing.assert_close(compute_entropy(probabilities.log()), expected)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 1000])
+def test_compute_entropy_of_a_uniform_distribution_is_the_log_of_its_size(vocab_size):
+    entropy = compute_entropy(torch.full((1, 2, vocab_size), -7.0))
+    torch.testing.assert_close(entropy, torch.full((1, 2), math.log(vocab_size)))
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1e8, -1e30])
+def test_compute_entropy_loses_no_digits_to_huge_logits(offset):
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) + offset  # rounded before both
+    torch.testing.assert_close(compute_entropy(logits), entropies_by_hand(logits))
+
+
+def test_compute_entropy_of_logits_very_far_apart_is_zero():
+    logits = torch.tensor([[[1e4, -1e4, 0.0], [3e38, -3e38, 0.0]]])
+    torch.testing.assert_close(compute_entropy(logits), torch.zeros(1, 2))
+
+
+def test_compute_entropy_adds_nothing_for_logits_of_minus_infinity():
+    logits = torch.tensor([[[0.3, -INF, 1.1, -INF], [-INF, 5.0, -INF, -INF]]])
+    torch.testing.assert_close(compute_entropy(logits), torch.tensor([[entropy_by_hand([0.3, 1.1]), 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compute_entropy_upcasts_half_precision_before_anything_else(dtype):
+    logits = (3 * torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))).to(dtype)
+    torch.testing.assert_close(compute_entropy(logits), entropies_by_hand(logits))  # float32, to its precision
+
+
+def test_compute_entropy_keeps_float64():
+    logits = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = Categorical(logits=logits).entropy()
+    torch.testing.assert_close(compute_entropy(logits), expected, rtol=1e-12, atol=0)
+
+
+def test_compute_entropy_has_the_gradient_of_finite_differences():
+    logits = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(compute_entropy, (logits,))
+
+
+def test_compute_entropy_with_logits_of_minus_infinity_has_the_gradient_of_the_others_alone():
+    upstream = torch.tensor([[100.0, -100.0]])
+    some = torch.tensor([[[0.3, -INF, 1.1], [-INF, -INF, 5.0]]], requires_grad=True)
+    compute_entropy(some).backward(upstream)
+    alone = torch.tensor([[[0.3, 1.1]]], requires_grad=True)
+    compute_entropy(alone).backward(upstream[:, :1])
+    first, second = alone.grad.flatten().tolist()
+    torch.testing.assert_close(some.grad, torch.tensor([[[first, 0.0, second], [0.0, 0.0, 0.0]]]))
+    assert first != 0
+
+
+def test_compute_entropy_has_a_finite_gradient_for_huge_logits():
+    logits = torch.tensor([[[1e4, 1e4 - 1, -1e4], [3e38, -3e38, 0.0]]], requires_grad=True)
+    compute_entropy(logits).backward(torch.full((1, 2), 100.0))
+    q = 1 / (1 + math.e)  # of the second logit; dH / dx_v = -p_v (log p_v + H), here +- 100 q (1 - q)
+    expected = 100 * q * (1 - q)
+    torch.testing.assert_close(logits.grad, torch.tensor([[[-expected, expected, 0.0], [0.0, 0.0, 0.0]]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_get_response_log_probs_equals_the_naive_formula(dtype):
+    model, input_ids, labels = llama_and_ids()
+    model = model.to(dtype)
+    with torch.no_grad():
+        scores = run_get_response_log_probs(model, input_ids, labels, True)
+        exact = Categorical(logits=model(input_ids).logits.double())
+        naive = naive_log_probs(model, input_ids, labels)
+    torch.testing.assert_close(scores["log_probs"], exact.log_prob(labels).to(dtype))
+    torch.testing.assert_close(scores["log_probs"], naive.to(dtype))
+    torch.testing.assert_close(scores["token_entropy"], exact.entropy().to(dtype))
+    assert exact.entropy().std() > 0.05  # not all alike, or the test would say little
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("top1", [True, False])
+def test_get_response_log_probs_returns_only_what_is_asked_for(entropy, top1):
+    model, labels = Recorded(torch.zeros(2, 3, 5)), torch.zeros(2, 3, dtype=torch.int64)
+    scores = get_response_log_probs(model, labels, labels, return_token_entropy=entropy, return_is_top1=top1)
+    assert set(scores) == {"log_probs"} | ({"token_entropy"} if entropy else set()) | ({"is_top1"} if top1 else set())
+    assert {tensor.shape for tensor in scores.values()} == {(2, 3)}
+
+
+def test_get_response_log_probs_by_default_returns_no_metric():
+    labels = torch.zeros(1, 1, dtype=torch.int64)
+    assert list(get_response_log_probs(Recorded(torch.zeros(1, 1, 5)), labels, labels)) == ["log_probs"]
+
+
+def test_get_response_log_probs_reads_the_logits_of_any_module_called_with_input_ids():
+    probabilities = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]])
+    model, input_ids = Recorded(probabilities.log()), torch.tensor([[2, 0]])
+    scores = get_response_log_probs(model, input_ids, torch.tensor([[1, 1]]), return_is_top1=True)
+    assert model.seen is input_ids
+    torch.testing.assert_close(scores["log_probs"], torch.tensor([[math.log(0.25), math.log(0.75)]]))
+    assert scores["is_top1"].tolist() == [[False, True]]
+
+
+def test_get_response_log_probs_passes_further_arguments_to_the_model():
+    model, input_ids, labels = llama_and_ids()
+    positions = torch.arange(7).flip(0).expand(2, 7)
+    with torch.no_grad():
+        given = get_response_log_probs(model, input_ids, labels, position_ids=positions)["log_probs"]
+        expected = model(input_ids, position_ids=positions).logits.log_softmax(dim=-1)
+    torch.testing.assert_close(given, expected.gather(-1, labels[..., None])[..., 0])
+
+
+def test_get_response_log_probs_upcasts_half_precision_before_anything_else():
+    logits = (3 * torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))).bfloat16()
+    labels = torch.arange(10).view(2, 5)
+    scores = get_response_log_probs(Recorded(logits), labels, labels, return_token_entropy=True)
+    exact = Categorical(logits=logits.double())
+    torch.testing.assert_close(scores["log_probs"], exact.log_prob(labels).float())
+    torch.testing.assert_close(scores["token_entropy"], exact.entropy().float())
+
+
+@pytest.mark.parametrize("logits", [[1e4, 1e4 - 1, -1e4], [-1e30, -1e30, 2.0], [0.0, -INF, 3.0]])
+def test_get_response_log_probs_stays_finite_for_huge_logits(logits):
+    given = torch.tensor([[logits, logits]], requires_grad=True)
+    labels = torch.tensor([[0, 2]])
+    log_probs = get_response_log_probs(Recorded(given), labels, labels)["log_probs"]
+    exact = Categorical(logits=torch.tensor([[logits, logits]], dtype=torch.float64), validate_args=False)
+    torch.testing.assert_close(log_probs.double(), exact.log_prob(labels), rtol=1e-6, atol=1e-3)  # 1e4 has 1e-3 digits
+    log_probs.sum().backward()
+    expected = torch.eye(3)[labels] - exact.probs
+    torch.testing.assert_close(given.grad.double(), expected.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_get_response_log_probs_carries_the_gradient_of_the_naive_formula_for_any_upstream_gradient():
+    model, input_ids, labels = llama_and_ids()
+    model = model.double()
+    upstream = torch.randn(2, 7, dtype=torch.float64)
+    scores = get_response_log_probs(model, input_ids, labels, return_token_entropy=True, return_is_top1=True)
+    parameters = dict(model.named_parameters())
+    given = torch.autograd.grad(scores["log_probs"], parameters.values(), upstream)
+    naive = torch.autograd.grad(naive_log_probs(model, input_ids, labels), parameters.values(), upstream)
+    for name, ours, expected in zip(parameters, given, naive, strict=True):
+        torch.testing.assert_close(ours, expected, msg=lambda text, name=name: f"{name}: {text}")
+        assert expected.abs().max() > 1e-6, name
+
+
+def test_get_response_log_probs_has_the_gradient_of_finite_differences():
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    input_ids, labels = torch.tensor([[0, 1, 2], [4, 4, 3]]), torch.tensor([[1, 2, 2], [4, 3, 0]])
+
+    def log_probs(table: Tensor) -> Tensor:
+        return get_response_log_probs(Bigram(table), input_ids, labels)["log_probs"]
+
+    assert torch.autograd.gradcheck(log_probs, (table,))
+
+
+def test_get_response_log_probs_detaches_its_metrics_alone():
+    logits, labels = torch.randn(1, 2, 5, requires_grad=True), torch.zeros(1, 2, dtype=torch.int64)
+    scores = get_response_log_probs(Recorded(logits), labels, labels, return_token_entropy=True, return_is_top1=True)
+    assert {name: tensor.requires_grad for name, tensor in scores.items()} == {
+        "log_probs": True,
+        "token_entropy": False,
+        "is_top1": False,
+    }
+
+
+def test_get_response_log_probs_masks_nothing():
+    model, input_ids, labels = llama_and_ids()
+    with torch.no_grad():
+        whole = get_response_log_probs(model, input_ids, labels)["log_probs"]
+        first = get_response_log_probs(model, input_ids[:, :3], labels[:, :3])["log_probs"]
+    assert (whole < 0).all()
+    torch.testing.assert_close(whole[:, :3], first)  # causal: what comes after changes nothing
