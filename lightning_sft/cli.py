@@ -2,10 +2,12 @@
 
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
@@ -47,17 +49,28 @@ class SFTCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep what the user says: Lightning would let the checkpoint's hyperparameters override it (#20801)."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer, without the callbacks that its switches turn off (Lightning would refuse them)."""
+        if self.subcommand != "fit":  # the checkpoint comes from another run's folder, and no best one is looked for
+            warnings.filterwarnings("ignore", "The dirpath has changed")
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        for switch, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+            if config.get(switch) is False or config.get("barebones"):
+                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+        return self._instantiate_trainer(config, callbacks)
+
     def after_fit(self) -> None:
         """Say where everything is."""
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # `log_dir` is a collective
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         places = {"Run": folder, "Generations": folder / "generations"}
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
-                places["Last checkpoint"] = callback.path(self.trainer)
-            elif getattr(callback, "best_model_path", ""):
-                places["Best checkpoint"] = Path(callback.best_model_path)
+                places["Last checkpoint"] = folder / "checkpoints" / "last.ckpt"
+            elif best := getattr(callback, "best_model_path", ""):
+                places["Best checkpoint"] = Path(best)
         lines = [f"{name + ':':<17}{_relative(path)}" for name, path in places.items()]
         print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {_relative(folder.parent)}"]))
 

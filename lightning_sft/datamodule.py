@@ -96,10 +96,14 @@ class SFTDataModule(L.LightningDataModule):
         self._tokenizer = tokenizer
         self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
         self._row_format = RowFormat(prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
-        self._encode_options = {"max_length": max_length, "too_long": too_long, "append_eos": append_eos}
+        self._encode_options: dict[str, Any] = {
+            "max_length": max_length,
+            "too_long": too_long,
+            "append_eos": append_eos,
+        }
         self._num_proc = num_proc
         self._val_fraction = val_fraction
-        self._batch_rule = {
+        self._batch_rule: dict[str, Any] = {
             "batch_size": batch_size,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "max_tokens_per_microbatch": max_tokens_per_microbatch,
@@ -218,7 +222,7 @@ class SFTDataModule(L.LightningDataModule):
         self._restore_trainer()
         limit, num_steps = trainer.limit_train_batches, self._plan("train").steps_per_epoch
         limit = limit if isinstance(limit, int) else max(1, int(limit * num_steps))
-        shuffle = trainer.overfit_batches == 0
+        shuffle = trainer.overfit_batches == 0  # type: ignore[attr-defined]
         self._plans["train"] = self._plan("train", shuffle=shuffle, limit_steps_per_epoch=limit)
         self._show_one_long_epoch(self._plans["train"].steps_per_epoch)
 

@@ -179,7 +179,7 @@ def open_sources(data: Data, argument: str) -> list[Source]:
     elif isinstance(data, Sequence) and all(isinstance(item, str | Path) for item in data):
         sources = [source for name in data for source in _open_name(str(name), argument)]
     elif isinstance(data, Sequence) and all(isinstance(item, Mapping) for item in data):
-        rows = [_json_row(f"row {number}", row) for number, row in enumerate(data, 1)]
+        rows = [_json_row(f"row {number}", dict(row)) for number, row in enumerate(data, 1)]
         sources = [Source(f"`{argument}`", Dataset.from_list(rows, _JSON_FEATURES), is_json=True)]
     else:
         raise TypeError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ def log_generations(
             entropies = _mean_entropies(model, batch, [ids for ids, _ in responses], pad_token_id(tokenizer))
             for index, (ids, stop_reason), entropy in zip(indices, responses, entropies, strict=True):
                 without_eos = ids[:-1] if stop_reason == "eos" else ids
-                response = tokenizer.decode(without_eos, skip_special_tokens=False)
+                response = str(tokenizer.decode(without_eos, skip_special_tokens=False))
                 rewards, error = _score(reward_fn, response, ground_truths[index])
                 records[index] = GenerationRecord(
                     prompt=prompts[index],
@@ -221,6 +222,7 @@ def _generate(
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     eos_ids = _eos_ids(model, tokenizer)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
         max_new_tokens=room,
         do_sample=sampling.temperature > 0,
@@ -230,14 +232,10 @@ def _generate(
         num_beams=1,
         repetition_penalty=1.0,  # the model's own recommendation would otherwise apply
         stop_strings=sampling.stop_strings,
-        **(
-            {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            if sampling.temperature
-            else {}
-        ),
+        **(drawn if sampling.temperature > 0 else {}),
     )
     stopping = {"tokenizer": tokenizer} if sampling.stop_strings else {}
-    output = model.generate(input_ids, attention_mask=mask, generation_config=config, **stopping)
+    output = cast(Any, model).generate(input_ids, attention_mask=mask, generation_config=config, **stopping)
     return [_cut(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
 
 

@@ -1,7 +1,7 @@
 """`SFTModule`: one `training_step` is one optimizer step."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast, get_args
 
@@ -22,11 +22,6 @@ from lightning_sft.losses import LossNormalization, masked_normalize, sft_loss
 Batch = dict[str, Any]
 
 
-def adamw(params: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """The default optimizer: AdamW with learning rate 1e-5, betas 0.9 and 0.95, no weight decay."""
-    return torch.optim.AdamW(params, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
-
-
 class SFTModule(L.LightningModule):
     """Fine-tunes a causal language model on the responses of prompt/output pairs.
 
@@ -41,7 +36,7 @@ class SFTModule(L.LightningModule):
             summed over each response, divided by `normalize_constant`, averaged over the step's sequences.
         normalize_constant: Divides the loss under `sequence`.
         max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
-        optimizer: Any torch optimizer, by class path, and its arguments.
+        optimizer: Any torch optimizer, by class path, and its arguments. Default: AdamW without weight decay, 1e-5.
         lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
         warmup_steps: Optimizer steps over which the learning rate rises; below 1: a share of the run.
         lr_scheduler_kwargs: Further arguments of the schedule.
@@ -62,7 +57,7 @@ class SFTModule(L.LightningModule):
         loss_normalization: LossNormalization = "token",
         normalize_constant: float = 1.0,
         max_grad_norm: float | None = 1.0,
-        optimizer: OptimizerCallable = adamw,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
         lr_scheduler: str = "cosine",
         warmup_steps: float = 0.03,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
@@ -84,7 +79,10 @@ class SFTModule(L.LightningModule):
         )
         self.automatic_optimization = False
         self._source = model
-        self._loss_options = {"loss_normalization": loss_normalization, "normalize_constant": normalize_constant}
+        self._loss_options: dict[str, Any] = {
+            "loss_normalization": loss_normalization,
+            "normalize_constant": normalize_constant,
+        }
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
         self._schedule = (lr_scheduler, warmup_steps, lr_scheduler_kwargs)
@@ -126,7 +124,7 @@ class SFTModule(L.LightningModule):
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        num_embeddings = self.model.get_input_embeddings().num_embeddings
+        num_embeddings = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
         if tokenizer is not None and len(tokenizer) > num_embeddings:
             raise ValueError(
                 f"The tokenizer has {len(tokenizer)} tokens, but the model only {num_embeddings} embeddings. "
@@ -249,7 +247,7 @@ class SFTModule(L.LightningModule):
     def _evaluate(self, stage: str, batch: Batch) -> None:
         for microbatch in batch["microbatches"]:
             scores = self._score(microbatch, return_token_entropy=True, return_is_top1=True)
-            self.metrics[stage].update(**scores, response_mask=microbatch["response_mask"])
+            cast(ResponseMetrics, self.metrics[stage]).update(**scores, response_mask=microbatch["response_mask"])
 
     def _log_metrics(self, stage: str) -> None:
         metrics = cast(ResponseMetrics, self.metrics[stage])

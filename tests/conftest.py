@@ -1,14 +1,15 @@
 """Tiny models and tokenizers built in process; real data where it lies beside the checkout."""
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub; read when its client is imported
+
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 

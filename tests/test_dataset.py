@@ -1,6 +1,6 @@
 import codecs
+import copy
 import csv
-import functools
 import importlib
 import json
 import os
@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pytest
 from conftest import character_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lightning_sft import dataset
 from lightning_sft.dataset import EncodedRows, RowFormat, encode_rows, open_sources
@@ -135,6 +136,7 @@ DATA: dict[str, Callable[[Path], object]] = {
     "folder and split": lambda folder: folder_of_a_data_set(folder) + "::train",
     "folder, configuration and slice": lambda folder: folder_of_a_data_set(folder) + ":default:train[:3]",
     "list of dictionaries": lambda folder: ROWS,
+    "tuple of mappings": lambda folder: tuple(map(MappingProxyType, ROWS)),
     "data set": lambda folder: Dataset.from_list(ROWS),
     "formatted data set": lambda folder: Dataset.from_list(ROWS).with_format("arrow"),
     "part of a data set": lambda folder: Dataset.from_list([ROWS[1], *ROWS]).select([1, 0, 3]),
@@ -154,13 +156,11 @@ def test_columns_that_are_not_asked_for_may_hold_anything():
     assert encode([ROWS[0] | {"only here": 1}, *ROWS[1:]]).dataset[:] == ENCODED
 
 
-@pytest.mark.parametrize("write_row", [write_lines, write_csv])
-def test_only_a_line_feed_ends_a_line(tmp_path, write_row, monkeypatch):
-    row = {"prompt": "p", "output": "a\u2028b\u2029c\x85d"}
-    monkeypatch.setattr(json, "dumps", functools.partial(json.dumps, ensure_ascii=False))
-    path = write_row(tmp_path / ("rows.jsonl" if write_row is write_lines else "rows.csv"), row)
-    assert "\u2028" in Path(path).read_text(encoding="utf-8")
-    assert encode(path).dataset["output"][:] == [row["output"]]
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_only_a_line_feed_ends_a_line(tmp_path, name):
+    text = "a\u2028b\u2029c\x85d"
+    line = f"prompt,output\np,{text}" if name == "rows.csv" else f'{{"prompt": "p", "output": "{text}"}}'
+    assert encode(write(tmp_path / name, line + "\n")).dataset["output"][:] == [text]
 
 
 def test_a_long_field_of_a_csv_file_is_read_and_the_limit_of_other_readers_is_left_alone(tmp_path):
@@ -739,35 +739,68 @@ def test_using_the_tokenizer_in_between_changes_nothing(tokenised):
     assert len(tokenised) == 3
 
 
+class PythonTokenizer(PreTrainedTokenizer):
+    """One token a letter, without the `tokenizers` library."""
+
+    def __init__(self, letters: str, **options: object) -> None:
+        self.letters = letters
+        super().__init__(eos_token=letters[0], **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: index for index, letter in enumerate(self.letters)}
+
+    def _tokenize(self, text: str, **options: object) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.letters.index(token)
+
+
+def test_a_tokenizer_written_in_python_is_known_by_its_vocabulary_and_options(tokenised):
+    rows = [{"prompt": "a", "output": "b"}]
+    for again in (False, True):
+        assert encode(rows, PythonTokenizer(".ab")).dataset["input_ids"][:] == [[1, 2, 0]]
+        assert encode(rows, PythonTokenizer(".ba")).dataset["input_ids"][:] == [[2, 1, 0]]
+        assert encode(rows, PythonTokenizer(".ab", lower=True)).dataset["input_ids"][:] == [[1, 2, 0]]
+        assert len(tokenised) == 3, again
+
+
+def encode_in_three_ways(path: str) -> list[list[list[int]]]:
+    rows = [row | {"more": {"z": 1, "y": {"x": "w"}}} for row in ROWS]
+    options = {"prompt_template": "{prompt}.", "row_transform": copy.copy}
+    tokenizer = character_tokenizer(bos=True, pad=True)
+    return [
+        encode(data, tokenizer, **options).dataset["input_ids"][:] for data in (path, rows, Dataset.from_list(rows))
+    ]
+
+
 IN_ANOTHER_PROCESS = """
-import json, sys
-from conftest import character_tokenizer
-from lightning_sft import dataset
+import json, sys, test_dataset
 
-prompts, encode_examples = [], dataset.encode_examples
+def refuse(*_):
+    raise AssertionError("tokenised again")
 
-def spy(prompt_strs, *others):
-    prompts.extend(prompt_strs)
-    return encode_examples(prompt_strs, *others)
-
-dataset.encode_examples = spy
-rows = [{"prompt": "a", "output": "b", "more": {"z": 1, "y": {"x": 2}}}]
-for data in (sys.argv[1], rows, dataset.Dataset.from_list(rows)):
-    row_format = dataset.RowFormat(prompt_template="{prompt}.", row_transform=lambda row: row | {"set": {"y", "x"}})
-    encoded = dataset.encode_rows(dataset.open_sources(data, "data"), row_format, character_tokenizer(bos=True))
-print(json.dumps([len(prompts), encoded.dataset["input_ids"][:]]))
+test_dataset.dataset.encode_examples = refuse
+print(json.dumps(test_dataset.encode_in_three_ways(sys.argv[1])))
 """
 
 
-def test_another_process_tokenises_nothing_again(tmp_path):
+def test_another_process_tokenises_nothing_again(tmp_path, tokenised):
     path = write_lines(tmp_path / "rows.jsonl", *ROWS)
-    results = []
-    for seed in "12":
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-        command = [sys.executable, "-c", IN_ANOTHER_PROCESS, path]
-        done = subprocess.run(command, env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout))
-    assert results == [[5, [[129, 97, 46, 98, 128]]], [0, [[129, 97, 46, 98, 128]]]]
+    here = encode_in_three_ways(path)
+    assert len(tokenised) == 9
+    env = {
+        "PYTHONPATH": str(Path(__file__).parent),
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "PYTHONHASHSEED": "1",
+    }
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, path]
+    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout) == here
 
 
 # -- processes and memory ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from conftest import character_tokenizer, tiny_config, tiny_model
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -283,7 +283,7 @@ def test_max_time_ends_a_run_without_a_length(tmp_path):
 
 
 def test_a_schedule_over_a_run_without_a_length_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`lr_scheduler` is 'cosine'.*Set `max_steps`"):
+    with pytest.raises(ValueError, match=r"`lr_scheduler` is 'cosine'.*Set `max_steps`"):
         fit(tmp_path, SFTModule(tiny_config()), max_epochs=-1, max_time={"seconds": 1})
 
 

@@ -231,6 +231,12 @@ def test_encode_prompts_equals_what_a_real_tokenizer_does_of_its_own_accord(shar
     assert encode_prompts(prompts, tokenizer) == [tokenizer(prompt)["input_ids"] for prompt in prompts]
 
 
+def test_encode_prompts_adds_a_prefix_of_several_tokens_once_and_whole():
+    tokenizer = eos_adding_tokenizer("<eos> <bos> $A")
+    prompts = encode_prompts(["ab", "<eos><bos>ab", "<eos>ab", ""], tokenizer)
+    assert prompts == [[EOS, BOS, A, B], [EOS, BOS, A, B], [EOS, BOS, EOS, A, B], [EOS, BOS]]
+
+
 def test_encode_prompts_of_no_prompts_is_an_empty_list():
     assert encode_prompts([], character_tokenizer(bos=True)) == []
 

@@ -39,13 +39,9 @@ class LastCheckpoint(Checkpoint):
         """Save where the run ended."""
         self._save(trainer)
 
-    def path(self, trainer: L.Trainer) -> Path:
-        """Where the checkpoint is."""
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-
     def _save(self, trainer: L.Trainer) -> None:
-        path = self.path(trainer)  # asked for on every device
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` is a collective
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=False)

@@ -23,7 +23,7 @@ class StepProgressBar(RichProgressBar):
         """Without the version number, which says nothing here."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics  # type: ignore[return-value]
+        return metrics
 
 
 class TokenThroughput(L.Callback):

@@ -1,0 +1,208 @@
+"""The command line, its help, its errors and its configurations; two processes against one."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import character_tokenizer, tiny_model
+
+from lightning_sft.cli import build, main, quickstart_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 4), "ground_truth": f"{i}"} for i in range(13)]
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """A model, its tokenizer and files; the working directory is empty."""
+    torch.manual_seed(1)
+    tiny_model().save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    for name, rows in {"train": ROWS, "val": ROWS[:5], "prompts": [{"prompt": "q1"}, {"prompt": "q2"}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(sys, "argv", ["lightning-sft"])  # not pytest's arguments
+    return tmp_path
+
+
+def arguments(inputs, command="fit", **changes):
+    options = {
+        "model.model": inputs / "model",
+        "data.train_data": inputs / "train.jsonl",
+        "data.val_data": inputs / "val.jsonl",
+        "data.batch_size": 4,
+        "generation.sampling.max_new_tokens": 3,
+        "generation.num_prompts": 3,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.enable_progress_bar": False,
+        "trainer.logger": "CSVLogger",
+        "trainer.logger.save_dir": "runs",
+        "trainer.logger.name": "x",
+        "trainer.log_every_n_steps": 1,
+    } | changes
+    return [command, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_accepted_beside_the_quickstart(config, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft"])
+    with pytest.raises(SystemExit) as exit_info:
+        build(["fit", "--config", str(quickstart_config()), "--config", str(config), "--print_config"])
+    assert not exit_info.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+
+    def check(given, accepted, path):
+        for key, value in given.items():
+            assert key in accepted, f"{path}{key} is not a setting"
+            if isinstance(value, dict) and isinstance(accepted[key], dict):
+                check(value, accepted[key], f"{path}{key}.")
+            elif not isinstance(value, list | float | str):
+                assert accepted[key] == value
+
+    check(yaml.safe_load(config.read_text()), printed, "")
+
+
+def test_help_explains_every_setting_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft"])
+    with pytest.raises(SystemExit):
+        build(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--model.loss_normalization {token,sequence}",
+        "negative log-likelihood per response token of the optimizer step",
+        "--data.max_tokens_per_microbatch",
+        "Sequences per optimizer step, over all devices",
+        "--generation.sampling.temperature",
+        "0: greedy",
+        "--last_checkpoint.every_n_steps",
+    ):
+        assert words in text
+
+
+def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
+    build(
+        arguments(
+            inputs, **{"trainer.max_epochs": 2, "model.optimizer.lr": 0.01, "data.test_data": inputs / "val.jsonl"}
+        )
+    )
+    run = Path("runs/x/version_0")
+    told = capsys.readouterr().out
+    for line in (f"Generations:     {run}/generations", "Curves:          tensorboard --logdir runs/x", "last.ckpt"):
+        assert line in told
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert json.loads((run / "generations" / "step_8.jsonl").read_text().splitlines()[0])["prompt"] == "q0"
+    saved = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    validated = build(["validate", *saved]).trainer.callback_metrics
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    last_loss = [row["val/loss"] for row in rows if row["val/loss"]][-1]
+    assert validated["val/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
+    tested = build(["test", *saved]).trainer.callback_metrics
+    assert tested["test/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
+    build(["predict", *saved, "--data.predict_data", str(inputs / "prompts.jsonl")])
+    (written,) = Path("runs/x").glob("version_*/generations/predict.jsonl")
+    assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
+
+
+def test_values_that_two_parts_share_are_given_once(inputs):
+    cli = build(arguments(inputs, **{"data.seed": 7, "trainer.fast_dev_run": True}))
+    assert cli.config.fit.model.seed == 7
+    assert cli.config.fit.data.tokenizer == str(inputs / "model")
+    assert build(arguments(inputs, **{"seed_everything": 9, "trainer.fast_dev_run": True})).config.fit.data.seed == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.train_data": "none.jsonl"}, "`train_data` is 'none.jsonl', but there is no such file"),
+        ({"data.prompt_field": "question"}, "no value for `question` (`prompt_field`). The row has"),
+        ({"data.max_length": 4}, "exceed `max_length` = 4. Raise `max_length`, or set `too_long`"),
+        (
+            {"data.gradient_accumulation_steps": 2, "data.max_tokens_per_microbatch": 64},
+            "each alone decides the microbatches. Give one of them",
+        ),
+        ({"model.model": "no/model"}, "`tokenizer` is 'no/model', which cannot be loaded"),
+    ],
+)
+def test_a_user_s_mistake_ends_in_one_line(inputs, monkeypatch, changes, message):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *arguments(inputs, **changes)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert str(exit_info.value.code).startswith("lightning-sft: error: ")
+    assert message in str(exit_info.value.code)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model.lrr", "1"], "lrr"),
+        (["--trainer.max_step", "3"], "max_step"),  # no abbreviations
+        (["--data.batch_size", "many"], "data.batch_size"),
+        (["--data.too_long", "cut"], "data.too_long"),
+        (["--model.optimizer", "Adamm"], "Adamm"),
+        (["--config", "none.yaml"], "none.yaml"),
+    ],
+)
+def test_an_unknown_key_or_wrong_type_is_named(inputs, capsys, extra, message):
+    with pytest.raises(SystemExit) as exit_info:
+        build(arguments(inputs) + extra)
+    assert exit_info.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.splitlines()[-2:])
+
+
+def run_command(*words, cwd):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_sft", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_two_devices_equal_one(inputs):
+    """Losses, metrics, generations and weights; steps of 4 rows, the last one of 1, of which one device gets none."""
+    changes = {
+        "trainer.max_epochs": 2,
+        "model.optimizer": "SGD",
+        "model.optimizer.lr": 0.3,
+        "data.gradient_accumulation_steps": 2,
+    }
+    results = []
+    for devices, more in ((1, {}), (2, {"trainer.strategy": "ddp"})):
+        words = [*arguments(inputs, **changes, **more), "--trainer.devices", str(devices)]
+        words += ["--trainer.logger.name", f"on_{devices}"]
+        done = run_command(*words, cwd=inputs)
+        assert done.returncode == 0, done.stderr[-3000:]
+        run = inputs / "runs" / f"on_{devices}" / "version_0"
+        rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+        records = [json.loads(line) for line in (run / "generations" / "step_8.jsonl").read_text().splitlines()]
+        weights = torch.load(run / "checkpoints" / "last.ckpt")["state_dict"]
+        results.append((rows, records, weights))
+    (one, records_of_one, weights_of_one), (two, records_of_two, weights_of_two) = results
+    for name in (
+        "train/loss",
+        "train/token_entropy",
+        "train/grad_norm",
+        "val/loss",
+        "val/token_accuracy",
+        "val/reward",
+    ):
+        values = [[float(row[name]) for row in rows if row[name]] for rows in (one, two)]
+        assert len(values[0]) == (8 if "train" in name else 2 + (name == "val/reward"))
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert [record["response"] for record in records_of_one] == [record["response"] for record in records_of_two]
+    for name, weight in weights_of_one.items():
+        torch.testing.assert_close(weight, weights_of_two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_fit_without_arguments_is_the_quickstart(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit"])
+    monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
+    main()
+    assert sys.argv[2:] == ["--config", str(ROOT / "configs" / "quickstart.yaml")]
