@@ -1,5 +1,6 @@
 """The command line: `lightning-sft fit|validate|test|predict`."""
 
+import logging
 import sys
 import traceback
 import warnings
@@ -87,6 +88,14 @@ def quickstart_config() -> Path:
     return next(path for folder in folders if (path := folder / "quickstart.yaml").is_file())
 
 
+def _silence_lightning() -> None:
+    """Drop what Lightning prints that no user of this program can act on: advertisements, and its own deprecation."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
+
+
 def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> SFTCLI:
     """Parse arguments and build model, data and trainer; `run=False` does not start anything.
 
@@ -114,6 +123,7 @@ def main() -> None:
     """
     if sys.argv[1:] == ["fit"]:
         sys.argv += ["--config", str(quickstart_config())]
+    _silence_lightning()
     try:
         build()
     except (ValueError, TypeError, FileNotFoundError) as error:

@@ -20,9 +20,13 @@ class StepProgressBar(RichProgressBar):
         return "Training"
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Without the version number, which says nothing here."""
-        metrics = super().get_metrics(trainer, pl_module)
+        """The metrics by short names, without the version number, which says nothing here."""
+        metrics = {
+            name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
+        }
         metrics.pop("v_num", None)
+        if "tokens_per_second" in metrics:
+            metrics["tokens/s"] = f"{metrics.pop('tokens_per_second'):,.0f}"
         return metrics
 
 
