@@ -208,6 +208,8 @@ def test_plain_numbers_and_equal_text_never_start_math_verify(monkeypatch):
     assert r1_zero_reward(respond(r"\frac{1}{2}"), r"$\frac{1}{2}$") == RIGHT
     assert r1_zero_reward(respond("1,234"), "1234") == RIGHT
     assert r1_zero_reward(respond("1,235"), "1234") == WRONG
+    assert r1_zero_reward(respond("\N{MINUS SIGN}1,234"), "-1234.0") == RIGHT
+    assert r1_zero_reward(respond(r"\boxed{\text{paris}}"), "Paris") == RIGHT
     assert r1_zero_reward(respond("Rome"), "Paris") == WRONG
 
 
@@ -274,21 +276,29 @@ def test_an_interrupted_question_does_not_answer_the_next_one(short_limit, monke
     assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
 
 
-def _rewards_in_fork(connection) -> None:
-    connection.send([r1_zero_reward(respond(f"{n}/2"), str(n // 2)) for n in range(1, 9)])
+def test_an_idle_worker_is_kept(short_limit):
+    assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
+    process = rewards._workers[os.getpid()]._process
+    time.sleep(rewards.MATH_VERIFY_SECONDS + 0.5)
+    assert process.poll() is None
+
+
+def _send_rewards(connection) -> None:
+    connection.send([r1_zero_reward(respond(f"{n}/2"), rf"\frac{{{n + 1}}}{{2}}") for n in range(200)])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, by which notebooks use several GPUs")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python >= 3.12, as torch has started threads
-def test_a_forked_process_does_not_share_its_parents_worker():
+def test_a_forked_process_and_its_parent_do_not_get_each_others_replies():
     assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
     here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_rewards_in_fork, args=(there,))
+    child = multiprocessing.get_context("fork").Process(target=_send_rewards, args=(there,), daemon=True)
     child.start()
-    assert here.recv() == [WRONG, RIGHT] * 4
+    while not here.poll():
+        assert r1_zero_reward(respond("2/2"), r"\frac{4}{4}") == RIGHT
+    assert here.recv() == [WRONG] * 200
     child.join()
     assert child.exitcode == 0
-    assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
 
 
 def test_a_broken_math_verify_raises_instead_of_judging_everything_wrong(short_limit, monkeypatch, tmp_path):
