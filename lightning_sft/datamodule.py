@@ -256,9 +256,11 @@ class SFTDataModule(L.LightningDataModule):
         if fit_loop.min_epochs:
             epoch_loop.min_steps = max(epoch_loop.min_steps or 0, fit_loop.min_epochs * steps_per_epoch)
         fit_loop.max_epochs, fit_loop.min_epochs, epoch_loop.max_steps = -1, None, num_steps
-        trainer.val_check_interval, trainer.check_val_every_n_epoch = interval, None
         trainer.limit_train_batches = 1.0
-        if "val" not in self._rows:
+        trainer.val_check_interval = interval
+        if "val" in self._rows:
+            trainer.check_val_every_n_epoch = None  # the interval counts over the whole run
+        else:
             trainer.limit_val_batches = 0
 
     def _restore_trainer(self) -> None:
