@@ -24,7 +24,7 @@ RewardFunction = Callable[[str, str], Mapping[str, float]]
 REWARD_KEYS = ("format_reward", "answer_reward", "reward")
 MATH_VERIFY_SECONDS = 5.0  # per pair of answers; an ordinary one takes a hundredth
 
-_NUMBER = re.compile(r"[+-]?(?=[.\d])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,9})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(?=[.\d])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,9})?")
 _WORDS = re.compile(r"[a-z' ]*[a-z]{3}[a-z' ]*", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:boxed|text)\{(.*)\}|\\\[(.*)\\\]|\\\((.*)\\\)")
 _TWO_NUMBERS = re.compile(r"\d \d")
@@ -139,7 +139,7 @@ def _equal(answer: str, ground_truth: str) -> bool:
         return answer.casefold() == ground_truth.casefold()
     if _TWO_NUMBERS.search(answer) or _TWO_NUMBERS.search(ground_truth):  # math-verify adds them up: 10 4 = 14
         return False
-    # By process id: after a fork, parent and child must not share one pipe.
+    # By process id: a fork must share neither its parent's pipe nor a lock that another thread holds.
     return _workers.setdefault(os.getpid(), _MathVerify()).equal(answer, ground_truth)
 
 

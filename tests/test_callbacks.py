@@ -150,11 +150,14 @@ def test_a_monitor_without_an_sft_datamodule_says_so(tmp_path):
 
 
 def test_table_cells_are_escaped_and_long_texts_cut():
-    record = GenerationRecord("p" * 700, "a|b\n<script>*x*", None, None, None, None, 0.5, 3, "eos")
-    _, header, rule, line = markdown_table([record]).split("\n")
-    assert header.count("|") == rule.count("|") == line.count("|") == 8
-    assert "a&#124;b<br>&#60;script&#62;&#42;x&#42;" in line
-    assert "… " + "p" * 600 + " " in line
+    unscored = GenerationRecord("p" * 700, "a|b\n<script>*x*", None, None, None, None, 0.5, 3, "eos")
+    scored = GenerationRecord("p", "r", "g|h", 1.0, 0.0, 0.25, 0.5, 3, "length")
+    _, header, rule, first, second = markdown_table([unscored, scored]).split("\n")
+    assert {line.count("|") for line in (header, rule, first, second)} == {4}
+    assert "a&#124;b<br>&#60;script&#62;&#42;x&#42;" in first
+    assert "… " + "p" * 600 + " |" in first
+    assert first.endswith("| 3 tokens; 0.500 nats; ended by eos |")
+    assert "reward 0.25 (format 1, answer 0); expected g&#124;h; 3 tokens" in second
 
 
 def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_path):

@@ -110,7 +110,7 @@ def test_the_format_is_closed_reasoning_then_one_space_then_one_answer(response,
         ("9" * 5000, "9" * 5000 + ".0"),
         ("paris", "Paris"),
         (r"$\text{New  York}$", "New York"),
-        ("\u0661\u0664", "\u0661\u0664"),
+        ("\u0661\u0664", "14"),
         # Equal by math-verify.
         ("0.5", r"\frac{1}{2}"),
         (r"\frac{1}{2}", "0.5"),
@@ -183,6 +183,7 @@ def test_answers_that_mean_the_ground_truth_are_right(answer, ground_truth):
         ("sey", "yes"),
         ("Paris or Rome", "Paris"),
         ("y^2 + 1", "x^2+1"),
+        ("1", "2x + z = 1"),
         ("10 4", "14"),
         ("14", "10 4"),
         ("[1, 2]", "(1, 2)"),
@@ -283,22 +284,28 @@ def test_an_idle_worker_is_kept(short_limit):
     assert process.poll() is None
 
 
-def _send_rewards(connection) -> None:
-    connection.send([r1_zero_reward(respond(f"{n}/2"), rf"\frac{{{n + 1}}}{{2}}") for n in range(200)])
+def _send_reward(connection) -> None:
+    connection.send(r1_zero_reward(respond("0.5"), "1/2"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, by which notebooks use several GPUs")
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python >= 3.12, as torch has started threads
-def test_a_forked_process_and_its_parent_do_not_get_each_others_replies():
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python >= 3.12: there are threads
+def test_a_process_forked_while_a_question_is_open_does_not_wait_for_its_end(short_limit):
     assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_send_rewards, args=(there,), daemon=True)
-    child.start()
-    while not here.poll():
-        assert r1_zero_reward(respond("2/2"), r"\frac{4}{4}") == RIGHT
-    assert here.recv() == [WRONG] * 200
-    child.join()
-    assert child.exitcode == 0
+    worker = rewards._workers[os.getpid()]
+    with ThreadPoolExecutor(1) as pool:
+        open_question = pool.submit(r1_zero_reward, respond("9^{9^{9}}"), "14")
+        while not worker._lock.locked():
+            time.sleep(0.01)
+        here, there = multiprocessing.Pipe()
+        child = multiprocessing.get_context("fork").Process(target=_send_reward, args=(there,), daemon=True)
+        child.start()
+        assert here.poll(30)
+        assert here.recv() == RIGHT
+        child.join()
+        assert child.exitcode == 0
+        assert open_question.result() == WRONG
+    assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
 
 
 def test_a_broken_math_verify_raises_instead_of_judging_everything_wrong(short_limit, monkeypatch, tmp_path):

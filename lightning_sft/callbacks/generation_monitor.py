@@ -211,15 +211,23 @@ def _gather(trainer: L.Trainer, records: list[GenerationRecord]) -> list[list[Ge
 
 
 def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str:
-    """Records as a table for TensorBoard's text tab: texts escaped, long prompts cut in front, responses at the end."""
-    lines = ["| reward | response | ground truth | prompt | tokens | entropy | end |", "|" + "---|" * 7]
+    """Records as a table for TensorBoard's text tab: texts escaped, long prompts cut in front, responses at the end.
+
+    All numbers share one column: TensorBoard squeezes narrow ones until their words break.
+    """
+    lines = ["| prompt | response | result |", "|---|---|---|"]
     for record in records:
-        reward = "-" if record.reward is None else f"{record.reward:g}"
         prompt = record.prompt if len(record.prompt) <= limit else "… " + record.prompt[-limit:]
         response = record.response if len(record.response) <= limit else record.response[:limit] + " …"
-        texts = (_cell(text) for text in (response, record.ground_truth or "", prompt))
-        numbers = f"{record.response_length} | {record.token_entropy:.3f} | {record.stop_reason}"
-        lines.append(f"| {reward} | {' | '.join(texts)} | {numbers} |")
+        parts = [
+            f"{record.response_length} tokens",
+            f"{record.token_entropy:.3f} nats",
+            f"ended by {record.stop_reason}",
+        ]
+        if record.reward is not None:
+            shares = f"format {record.format_reward:g}, answer {record.answer_reward:g}"
+            parts = [f"reward {record.reward:g} ({shares})", f"expected {record.ground_truth}", *parts]
+        lines.append("| " + " | ".join(_cell(text) for text in (prompt, response, "; ".join(parts))) + " |")
     return "\n" + "\n".join(lines)
 
 
