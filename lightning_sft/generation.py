@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,7 +69,8 @@ class GenerationRecord:
         reward: The total. None without ground truth.
         token_entropy: Mean entropy of the next-token distribution over the response, in nats.
         response_length: Tokens generated, EOS included.
-        stop_reason: `eos`, `stop` (a stop string) or `length`.
+        stop_reason: `eos`, `stop` (a stop string), `length` (also where a prompt leaves the model no room), or
+            `empty prompt` (without a single token there is nothing to continue).
         reward_error: What the reward function raised; its rewards then count as 0.
     """
 
@@ -149,7 +151,7 @@ def log_generations(
         The records, in the order of the prompts, and their `summarize`.
 
     Raises:
-        ValueError: If prompts and ground truths do not pair up, or a prompt leaves the model no room.
+        ValueError: If prompts and ground truths do not pair up.
 
     Source: Stanford CS336, assignment 5, "Logging generations".
     """
@@ -157,32 +159,58 @@ def log_generations(
         raise ValueError(f"There are {len(prompts)} `prompts`, but {len(ground_truths)} `ground_truths`.")
     sampling = sampling or Sampling()
     prompt_ids = encode_prompts(prompts, tokenizer)
-    records: dict[int, GenerationRecord] = {}
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompt_ids[index]))  # little padding in a batch
+    limits = [_limit(model, len(ids), sampling.max_new_tokens) for ids in prompt_ids]
+    # A prompt without tokens, or without room after it, gets no response.
+    responses: list[tuple[list[int], str]] = [([], "length" if ids else "empty prompt") for ids in prompt_ids]
+    entropies = [0.0] * len(prompts)
     with _evaluating(model), _own_seed(model, sampling.seed):
-        for start in range(0, len(prompts), batch_size):
-            indices = by_length[start : start + batch_size]
-            batch = [prompt_ids[index] for index in indices]
-            responses = _generate(model, tokenizer, batch, sampling)
-            entropies = _mean_entropies(model, batch, [ids for ids, _ in responses], pad_token_id(tokenizer))
-            for index, (ids, stop_reason), entropy in zip(indices, responses, entropies, strict=True):
-                without_eos = ids[:-1] if stop_reason == "eos" else ids
-                response = str(tokenizer.decode(without_eos, skip_special_tokens=False))
-                rewards, error = _score(reward_fn, response, ground_truths[index])
-                records[index] = GenerationRecord(
-                    prompt=prompts[index],
-                    response=response,
-                    ground_truth=ground_truths[index],
-                    **rewards,
-                    token_entropy=entropy,
-                    response_length=len(ids),
-                    stop_reason=stop_reason,
-                    reward_error=error,
-                )
-    ordered = [records[index] for index in range(len(prompts))]
+        for indices in _batches(prompt_ids, limits, batch_size):
+            batch, limit = [prompt_ids[index] for index in indices], limits[indices[0]]
+            generated = _generate(model, tokenizer, batch, sampling, limit)
+            means = _mean_entropies(model, batch, [ids for ids, _ in generated], pad_token_id(tokenizer))
+            for index, pair, entropy in zip(indices, generated, means, strict=True):
+                responses[index], entropies[index] = pair, entropy
+    ordered = []
+    for index, (ids, stop_reason) in enumerate(responses):
+        without_eos = ids[:-1] if stop_reason == "eos" else ids
+        response = str(tokenizer.decode(without_eos, skip_special_tokens=False))
+        rewards, error = _score(reward_fn, response, ground_truths[index])
+        ordered.append(
+            GenerationRecord(
+                prompt=prompts[index],
+                response=response,
+                ground_truth=ground_truths[index],
+                **rewards,
+                token_entropy=entropies[index],
+                response_length=len(ids),
+                stop_reason=stop_reason,
+                reward_error=error,
+            )
+        )
     if path is not None:
         write_records(Path(path), ordered)
     return ordered, summarize(ordered)
+
+
+def _limit(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """Tokens that a response may have: fewer than wanted where the model runs out of positions.
+
+    Room for more than 32 is then rounded down to a multiple of 32, so that prompts can still share a batch.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not num_prompt_tokens or positions is None or num_prompt_tokens + max_new_tokens <= positions:
+        return max_new_tokens if num_prompt_tokens else 0
+    room = positions - num_prompt_tokens
+    return room if room < 32 else room // 32 * 32
+
+
+def _batches(prompt_ids: list[list[int]], limits: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts that share a limit, so that none is cut short by its neighbours; similar lengths together."""
+    order = sorted(range(len(limits)), key=lambda index: (limits[index], len(prompt_ids[index])))
+    for limit, group in groupby(order, key=limits.__getitem__):
+        indices = list(group) if limit > 0 else []
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]
 
 
 @contextmanager
@@ -208,23 +236,20 @@ def _own_seed(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
 ) -> list[tuple[list[int], str]]:
     """Each prompt's response ids, ending in EOS where the model stopped by itself, and why it ended."""
     width, pad_id = max(len(prompt) for prompt in prompts), pad_token_id(tokenizer)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    room = sampling.max_new_tokens if positions is None else min(sampling.max_new_tokens, positions - width)
-    if room < 1 or not min(len(prompt) for prompt in prompts):
-        lengths = sorted({len(prompt) for prompt in prompts})
-        raise ValueError(
-            f"Prompts have {lengths} tokens; expected at least 1, and fewer than the model's {positions} positions."
-        )
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     eos_ids = _eos_ids(model, tokenizer)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     config = GenerationConfig(
-        max_new_tokens=room,
+        max_new_tokens=max_new_tokens,
         do_sample=sampling.temperature > 0,
         eos_token_id=eos_ids or None,
         pad_token_id=pad_id,
