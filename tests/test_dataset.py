@@ -678,6 +678,7 @@ CHANGES = {
     "other transform": ({"row_transform": lambda row: row | {"prompt": "z"}}, [122, 99, 100, 128]),
     "vocabulary": ({"tokenizer": swapped_tokenizer()}, [98, 97, 99, 100, 128]),
     "BOS": ({"tokenizer": character_tokenizer(bos=True)}, [129, 97, 98, 99, 100, 128]),
+    "pad token": ({"tokenizer": tokenizer_with_eos("<eos>")}, [97, 98, 99, 100, 128]),
     "EOS": ({"tokenizer": tokenizer_with_eos("<pad>")}, [97, 98, 99, 100, 130]),
 }
 
