@@ -101,7 +101,8 @@ def test_the_format_is_closed_reasoning_then_one_space_then_one_answer(response,
         ("+014", "14"),
         (r"\boxed{14}", "14"),
         ("14", r"$\boxed{14}$"),
-        (r"\[ \boxed{\text{14}} \]", r"\(14\)"),
+        (r"\[14\]", r"\(14\)"),
+        (r"\[ \boxed{\text{14}} \]", "14"),
         ("1,234", "1234"),
         ("$1,234,567.50", "1234567.5"),
         ("1e5", "100,000"),
@@ -224,6 +225,18 @@ def test_importing_the_module_imports_neither_math_verify_nor_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_nothing_is_left_running_or_said_at_exit():
+    code = (
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('rewards', {rewards.__file__!r})\n"
+        "rewards = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(rewards)\n"
+        "print(rewards.r1_zero_reward('</think> <answer> 0.5 </answer>', '1/2')['reward'])"
+    )
+    ended = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("1.0\n", "")
+
+
 def test_math_verify_answers_many_threads_each_its_own_question():
     def reward_of(number: int) -> dict[str, float]:
         assert threading.current_thread() is not threading.main_thread()
@@ -259,6 +272,16 @@ def test_a_worker_killed_from_outside_is_replaced(short_limit):
     process.wait()
     assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
     assert rewards._workers[os.getpid()]._process.pid != process.pid
+
+
+def test_an_answer_over_which_the_worker_dies_is_wrong_and_the_next_one_is_judged_again(short_limit, monkeypatch):
+    assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
+    process = rewards._workers[os.getpid()]._process
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(process, "poll", lambda: None)
+    assert r1_zero_reward(respond("0.5"), "1/2") == WRONG
+    assert r1_zero_reward(respond("0.5"), "1/2") == RIGHT
 
 
 def test_an_interrupted_question_does_not_answer_the_next_one(short_limit, monkeypatch):
@@ -313,6 +336,19 @@ def test_a_broken_math_verify_raises_instead_of_judging_everything_wrong(short_l
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="math-verify does not work here"):
         r1_zero_reward(respond("0.5"), "1/2")
+
+
+def test_the_worker_takes_no_print_for_a_reply_and_imports_nothing_from_our_folder(short_limit, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text(
+        "import sys\n"
+        f"assert {os.path.dirname(rewards.__file__)!r} not in sys.path\n"
+        "LatexExtractionConfig = dict\n"
+        "def parse(text, configs, parsing_timeout): print('parsing'); return text\n"
+        "def verify(gold, target, timeout_seconds): return (gold, target) == ('$14$', '$7+7$')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert r1_zero_reward(respond("9"), "[9]") == WRONG
+    assert r1_zero_reward(respond("7+7"), "14") == RIGHT
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ class GenerationMonitor(L.Callback):
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `<log_dir>/generations/predict.jsonl`."""
-        records = [record for part in _gather(trainer, self._predicted) for record in part]
+        # Lightning deals the rows out in turn, so taking one from each device in turn gives the order of the file.
+        dealt = zip_longest(*_gather(trainer, self._predicted))
+        records = [record for group in dealt for record in group if record is not None]
         path = self._folder(trainer) / "predict.jsonl"
         if trainer.is_global_zero:
             write_records(path, records)
