@@ -189,7 +189,7 @@ class SFTDataModule(L.LightningDataModule):
                     try:
                         prompts.append(self._row_format.render_prompt(row))
                     except ValueError as error:
-                        raise ValueError(f"{where}: {error}") from None
+                        raise ValueError(f"{where}: {error}") from error.__cause__
         return Dataset.from_list(prompts)
 
     def prompts(self, stage: str, num_prompts: int | None = None) -> list[dict[str, Any]]:
@@ -209,10 +209,10 @@ class SFTDataModule(L.LightningDataModule):
 
     def _plan(self, split: str, **options: Any) -> BatchPlan:
         columns = self._rows[split].with_format("numpy")
-        num_inputs = np.asarray(columns["num_tokens"]) - 1  # the last token is only a label
+        num_inputs = columns["num_tokens"][:] - 1  # the last token is only a label
         world_size = self.trainer.world_size if self.trainer else 1
         rule = self._batch_rule | {"world_size": world_size} | options
-        return BatchPlan(np.maximum(num_inputs, 1), np.asarray(columns["num_response_tokens"]), **rule)
+        return BatchPlan(np.maximum(num_inputs, 1), columns["num_response_tokens"][:], **rule)
 
     def _plan_training(self) -> None:
         trainer = self.trainer
