@@ -179,6 +179,10 @@ class SFTDataModule(L.LightningDataModule):
 
     def _load_prompts(self) -> Dataset:
         if self._data["predict"] is None:
+            if self._data["val"] is None and not self._val_fraction:
+                raise ValueError(
+                    "`predict_data` is needed for predict, as there is no `val_data` to take prompts from."
+                )
             self._load_rows(TrainerFn.VALIDATING)
             return self._rows["val"].select_columns(["prompt", "ground_truth"])
         prompts = []
@@ -285,13 +289,12 @@ class SFTDataModule(L.LightningDataModule):
         self._restore_trainer()
 
     def train_dataloader(self) -> "StepLoader":
-        """One item for each optimizer step of the run, from the current position on."""
-        max_steps = self.trainer.max_steps if self._trainer_settings is not None and self.trainer else -1
+        """One item for each optimizer step of the run, from the current position on; of one epoch without a trainer."""
+        if self.trainer is None or self._trainer_settings is None:  # one epoch, to look at
+            return self._loader("train", self._plans["train"].steps_per_epoch)
         # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
-        num_steps = max_steps + 1 if max_steps >= 0 else _ENDLESS
-        if self._trainer_settings is None:
-            num_steps = self._plans["train"].steps_per_epoch
-        return self._loader("train", num_steps, self._position)
+        max_steps = self.trainer.max_steps
+        return self._loader("train", max_steps + 1 if max_steps >= 0 else _ENDLESS, self._position)
 
     def val_dataloader(self) -> "StepLoader | list[StepLoader]":
         """The validation rows; nothing if there are none."""

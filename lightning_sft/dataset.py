@@ -343,8 +343,8 @@ def encode_rows(
         rows = source.rows
         workers = num_proc or min(8, 1 + len(rows) // 20_000)
         fingerprint = Hasher.hash([rows._fingerprint, source.is_json, key])
-        parts.append(
-            rows.map(
+        try:
+            encoded = rows.map(
                 encode,
                 batched=True,
                 with_indices=True,
@@ -357,7 +357,9 @@ def encode_rows(
                 cache_file_name=str(_cache_folder() / f"{fingerprint}.arrow"),
                 desc=f"Tokenising {Path(source.name.strip('`')).name}",
             )
-        )
+        except ValueError as error:  # raised here again, not deep in a pool of workers: it is our own message
+            raise error.with_traceback(None) from error.__cause__
+        parts.append(encoded)
     dataset = concatenate_datasets(parts)
     fate = dataset.with_format("numpy")["fate"][:]
     dataset = dataset.remove_columns("fate")

@@ -29,11 +29,6 @@ def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, di
     return total / normalize_constant
 
 
-def masked_mean(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Mean of all elements where `mask == 1`, a scalar; 0 where the mask is empty."""
-    return masked_normalize(tensor, mask, max(int((mask == 1).sum()), 1))
-
-
 def sft_loss(
     log_probs: Tensor,
     response_mask: Tensor,

@@ -168,6 +168,13 @@ def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_p
     assert checkpoint["SFTDataModule"]["step"] == 5
 
 
+def test_a_callback_that_is_used_again_saves_again(tmp_path):
+    data, callback = SFTDataModule(character_tokenizer(), ROWS, batch_size=4), LastCheckpoint()
+    for name in ("first", "second"):
+        fit(tmp_path / name, [callback], data=data, max_steps=2)
+        assert (tmp_path / name / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_throughput_counts_real_tokens(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr("lightning_sft.callbacks.progress.time.perf_counter", lambda: next(clock))

@@ -123,6 +123,7 @@ def test_values_that_two_parts_share_are_given_once(inputs):
     ("changes", "message"),
     [
         ({"data.train_data": "none.jsonl"}, "`train_data` is 'none.jsonl', but there is no such file"),
+        ({"data.prompt_field": "question", "data.num_proc": 2}, "line 1 of"),  # from a worker process
         ({"data.prompt_field": "question"}, "no value for `question` (`prompt_field`). The row has"),
         ({"data.max_length": 4}, "exceed `max_length` = 4. Raise `max_length`, or set `too_long`"),
         (

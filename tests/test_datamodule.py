@@ -46,6 +46,14 @@ def test_workers_change_nothing():
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_without_a_trainer_every_pass_is_the_first_epoch():
+    loader = prepared().train_dataloader()
+    next(iter(loader))
+    passes = [[row for batch in loader for row in rows_of(batch)] for _ in range(2)]
+    assert passes[0] == passes[1]
+    assert len(passes[0]) == 20
+
+
 def test_the_order_follows_from_the_seed():
     def order(seed):
         return [row for batch in prepared(seed=seed).train_dataloader() for row in rows_of(batch)]
@@ -106,6 +114,11 @@ def test_prompts_to_predict_need_no_output_and_default_to_the_validation_rows(tm
     assert list(named.predict_dataloader()) == [expected]
     (rows,) = prepared("predict", val_data=ROWS[:2]).predict_dataloader()
     assert rows == [{"prompt": "00", "ground_truth": "0"}, {"prompt": "01", "ground_truth": "1"}]
+
+
+def test_predicting_without_any_prompts_names_the_argument_that_is_missing():
+    with pytest.raises(ValueError, match="`predict_data` is needed for predict"):
+        prepared("predict")
 
 
 def test_a_bad_prompt_to_predict_is_located(tmp_path):

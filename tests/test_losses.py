@@ -6,7 +6,7 @@ import torch
 from adapters import run_masked_normalize, run_sft_microbatch_train_step
 from torch import Tensor
 
-from lightning_sft.losses import masked_mean, masked_normalize, sft_loss, sft_microbatch_train_step
+from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
 
 NAN, INF = float("nan"), float("inf")
 MASK_TYPES = [torch.bool, torch.int64, torch.float32, torch.bfloat16]
@@ -91,19 +91,6 @@ def test_masked_normalize_with_an_empty_mask_is_zero():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_masked_normalize_keeps_the_type_of_the_tensor(dtype):
     assert masked_normalize(torch.ones(3, dtype=dtype), torch.ones(3), 2.0).dtype == dtype
-
-
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
-def test_masked_mean_averages_the_marked_elements_alone(mask_type):
-    tensor = torch.tensor([[1.0, NAN, 2.0], [INF, 6.0, -INF]], requires_grad=True)
-    mean = masked_mean(tensor, torch.tensor([[1, 0, 1], [0, 1, 0]]).to(mask_type))
-    mean.backward()
-    assert mean.item() == 3.0
-    torch.testing.assert_close(tensor.grad, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]) / 3)
-
-
-def test_masked_mean_of_nothing_is_zero():
-    assert masked_mean(torch.full((2, 3), NAN), torch.zeros(2, 3)).item() == 0.0
 
 
 def test_sft_loss_per_token_divides_the_sum_by_the_tokens_of_the_step():

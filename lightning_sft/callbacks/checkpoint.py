@@ -21,7 +21,11 @@ class LastCheckpoint(Checkpoint):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` is {every_n_steps}, expected at least 1.")
         self.every_n_steps = every_n_steps
-        self._saved_step = 0
+        self._saved_step: int | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """A new run has saved nothing yet."""
+        self._saved_step = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
