@@ -1,13 +1,11 @@
 """`SFTDataModule`: rows in, optimizer steps out."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, cast, get_args
 
 import lightning as L
 import numpy as np
-import torch
 from datasets import Dataset
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,8 +13,18 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan
-from lightning_sft.dataset import Data, EncodedRows, Row, RowFormat, TooLong, encode_rows, open_sources
-from lightning_sft.tokenization import Example, collate_padded, pad_token_id
+from lightning_sft.dataset import EncodedRows, TooLong, encode_rows
+from lightning_sft.rows import Data, Row, RowFormat, open_sources
+from lightning_sft.step_loader import Position, StepDataset, StepLoader
+from lightning_sft.tokenization import pad_token_id
+
+_ENDLESS = 2**31
+_SPLITS = {
+    TrainerFn.FITTING: ("train", "val"),
+    TrainerFn.VALIDATING: ("val",),
+    TrainerFn.TESTING: ("test",),
+    TrainerFn.PREDICTING: ("predict",),
+}
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -288,7 +296,7 @@ class SFTDataModule(L.LightningDataModule):
         """Give the trainer back as it was."""
         self._restore_trainer()
 
-    def train_dataloader(self) -> "StepLoader":
+    def train_dataloader(self) -> StepLoader:
         """One item for each optimizer step of the run, from the current position on; of one epoch without a trainer."""
         if self.trainer is None or self._trainer_settings is None:  # one epoch, to look at
             return self._loader("train", self._plans["train"].steps_per_epoch)
@@ -296,11 +304,11 @@ class SFTDataModule(L.LightningDataModule):
         max_steps = self.trainer.max_steps
         return self._loader("train", max_steps + 1 if max_steps >= 0 else _ENDLESS, self._position)
 
-    def val_dataloader(self) -> "StepLoader | list[StepLoader]":
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """The validation rows; nothing if there are none."""
         return self._loader("val", self._plans["val"].steps_per_epoch) if "val" in self._plans else []
 
-    def test_dataloader(self) -> "StepLoader":
+    def test_dataloader(self) -> StepLoader:
         """The test rows."""
         return self._loader("test", self._plans["test"].steps_per_epoch)
 
@@ -309,7 +317,7 @@ class SFTDataModule(L.LightningDataModule):
         rows = self.prompts("predict")
         return DataLoader(rows, batch_size=self._batch_rule["batch_size"], collate_fn=list)  # type: ignore[arg-type]
 
-    def _loader(self, split: str, num_steps: int, position: "Position | None" = None) -> "StepLoader":
+    def _loader(self, split: str, num_steps: int, position: Position | None = None) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_token_id(self.tokenizer))
         return StepLoader(dataset, num_steps, self._num_workers, position)
@@ -339,76 +347,3 @@ class SFTDataModule(L.LightningDataModule):
                     f"continue at the same place in the data. Use {state_dict[name]}, or start anew from the weights."
                 )
         self._position.step = state_dict["step"]
-
-
-_ENDLESS = 2**31
-_SPLITS = {
-    TrainerFn.FITTING: ("train", "val"),
-    TrainerFn.VALIDATING: ("val",),
-    TrainerFn.TESTING: ("test",),
-    TrainerFn.PREDICTING: ("predict",),
-}
-
-
-@dataclass
-class Position:
-    """Optimizer steps handed out so far in a run."""
-
-    step: int = 0
-
-
-class StepDataset(torch.utils.data.Dataset):
-    """What one rank needs for each optimizer step of a plan."""
-
-    def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int) -> None:
-        self._rows = rows.select_columns(["input_ids", "num_prompt_tokens"]).with_format("numpy")
-        self._plan, self._rank, self._pad_id = plan, rank, pad_id
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        plan = self._plan.step(step)
-        return {
-            "microbatches": [self._collate(indices) for indices in plan.ranks[self._rank]],
-            "num_sequences": plan.num_sequences,
-            "num_tokens": plan.num_tokens,
-            "num_response_tokens": plan.num_response_tokens,
-        }
-
-    def _collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        if not indices:  # nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched
-            stand_in = Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)
-            return collate_padded([stand_in], self._pad_id)
-        batch = self._rows[indices]
-        examples = [
-            Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
-            for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
-        ]
-        return collate_padded(examples, self._pad_id)
-
-
-class StepLoader:
-    """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone."""
-
-    def __init__(
-        self, dataset: StepDataset, num_steps: int, num_workers: int, position: Position | None = None
-    ) -> None:
-        self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
-        self._position = position
-
-    def __len__(self) -> int:
-        return self._num_steps
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the datamodule keeps the position. Having it tells Lightning that the loader can be resumed."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore here."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        # The body of a generator runs at the first `next`: after a checkpoint's position was restored.
-        position = self._position or Position()
-        steps = range(position.step, self._num_steps)
-        loader = DataLoader(self._dataset, sampler=steps, batch_size=None, num_workers=self._num_workers)
-        for batch in loader:
-            position.step += 1  # counted where a step is handed out, so workers running ahead do not matter
-            yield batch

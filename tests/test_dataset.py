@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lightning_sft import dataset
-from lightning_sft.dataset import EncodedRows, RowFormat, encode_rows, open_sources
+from lightning_sft.dataset import EncodedRows, encode_rows
+from lightning_sft.rows import RowFormat, open_sources
 from lightning_sft.tokenization import encode_examples
 
 

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
     {"tokenization", "log_probs", "losses", "rewards"},
-    {"dataset", "batching", "generation", "gsm8k"},
+    {"rows", "batching", "generation", "metrics", "gsm8k"},
+    {"dataset", "step_loader"},
     {"datamodule", "module"},
     {"callbacks"},
     {"cli", "demo"},

@@ -1,0 +1,76 @@
+"""What one rank needs for each optimizer step of a plan, in order, from any position on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from lightning_sft.batching import BatchPlan
+from lightning_sft.tokenization import Example, collate_padded
+
+
+@dataclass
+class Position:
+    """Optimizer steps handed out so far in a run."""
+
+    step: int = 0
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """What one rank needs for each optimizer step of a plan."""
+
+    def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int) -> None:
+        self._rows = rows.select_columns(["input_ids", "num_prompt_tokens"]).with_format("numpy")
+        self._plan, self._rank, self._pad_id = plan, rank, pad_id
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        plan = self._plan.step(step)
+        return {
+            "microbatches": [self._collate(indices) for indices in plan.ranks[self._rank]],
+            "num_sequences": plan.num_sequences,
+            "num_tokens": plan.num_tokens,
+            "num_response_tokens": plan.num_response_tokens,
+        }
+
+    def _collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        if not indices:  # nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched
+            stand_in = Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)
+            return collate_padded([stand_in], self._pad_id)
+        batch = self._rows[indices]
+        examples = [
+            Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
+            for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
+        ]
+        return collate_padded(examples, self._pad_id)
+
+
+class StepLoader:
+    """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone."""
+
+    def __init__(
+        self, dataset: StepDataset, num_steps: int, num_workers: int, position: Position | None = None
+    ) -> None:
+        self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
+        self._position = position
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the datamodule keeps the position. Having it tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore here."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # The body of a generator runs at the first `next`: after a checkpoint's position was restored.
+        position = self._position or Position()
+        steps = range(position.step, self._num_steps)
+        loader = DataLoader(self._dataset, sampler=steps, batch_size=None, num_workers=self._num_workers)
+        for batch in loader:
+            position.step += 1  # counted where a step is handed out, so workers running ahead do not matter
+            yield batch
