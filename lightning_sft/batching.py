@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+Layout = Literal["packed", "padded"]
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,24 @@ class StepPlan:
         num_sequences: Over all ranks.
         num_tokens: Prompt and response tokens over all ranks, without padding.
         num_response_tokens: Over all ranks: the labels that count in the loss.
+        num_attended: Over all ranks: pairs of a token and one that it attends to, itself included, in causal
+            attention over each sequence.
     """
 
     ranks: list[list[list[int]]]
     num_sequences: int
     num_tokens: int
     num_response_tokens: int
+    num_attended: int
 
 
-def microbatch_cost(lengths: Sequence[int], start: int, end: int) -> int:
-    """Tokens that sequences `start:end` of `lengths` (longest first) occupy as one right-padded microbatch.
+def microbatch_cost(lengths: Sequence[int], start: int, end: int, layout: Layout) -> int:
+    """Tokens that sequences `start:end` of `lengths` (longest first) occupy as one microbatch, padding included.
 
-    `num_sequences * longest`. The cuts below rely on one thing: dropping a sequence from either end never costs more.
+    Padded: `num_sequences * longest`; packed: their sum. The cuts below rely on one thing: dropping a sequence from
+    either end never costs more.
     """
-    return (end - start) * lengths[start]
+    return sum(lengths[start:end]) if layout == "packed" else (end - start) * lengths[start]
 
 
 def deal_to_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
@@ -58,12 +65,13 @@ def deal_to_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
     return dealt
 
 
-def cut_by_cost(lengths: Sequence[int], budget: int) -> list[int]:
+def cut_by_cost(lengths: Sequence[int], budget: int, layout: Layout = "padded") -> list[int]:
     """Cut sequences into the fewest contiguous microbatches that cost at most `budget` each, filling one by one.
 
     Args:
         lengths: Tokens of each sequence, longest first, none longer than `budget`.
         budget: Tokens, as `microbatch_cost` counts them.
+        layout: Of the microbatch.
 
     Returns:
         The cuts: microbatch `i` is `lengths[cuts[i]:cuts[i + 1]]`.
@@ -71,32 +79,36 @@ def cut_by_cost(lengths: Sequence[int], budget: int) -> list[int]:
     cuts = [0]
     while (start := cuts[-1]) < len(lengths):
         fitting = bisect_right(
-            range(start + 2, len(lengths) + 1), budget, key=lambda end: microbatch_cost(lengths, start, end)
+            range(start + 2, len(lengths) + 1), budget, key=lambda end: microbatch_cost(lengths, start, end, layout)
         )
         cuts.append(start + 1 + fitting)
     return cuts
 
 
-def cut_by_count(lengths: Sequence[int], count: int) -> list[int]:
+def cut_by_count(lengths: Sequence[int], count: int, layout: Layout = "padded") -> list[int]:
     """Cut sequences into exactly `min(count, len(lengths))` contiguous microbatches, the costliest as cheap as can be.
 
     Args:
         lengths: Tokens of each sequence, longest first.
         count: Number of microbatches wanted.
+        layout: Of the microbatch.
 
     Returns:
         The cuts, as `cut_by_cost` gives them.
     """
     if count >= len(lengths):
         return list(range(len(lengths) + 1))
-    budgets = range(lengths[0], microbatch_cost(lengths, 0, len(lengths)) + 1)
-    enough = bisect_left(budgets, True, key=lambda budget: len(cut_by_cost(lengths, budget)) - 1 <= count)
-    cuts = cut_by_cost(lengths, budgets[enough])
+    budgets = range(lengths[0], microbatch_cost(lengths, 0, len(lengths), layout) + 1)
+    enough = bisect_left(budgets, True, key=lambda budget: len(cut_by_cost(lengths, budget, layout)) - 1 <= count)
+    cuts = cut_by_cost(lengths, budgets[enough], layout)
     while len(cuts) - 1 < count:
         splittable = [pair for pair in pairwise(cuts) if pair[1] - pair[0] > 1]
-        start, end = max(splittable, key=lambda pair: microbatch_cost(lengths, *pair))
+        start, end = max(splittable, key=lambda pair: microbatch_cost(lengths, *pair, layout))
         middles = range(start + 1, end)
-        costs = [max(microbatch_cost(lengths, start, at), microbatch_cost(lengths, at, end)) for at in middles]
+        costs = [
+            max(microbatch_cost(lengths, start, at, layout), microbatch_cost(lengths, at, end, layout))
+            for at in middles
+        ]
         insort(cuts, middles[costs.index(min(costs))])
     return cuts
 
@@ -182,11 +194,12 @@ class BatchPlan:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
         self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
 
-    def step(self, index: int) -> StepPlan:
+    def step(self, index: int, layout: Layout = "padded") -> StepPlan:
         """Plan one optimizer step.
 
         Args:
             index: Counts optimizer steps over the whole run, from 0; the epoch is `index // steps_per_epoch`.
+            layout: Of the microbatches; it decides what they cost, not which sequences are in the step.
 
         Raises:
             ValueError: If `index` is negative.
@@ -199,7 +212,7 @@ class BatchPlan:
         examples = examples[np.argsort(-self._lengths[examples], kind="stable")]
 
         dealt = [examples[positions] for positions in deal_to_ranks(self._lengths[examples].tolist(), self._world_size)]
-        cuts = self._cut([self._lengths[on_rank].tolist() for on_rank in dealt])
+        cuts = self._cut([self._lengths[on_rank].tolist() for on_rank in dealt], layout)
         ranks = [
             [on_rank[start:end].tolist() for start, end in pairwise(rank_cuts)]
             for on_rank, rank_cuts in zip(dealt, cuts, strict=True)
@@ -212,6 +225,7 @@ class BatchPlan:
             num_sequences=examples.size,
             num_tokens=int(self._lengths[examples].sum()),
             num_response_tokens=int(self._num_response_tokens[examples].sum()),
+            num_attended=int((self._lengths[examples] * (self._lengths[examples] + 1)).sum()) // 2,
         )
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -222,13 +236,13 @@ class BatchPlan:
             self._latest = epoch, rng.permutation(num_examples) if self._shuffle else np.arange(num_examples)
         return self._latest[1]
 
-    def _cut(self, ranks: list[list[int]]) -> list[list[int]]:
+    def _cut(self, ranks: list[list[int]], layout: Layout) -> list[list[int]]:
         """The cuts of each rank's lengths, by the rule, into as many microbatches on every rank as can be."""
         if self._budget is None:
-            return [cut_by_count(lengths, self._count) for lengths in ranks]
-        cuts = [cut_by_cost(lengths, self._budget) for lengths in ranks]
+            return [cut_by_count(lengths, self._count, layout) for lengths in ranks]
+        cuts = [cut_by_cost(lengths, self._budget, layout) for lengths in ranks]
         most = max(len(rank_cuts) for rank_cuts in cuts) - 1
         return [
-            rank_cuts if len(rank_cuts) - 1 == most else cut_by_count(lengths, most)
+            rank_cuts if len(rank_cuts) - 1 == most else cut_by_count(lengths, most, layout)
             for lengths, rank_cuts in zip(ranks, cuts, strict=True)
         ]

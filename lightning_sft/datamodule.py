@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_sft.batching import BatchPlan
+from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.dataset import EncodedRows, TooLong, encode_rows
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import Position, StepDataset, StepLoader
@@ -31,8 +31,9 @@ class SFTDataModule(L.LightningDataModule):
     """Prompt/output rows, tokenised once and handed out as whole optimizer steps.
 
     A batch of `train_dataloader` is everything one optimizer step needs on this rank: `microbatches`, a list of
-    dictionaries with `input_ids`, `labels` and `response_mask`, each `(sequences, longest - 1)`; and the step's
-    totals over all microbatches and ranks, `num_sequences`, `num_tokens` and `num_response_tokens`. Validation and
+    dictionaries with `input_ids`, `labels` and `response_mask`, each `(sequences, longest - 1)` if padded or
+    `(1, num_tokens)` if packed, then with what keeps the sequences apart (`collate_packed`); and the step's totals over
+    all microbatches and ranks, `num_sequences`, `num_tokens`, `num_response_tokens` and `num_attended`. Validation and
     test batches are the same, in the order of the file.
 
     To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
@@ -56,6 +57,9 @@ class SFTDataModule(L.LightningDataModule):
         gradient_accumulation_steps: Microbatches per device and optimizer step. Neither this nor the next: one.
         max_tokens_per_microbatch: Split each step by memory instead: the most tokens, padding included, in one
             microbatch.
+        layout: `packed`: the sequences of a microbatch in one row, without padding, each attending to itself alone;
+            `padded`: one row for each, filled up to the longest. The results are the same. By default packed where
+            the model can take it.
         max_length: The most tokens of prompt and response together, EOS included. No limit if None.
         too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
         append_eos: Whether every response ends in EOS, so that the model learns to stop.
@@ -83,6 +87,7 @@ class SFTDataModule(L.LightningDataModule):
         batch_size: int = 32,
         gradient_accumulation_steps: int | None = None,
         max_tokens_per_microbatch: int | None = None,
+        layout: Layout | None = None,
         max_length: int | None = None,
         too_long: TooLong = "error",
         append_eos: bool = True,
@@ -95,6 +100,8 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
         if too_long not in get_args(TooLong):
             raise ValueError(f"`too_long` is {too_long!r}, expected one of {', '.join(get_args(TooLong))}.")
+        if layout is not None and layout not in get_args(Layout):
+            raise ValueError(f"`layout` is {layout!r}, expected one of {', '.join(get_args(Layout))}.")
         if not 0.0 <= val_fraction < 1.0:
             raise ValueError(f"`val_fraction` is {val_fraction}, expected a share of the rows: at least 0, below 1.")
         if val_fraction and val_data is not None:
@@ -118,6 +125,7 @@ class SFTDataModule(L.LightningDataModule):
             "seed": seed,
         }
         BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
+        self._layout = layout
         self._num_workers = num_workers
         self._rows: dict[str, Dataset] = {}
         self._plans: dict[str, BatchPlan] = {}
@@ -319,8 +327,16 @@ class SFTDataModule(L.LightningDataModule):
 
     def _loader(self, split: str, num_steps: int, position: Position | None = None) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
-        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_token_id(self.tokenizer))
+        pad_id = pad_token_id(self.tokenizer)
+        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, self._supported_layout())
         return StepLoader(dataset, num_steps, self._num_workers, position)
+
+    def _supported_layout(self) -> Layout:
+        module = getattr(self.trainer, "lightning_module", None)
+        reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
+        if self._layout == "packed" and reason:
+            raise ValueError(f"`layout` is 'packed', but {reason}. Use 'padded'.")
+        return self._layout or ("padded" if reason else "packed")
 
     # -- position ------------------------------------------------------------------------------------------------
 

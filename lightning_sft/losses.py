@@ -29,6 +29,16 @@ def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, di
     return total / normalize_constant
 
 
+def loss_constant(
+    num_response_tokens: Any,
+    num_sequences: Any,
+    loss_normalization: LossNormalization = "token",
+    normalize_constant: float = 1.0,
+) -> Any:
+    """What an optimizer step's summed negative log-likelihood is divided by; see `sft_loss`."""
+    return num_response_tokens if loss_normalization == "token" else normalize_constant * num_sequences
+
+
 def sft_loss(
     log_probs: Tensor,
     response_mask: Tensor,
@@ -57,8 +67,7 @@ def sft_loss(
     Returns:
         A scalar.
     """
-    by_token = loss_normalization == "token"
-    constant = num_response_tokens if by_token else normalize_constant * num_sequences
+    constant = loss_constant(num_response_tokens, num_sequences, loss_normalization, normalize_constant)
     return -masked_normalize(log_probs, response_mask, constant)
 
 

@@ -1,10 +1,12 @@
 """Metrics over response tokens, exact over batches and devices."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sft.losses import LossNormalization, masked_normalize
+from lightning_sft.losses import LossNormalization, loss_constant
 
 
 class ResponseMetrics(Metric):
@@ -24,23 +26,25 @@ class ResponseMetrics(Metric):
 
     def __init__(self, loss_normalization: LossNormalization = "token", normalize_constant: float = 1.0) -> None:
         super().__init__()
-        self._by_token, self._normalize_constant = loss_normalization == "token", normalize_constant
+        self._options: dict[str, Any] = {
+            "loss_normalization": loss_normalization,
+            "normalize_constant": normalize_constant,
+        }
         for name in ("nll", "entropy", "num_top1", "num_tokens", "num_sequences"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, log_probs: Tensor, token_entropy: Tensor, is_top1: Tensor, response_mask: Tensor) -> None:
-        """Add one microbatch; all tensors `(batch_size, sequence_length)`."""
-        self.nll -= masked_normalize(log_probs, response_mask, 1.0)
-        self.entropy += masked_normalize(token_entropy, response_mask, 1.0)
-        self.num_top1 += (is_top1 & response_mask).sum()
-        self.num_tokens += response_mask.sum()
-        self.num_sequences += response_mask.any(dim=-1).sum()
+    def update(self, log_probs: Tensor, token_entropy: Tensor, is_top1: Tensor, num_sequences: int) -> None:
+        """Add the response tokens of some sequences; all tensors `(num_response_tokens,)`."""
+        self.nll -= log_probs.sum()
+        self.entropy += token_entropy.sum()
+        self.num_top1 += is_top1.sum()
+        self.num_tokens += len(log_probs)
+        self.num_sequences += num_sequences
 
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices."""
-        by = self.num_tokens if self._by_token else self._normalize_constant * self.num_sequences
         return {
-            "loss": self.nll / by,
+            "loss": self.nll / loss_constant(self.num_tokens, self.num_sequences, **self._options),
             "perplexity": (self.nll / self.num_tokens).exp(),
             "token_accuracy": self.num_top1 / self.num_tokens,
             "token_entropy": self.entropy / self.num_tokens,

@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
-from lightning_sft.log_probs import get_response_log_probs
-from lightning_sft.losses import LossNormalization, masked_normalize, sft_loss
+from lightning_sft.attention import enable_packing, packed_inputs
+from lightning_sft.log_probs import score_responses
+from lightning_sft.losses import LossNormalization, loss_constant
 from lightning_sft.metrics import ResponseMetrics
 
 Batch = dict[str, Any]
@@ -50,6 +51,7 @@ class SFTModule(L.LightningModule):
     """
 
     model: PreTrainedModel
+    why_not_packed: str | None = "its model is not loaded yet"
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class SFTModule(L.LightningModule):
             new_name = getattr(self.model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
             (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._check_vocabulary()
+        self.why_not_packed = enable_packing(self.model)
 
     def _build(self) -> PreTrainedModel:
         # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.
@@ -161,34 +164,31 @@ class SFTModule(L.LightningModule):
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of the entropy
+        constant = loss_constant(batch["num_response_tokens"], batch["num_sequences"], **self._loss_options)
+        # Distributed strategies average gradients over devices; the loss is a sum over them.
+        constant /= self.trainer.world_size
         microbatches = batch["microbatches"]
         for index, microbatch in enumerate(microbatches):
             with self._gradient_sync(enabled=index == len(microbatches) - 1):
-                scores = self._score(microbatch, return_token_entropy=True)
-                loss = sft_loss(
-                    scores["log_probs"],
-                    microbatch["response_mask"],
-                    num_response_tokens=batch["num_response_tokens"],
-                    num_sequences=batch["num_sequences"],
-                    **self._loss_options,
-                )
-                # Distributed strategies average gradients over devices; the loss is a sum over them.
-                self.manual_backward(loss * self.trainer.world_size)
-            totals[0] += loss.detach()
-            totals[1] += masked_normalize(scores["token_entropy"], microbatch["response_mask"], 1.0)
+                scores = self._score(microbatch, normalize_constant=constant)
+                self.manual_backward(scores["loss"])
+            totals[0] += scores["loss"].detach() / self.trainer.world_size
+            totals[1] += scores["token_entropy"].sum()
         learning_rate = optimizer.param_groups[0]["lr"]
         self._step(optimizer)
         self._log_step(batch, totals, learning_rate)
 
-    def _score(self, microbatch: Batch, **options: bool) -> dict[str, Tensor]:
-        input_ids, labels = microbatch["input_ids"], microbatch["labels"]
+    def _score(self, microbatch: Batch, **options: Any) -> dict[str, Tensor]:
+        input_ids, labels, positions = (microbatch[key] for key in ("input_ids", "labels", "response_positions"))
+        length = microbatch.get("max_length_q", input_ids.shape[1])
         longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest is not None and input_ids.shape[1] > longest:
+        if longest is not None and length > longest:
             raise ValueError(
-                f"A row has {input_ids.shape[1] + 1} tokens, but the model has only {longest} positions. "
+                f"A row has {length + 1} tokens, but the model has only {longest} positions. "
                 f"Set `max_length` to {longest} at most, and `too_long` to drop or truncate."
             )
-        return get_response_log_probs(self.model, input_ids, labels, use_cache=False, **options)
+        inputs = packed_inputs(self.model, microbatch)
+        return score_responses(self.model, input_ids, labels, positions, **inputs, **options)
 
     @contextmanager
     def _gradient_sync(self, enabled: bool) -> Iterator[None]:
@@ -246,8 +246,8 @@ class SFTModule(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         for microbatch in batch["microbatches"]:
-            scores = self._score(microbatch, return_token_entropy=True, return_is_top1=True)
-            cast(ResponseMetrics, self.metrics[stage]).update(**scores, response_mask=microbatch["response_mask"])
+            scores = self._score(microbatch, return_is_top1=True)
+            cast(ResponseMetrics, self.metrics[stage]).update(**scores, num_sequences=microbatch["num_sequences"])
 
     def _log_metrics(self, stage: str) -> None:
         metrics = cast(ResponseMetrics, self.metrics[stage])

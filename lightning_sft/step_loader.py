@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from lightning_sft.batching import BatchPlan
-from lightning_sft.tokenization import Example, collate_padded
+from lightning_sft.batching import BatchPlan, Layout
+from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
 
 @dataclass
@@ -22,29 +22,36 @@ class Position:
 class StepDataset(torch.utils.data.Dataset):
     """What one rank needs for each optimizer step of a plan."""
 
-    def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int) -> None:
+    def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int, layout: Layout = "padded") -> None:
         self._rows = rows.select_columns(["input_ids", "num_prompt_tokens"]).with_format("numpy")
-        self._plan, self._rank, self._pad_id = plan, rank, pad_id
+        self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        plan = self._plan.step(step)
+        plan = self._plan.step(step, self._layout)
         return {
             "microbatches": [self._collate(indices) for indices in plan.ranks[self._rank]],
             "num_sequences": plan.num_sequences,
             "num_tokens": plan.num_tokens,
             "num_response_tokens": plan.num_response_tokens,
+            "num_attended": plan.num_attended,
         }
 
-    def _collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        if not indices:  # nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched
-            stand_in = Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)
-            return collate_padded([stand_in], self._pad_id)
-        batch = self._rows[indices]
-        examples = [
-            Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
-            for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
-        ]
-        return collate_padded(examples, self._pad_id)
+    def _collate(self, indices: list[int]) -> dict[str, Any]:
+        # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
+        examples = [Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)]
+        if indices:
+            batch = self._rows[indices]
+            examples = [
+                Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
+                for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
+            ]
+        microbatch: dict[str, Any] = (collate_packed if self._layout == "packed" else collate_padded)(
+            examples, self._pad_id
+        )
+        # Found here, so that no device has to be waited for to learn how many there are.
+        microbatch["response_positions"] = microbatch["response_mask"].flatten().nonzero().squeeze(-1)
+        microbatch["num_sequences"] = len(indices)
+        return microbatch
 
 
 class StepLoader:

@@ -1,7 +1,7 @@
 """From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -110,6 +110,41 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Te
         response[row, example["num_prompt_tokens"] : length] = True
     shifted = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": response[:, 1:]}
     return {name: tensor.clone() for name, tensor in shifted.items()}  # or writing to `labels` changes `input_ids`
+
+
+def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Any]:
+    """Put examples one after another into a single row, each shifted by one on its own; nothing is padded.
+
+    Args:
+        examples: Tokenised rows.
+        pad_id: The single token of a row without any example.
+
+    Returns:
+        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(1, num_tokens)`; and what models need to keep
+        the documents apart, by the names that `transformers` gives it: `position_ids`, `(1, num_tokens)`, from 0 in
+        each document; `cu_seq_lens_q` and `cu_seq_lens_k`, `(num_documents + 1,)`, int32, where documents begin and
+        end; `max_length_q` and `max_length_k`, the longest.
+    """
+    rows = [example for example in examples if len(example["input_ids"]) > 1]
+    rows = rows or [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
+    tokens = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    lengths = torch.tensor([len(row) - 1 for row in tokens])
+    positions = [torch.arange(length) for length in lengths.tolist()]
+    response = [
+        position + 1 >= row["num_prompt_tokens"] for position, row in zip(positions, rows, strict=True)
+    ]  # of the label, which is one further
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
+        "labels": torch.cat([row[1:] for row in tokens]).unsqueeze(0),
+        "response_mask": torch.cat(response).unsqueeze(0),
+        "position_ids": torch.cat(positions).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def tokenize_prompt_and_output(

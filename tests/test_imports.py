@@ -9,15 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
-    {"tokenization", "log_probs", "losses", "rewards"},
-    {"rows", "batching", "generation", "metrics", "gsm8k"},
-    {"dataset", "step_loader"},
+    {"tokenization", "head", "attention", "losses", "rewards"},
+    {"log_probs", "rows", "batching", "metrics", "gsm8k"},
+    {"generation", "dataset", "step_loader"},
     {"datamodule", "module"},
     {"callbacks"},
     {"cli", "demo"},
 )
 BELOW = {room: set().union(*FLOORS[:floor]) for floor, rooms in enumerate(FLOORS) for room in rooms}
-BELOW["losses"] = BELOW["log_probs"] = set()
+BELOW["losses"] = BELOW["head"] = BELOW["attention"] = set()
 
 
 def imported_rooms(path):

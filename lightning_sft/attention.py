@@ -1,0 +1,172 @@
+"""Attention of packed batches: documents one after another in a single row, each attending to itself alone.
+
+Registered with `transformers` under the name in `VARLEN`. A batch is packed if the model is called with
+`cu_seq_lens_q`, as for flash attention; any other call is `sdpa`, to the letter, masks included.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+VARLEN = "lightning_sft_varlen"
+PACKED_KEYS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document of a packed row.
+
+    Args:
+        module: The layer.
+        query: `(1, num_heads, num_tokens, head_size)`.
+        key: `(1, num_key_value_heads, num_tokens, head_size)`.
+        value: Likewise.
+        attention_mask: None when packed.
+        scaling: Multiplies the scores; None: `head_size ** -0.5`.
+        dropout: Probability.
+        **kwargs: `cu_seq_lens_q`, where documents begin and end; `max_length_q`; `sliding_window`, the most tokens
+            that a token attends to, itself included; what else `sdpa` takes.
+
+    Returns:
+        `(1, num_tokens, num_heads, head_size)`, and None for the attention weights.
+
+    Raises:
+        ValueError: If the layer asks for something that packed attention does not have.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} attends with `{name}`. Set `layout: padded`.")
+    window = kwargs.get("sliding_window")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+        longest = kwargs["max_length_q"]
+        q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+        sizes = (-1 if window is None else window - 1, 0)
+        attended = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sizes, enable_gqa=True
+        )
+        return cast(Tensor, attended).unsqueeze(0), None
+    return _attend_each(query, key, value, bounds, scaling, dropout, window), None
+
+
+@torch.compiler.disable  # the number of documents is data
+def _attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """One call of torch's attention for each document."""
+    lengths = bounds.diff().tolist()  # waits for a CUDA device; half precision goes another way there
+    documents = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    attended = []
+    for length, (q, k, v) in zip(lengths, documents, strict=True):
+        mask = None
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        attended.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+            ).transpose(1, 2)
+        )
+    return torch.cat(attended, dim=1)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+def packed_inputs(model: PreTrainedModel, microbatch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is to be called with besides `input_ids`: nothing for a padded microbatch.
+
+    Under `VARLEN` a mask of one element keeps `transformers` from building one of `num_tokens ** 2`.
+    """
+    inputs = {key: microbatch[key] for key in PACKED_KEYS if key in microbatch}
+    if inputs and model.config._attn_implementation == VARLEN:
+        inputs["attention_mask"] = microbatch["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
+    return inputs
+
+
+def enable_packing(model: PreTrainedModel) -> str | None:
+    """Let the model take packed batches, if it can; nothing else about it changes.
+
+    Models with `sdpa` attention get `VARLEN`, and are tried out on two short documents: convolutions and recurrent
+    states mix documents without any attention. Flash attention takes packed batches by itself.
+
+    Returns:
+        None, or why the model cannot.
+    """
+    attention, name = model.config._attn_implementation, type(model).__name__
+    if attention == VARLEN or (attention or "").startswith("flash_attention"):
+        return None
+    if attention != "sdpa":
+        return f"{name} attends by `{attention}`"
+    if not model._supports_flash_attn or not model._can_set_attn_implementation():
+        return f"{name} does not attend by plain causal attention"
+    if next(model.parameters()).is_meta:
+        return f"{name} has no weights yet"
+    model.set_attn_implementation(VARLEN)
+    try:
+        mixed = _mixes_documents(model)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        model.set_attn_implementation(attention)
+        return f"{name} does not run on packed documents: {error}"
+    if mixed:
+        model.set_attn_implementation(attention)
+        return f"{name} lets packed documents see each other"
+    return None
+
+
+def _mixes_documents(model: PreTrainedModel) -> bool:
+    """Whether a document's logits change with what stands before it in the row."""
+    device, length = model.device, 6
+    first, second = torch.arange(2 * length, device=device).view(2, length) % model.config.get_text_config().vocab_size
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
+    microbatch = {
+        "position_ids": torch.arange(length, device=device).repeat(2).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
+
+    def logits(*documents: Tensor) -> Tensor:
+        input_ids = torch.cat(documents).unsqueeze(0)
+        inputs = packed_inputs(model, {"input_ids": input_ids, **microbatch})
+        return model(input_ids=input_ids, use_cache=False, **inputs).logits[0].double()
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        behind_another, behind_itself = logits(first, second), logits(second, second)
+    for module, training in modes:
+        module.training = training
+    alone = behind_itself[:length]  # nothing stands before it
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2
+    return any(
+        (found[length:] - alone).norm() > tolerance * (alone - alone.mean()).norm()
+        for found in (behind_another, behind_itself)
+    )
