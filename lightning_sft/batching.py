@@ -103,7 +103,7 @@ def cut_by_count(lengths: Sequence[int], count: int, layout: Layout = "padded") 
     cuts = cut_by_cost(lengths, budgets[enough], layout)
     while len(cuts) - 1 < count:
         splittable = [pair for pair in pairwise(cuts) if pair[1] - pair[0] > 1]
-        start, end = max(splittable, key=lambda pair: microbatch_cost(lengths, *pair, layout))
+        start, end = max(splittable, key=lambda pair: microbatch_cost(lengths, pair[0], pair[1], layout))
         middles = range(start + 1, end)
         costs = [
             max(microbatch_cost(lengths, start, at, layout), microbatch_cost(lengths, at, end, layout))

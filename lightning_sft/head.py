@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -313,7 +313,7 @@ class _Scores(torch.autograd.Function):
         scores, gradients = _scores_and_gradients(ctx.needs_input_grad[:3], *inputs, labels, token_weights, rule)
         ctx.save_for_backward(*gradients.results(ctx.dtypes))
         ctx.mark_non_differentiable(*(score for score in scores if score is not None))
-        return -(token_weights * scores[0]).sum(), *scores
+        return -(token_weights * cast(Tensor, scores[0])).sum(), *scores
 
     @staticmethod
     @once_differentiable

@@ -183,7 +183,7 @@ def test_get_response_log_probs_passes_further_arguments_to_the_model():
     positions = torch.arange(7).flip(0).expand(2, 7)
     with torch.no_grad():
         given = get_response_log_probs(model, input_ids, labels, position_ids=positions)["log_probs"]
-        expected = model(input_ids, position_ids=positions).logits.log_softmax(dim=-1)
+        expected = model(input_ids, position_ids=positions, use_cache=False).logits.log_softmax(dim=-1)
     torch.testing.assert_close(given, expected.gather(-1, labels[..., None])[..., 0])
 
 
