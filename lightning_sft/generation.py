@@ -260,7 +260,8 @@ def _generate(
         **(drawn if sampling.temperature > 0 else {}),
     )
     stopping = {"tokenizer": tokenizer} if sampling.stop_strings else {}
-    output = cast(Any, model).generate(input_ids, attention_mask=mask, generation_config=config, **stopping)
+    with torch.compiler.set_stance("force_eager"):  # a model compiled for training would compile anew for every cache
+        output = cast(Any, model).generate(input_ids, attention_mask=mask, generation_config=config, **stopping)
     return [_cut(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
 
 

@@ -82,7 +82,7 @@ class _Rule(NamedTuple):
 class _Tile(NamedTuple):
     """Some rows on one tile of the vocabulary, `(rows,)` each; `slope` is `(rows, tile)`."""
 
-    log_sum: Tensor  # logsumexp of the logits
+    log_sum: Tensor  # logsumexp of the logits, above `top`
     entropy: Tensor  # of the distribution within the tile
     label_logit: Tensor  # zero where the label is in another tile
     top: Tensor
@@ -111,7 +111,7 @@ def _score_tile(products: Tensor, bias: Tensor | None, labels: Tensor, rule: _Ru
     log_sum = -share.amax(dim=-1).log()  # the largest share is exp(0) / sum
     slope = share if rule.softcap is None else share * _cap_slope(logits, rule)
     return _Tile(
-        log_sum=top + log_sum,
+        log_sum=log_sum,
         entropy=log_sum - below_top.mul_(share).sum(dim=-1),
         label_logit=torch.where(inside, label_logit, 0.0),
         top=top,
@@ -166,7 +166,8 @@ class _Block(NamedTuple):
 
     scores: tuple[Tensor, Tensor, Tensor | None]  # log-probability, entropy, is_top1
     label_logit: Tensor
-    log_sum: Tensor
+    top: Tensor
+    log_sum: Tensor  # above `top`
     shares: Tensor
 
 
@@ -186,6 +187,8 @@ def _score_block(
         if slopes is not None:
             slopes.append(tile.slope)
     log_sums, entropies, label_logits, tops, top_indices = map(torch.stack, columns)
+    top = tops.amax(dim=0)
+    log_sums = log_sums + (tops - top)
     log_sum = log_sums.logsumexp(dim=0)
     shares = (log_sums - log_sum).exp()
     entropy = (shares * (entropies + log_sum - log_sums)).sum(dim=0)
@@ -193,7 +196,7 @@ def _score_block(
     is_top1 = None
     if rule.return_is_top1:
         is_top1 = top_indices.gather(0, tops.argmax(dim=0, keepdim=True)).squeeze(0) == labels
-    return _Block((label_logit - log_sum, entropy, is_top1), label_logit, log_sum, shares)
+    return _Block((label_logit - top - log_sum, entropy, is_top1), label_logit, top, log_sum, shares)
 
 
 class _Gradients:
@@ -307,7 +310,7 @@ class _Scores(torch.autograd.Function):
         inputs = (hidden.to(rule.dtype), weight, bias)
         if token_weights is None:
             block = _score_block(*inputs, labels, rule)
-            ctx.save_for_backward(hidden, weight, bias, labels, block.label_logit, block.log_sum)
+            ctx.save_for_backward(hidden, weight, bias, labels, block.label_logit, block.top, block.log_sum)
             ctx.mark_non_differentiable(*(score for score in block.scores[1:] if score is not None))
             return None, *block.scores
         scores, gradients = _scores_and_gradients(ctx.needs_input_grad[:3], *inputs, labels, token_weights, rule)
@@ -320,12 +323,12 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.known:
             return *(_times(gradient, upstream[0]) for gradient in ctx.saved_tensors), None, None, None
-        hidden, weight, bias, labels, label_logit, log_sum = ctx.saved_tensors
+        hidden, weight, bias, labels, label_logit, top, log_sum = ctx.saved_tensors
         token_weights = -upstream[1]
         inputs = (hidden.to(ctx.rule.dtype), weight, bias)
         gradients = _Gradients(ctx.needs_input_grad[:3], *inputs, ctx.rule)
         for where, weight_tile, tile in _tiles(*inputs, labels, ctx.rule):
-            share = (tile.log_sum - log_sum).exp() * token_weights
+            share = (tile.top - top + tile.log_sum - log_sum).exp() * token_weights
             gradients.add_tile(slice(None), where, inputs[0], weight_tile, tile.slope, share)
         gradients.add_labels(inputs[0], labels, label_logit, token_weights)
         return *gradients.results(ctx.dtypes), None, None, None

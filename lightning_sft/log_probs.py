@@ -182,7 +182,11 @@ def _find_rule(model: PreTrainedModel, layer: nn.Linear) -> tuple[float, float |
 
     hooks = [layer.register_forward_hook(made_up), model.base_model.register_forward_hook(last_hidden_state)]
     try:
-        with torch.no_grad(), torch.random.fork_rng([layer.weight.device] if layer.weight.is_cuda else []):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.no_grad(),
+            torch.random.fork_rng([layer.weight.device] if layer.weight.is_cuda else []),
+        ):
             logits = model(torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device), use_cache=False).logits
     finally:
         for hook in hooks:

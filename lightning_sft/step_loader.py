@@ -77,7 +77,13 @@ class StepLoader:
         # The body of a generator runs at the first `next`: after a checkpoint's position was restored.
         position = self._position or Position()
         steps = range(position.step, self._num_steps)
-        loader = DataLoader(self._dataset, sampler=steps, batch_size=None, num_workers=self._num_workers)
+        loader = DataLoader(
+            self._dataset,
+            sampler=steps,
+            batch_size=None,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
         for batch in loader:
             position.step += 1  # counted where a step is handed out, so workers running ahead do not matter
             yield batch

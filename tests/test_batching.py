@@ -66,7 +66,9 @@ SIX = [7, 4, 1, 9, 5, 2]
 
 def test_without_a_rule_each_rank_gets_one_microbatch_longest_first():
     step = plan_of(SIX, batch_size=6, shuffle=False).step(0)
-    assert step == StepPlan(ranks=[[[3, 0, 4, 1, 5, 2]]], num_sequences=6, num_tokens=28, num_response_tokens=7, num_attended=102)
+    assert step == StepPlan(
+        ranks=[[[3, 0, 4, 1, 5, 2]]], num_sequences=6, num_tokens=28, num_response_tokens=7, num_attended=102
+    )
 
 
 def test_two_ranks_get_sequences_as_dealt_by_hand():

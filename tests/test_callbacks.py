@@ -177,7 +177,7 @@ def test_a_callback_that_is_used_again_saves_again(tmp_path):
 
 def test_throughput_counts_real_tokens(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 2))
-    monkeypatch.setattr("lightning_sft.callbacks.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("lightning_sft.callbacks.throughput.time.perf_counter", lambda: next(clock))
     data = SFTDataModule(character_tokenizer(), ROWS, batch_size=12)
     fit(tmp_path, [TokenThroughput()], CSVLogger(tmp_path), data, max_steps=1)
     with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:

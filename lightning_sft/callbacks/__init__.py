@@ -2,6 +2,7 @@
 
 from lightning_sft.callbacks.checkpoint import LastCheckpoint
 from lightning_sft.callbacks.generation_monitor import GenerationMonitor
-from lightning_sft.callbacks.progress import StepProgressBar, TokenThroughput
+from lightning_sft.callbacks.progress_bar import StepProgressBar
+from lightning_sft.callbacks.throughput import TokenThroughput
 
 __all__ = ["GenerationMonitor", "LastCheckpoint", "StepProgressBar", "TokenThroughput"]

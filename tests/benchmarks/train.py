@@ -1,7 +1,7 @@
 """Training steps side by side: this package, plain PyTorch as the course's text has it, and TRL's `SFTTrainer`.
 
     pip install -e '.[bench]'
-    python tests/benchmarks/train.py --data ../shared/data/gsm8k/train.jsonl --case large-vocabulary small-bf16 small-fp32
+    python tests/benchmarks/train.py --data ../shared/data/gsm8k/train.jsonl
 
 Every contestant trains the same model on the same GSM8K rows under the `r1_zero` prompt, in the same steps of 32
 sequences (TRL's length groups and packs draw their own) with the same AdamW, each in a process of its own, in turn.
@@ -115,7 +115,7 @@ def encoded(folder: Path) -> list[dict[str, list[int]]]:
 
 
 class Clock:
-    """Seconds and tokens of the steps after the warm-up; losses of all."""
+    """Seconds and tokens of the steps after the warm-up; losses of all; memory beyond the weights."""
 
     def __init__(self, device: str) -> None:
         self.device, self.losses, self.times, self.tokens = device, [], [], []
@@ -141,12 +141,10 @@ class Clock:
 # -- the contestants -----------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "packed", **module_options: Any) -> dict:
+def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "packed", **options: Any) -> dict:
     import lightning as L
 
     from lightning_sft import SFTDataModule, SFTModule
-
-    clock = Clock(device)
 
     class StepDone(L.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -154,7 +152,11 @@ def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "pa
             clock.step_done(loss, batch["num_tokens"] + batch["num_sequences"])
 
     data = SFTDataModule(
-        str(folder / "tokenizer"), str(folder / "rows.jsonl"), batch_size=BATCH_SIZE, layout=layout, num_workers=0
+        str(folder / "tokenizer"),
+        str(folder / "rows.jsonl"),
+        batch_size=BATCH_SIZE,
+        layout=layout,
+        max_tokens_per_microbatch=options.pop("max_tokens_per_microbatch", None),
     )
     module = SFTModule(
         build_model(case, "cpu"),
@@ -162,7 +164,7 @@ def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "pa
         lr_scheduler="constant",
         warmup_steps=0,
         max_grad_norm=1.0,
-        **module_options,
+        **options,
     )
     precision = "32-true" if CASES[case]["dtype"] == "float32" else "bf16-true"
     trainer = L.Trainer(
@@ -177,6 +179,7 @@ def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "pa
         num_sanity_val_steps=0,
         callbacks=[StepDone()],
     )
+    clock = Clock(device)
     trainer.fit(module, data)
     return clock.result()
 
@@ -187,10 +190,10 @@ def ours_compiled(**arguments: Any) -> dict:
 
 def plain_padded(folder: Path, case: str, device: str, num_steps: int) -> dict:
     """Right-padded batches, logits of every position, cross-entropy where there is a response."""
-    clock = Clock(device)
     model = build_model(case, device).train()
     optimizer = adamw(model.parameters())
     examples = encoded(folder)
+    clock = Clock(device)
     for step in range(num_steps):
         chosen = examples[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
         longest = max(len(example["input_ids"]) for example in chosen)
@@ -222,7 +225,6 @@ def trl(folder: Path, case: str, device: str, num_steps: int, **settings: Any) -
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    clock = Clock(device)
     seen = {"tokens": 0, "loss": 0.0}
 
     class Counting(SFTTrainer):
@@ -266,6 +268,7 @@ def trl(folder: Path, case: str, device: str, num_steps: int, **settings: Any) -
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         callbacks=[StepDone()],
     )
+    clock = Clock(device)
     trainer.train()
     return clock.result()
 

@@ -1,6 +1,5 @@
-"""The progress bar in optimizer steps, and tokens per second."""
+"""The progress bar in optimizer steps."""
 
-import time
 from typing import Any
 
 import lightning as L
@@ -8,7 +7,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's bar, counting the optimizer steps of the whole run."""
+    """Lightning's bar, counting the optimizer steps of the whole run.
+
+    Its numbers are those of the last logging step: reading them every step would make the host wait for the device.
+    """
+
+    _metrics: dict[str, Any] | None = None
 
     @property
     def total_train_batches(self) -> int | float:
@@ -21,6 +25,12 @@ class StepProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The metrics by short names, without the version number, which says nothing here."""
+        every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        if self._metrics is None or not trainer.training or trainer.global_step % every == 0:
+            self._metrics = self._read(trainer, pl_module)
+        return self._metrics
+
+    def _read(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = {
             name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
         }
@@ -28,23 +38,3 @@ class StepProgressBar(RichProgressBar):
         if "tokens_per_second" in metrics:
             metrics["tokens/s"] = f"{metrics.pop('tokens_per_second'):,.0f}"
         return metrics
-
-
-class TokenThroughput(L.Callback):
-    """Logs `train/tokens_per_second`: tokens of prompts and responses, without padding, over all devices.
-
-    The time is that of the optimizer steps alone. Put it before callbacks that do long work after a step.
-    """
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop the clock."""
-        rate = batch["num_tokens"] / (time.perf_counter() - self._start)
-        pl_module.log("train/tokens_per_second", rate, prog_bar=True)

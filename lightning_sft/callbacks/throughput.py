@@ -1,0 +1,137 @@
+"""`TokenThroughput`: tokens per second, peak memory and the share of the device's arithmetic that is put to use."""
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch import nn
+from transformers import PreTrainedModel
+
+_TOTALS = ("num_tokens", "num_response_tokens", "num_attended")
+
+
+class TokenThroughput(L.Callback):
+    """Logs what a run gets out of its devices, averaged from one logging step to the next.
+
+    - `train/tokens_per_second`: of prompts and responses, without padding, over all devices.
+    - `train/response_tokens_per_second`: of those, the ones that count in the loss.
+    - `train/peak_memory_gib`: on CUDA the most that this process held on its device since the last time; elsewhere the
+      most main memory that it has had.
+    - `train/mfu`, model FLOP utilisation: useful arithmetic over what all devices could do at most. Useful is, forward
+      and backward, every token through the body, every response token through the head, and causal attention counted
+      once; neither padding nor what is computed twice to save memory. Not for mixtures of experts.
+
+    The time is that of the optimizer steps alone; the device is waited for only at logging steps. Put it before
+    callbacks that do long work after a step.
+
+    Args:
+        peak_flops: Multiplications and additions per second that one device could do at most. By default what Lightning
+            knows of CUDA devices; elsewhere `train/mfu` needs it.
+
+    Raises:
+        ValueError: If `peak_flops` is not positive.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        super().__init__()
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"`peak_flops` is {peak_flops}, expected a positive number.")
+        self._peak_flops = peak_flops
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find out what the devices could do."""
+        device = pl_module.device
+        if self._peak_flops is None and device.type == "cuda":
+            precision = str(trainer.precision)
+            dtype = torch.bfloat16 if "bf16" in precision else torch.half if "16" in precision else torch.float32
+            self._peak_flops = get_available_flops(device, dtype)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._seconds = 0.0
+        self._sums = dict.fromkeys(_TOTALS, 0)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock; at a logging step, log."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every > 0 and trainer.global_step % every == 0
+        if due and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._seconds += time.perf_counter() - self._start
+        for name in _TOTALS:
+            self._sums[name] += batch[name]
+        if due:
+            self._log(trainer, pl_module)
+            self._restart()
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("train/tokens_per_second", self._sums["num_tokens"] / self._seconds, prog_bar=True)
+        rates = {"train/response_tokens_per_second": self._sums["num_response_tokens"] / self._seconds}
+        if (peak := _peak_memory(pl_module.device)) is not None:
+            rates["train/peak_memory_gib"] = peak / 2**30
+        model = getattr(pl_module, "model", None)
+        if self._peak_flops is not None and isinstance(model, PreTrainedModel):
+            flops = training_flops(model, **self._sums)
+            if flops is not None:
+                rates["train/mfu"] = flops / self._seconds / (self._peak_flops * trainer.world_size)
+        pl_module.log_dict(rates)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes: on CUDA since the last call, elsewhere since the process began; None where nobody counts."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def training_flops(
+    model: PreTrainedModel, num_tokens: int, num_response_tokens: int, num_attended: int
+) -> float | None:
+    """Multiplications and additions that training on some sequences takes, forward and backward.
+
+    A matrix of `n` weights takes `2 n` for each token that goes through it and as many for the gradient of its input;
+    trained, as many again for its own. A pair of tokens in attention takes `4 num_heads * head_size` in each layer, and
+    twice that in backward.
+
+    Args:
+        model: A dense causal language model.
+        num_tokens: That go through the body.
+        num_response_tokens: That go through the head.
+        num_attended: Pairs of a token and one that it attends to, itself included.
+
+    Returns:
+        The number, or None for a mixture of experts, where it depends on the routing.
+    """
+    config = model.config.get_text_config()
+    if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    head = model.get_output_embeddings()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    body = [
+        weight
+        for weight in model.parameters()
+        if weight.ndim == 2 and id(weight) not in looked_up and (head is None or weight is not head.weight)
+    ]
+    flops = float(num_tokens * sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in body))
+    if head is not None:
+        flops += num_response_tokens * head.weight.numel() * (6 if head.weight.requires_grad else 4)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flops + 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * num_attended
