@@ -83,6 +83,14 @@ def test_a_budget_fills_microbatches_one_by_one():
     assert step.ranks == [[[3, 0], [4, 1, 5], [2]]]
 
 
+def test_packed_sequences_cost_their_tokens_alone():
+    # 9 + 7 packed is 16 and with 5 it is 21; 5 + 4 + 2 + 1 is 12. In halves: 9 + 7 and the other 12 tokens.
+    budget = plan_of(SIX, batch_size=6, max_tokens_per_microbatch=18, shuffle=False).step(0, "packed")
+    count = plan_of(SIX, batch_size=6, gradient_accumulation_steps=3, shuffle=False).step(0, "packed")
+    assert budget.ranks == [[[3, 0], [4, 1, 5, 2]]]
+    assert count.ranks == [[[3], [0, 4], [1, 5, 2]]]
+
+
 def test_a_count_makes_the_costliest_microbatch_as_cheap_as_it_can_be():
     # 9 + 7 padded is 18, the other four padded are 20; 9 + 7 + 5 would be 27, and 7 + 5 + 4 + 2 + 1 would be 35.
     step = plan_of(SIX, batch_size=6, gradient_accumulation_steps=2, shuffle=False).step(0)
@@ -204,14 +212,17 @@ def test_a_count_of_microbatches_is_met_exactly_where_there_are_enough_sequences
 
 
 @untimed
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 9))
-def test_no_other_cut_into_as_many_microbatches_has_a_cheaper_costliest_one(lengths, count):
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 9), st.sampled_from(["packed", "padded"]))
+def test_no_other_cut_into_as_many_microbatches_has_a_cheaper_costliest_one(lengths, count, layout):
+    def cost(part):
+        return sum(part) if layout == "packed" else len(part) * part[0]
+
     lengths = sorted(lengths, reverse=True)
     count = min(count, len(lengths))
-    cuts = cut_by_count(lengths, count)
+    cuts = cut_by_count(lengths, count, layout)
     assert (cuts[0], cuts[-1], len(cuts)) == (0, len(lengths), count + 1)
-    costs = [max(len(part) * part[0] for part in parts) for parts in all_contiguous_splits(lengths, count)]
-    assert max((end - start) * lengths[start] for start, end in pairwise(cuts)) == min(costs)
+    costs = [max(map(cost, parts)) for parts in all_contiguous_splits(lengths, count)]
+    assert max(cost(lengths[start:end]) for start, end in pairwise(cuts)) == min(costs)
 
 
 @untimed

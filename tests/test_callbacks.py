@@ -11,8 +11,17 @@ from conftest import character_tokenizer, tiny_config, tiny_model
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_sft import GenerationMonitor, LastCheckpoint, Sampling, SFTDataModule, SFTModule, TokenThroughput
+from lightning_sft import (
+    GenerationMonitor,
+    LastCheckpoint,
+    Sampling,
+    SFTDataModule,
+    SFTModule,
+    StepProgressBar,
+    TokenThroughput,
+)
 from lightning_sft.callbacks.generation_monitor import markdown_table
+from lightning_sft.callbacks.throughput import training_flops
 from lightning_sft.generation import GenerationRecord
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
@@ -185,6 +194,65 @@ def test_throughput_counts_real_tokens(tmp_path, monkeypatch):
     num_tokens = sum(len(row["prompt"]) + len(row["output"]) for row in ROWS)  # inputs: EOS is only a label
     assert float(row["train/tokens_per_second"]) == num_tokens / 2
     assert not math.isnan(float(row["train/loss"]))
+
+
+def read_csv(folder):
+    with open(folder / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_throughput_is_averaged_from_one_logging_step_to_the_next(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr("lightning_sft.callbacks.throughput.time.perf_counter", lambda: next(clock))
+    data = SFTDataModule(character_tokenizer(), ROWS, batch_size=4)  # in one order, three steps an epoch
+    options = {"max_steps": 6, "log_every_n_steps": 3}
+    fit(tmp_path, [TokenThroughput(peak_flops=1e6)], CSVLogger(tmp_path), data, **options)
+    rows = [row for row in read_csv(tmp_path) if row["train/tokens_per_second"]]
+    lengths = [(len(row["prompt"]), len(row["output"])) for row in ROWS]
+    assert [row["step"] for row in rows] == ["3", "6"]
+    for row in rows:  # each of the three steps takes two seconds
+        assert float(row["train/tokens_per_second"]) == pytest.approx(sum(map(sum, lengths)) / 6)
+        assert float(row["train/response_tokens_per_second"]) == pytest.approx(sum(n + 1 for _, n in lengths) / 6)
+        assert float(row["train/peak_memory_gib"]) > 0.1
+    # Per layer 4 attention matrices of 16 x 16 and 3 of 16 x 32; the head has 131 x 16.
+    tokens, responses = sum(map(sum, lengths)), sum(n + 1 for _, n in lengths)
+    pairs = sum(sum(length) * (sum(length) + 1) // 2 for length in lengths)
+    flops = 6 * 2 * (4 * 16 * 16 + 3 * 16 * 32) * tokens + 6 * 131 * 16 * responses + 12 * 2 * 16 * pairs
+    assert float(rows[0]["train/mfu"]) == pytest.approx(flops / 6 / 1e6, rel=1e-5)
+
+
+def test_without_a_known_device_there_is_no_utilisation(tmp_path):
+    fit(tmp_path, [TokenThroughput()], CSVLogger(tmp_path), max_steps=1)
+    assert "train/mfu" not in read_csv(tmp_path)[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_cost_nothing_unless_they_are_the_head_and_frozen_weights_need_no_gradient(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    totals = {"num_tokens": 10, "num_response_tokens": 4, "num_attended": 30}
+    body, head = 2 * (4 * 16 * 16 + 3 * 16 * 32), 131 * 16
+    assert training_flops(model, **totals) == 6 * body * 10 + 6 * head * 4 + 12 * 2 * 16 * 30
+    model.requires_grad_(False)
+    assert training_flops(model, **totals) == 4 * body * 10 + 4 * head * 4 + 12 * 2 * 16 * 30
+
+
+def test_the_progress_bar_reads_numbers_at_logging_steps_only(tmp_path):
+    """Reading one makes the host wait for the device."""
+    read = []
+
+    class Watched(StepProgressBar):
+        def _read(self, trainer, pl_module):
+            read.append(trainer.global_step)
+            return super()._read(trainer, pl_module)
+
+    data = SFTDataModule(character_tokenizer(), ROWS, batch_size=4)
+    fit(tmp_path, [Watched()], data=data, enable_progress_bar=True, max_steps=9, log_every_n_steps=4)
+    assert set(read) <= {0, 1, 4, 8, 9}
+
+
+def test_a_bad_peak_is_named():
+    with pytest.raises(ValueError, match="`peak_flops` is 0, expected a positive number"):
+        TokenThroughput(peak_flops=0)
 
 
 @pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "batch_size"])

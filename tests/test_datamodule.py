@@ -39,6 +39,17 @@ def test_a_batch_is_one_optimizer_step_with_its_totals():
         assert batch["num_tokens"] == sum(2 + 1 + n % 5 for n in numbers)  # what the model reads
 
 
+def test_without_a_model_batches_are_padded_and_a_wrong_layout_is_named():
+    (microbatch,) = next(iter(prepared().train_dataloader()))["microbatches"]
+    assert "cu_seq_lens_q" not in microbatch
+    assert microbatch["num_sequences"] == 6
+    assert microbatch["response_positions"].tolist() == microbatch["response_mask"].flatten().nonzero()[:, 0].tolist()
+    with pytest.raises(ValueError, match="`layout` is 'pakced', expected one of packed, padded"):
+        prepared(layout="pakced")
+    with pytest.raises(ValueError, match="`layout` is 'packed', but there is no module that takes packed batches"):
+        prepared(layout="packed").train_dataloader()
+
+
 def test_workers_change_nothing():
     here, there = (list(prepared(num_workers=n, max_tokens_per_microbatch=30).train_dataloader()) for n in (0, 2))
     for one, other in zip(here, there, strict=True):

@@ -8,8 +8,11 @@ from adapters import run_compute_entropy, run_get_response_log_probs
 from conftest import tiny_model
 from torch import Tensor, nn
 from torch.distributions import Categorical
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_sft.log_probs import compute_entropy, get_response_log_probs
+from lightning_sft.attention import enable_packing, packed_inputs
+from lightning_sft.log_probs import compute_entropy, get_response_log_probs, score_responses
+from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
 INF = math.inf
 
@@ -248,3 +251,140 @@ def test_get_response_log_probs_masks_nothing():
         first = get_response_log_probs(model, input_ids[:, :3], labels[:, :3])["log_probs"]
     assert (whole < 0).all()
     torch.testing.assert_close(whole[:, :3], first)  # causal: what comes after changes nothing
+
+
+# -- heads: those that can be taken apart, and those that cannot -------------------------------------------------------
+
+
+def build(model_type, **settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.3}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(ids | sizes | settings)))
+
+
+HEADS = {
+    "tied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "untied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+    "bias (Phi)": ("phi", {}),
+    "soft-capped (Gemma 2)": ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "num_key_value_heads": 4}),
+    "divided (Granite)": ("granite", {"logits_scaling": 7.0}),
+    "multiplied (Cohere)": ("cohere", {"logit_scale": 0.3}),
+}
+
+
+def tokens_and_mask():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(50, (3, 10), generator=generator)
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, 4:8] = mask[1, 2:3] = mask[2, 7:] = True
+    return tokens[:, :-1], tokens[:, 1:], mask
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_taken_apart_gives_the_scores_and_gradients_of_the_models_own_logits(name):
+    model_type, settings = HEADS[name]
+    model = build(model_type, **settings).double().eval()
+    if name == "bias (Phi)":
+        nn.init.normal_(model.lm_head.bias)
+    input_ids, labels, mask = tokens_and_mask()
+    naive = naive_log_probs(model, input_ids, labels)
+    entropy = compute_entropy(model(input_ids).logits)
+    calls = []
+    scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask)  # tries the head out
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask)
+    loss = score_responses(model, input_ids, labels, mask.flatten().nonzero()[:, 0], normalize_constant=4.0)["loss"]
+    assert not calls  # nobody asked the model for logits
+    torch.testing.assert_close(scores["log_probs"], naive * mask, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores["token_entropy"], entropy * mask, rtol=1e-4, atol=1e-5)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(-naive[mask].sum() / 4, parameters, allow_unused=True)
+    for ours in (-scores["log_probs"].sum() / 4, loss):
+        for given, reference in zip(torch.autograd.grad(ours, parameters, allow_unused=True), expected, strict=True):
+            if reference is not None:
+                assert (given - reference).norm() <= 1e-4 * reference.norm() + 1e-9
+
+
+class Warmed(LlamaForCausalLM):
+    """Does something to its logits that no setting tells of."""
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        output.logits = output.logits.sign() * output.logits.abs().sqrt()
+        return output
+
+
+class Shifted(nn.Linear):
+    """A linear layer that does more, as adapters do."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) + hidden.mean(dim=-1, keepdim=True) * torch.arange(self.out_features)
+
+
+@pytest.mark.parametrize("kind", ["logits", "layer"])
+def test_a_head_that_does_more_is_not_taken_apart(kind):
+    config = tiny_model(initializer_range=0.5).config
+    model = Warmed(config) if kind == "logits" else LlamaForCausalLM(config)
+    if kind == "layer":
+        model.lm_head = Shifted(16, 131, bias=False)
+    input_ids, labels, mask = tokens_and_mask()
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
+    scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask, return_is_top1=True)
+    assert shapes[-1] == (3, 6)  # of 9 columns those in which any row has a response
+    logits = model(input_ids).logits
+    torch.testing.assert_close(scores["log_probs"], naive_log_probs(model, input_ids, labels).float() * mask)
+    torch.testing.assert_close(scores["token_entropy"], compute_entropy(logits) * mask)
+    assert torch.equal(scores["is_top1"], (logits.argmax(-1) == labels) & mask)
+    positions = mask.flatten().nonzero()[:, 0]
+    loss = score_responses(model, input_ids, labels, positions, normalize_constant=4.0)["loss"]
+    torch.testing.assert_close(loss, -scores["log_probs"].sum() / 4)
+    none = score_responses(model, input_ids, labels, positions[:0], normalize_constant=4.0)["loss"]
+    none.backward()
+    assert none.item() == 0  # and still part of the graph
+    assert model.model.embed_tokens.weight.grad.abs().sum() == 0
+
+
+def test_trying_a_head_out_draws_nothing_and_happens_once():
+    model = tiny_model(attention_dropout=0.5).train()
+    input_ids, labels, _ = tokens_and_mask()
+    state, calls = torch.get_rng_state(), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(torch.get_rng_state()))
+    first = get_response_log_probs(model, input_ids, labels)["log_probs"]
+    torch.set_rng_state(state)
+    second = get_response_log_probs(model, input_ids, labels)["log_probs"]
+    assert torch.equal(first, second)
+    assert len(calls) == 1
+
+
+def test_a_response_mask_of_numbers_counts_ones():
+    model, (input_ids, labels, mask) = tiny_model(), tokens_and_mask()
+    scores = [
+        get_response_log_probs(model, input_ids, labels, response_mask=m)["log_probs"] for m in (mask, mask.int())
+    ]
+    assert torch.equal(*scores)
+
+
+def test_packed_documents_are_scored_as_padded_ones():
+    model = tiny_model(initializer_range=0.5)
+    examples = [
+        Example(input_ids=list(range(5, 5 + length)), num_prompt_tokens=prompt)
+        for length, prompt in ((9, 3), (4, 1), (12, 10), (2, 0))
+    ]
+    padded, packed = collate_padded(examples), collate_packed(examples)
+    expected = get_response_log_probs(
+        model, padded["input_ids"], padded["labels"], True, response_mask=padded["response_mask"]
+    )
+    assert enable_packing(model) is None
+    given = get_response_log_probs(
+        model,
+        packed["input_ids"],
+        packed["labels"],
+        True,
+        response_mask=packed["response_mask"],
+        **packed_inputs(model, packed),
+    )
+    for name in expected:
+        torch.testing.assert_close(given[name][packed["response_mask"]], expected[name][padded["response_mask"]])

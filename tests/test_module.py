@@ -50,10 +50,13 @@ class Recorder(L.Callback):
     """What happened at each optimizer step."""
 
     def __init__(self):
-        self.losses, self.validated, self.rows = [], [], []
+        self.losses, self.validated, self.rows, self.layouts = [], [], [], set()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(trainer.callback_metrics["train/loss"].item())
+        self.layouts |= {
+            "packed" if "cu_seq_lens_q" in microbatch else "padded" for microbatch in batch["microbatches"]
+        }
         ids = [row.tolist() for microbatch in batch["microbatches"] for row in sequences(microbatch)]
         self.rows.append(sorted(tuple(token for token in row if token != 128) for row in ids))
 
@@ -117,6 +120,50 @@ def test_training_equals_a_plain_loop_however_a_step_is_split(tmp_path, normaliz
     assert recorder.losses == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(module.model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [{}, {"gradient_accumulation_steps": 3}])
+def test_packed_and_padded_runs_log_the_same(tmp_path, rule):
+    logged = []
+    for layout in ("packed", "padded"):
+        data = make_data(layout=layout, val_data=ROWS[:7], **rule)
+        _, recorder, trainer = fit(tmp_path / layout, data=data, max_steps=4)
+        logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+        assert recorder.layouts == {layout}
+    packed, padded = logged
+    assert {"train/token_entropy", "train/grad_norm", "val/loss", "val/token_accuracy", "val/perplexity"} < set(packed)
+    assert packed == pytest.approx(padded, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_validation_divides_by_what_training_divides_by(tmp_path, normalization):
+    """The loss of a run of no learning rate, on the same rows, is that of its validation."""
+    module = SFTModule(
+        tiny_config(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        loss_normalization=normalization,
+        normalize_constant=5.0,
+    )
+    data = make_data(val_data=ROWS, batch_size=len(ROWS))
+    metrics = fit(tmp_path, module, data, max_steps=1)[2].callback_metrics
+    assert metrics["val/loss"] == pytest.approx(metrics["train/loss"].item(), rel=1e-5)
+
+
+def test_by_default_rows_are_packed_where_the_model_can_take_it(tmp_path):
+    assert fit(tmp_path, max_steps=1)[1].layouts == {"packed"}
+    eager = SFTModule(tiny_config(), optimizer=sgd, model_kwargs={"attn_implementation": "eager"})
+    assert fit(tmp_path, eager, max_steps=1)[1].layouts == {"padded"}
+    with pytest.raises(
+        ValueError, match=r"`layout` is 'packed', but LlamaForCausalLM attends by `eager`\. Use 'padded'"
+    ):
+        fit(tmp_path, SFTModule(eager.model), make_data(layout="packed"), max_steps=1)
+
+
+def test_a_packed_row_may_be_longer_than_the_model_has_positions_but_no_document(tmp_path):
+    data = [{"prompt": "p" * 30, "output": "o" * 20}] * 3  # 51 tokens each, 64 positions
+    fit(tmp_path, data=make_data(train_data=data), max_steps=1)
+    with pytest.raises(ValueError, match="A row has 71 tokens, but the model has only 64 positions"):
+        fit(tmp_path, data=make_data(train_data=[*data, {"prompt": "p" * 50, "output": "o" * 20}]), max_steps=1)
 
 
 def test_each_epoch_shows_every_row_once_in_an_order_of_its_own(tmp_path):
@@ -207,7 +254,8 @@ def test_rotary_frequencies_stay_in_float32_under_bf16_true(tmp_path):
     assert torch.equal(buffers["model.model.rotary_emb.inv_freq"], exact)
 
 
-def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_schedule_too(tmp_path):
+@pytest.mark.parametrize("fused", [False, True])  # a fused optimizer would unscale in its step, after the clipping
+def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_schedule_too(tmp_path, fused):
     rates, norms = [], []
 
     class Watch(L.Callback):
@@ -222,7 +270,13 @@ def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_
             )
 
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    module = SFTModule(tiny_config(), optimizer=sgd, lr_scheduler="linear", warmup_steps=0, max_grad_norm=0.01)
+    module = SFTModule(
+        tiny_config(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.3, fused=fused),
+        lr_scheduler="linear",
+        warmup_steps=0,
+        max_grad_norm=0.01,
+    )
     fit(
         tmp_path,
         module,

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.tokenization import (
     Example,
+    collate_packed,
     collate_padded,
     encode_examples,
     encode_prompts,
@@ -294,3 +295,44 @@ def test_num_response_labels_counts_what_the_mask_marks(num_prompt_tokens, num_o
     ]
     marked = collate_padded(examples)["response_mask"]
     assert num_response_labels(num_tokens, num_prompt_tokens) == marked[0].sum()
+
+
+def test_packed_rows_stand_one_after_another_each_shifted_on_its_own():
+    examples = [
+        Example(input_ids=[5, 6, 7, 8], num_prompt_tokens=2),
+        Example(input_ids=[9, 4], num_prompt_tokens=0),
+        Example(input_ids=[3], num_prompt_tokens=0),  # nothing comes after it
+        Example(input_ids=[1, 2, 0], num_prompt_tokens=3),
+    ]
+    batch = collate_packed(examples)
+    assert {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7, 9, 1, 2]],
+        "labels": [[6, 7, 8, 4, 2, 0]],
+        "response_mask": [[False, True, True, True, False, False]],
+        "position_ids": [[0, 1, 2, 0, 0, 1]],
+        "cu_seq_lens_q": [0, 3, 4, 6],
+        "cu_seq_lens_k": [0, 3, 4, 6],
+        "max_length_q": 3,
+        "max_length_k": 3,
+    }
+    assert {batch[name].dtype for name in ("input_ids", "labels", "position_ids")} == {torch.int64}
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["response_mask"].dtype == torch.bool
+
+
+def test_packed_without_anything_to_learn_is_one_masked_token():
+    batch = collate_packed([Example(input_ids=[3], num_prompt_tokens=0)], pad_id=7)
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[7]]
+    assert batch["response_mask"].tolist() == [[False]]
+
+
+@given(st.lists(st.tuples(st.integers(2, 9), st.integers(0, 9)), min_size=1, max_size=6))
+def test_packed_and_padded_hold_the_same_labels_and_mask(sizes):
+    examples = [
+        Example(input_ids=list(range(10 * row, 10 * row + length)), num_prompt_tokens=min(prompt, length))
+        for row, (length, prompt) in enumerate(sizes)
+    ]
+    padded, packed = collate_padded(examples), collate_packed(examples)
+    real = torch.arange(padded["labels"].shape[1]) < torch.tensor([[length - 1] for length, _ in sizes])
+    for name in ("input_ids", "labels", "response_mask"):
+        assert packed[name][0].tolist() == padded[name][real].tolist()
