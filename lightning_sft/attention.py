@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 VARLEN = "lightning_sft_varlen"
+_LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
 PACKED_KEYS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -79,20 +80,45 @@ def _attend_each(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """One call of torch's attention for each document."""
+    """One document after another."""
     lengths = bounds.diff().tolist()  # waits for a CUDA device; half precision goes another way there
+    half_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
     documents = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = []
     for length, (q, k, v) in zip(lengths, documents, strict=True):
         mask = None
-        if window is not None and length > window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        attended.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
-            ).transpose(1, 2)
-        )
-    return torch.cat(attended, dim=1)
+        by_products = half_on_cpu and length <= _LONGEST_BY_PRODUCTS
+        if by_products or (window is not None and length > window):
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+            mask = mask if window is None else mask.triu(1 - window)
+        if by_products:
+            attended.append(_attend_by_products(q, k, v, cast(Tensor, mask), dropout, scaling))
+        else:
+            attended.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+                )
+            )
+    return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention in plain matrix products, keeping the `length ** 2` probabilities of each head for backward.
+
+    On CPU torch's kernel is no faster in half precision than in float32, its backward even slower; these products are.
+    """
+    (_, num_groups, length, size), group_size = key.shape, query.shape[1] // key.shape[1]
+    scaled = query * (size**-0.5 if scaling is None else scaling)
+    scores = torch.bmm(scaled.reshape(num_groups, group_size * length, size), key.squeeze(0).transpose(1, 2))
+    scores = scores.view(num_groups, group_size, length, length)
+    scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)
+    if dropout:
+        probabilities = F.dropout(probabilities, dropout)
+    attended = torch.bmm(probabilities.view(num_groups, group_size * length, length), value.squeeze(0))
+    return attended.view(1, num_groups * group_size, length, -1)
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

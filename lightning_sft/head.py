@@ -1,19 +1,14 @@
-"""The language-model head without its logits: what training needs of them, from one pass over small tiles.
-
-A tile is some rows times some of the vocabulary, small enough to stay in cache. Within a tile everything is relative to
-the tile's own maximum; the tiles of a row are put together by the grouping property of the entropy,
-`H = H(share) + sum_t share_t H_t`, with `share_t` the probability of all of tile `t`, which no digits cancel in.
-"""
+"""The language-model head without its logits: log-probabilities, entropies and gradients, tile by tile."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lightning_sft.tiles import Rule, cap_slope, float32_or_more, score_block, score_tiles, tile_shape, weight_tiles
 
 
 @dataclass(frozen=True)
@@ -62,141 +57,12 @@ def score_labels(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    rule = _Rule(head.scale, head.softcap, dtype, return_is_top1)
+    rule = Rule(head.scale, head.softcap, dtype, return_is_top1)
     with torch.autocast(device, enabled=False):
         loss, *scores = _Scores.apply(hidden, head.weight, head.bias, labels, token_weights, rule)
     names = ("log_probs", "token_entropy", "is_top1")
     result = {name: score for name, score in zip(names, scores, strict=True) if score is not None}
     return result if loss is None else {"loss": loss, **result}
-
-
-class _Rule(NamedTuple):
-    """What does not change from tile to tile."""
-
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype  # that matrices are multiplied in
-    return_is_top1: bool
-
-
-class _Tile(NamedTuple):
-    """Some rows on one tile of the vocabulary, `(rows,)` each; `slope` is `(rows, tile)`."""
-
-    log_sum: Tensor  # logsumexp of the logits, above `top`
-    entropy: Tensor  # of the distribution within the tile
-    label_logit: Tensor  # zero where the label is in another tile
-    top: Tensor
-    top_index: Tensor  # the first of equals; of no use unless asked for
-    slope: Tensor  # of `log_sum`, by the capped logits' arguments: the softmax, times the slope of the cap
-
-
-def _score_tile(products: Tensor, bias: Tensor | None, labels: Tensor, rule: _Rule) -> _Tile:
-    """Everything from one tile of `hidden @ weight.T`; `labels` count from the tile's start."""
-    logits = _float32_or_more(products)
-    if bias is not None:
-        logits = logits + bias
-    if rule.scale != 1.0:
-        logits = logits * rule.scale
-    if rule.softcap is not None:
-        logits = rule.softcap * torch.tanh(logits / rule.softcap)
-    if rule.return_is_top1:
-        top, top_index = logits.max(dim=-1)
-    else:
-        top = logits.amax(dim=-1)
-        top_index = labels
-    inside = (labels >= 0) & (labels < logits.shape[-1])
-    label_logit = logits.gather(-1, labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    below_top = logits - top.unsqueeze(-1)
-    share = torch.softmax(below_top, dim=-1)
-    log_sum = -share.amax(dim=-1).log()  # the largest share is exp(0) / sum
-    slope = share if rule.softcap is None else share * _cap_slope(logits, rule)
-    return _Tile(
-        log_sum=log_sum,
-        entropy=log_sum - below_top.mul_(share).sum(dim=-1),
-        label_logit=torch.where(inside, label_logit, 0.0),
-        top=top,
-        top_index=top_index,
-        slope=slope.to(rule.dtype),
-    )
-
-
-def _cap_slope(logits: Tensor, rule: _Rule) -> Tensor:
-    return torch.ones_like(logits) if rule.softcap is None else 1 - (logits / rule.softcap) ** 2
-
-
-def _float32_or_more(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@cache
-def _tile_function(device_type: str) -> Callable[..., _Tile]:
-    """On CUDA a tile's elementwise passes are fused into one; on CPU they stay in cache."""
-    return torch.compile(_score_tile, dynamic=True) if device_type == "cuda" else _score_tile
-
-
-def _tile_shape(device_type: str) -> tuple[int, int]:
-    """Rows and vocabulary. On CPU 2 MiB of float32; on CUDA large enough to fill the device."""
-    return (16384, 16384) if device_type == "cuda" else (256, 2048)
-
-
-def _weight_tiles(weight: Tensor, rule: _Rule) -> Iterator[tuple[slice, Tensor]]:
-    _, width = _tile_shape(weight.device.type)
-    for start in range(0, weight.shape[0], width):
-        where = slice(start, start + width)
-        yield where, weight[where].to(rule.dtype)
-
-
-def _tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: _Rule
-) -> Iterator[tuple[slice, Tensor, _Tile]]:
-    """All rows on each tile of the vocabulary in turn: where it is, its weight, what it says."""
-    num_rows, _ = _tile_shape(hidden.device.type)
-    score = _tile_function(hidden.device.type)
-    for where, weight_tile in _weight_tiles(weight, rule):
-        bias_tile = None if bias is None else bias[where]
-        parts = [
-            score(rows @ weight_tile.t(), bias_tile, row_labels - where.start, rule)
-            for rows, row_labels in zip(hidden.split(num_rows), labels.split(num_rows), strict=True)
-        ]
-        yield where, weight_tile, parts[0] if len(parts) == 1 else _Tile(*map(torch.cat, zip(*parts, strict=True)))
-
-
-class _Block(NamedTuple):
-    """Some rows on the whole vocabulary, `(rows,)` each; `shares` is `(tiles, rows)`."""
-
-    scores: tuple[Tensor, Tensor, Tensor | None]  # log-probability, entropy, is_top1
-    label_logit: Tensor
-    top: Tensor
-    log_sum: Tensor  # above `top`
-    shares: Tensor
-
-
-def _score_block(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    rule: _Rule,
-    slopes: deque[Tensor] | None = None,
-) -> _Block:
-    """Put the tiles of each row together; their slopes are appended to `slopes`."""
-    columns: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    for where, _, tile in _tiles(hidden, weight, bias, labels, rule):
-        for column, value in zip(columns, (*tile[:4], tile.top_index + where.start), strict=True):
-            column.append(value)
-        if slopes is not None:
-            slopes.append(tile.slope)
-    log_sums, entropies, label_logits, tops, top_indices = map(torch.stack, columns)
-    top = tops.amax(dim=0)
-    log_sums = log_sums + (tops - top)
-    log_sum = log_sums.logsumexp(dim=0)
-    shares = (log_sums - log_sum).exp()
-    entropy = (shares * (entropies + log_sum - log_sums)).sum(dim=0)
-    label_logit = label_logits.sum(dim=0)
-    is_top1 = None
-    if rule.return_is_top1:
-        is_top1 = top_indices.gather(0, tops.argmax(dim=0, keepdim=True)).squeeze(0) == labels
-    return _Block((label_logit - top - log_sum, entropy, is_top1), label_logit, top, log_sum, shares)
 
 
 class _Gradients:
@@ -214,11 +80,11 @@ class _Gradients:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        rule: _Rule,
+        rule: Rule,
         num_blocks: int = 1,
     ) -> None:
         self._rule, self._head_weight = rule, weight
-        precise = _float32_or_more(hidden[:0]).dtype
+        precise = float32_or_more(hidden[:0]).dtype
         self.hidden = torch.zeros_like(hidden, dtype=precise) if needed[0] else None
         self.weight = torch.zeros_like(weight) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=precise) if bias is not None and needed[2] else None
@@ -247,7 +113,7 @@ class _Gradients:
 
     def add_labels(self, hidden: Tensor, labels: Tensor, label_logit: Tensor, token_weights: Tensor) -> None:
         """Add the part of all rows' labels."""
-        coefficient = -token_weights * self._rule.scale * _cap_slope(label_logit, self._rule)
+        coefficient = -token_weights * self._rule.scale * cap_slope(label_logit, self._rule)
         if self.hidden is not None:
             self.hidden.addcmul_(self._head_weight[labels], coefficient.unsqueeze(-1))
         if self.bias is not None:
@@ -285,10 +151,10 @@ def _sum_by_label(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(rows).index_add_(0, place, rows[order]), owners
 
 
-def _kept_rows(weight: Tensor, rule: _Rule) -> int:
+def _kept_rows(weight: Tensor, rule: Rule) -> int:
     """Rows whose tiles the loss keeps at a time: on CPU some 128 MiB of them, on CUDA 2.5 GiB."""
     kept = (5 * 2**29 if weight.device.type == "cuda" else 2**27) // (weight.shape[0] * rule.dtype.itemsize)
-    step = min(256, _tile_shape(weight.device.type)[0])
+    step = min(256, tile_shape(weight.device.type)[0])
     return -(-kept // step) * step
 
 
@@ -303,18 +169,21 @@ class _Scores(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         token_weights: Tensor | None,
-        rule: _Rule,
+        rule: Rule,
     ) -> tuple[Tensor | None, ...]:
-        ctx.rule, ctx.known = rule, token_weights is not None
+        ctx.rule, ctx.known, ctx.num_rows = rule, token_weights is not None, len(labels)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         inputs = (hidden.to(rule.dtype), weight, bias)
         if token_weights is None:
-            block = _score_block(*inputs, labels, rule)
+            block = score_block(*inputs, labels, rule)
             ctx.save_for_backward(hidden, weight, bias, labels, block.label_logit, block.top, block.log_sum)
             ctx.mark_non_differentiable(*(score for score in block.scores[1:] if score is not None))
             return None, *block.scores
-        scores, gradients = _scores_and_gradients(ctx.needs_input_grad[:3], *inputs, labels, token_weights, rule)
-        ctx.save_for_backward(*gradients.results(ctx.dtypes))
+        # float16 has no digits left for weights such as 1 / num_tokens: `backward` puts them on, scaled by a scaler.
+        unit = token_weights.abs().sum() if rule.dtype == torch.float16 else None
+        relative = token_weights if unit is None else token_weights / unit.clamp(min=1e-30) * len(labels)
+        scores, gradients = _scores_and_gradients(ctx.needs_input_grad[:3], *inputs, labels, relative, rule)
+        ctx.save_for_backward(unit, *gradients.results(ctx.dtypes))
         ctx.mark_non_differentiable(*(score for score in scores if score is not None))
         return -(token_weights * cast(Tensor, scores[0])).sum(), *scores
 
@@ -322,16 +191,18 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.known:
-            return *(_times(gradient, upstream[0]) for gradient in ctx.saved_tensors), None, None, None
+            unit, *gradients = ctx.saved_tensors
+            factor = upstream[0] if unit is None else upstream[0] * unit / max(ctx.num_rows, 1)
+            return *(_times(gradient, factor) for gradient in gradients), None, None, None
         hidden, weight, bias, labels, label_logit, top, log_sum = ctx.saved_tensors
         token_weights = -upstream[1]
         inputs = (hidden.to(ctx.rule.dtype), weight, bias)
-        gradients = _Gradients(ctx.needs_input_grad[:3], *inputs, ctx.rule)
-        for where, weight_tile, tile in _tiles(*inputs, labels, ctx.rule):
+        collected = _Gradients(ctx.needs_input_grad[:3], *inputs, ctx.rule)
+        for where, weight_tile, tile in score_tiles(*inputs, labels, ctx.rule):
             share = (tile.top - top + tile.log_sum - log_sum).exp() * token_weights
-            gradients.add_tile(slice(None), where, inputs[0], weight_tile, tile.slope, share)
-        gradients.add_labels(inputs[0], labels, label_logit, token_weights)
-        return *gradients.results(ctx.dtypes), None, None, None
+            collected.add_tile(slice(None), where, inputs[0], weight_tile, tile.slope, share)
+        collected.add_labels(inputs[0], labels, label_logit, token_weights)
+        return *collected.results(ctx.dtypes), None, None, None
 
 
 def _scores_and_gradients(
@@ -341,7 +212,7 @@ def _scores_and_gradients(
     bias: Tensor | None,
     labels: Tensor,
     token_weights: Tensor,
-    rule: _Rule,
+    rule: Rule,
 ) -> tuple[tuple[Tensor | None, ...], _Gradients]:
     """Scores and the loss's gradients from the same tiles, some rows at a time."""
     size = _kept_rows(weight, rule)
@@ -350,10 +221,10 @@ def _scores_and_gradients(
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, start + size)
         slopes: deque[Tensor] | None = deque() if any(needed) else None
-        blocks.append(block := _score_block(hidden[rows], weight, bias, labels[rows], rule, slopes))
+        blocks.append(block := score_block(hidden[rows], weight, bias, labels[rows], rule, slopes))
         if slopes is None:
             continue
-        for (where, weight_tile), share in zip(_weight_tiles(weight, rule), block.shares, strict=True):
+        for (where, weight_tile), share in zip(weight_tiles(weight, rule), block.shares, strict=True):
             gradients.add_tile(rows, where, hidden[rows], weight_tile, slopes.popleft(), share * token_weights[rows])
     label_logit = torch.cat([block.label_logit for block in blocks])
     gradients.add_labels(hidden, labels, label_logit, token_weights)

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.head import Head, score_labels
-
-
-def _float32_or_more(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+from lightning_sft.tiles import float32_or_more
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
@@ -29,7 +26,7 @@ def compute_entropy(logits: Tensor) -> Tensor:
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
-    log_p = torch.log_softmax(_float32_or_more(logits), dim=-1)
+    log_p = torch.log_softmax(float32_or_more(logits), dim=-1)
     # exp(-1000) is 0 even in float64. Clamping to the dtype's minimum instead would overflow in backward.
     return -(log_p.exp() * log_p.clamp(min=-1000.0)).sum(dim=-1)
 
@@ -112,14 +109,14 @@ def score_responses(
     if isinstance(model, PreTrainedModel):
         model_kwargs.setdefault("use_cache", False)  # with a cache `transformers` would not keep documents apart
     if head is None:
-        logits = _float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
+        logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
         return _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
     body = cast(PreTrainedModel, model).base_model
     hidden = body(input_ids=input_ids, **model_kwargs).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, response_positions)
     weights = None
     if normalize_constant is not None:
-        precise = _float32_or_more(hidden[:0]).dtype
+        precise = float32_or_more(hidden[:0]).dtype
         weights = torch.full(chosen.shape, 1 / normalize_constant, dtype=precise, device=chosen.device)
     return score_labels(hidden, head, chosen, token_weights=weights, return_is_top1=return_is_top1)
 

@@ -59,6 +59,27 @@ def test_packed_documents_give_the_logits_and_gradients_of_each_alone(name):
         assert (ours.grad - theirs.grad).norm() < 1e-5 * theirs.grad.norm() + 1e-9
 
 
+@pytest.mark.parametrize("name", ["qwen2, grouped queries", "mistral, window 4"])
+@pytest.mark.parametrize("longest", [0, 1024])
+def test_half_precision_on_cpu_stays_as_close_as_half_precision_can(name, longest, monkeypatch):
+    monkeypatch.setattr("lightning_sft.attention._LONGEST_BY_PRODUCTS", longest)
+    model_type, settings = MODELS[name]
+    generator = torch.Generator().manual_seed(3)
+    heads = [torch.randn(1, n, 14, 8, generator=generator, dtype=torch.float64) for n in (4, 2, 2)]
+    layer = build(model_type, **settings).model.layers[0].self_attn
+    bounds = torch.tensor([0, 9, 14], dtype=torch.int32)
+    kwargs = {"cu_seq_lens_q": bounds, "sliding_window": settings.get("sliding_window")}
+    upstream = torch.randn(1, 14, 4, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        states = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in heads]
+        attended, _ = varlen_attention(layer, *states, None, scaling=0.4, **kwargs)
+        results.append([attended, *torch.autograd.grad(attended, states, upstream.bfloat16().to(dtype))])
+    for exact, given in zip(*results, strict=True):
+        assert given.dtype == torch.bfloat16
+        assert (given - exact).norm() < 0.01 * exact.norm()
+
+
 def test_a_pretrained_checkpoint_reads_packed_stories_as_each_alone(shared_data):
     model = AutoModelForCausalLM.from_pretrained(shared_data / "stories260k").double()
     generator = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sft import head as head_module
+from lightning_sft import tiles as tiles_module
 from lightning_sft.head import Head, score_labels
 
 ROWS, HIDDEN, VOCAB = 37, 6, 50
@@ -15,7 +16,8 @@ ROWS, HIDDEN, VOCAB = 37, 6, 50
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in both directions and several blocks, each with a smaller one at the end."""
-    monkeypatch.setattr(head_module, "_tile_shape", lambda device: (5, 16))
+    for module in (tiles_module, head_module):
+        monkeypatch.setattr(module, "tile_shape", lambda device: (5, 16))
     monkeypatch.setattr(head_module, "_kept_rows", lambda weight, rule: 10)
 
 
@@ -167,6 +169,18 @@ def test_autocast_multiplies_in_half_precision_and_returns_gradients_in_the_para
     for ours, theirs in zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_float16_keeps_the_digits_of_small_weights_under_a_loss_scaler(known):
+    hidden, weight, _, labels, _ = make(torch.float16)
+    weights, scale = torch.full((ROWS,), 1e-5), 2.0**14
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = gradients(-(weights.double() * naive(*exact, None, labels)[0]).sum(), *exact)
+    scores = score_labels(hidden, Head(weight), labels, token_weights=weights if known else None)
+    loss = scores["loss"] if known else -(weights * scores["log_probs"]).sum()
+    for ours, theirs in zip(gradients(scale * loss, hidden, weight), expected, strict=True):
+        assert (ours.double() / scale - theirs).norm() < 0.002 * theirs.norm()
 
 
 def weight_gradient(hidden, weight, labels, dtype):

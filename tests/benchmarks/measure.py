@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -62,6 +63,15 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return statistics.median(rates)
 
 
+def peak_rate(dtype: torch.dtype, device: str) -> float | None:
+    """FLOP/s that the device's maker states, without sparsity; None on CPU."""
+    if device != "cuda":
+        return None
+    from lightning.fabric.utilities.throughput import get_available_flops
+
+    return get_available_flops(torch.device("cuda"), dtype)
+
+
 def in_turn(
     contestants: Mapping[str, Callable[..., dict[str, float]]], arguments: dict[str, Any], rounds: int
 ) -> dict[str, dict[str, Any]]:
@@ -88,6 +98,7 @@ def in_turn(
 
 
 def _report(sender: Any, contestant: Callable[..., dict[str, float]], arguments: dict[str, Any]) -> None:
+    sys.stdout = sys.stderr  # the table alone goes to stdout
     try:
         sender.send(contestant(**arguments))
     except Exception as error:  # a contestant that cannot run is a result too

@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measure import GIB, PeakMemory, in_turn, machine, matmul_rate, table
+from measure import GIB, PeakMemory, in_turn, machine, matmul_rate, peak_rate, table
 
 BATCH_SIZE, WARMUP_STEPS, LEARNING_RATE = 32, 2, 1e-3
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
@@ -286,8 +286,6 @@ def trl_packed(**arguments: Any) -> dict:
     lengths = [len(example["input_ids"]) for example in encoded(arguments["folder"])]
     bins = max(1, round(BATCH_SIZE * sum(lengths) / len(lengths) / 1024))
     settings = {"packing": True, "per_device_train_batch_size": bins}
-    if arguments["device"] == "cuda":
-        settings["model_init_kwargs"] = None
     return trl(**arguments, gradient_checkpointing=False, **settings)
 
 
@@ -388,19 +386,21 @@ def main() -> None:
             rate = matmul_rate(getattr(torch, CASES[case]["dtype"]), options.device)
             contestants = {name: CONTESTANTS[name] for name in options.contestants}
             results = in_turn(contestants, arguments, options.rounds)
-        report(case, results, useful_flops_per_token(case, examples), rate)
+        peak = peak_rate(getattr(torch, CASES[case]["dtype"]), options.device)
+        report(case, results, useful_flops_per_token(case, examples), rate, peak)
         if options.plot:
             options.plot.mkdir(parents=True, exist_ok=True)
             plot(results, case, options.plot / f"{case}.png")
 
 
-def report(case: str, results: dict[str, dict[str, Any]], flops: float, rate: float) -> None:
+def report(case: str, results: dict[str, dict[str, Any]], flops: float, rate: float, peak: float | None = None) -> None:
     header = ["", "tokens/s", "ours is", "peak GiB", "ours takes", "of the GEMM rate", "first loss", "last loss"]
+    header += [] if peak is None else ["MFU"]
     best = results.get("ours", {})
     lines = []
     for name, result in results.items():
         if "error" in result:
-            lines.append([name, result["error"], *[""] * 6])
+            lines.append([name, result["error"], *[""] * (len(header) - 2)])
             continue
         lines.append(
             [
@@ -412,6 +412,7 @@ def report(case: str, results: dict[str, dict[str, Any]], flops: float, rate: fl
                 f"{result['tokens_per_second'] * flops / rate:.0%}",
                 f"{result['first_loss']:.4f}",
                 f"{result['last_loss']:.4f}",
+                *([] if peak is None else [f"{result['tokens_per_second'] * flops / peak:.1%}"]),
             ]
         )
     print(f"\n{case}: {flops / 1e6:,.1f} MFLOP/token, GEMM {rate / 1e9:,.0f} GFLOP/s\n")
