@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -108,8 +109,11 @@ class SFTModule(L.LightningModule):
             (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._check_vocabulary()
         self.why_not_packed = enable_packing(self.model)
+        if self.why_not_packed:
+            rank_zero_info(f"Batches are padded: {self.why_not_packed}.")
         if self._compile:
             self.model.base_model.compile(dynamic=True)
+            self._compile = False  # it is, from now on
 
     def _build(self) -> PreTrainedModel:
         # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.

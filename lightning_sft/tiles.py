@@ -73,7 +73,7 @@ def float32_or_more(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _tile_function(device_type: str) -> Callable[..., Tile]:
+def tile_function(device_type: str) -> Callable[..., Tile]:
     """On CUDA a tile's elementwise passes are fused into one; on CPU they stay in cache."""
     return torch.compile(score_tile, dynamic=True) if device_type == "cuda" else score_tile
 
@@ -95,7 +95,7 @@ def score_tiles(
 ) -> Iterator[tuple[slice, Tensor, Tile]]:
     """All rows on each tile of the vocabulary in turn: where it is, its weight, what it says."""
     num_rows, _ = tile_shape(hidden.device.type)
-    score = _tile_function(hidden.device.type)
+    score = tile_function(hidden.device.type)
     for where, weight_tile in weight_tiles(weight, rule):
         bias_tile = None if bias is None else bias[where]
         parts = [

@@ -1,6 +1,7 @@
 """The head against full logits in float64, and against finite differences."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -202,6 +203,24 @@ def test_half_precision_weight_gradients_do_not_get_worse_with_the_number_of_blo
     exact = weight_gradient(hidden, weight, labels, torch.float64)
     given = weight_gradient(hidden, weight, labels, torch.bfloat16)
     assert (given - exact).norm() < 0.0035 * exact.norm()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_compiled_tiles_as_on_cuda_say_the_same(monkeypatch, softcap):
+    hidden, weight, bias, labels, weights = make(bias=True)
+    plain = score_labels(hidden, Head(weight, bias, 0.5, softcap), labels, token_weights=weights, return_is_top1=True)
+    monkeypatch.setattr(
+        tiles_module, "tile_function", lambda device: torch.compile(tiles_module.score_tile, dynamic=True)
+    )
+    compiled = score_labels(
+        hidden, Head(weight, bias, 0.5, softcap), labels, token_weights=weights, return_is_top1=True
+    )
+    for name, score in plain.items():
+        torch.testing.assert_close(compiled[name], score)
+    for one, other in zip(*(gradients(run["loss"], hidden, weight, bias) for run in (plain, compiled)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_memory_is_that_of_tiles_not_of_logits():

@@ -1,6 +1,7 @@
 """`SFTModule` against a plain PyTorch loop, and what users of Lightning expect of a run."""
 
 import math
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 
 WORDS = ["tree", "a", "stone river", "of", "light and day", "to", "grass", "sun moon star", "w", "seas"]
 ROWS = [{"prompt": f"{i}:" + "p" * (i % 4), "output": WORDS[i % 10] * (1 + i % 3)} for i in range(22)]
@@ -44,6 +45,10 @@ def sequences(microbatch):
     if "cu_seq_lens_q" not in microbatch:
         return list(microbatch["input_ids"])
     return microbatch["input_ids"][0].split(microbatch["cu_seq_lens_q"].diff().tolist())
+
+
+def never(response, ground_truth):
+    return {"format_reward": 0.0, "answer_reward": 0.0, "reward": 0.0}
 
 
 class Recorder(L.Callback):
@@ -149,14 +154,29 @@ def test_validation_divides_by_what_training_divides_by(tmp_path, normalization)
     assert metrics["val/loss"] == pytest.approx(metrics["train/loss"].item(), rel=1e-5)
 
 
-def test_by_default_rows_are_packed_where_the_model_can_take_it(tmp_path):
+def test_by_default_rows_are_packed_where_the_model_can_take_it(tmp_path, caplog):
     assert fit(tmp_path, max_steps=1)[1].layouts == {"packed"}
     eager = SFTModule(tiny_config(), optimizer=sgd, model_kwargs={"attn_implementation": "eager"})
     assert fit(tmp_path, eager, max_steps=1)[1].layouts == {"padded"}
+    assert "Batches are padded: LlamaForCausalLM attends by `eager`." in caplog.text
     with pytest.raises(
         ValueError, match=r"`layout` is 'packed', but LlamaForCausalLM attends by `eager`\. Use 'padded'"
     ):
         fit(tmp_path, SFTModule(eager.model), make_data(layout="packed"), max_steps=1)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_compiled_body_trains_and_validates_the_same_and_generates_as_it_is(tmp_path):
+    runs = []
+    for compiled in (False, True):
+        module = SFTModule(tiny_config(), optimizer=sgd, compile=compiled)
+        monitor = GenerationMonitor(reward_fn=never, num_prompts=2, sampling=Sampling(4))
+        data = make_data(val_data=ROWS[:5])
+        _, recorder, trainer = fit(tmp_path, module, data, [monitor], max_steps=4, val_check_interval=2)
+        runs.append([*recorder.losses, trainer.callback_metrics["val/loss"].item()])
+    assert hasattr(module.model.base_model, "_compiled_call_impl")
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
 def test_a_packed_row_may_be_longer_than_the_model_has_positions_but_no_document(tmp_path):
