@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import GIB, PeakMemory, in_turn, machine, matmul_rate, seconds, table
+from measure import GIB, PeakMemory, in_turn, machine, seconds, table
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -109,10 +109,9 @@ def main() -> None:
     for dtype, rows, hidden, vocabulary in itertools.product(
         options.dtype, options.rows, options.hidden, options.vocabulary
     ):
-        rate = matmul_rate(getattr(torch, dtype), options.device)
         arguments = {"rows": rows, "hidden": hidden, "vocabulary": vocabulary, "dtype": dtype}
         arguments |= {"device": options.device, "repeats": options.repeats}
-        results = in_turn(contestants, arguments, options.rounds)
+        rate, results = in_turn(contestants, arguments, options.rounds, dtype)
         print(f"\n{rows} rows, hidden {hidden}, vocabulary {vocabulary}, {dtype}; GEMM {rate / 1e9:,.0f} GFLOP/s\n")
         reference = results["full logits"]
         lines = []

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 GIB = 2**30
+_GEMM = "GEMM"
 
 
 class PeakMemory:
@@ -51,16 +53,16 @@ def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """FLOP/s of large matrix products: the median of several, of shapes that models have."""
-    rates = []
+def matmul_rate(dtype: str, device: str = "cpu", **_: Any) -> dict[str, float]:
+    """FLOP/s of large matrix products: the median of several, of shapes that models have. A contestant like others."""
+    rates, kind = [], {"dtype": getattr(torch, dtype), "device": device}
     for rows, inner, columns in ((4096, 384, 1024), (4096, 1024, 384), (2048, 1024, 4096)):
         scale = 8 if device == "cuda" else 1
-        a = torch.randn(rows * scale, inner * scale, dtype=dtype, device=device)
-        b = torch.randn(inner * scale, columns * scale, dtype=dtype, device=device)
+        a = torch.randn(rows * scale, inner * scale, **kind)
+        b = torch.randn(inner * scale, columns * scale, **kind)
         a @ b
         rates += [2 * a.numel() * b.shape[1] / seconds(lambda a=a, b=b: a @ b, device) for _ in range(7)]
-    return statistics.median(rates)
+    return {"rate": statistics.median(rates)}
 
 
 def peak_rate(dtype: torch.dtype, device: str) -> float | None:
@@ -73,12 +75,15 @@ def peak_rate(dtype: torch.dtype, device: str) -> float | None:
 
 
 def in_turn(
-    contestants: Mapping[str, Callable[..., dict[str, float]]], arguments: dict[str, Any], rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Run every contestant once in each round, each time in a fresh process; medians of the numbers they return.
+    contestants: Mapping[str, Callable[..., dict[str, float]]], arguments: dict[str, Any], rounds: int, dtype: str
+) -> tuple[float, dict[str, dict[str, Any]]]:
+    """Run every contestant once in each round, each time in a fresh process.
 
-    A contestant that fails has its error as the only entry.
+    Returns:
+        The rate of matrix products, measured in each round too, and the numbers of each contestant; all medians. A
+        contestant that fails has its error as the only entry.
     """
+    contestants = {_GEMM: partial(matmul_rate, dtype=dtype), **contestants}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     context = multiprocessing.get_context("spawn")
     for _ in range(rounds):
@@ -94,7 +99,8 @@ def in_turn(
             except EOFError:
                 results[name].append({"error": "the process died (out of memory?)"})
             process.join()
-    return {name: _median(runs) for name, runs in results.items()}
+    medians = {name: _median(runs) for name, runs in results.items()}
+    return medians.pop(_GEMM)["rate"], medians
 
 
 def _report(sender: Any, contestant: Callable[..., dict[str, float]], arguments: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measure import GIB, PeakMemory, in_turn, machine, matmul_rate, peak_rate, table
+from measure import GIB, PeakMemory, in_turn, machine, peak_rate, table
 
 BATCH_SIZE, WARMUP_STEPS, LEARNING_RATE = 32, 2, 1e-3
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
@@ -383,9 +383,8 @@ def main() -> None:
             (folder / "case").mkdir()
             examples = prepare(case, options.data, folder, options.steps)
             arguments = {"folder": folder / "case", "case": case, "device": options.device, "num_steps": options.steps}
-            rate = matmul_rate(getattr(torch, CASES[case]["dtype"]), options.device)
             contestants = {name: CONTESTANTS[name] for name in options.contestants}
-            results = in_turn(contestants, arguments, options.rounds)
+            rate, results = in_turn(contestants, arguments, options.rounds, CASES[case]["dtype"])
         peak = peak_rate(getattr(torch, CASES[case]["dtype"]), options.device)
         report(case, results, useful_flops_per_token(case, examples), rate, peak)
         if options.plot:
