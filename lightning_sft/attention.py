@@ -145,7 +145,7 @@ def enable_packing(model: PreTrainedModel) -> str | None:
     Returns:
         None, or why the model cannot.
     """
-    attention, name = model.config._attn_implementation, type(model).__name__
+    attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
     if attention == VARLEN or (attention or "").startswith("flash_attention"):
         return None
     if attention != "sdpa":

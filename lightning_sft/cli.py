@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
+from lightning_sft.checkpoint_files import newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.module import SFTModule
 
@@ -44,8 +47,28 @@ class SFTCLI(LightningCLI):
         if isinstance(config.seed_everything, int) and not config.data.seed:
             config.data.seed = config.seed_everything
         config.model.seed = config.data.seed
+        if config.get("ckpt_path") == "last":
+            self._find_last_checkpoint(config)
         if not config.trainer.max_epochs and config.trainer.max_steps == -1 and not config.trainer.max_time:
             config.trainer.max_epochs = 1
+
+    def _find_last_checkpoint(self, config: Namespace) -> None:
+        """Put the newest complete checkpoint of this configuration's runs in the place of the word `last`."""
+        logger = config.trainer.logger
+        options = getattr(logger[0] if isinstance(logger, list) else logger, "init_args", Namespace())
+        folder = Path(options.get("save_dir") or config.trainer.default_root_dir or ".")
+        if logger is not False:
+            folder /= options.get("name") or "lightning_logs"
+        path = newest_checkpoint(folder)
+        config.ckpt_path = None if path is None else str(path)
+        if path is None and self.subcommand != "fit":
+            raise FileNotFoundError(f"`ckpt_path` is 'last', but there is no complete checkpoint below {folder}.")
+        if path is None:
+            rank_zero_info(f"No checkpoint below {folder} yet: the run starts from its beginning.")
+        elif self.subcommand == "fit" and "version" in options and options.version is None:
+            run = path.parent.parent
+            if run != folder and str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
+                options.version = run.name  # the curves go on where they stopped
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user says: Lightning would let the checkpoint's hyperparameters override it (#20801)."""
@@ -117,16 +140,24 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
 
 
 def main() -> None:
-    """Entry point. `lightning-sft fit` without any argument runs the quickstart.
+    """Entry point. `lightning-sft fit` without any argument runs the quickstart; with nothing but `--ckpt_path last` it
+    continues the run below `runs` that saved a checkpoint most recently.
 
     What this package refuses ends in one line; any other exception keeps its traceback.
     """
     if sys.argv[1:] == ["fit"]:
         sys.argv += ["--config", str(quickstart_config())]
+    elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
+        newest = newest_checkpoint(Path("runs"))
+        if newest is None:
+            sys.exit(
+                "lightning-sft: error: there is no complete checkpoint below `runs`. Give a `--config` to start with."
+            )
+        sys.argv[2:] = ["--config", str(newest.parent.parent / "config.yaml"), "--ckpt_path", str(newest)]
     _silence_lightning()
     try:
         build()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_globals.get("__name__", "").startswith("lightning_sft."):
             raise

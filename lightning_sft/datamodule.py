@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
-from lightning_sft.dataset import EncodedRows, TooLong, encode_rows
+from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
-from lightning_sft.step_loader import Position, StepDataset, StepLoader
+from lightning_sft.step_loader import StepDataset, StepLoader
 from lightning_sft.tokenization import pad_token_id
 
 _ENDLESS = 2**31
@@ -129,7 +129,7 @@ class SFTDataModule(L.LightningDataModule):
         self._num_workers = num_workers
         self._rows: dict[str, Dataset] = {}
         self._plans: dict[str, BatchPlan] = {}
-        self._position = Position()
+        self._identity: dict[str, Any] = {}
         self._trainer_settings: dict[str, Any] | None = None
 
     @cached_property
@@ -152,7 +152,6 @@ class SFTDataModule(L.LightningDataModule):
         """Load the rows of the stage (`fit`, `validate`, `test` or `predict`) and plan its optimizer steps."""
         self._load_rows(stage)
         if stage == TrainerFn.FITTING:
-            self._position = Position()
             self._plan_training()
         for split in ("val", "test"):
             if split in self._rows:
@@ -310,7 +309,9 @@ class SFTDataModule(L.LightningDataModule):
             return self._loader("train", self._plans["train"].steps_per_epoch)
         # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
         max_steps = self.trainer.max_steps
-        return self._loader("train", max_steps + 1 if max_steps >= 0 else _ENDLESS, self._position)
+        num_steps = max_steps + 1 if max_steps >= 0 else _ENDLESS
+        # Resumed or not, a run has taken as many of the data's steps as it has taken optimizer steps.
+        return self._loader("train", num_steps, lambda: cast(L.Trainer, self.trainer).global_step)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """The validation rows; nothing if there are none."""
@@ -325,11 +326,11 @@ class SFTDataModule(L.LightningDataModule):
         rows = self.prompts("predict")
         return DataLoader(rows, batch_size=self._batch_rule["batch_size"], collate_fn=list)  # type: ignore[arg-type]
 
-    def _loader(self, split: str, num_steps: int, position: Position | None = None) -> StepLoader:
+    def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         pad_id = pad_token_id(self.tokenizer)
         dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, self._supported_layout())
-        return StepLoader(dataset, num_steps, self._num_workers, position)
+        return StepLoader(dataset, num_steps, self._num_workers, first_step)
 
     def _supported_layout(self) -> Layout:
         module = getattr(self.trainer, "lightning_module", None)
@@ -338,18 +339,20 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`layout` is 'packed', but {reason}. Use 'padded'.")
         return self._layout or ("padded" if reason else "packed")
 
-    # -- position ------------------------------------------------------------------------------------------------
+    # -- resuming ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in its data, and what that position depends on."""
+        """What a run's place in its data depends on, besides its number of optimizer steps."""
         if "train" not in self._rows:
             return {}
-        identity = {"num_rows": len(self._rows["train"])}
-        identity |= {name: self._batch_rule[name] for name in ("batch_size", "seed")}
-        return {"step": self._position.step, **identity}
+        if not self._identity:
+            rows = self._rows["train"]
+            self._identity = {"num_rows": len(rows), "rows": content_hash(rows)}
+            self._identity |= {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+        return self._identity
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved position.
+        """Make sure that a run continues on the data that it began with.
 
         Raises:
             ValueError: If the training rows, `batch_size` or `seed` are not those of the checkpoint.
@@ -357,9 +360,11 @@ class SFTDataModule(L.LightningDataModule):
         if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         for name, now in self.state_dict().items():
-            if name != "step" and state_dict[name] != now:
-                raise ValueError(
-                    f"The checkpoint was made with `{name}` = {state_dict[name]}, now it is {now}: the run cannot "
-                    f"continue at the same place in the data. Use {state_dict[name]}, or start anew from the weights."
-                )
-        self._position.step = state_dict["step"]
+            then = state_dict[name]
+            if then == now:
+                continue
+            difference = f"`{name}` = {then}, now it is {now}" if name != "rows" else "other training rows or tokens"
+            raise ValueError(
+                f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
+                "Use what it was made with, or start anew from the weights."
+            )

@@ -1,5 +1,6 @@
 """From rows to token ids: tokenised once, and cached on disk by the content of all that they depend on."""
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ class EncodedRows:
     """Tokenised rows and what became of the over-long ones.
 
     `dataset` has the columns `prompt`, `output`, `ground_truth` (text), `input_ids`, `num_prompt_tokens`,
-    `num_tokens` and `num_response_tokens` (labels that count in the loss).
+    `num_tokens`, `num_response_tokens` (labels that count in the loss) and `where` (`line 3`, or of several sources
+    `line 3 of b.jsonl`).
     """
 
     dataset: Dataset
@@ -64,13 +66,14 @@ def encode_rows(
     for source in sources:
         raw = source.rows
         workers = num_proc or min(8, 1 + len(raw) // 20_000)
-        fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key])
+        name = source.name if len(sources) > 1 else None  # alone, the same rows by another name are the same
+        fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key, name])
         try:
             encoded = raw.map(
                 encode,
                 batched=True,
                 with_indices=True,
-                fn_kwargs={"source": replace(source, rows=raw.select([]))},
+                fn_kwargs={"source": replace(source, rows=raw.select([])), "keep_name": name is not None},
                 remove_columns=raw.column_names,
                 features=_ENCODED_FEATURES,
                 num_proc=workers if workers > 1 else None,
@@ -90,6 +93,16 @@ def encode_rows(
     return EncodedRows(dataset, int((fate == _DROPPED).sum()), int((fate == _TRUNCATED).sum()))
 
 
+def content_hash(dataset: Dataset) -> str:
+    """Of all token ids in order, and where prompts end: what a run's place in its data depends on."""
+    hasher = hashlib.blake2b(digest_size=8)
+    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "num_tokens"]).with_format("arrow")
+    for table in columns.iter(batch_size=10_000):
+        for column in (table["input_ids"].combine_chunks().flatten(), table["num_prompt_tokens"], table["num_tokens"]):
+            hasher.update(column.to_numpy())
+    return hasher.hexdigest()
+
+
 _KEPT, _TRUNCATED, _DROPPED = range(3)
 
 _ENCODED_FEATURES = Features(
@@ -101,6 +114,7 @@ _ENCODED_FEATURES = Features(
         "num_prompt_tokens": Value("int32"),
         "num_tokens": Value("int32"),
         "num_response_tokens": Value("int32"),
+        "where": Value("string"),
         "fate": Value("int8"),
     }
 )
@@ -116,7 +130,9 @@ class _Encode:
     too_long: TooLong
     append_eos: bool
 
-    def __call__(self, batch: dict[str, list[Any]], indices: list[int], source: Source) -> dict[str, list[Any]]:
+    def __call__(
+        self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool
+    ) -> dict[str, list[Any]]:
         places, texts = [], []
         for where, row in source.decode(batch, indices):
             try:
@@ -145,7 +161,8 @@ class _Encode:
                 ids = ids[: self.max_length]
             num_labels = num_response_labels(len(ids), num_prompt_tokens)
             fate = _KEPT if not over else _DROPPED if self.too_long == "drop" or not num_labels else _TRUNCATED
-            encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, fate))
+            where = where if keep_name else where.removesuffix(f" of {source.name}")
+            encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, where, fate))
         return dict(zip(_ENCODED_FEATURES, map(list, zip(*encoded, strict=True)), strict=True))
 
     def fingerprint(self) -> str:

@@ -1,7 +1,9 @@
 """Log-probabilities of labels and entropies of the next-token distribution, in nats."""
 
 import inspect
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,9 +89,9 @@ def score_responses(
 ) -> dict[str, Tensor]:
     """Log-probabilities and entropies of the response tokens alone, one after another; and their loss.
 
-    The model's body runs over everything, its head only over response positions, tile by tile (`head.py`). That its
-    head is a linear layer, perhaps scaled and soft-capped, is tried out once for each model. Where it is not, the
-    model computes the logits of all columns in which there is a response.
+    The model runs as it is, but its head sees response positions only, tile by tile (`head.py`). That its head is a
+    linear layer, perhaps scaled and soft-capped, is tried out once for each model. Where it is not, the model computes
+    the logits of all columns in which there is a response.
 
     Args:
         model: As for `get_response_log_probs`.
@@ -111,14 +113,31 @@ def score_responses(
     if head is None:
         logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
         return _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
-    body = cast(PreTrainedModel, model).base_model
-    hidden = body(input_ids=input_ids, **model_kwargs).last_hidden_state
-    hidden = hidden.flatten(0, 1).index_select(0, response_positions)
-    weights = None
-    if normalize_constant is not None:
-        precise = float32_or_more(hidden[:0]).dtype
-        weights = torch.full(chosen.shape, 1 / normalize_constant, dtype=precise, device=chosen.device)
-    return score_labels(hidden, head, chosen, token_weights=weights, return_is_top1=return_is_top1)
+    scores: dict[str, Tensor] = {}
+
+    def score(hidden: Tensor) -> Tensor:
+        hidden = hidden.flatten(0, 1).index_select(0, response_positions)
+        weights = None
+        if normalize_constant is not None:
+            precise = float32_or_more(hidden[:0]).dtype
+            weights = torch.full(chosen.shape, 1 / normalize_constant, dtype=precise, device=chosen.device)
+        found = Head(head.layer.weight, head.layer.bias, head.scale, head.softcap)
+        scores.update(score_labels(hidden, found, chosen, token_weights=weights, return_is_top1=return_is_top1))
+        return hidden.new_zeros(*input_ids.shape, 1)  # where there would be logits
+
+    with _in_place_of(head.layer, score):
+        model(input_ids=input_ids, **model_kwargs)
+    return scores
+
+
+@contextmanager
+def _in_place_of(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the layer's call run this function: inside the model's own, so that sharded weights are there."""
+    layer.forward = function
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def _scores_of_logits(
@@ -146,20 +165,27 @@ def _response_logits(model: nn.Module, input_ids: Tensor, response_positions: Te
     return model(input_ids, **model_kwargs).logits[rows, columns]
 
 
+class _FoundHead(NamedTuple):
+    layer: nn.Linear
+    scale: float
+    softcap: float | None
+
+
 _HEAD_RULES: WeakKeyDictionary[nn.Module, tuple[float, float | None] | None] = WeakKeyDictionary()
 
 
-def _head_of(model: nn.Module) -> Head | None:
-    """The model's head, if what comes after its body is known to be that and no more."""
+def _head_of(model: nn.Module) -> _FoundHead | None:
+    """The model's head, if what comes after it is known to be a scale and a cap and no more."""
     if not isinstance(model, PreTrainedModel):
         return None
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or model.base_model is model:
+    replaced = "forward" in vars(layer) or type(layer).forward is not nn.Linear.forward
+    if not isinstance(layer, nn.Linear) or replaced or model.base_model is model:
         return None
     if model not in _HEAD_RULES:
         _HEAD_RULES[model] = _find_rule(model, layer)
     rule = _HEAD_RULES[model]
-    return None if rule is None else Head(layer.weight, layer.bias, *rule)
+    return None if rule is None else _FoundHead(layer, *rule)
 
 
 def _find_rule(model: PreTrainedModel, layer: nn.Linear) -> tuple[float, float | None] | None:
@@ -167,30 +193,27 @@ def _find_rule(model: PreTrainedModel, layer: nn.Linear) -> tuple[float, float |
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    seen: dict[str, Tensor] = {}
+    device = model.device
+    seen: list[Tensor] = []
 
     def made_up(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen["input"] = inputs[0]
-        seen["logits"] = torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output)
-        return seen["logits"]
+        seen.append(torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output))
+        return seen[-1]
 
-    def last_hidden_state(_: nn.Module, inputs: Any, output: Any) -> None:
-        seen["hidden"] = getattr(output, "last_hidden_state", torch.empty(0))
-
-    hooks = [layer.register_forward_hook(made_up), model.base_model.register_forward_hook(last_hidden_state)]
+    hook = layer.register_forward_hook(made_up)
     try:
         with (
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
-            torch.random.fork_rng([layer.weight.device] if layer.weight.is_cuda else []),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
-            logits = model(torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device), use_cache=False).logits
+            logits = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     finally:
-        for hook in hooks:
-            hook.remove()
-    expected = seen["logits"].double() * scale
+        hook.remove()
+    if len(seen) != 1 or seen[0].shape[:-1] != (1, 2):
+        return None
+    expected = seen[0].double() * scale
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
     tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    fits = torch.equal(seen["hidden"], seen["input"]) and torch.allclose(logits.double(), expected, rtol=tolerance)
-    return (float(scale), softcap) if fits else None
+    return (float(scale), softcap) if torch.allclose(logits.double(), expected, rtol=tolerance) else None

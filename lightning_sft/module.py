@@ -1,18 +1,17 @@
 """`SFTModule`: one `training_step` is one optimizer step."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast, get_args
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
@@ -20,8 +19,11 @@ from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
 from lightning_sft.losses import LossNormalization, loss_constant
 from lightning_sft.metrics import ResponseMetrics
+from lightning_sft.outcome import StepOutcome
+from lightning_sft.sharding import gradient_sync, is_sharded, load_sharded, shard
 
 Batch = dict[str, Any]
+NonFinite = Literal["error", "skip"]
 
 
 class SFTModule(L.LightningModule):
@@ -44,6 +46,11 @@ class SFTModule(L.LightningModule):
         lr_scheduler_kwargs: Further arguments of the schedule.
         gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
         compile: Compile the model's body for training and validation: a minute or two at the start, faster steps.
+        nonfinite: What happens to an optimizer step whose loss or gradient norm is not a finite number. `error`: the
+            run stops and names the step's rows; nothing of it is saved. `skip`: weights, optimizer and schedule stay
+            as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
+        sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
+            only where the model is sharded, since whole gradients need memory there.
         model_kwargs: Passed to `from_pretrained` or `from_config`, such as `attn_implementation`.
         seed: Of weights trained from scratch, and of dropout, which is drawn anew from (seed, step, device) in each
             step. On the command line it is the seed of the data.
@@ -67,12 +74,16 @@ class SFTModule(L.LightningModule):
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        nonfinite: NonFinite = "error",
+        sync_every_microbatch: bool | None = None,
         model_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if loss_normalization not in get_args(LossNormalization):
             raise ValueError(f"`loss_normalization` is {loss_normalization!r}, expected 'token' or 'sequence'.")
+        if nonfinite not in get_args(NonFinite):
+            raise ValueError(f"`nonfinite` is {nonfinite!r}, expected 'error' or 'skip'.")
         for name, value in {"normalize_constant": normalize_constant, "max_grad_norm": max_grad_norm}.items():
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value}, expected a positive number.")
@@ -93,6 +104,10 @@ class SFTModule(L.LightningModule):
         self._schedule = (lr_scheduler, warmup_steps, lr_scheduler_kwargs)
         self._gradient_checkpointing = gradient_checkpointing
         self._compile = compile
+        self._nonfinite = nonfinite
+        self._sync_every_microbatch = sync_every_microbatch
+        self._num_skipped = 0
+        self._unchecked: StepOutcome | None = None
         self._model_kwargs = model_kwargs or {}
         self._seed = seed
         self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
@@ -100,8 +115,21 @@ class SFTModule(L.LightningModule):
             self.model = model
 
     def configure_model(self) -> None:
-        """Load or build the model, once, and switch it to training mode."""
-        if not isinstance(getattr(self, "model", None), PreTrainedModel):
+        """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
+
+        Raises:
+            ValueError: If the strategy cannot train it.
+        """
+        strategy = getattr(self._trainer, "strategy", None)
+        _check_strategy(strategy)
+        loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
+        if isinstance(strategy, ModelParallelStrategy):
+            dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+            if not loaded:
+                self.model = load_sharded(self._build, strategy.root_device, dtype)
+            elif not is_sharded(self.model):
+                shard(self.model, strategy.root_device.type, dtype)
+        elif not loaded:
             self.model = self._build()
         self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
         if self._gradient_checkpointing:
@@ -111,6 +139,8 @@ class SFTModule(L.LightningModule):
         self.why_not_packed = enable_packing(self.model)
         if self.why_not_packed:
             rank_zero_info(f"Batches are padded: {self.why_not_packed}.")
+        if self._compile and is_sharded(self.model):
+            raise ValueError("`compile` is true, but the model is sharded. Set `compile` to false, or use `ddp`.")
         if self._compile:
             self.model.base_model.compile(dynamic=True)
             self._compile = False  # it is, from now on
@@ -177,14 +207,19 @@ class SFTModule(L.LightningModule):
         # Distributed strategies average gradients over devices; the loss is a sum over them.
         constant /= self.trainer.world_size
         microbatches = batch["microbatches"]
+        every = is_sharded(self.model) if self._sync_every_microbatch is None else self._sync_every_microbatch
         for index, microbatch in enumerate(microbatches):
-            with self._gradient_sync(enabled=index == len(microbatches) - 1):
+            last = index == len(microbatches) - 1
+            with gradient_sync(cast(nn.Module, self.trainer.strategy.model), enabled=every or last):
                 scores = self._score(microbatch, normalize_constant=constant)
                 self.manual_backward(scores["loss"])
             totals[0] += scores["loss"].detach() / self.trainer.world_size
             totals[1] += scores["token_entropy"].sum()
+        if self.trainer.world_size > 1:
+            totals = cast(Tensor, self.trainer.strategy.reduce(totals, reduce_op="sum"))
         learning_rate = optimizer.param_groups[0]["lr"]
-        self._step(optimizer)
+        rows = [row for microbatch in microbatches for row in microbatch.get("rows", ())]
+        self._step(optimizer, StepOutcome(self.global_step + 1, rows, totals[0]))
         self._log_step(batch, totals, learning_rate)
 
     def _score(self, microbatch: Batch, **options: Any) -> dict[str, Tensor]:
@@ -199,23 +234,25 @@ class SFTModule(L.LightningModule):
         inputs = packed_inputs(self.model, microbatch)
         return score_responses(self.model, input_ids, labels, positions, **inputs, **options)
 
-    @contextmanager
-    def _gradient_sync(self, enabled: bool) -> Iterator[None]:
-        """Let devices exchange gradients only after the last microbatch."""
-        wrapped = self.trainer.strategy.model
-        if enabled or not isinstance(wrapped, DistributedDataParallel):
-            yield
-        else:
-            with wrapped.no_sync():
-                yield
-
-    def _step(self, optimizer: Optimizer) -> None:
+    def _step(self, optimizer: Optimizer, outcome: StepOutcome) -> None:
+        """Step optimizer and schedule together, or neither."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = scaler.get_scale() if scaler is not None else None
+        earlier, self._unchecked = self._unchecked, outcome
         optimizer.step()
-        skipped = scaler is not None and scaler.get_scale() < cast(float, scale)  # 16-mixed: gradients overflowed
-        if not skipped:
+        overflowed = scaler is not None and scaler.get_scale() < cast(float, scale)  # 16-mixed: half the scale, again
+        if overflowed:
+            outcome.grad_norm = None
+        skipped = self._nonfinite == "skip" and not outcome.is_finite
+        if skipped:
+            self._num_skipped += 1
+        if not (skipped or overflowed):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
+        # An error is read off the device one step later: reading it at once would make the host wait in each step.
+        if earlier is not None and self._nonfinite == "error":
+            earlier.check()
+        if self.device.type == "cpu":
+            self._check_latest()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
@@ -224,13 +261,31 @@ class SFTModule(L.LightningModule):
             scaler.unscale_(optimizer)  # Lightning leaves that to the step of fused optimizers: too late for clipping
         norm = nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm or math.inf)
         self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        outcome = cast(StepOutcome, self._unchecked)
+        outcome.grad_norm = self._grad_norm
+        if self._nonfinite == "skip" and not outcome.is_finite:
+            for parameter in self.parameters():
+                parameter.grad = None  # the optimizer leaves it alone then, and its state too
+
+    def _check_latest(self) -> None:
+        outcome, self._unchecked = self._unchecked, None
+        if outcome is not None and self._nonfinite == "error":
+            outcome.check()
+
+    def on_validation_start(self) -> None:
+        """Do not evaluate weights that are no numbers."""
+        self._check_latest()
+
+    def on_train_end(self) -> None:
+        """Do not end on weights that are no numbers."""
+        self._check_latest()
 
     def _log_step(self, batch: Batch, totals: Tensor, learning_rate: float) -> None:
-        if self.trainer.world_size > 1:
-            totals = cast(Tensor, self.trainer.strategy.reduce(totals, reduce_op="sum"))
         self.log("train/loss", totals[0].float(), prog_bar=True)
+        skipped = {"train/skipped_steps": float(self._num_skipped)} if self._nonfinite == "skip" else {}
         self.log_dict(
-            {
+            skipped
+            | {
                 "train/token_entropy": (totals[1] / batch["num_response_tokens"]).float(),
                 "train/grad_norm": self._grad_norm.float(),
                 "train/learning_rate": learning_rate,
@@ -303,9 +358,29 @@ class SFTModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model's configuration, so that loading needs no other file."""
+        """Store the model's configuration, so that loading needs no other file.
+
+        Raises:
+            FloatingPointError: If the weights are no numbers any more.
+        """
+        self._check_latest()
+        checkpoint["num_skipped_steps"] = self._num_skipped
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting skipped steps."""
+        self._num_skipped = checkpoint.get("num_skipped_steps", 0)
+
+
+def _check_strategy(strategy: object) -> None:
+    """Refuse what cannot accumulate gradients by hand."""
+    name = type(strategy).__name__
+    if name in ("FSDPStrategy", "DeepSpeedStrategy"):
+        raise ValueError(
+            f"`trainer.strategy` is {name}, which cannot train with manual optimisation. To shard the model add "
+            "`--config configs/fsdp.yaml` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
+        )
 
 
 def _mixed_seed(*numbers: int) -> int:

@@ -1,7 +1,6 @@
 """What one rank needs for each optimizer step of a plan, in order, from any position on."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,18 +11,11 @@ from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
 
-@dataclass
-class Position:
-    """Optimizer steps handed out so far in a run."""
-
-    step: int = 0
-
-
 class StepDataset(torch.utils.data.Dataset):
     """What one rank needs for each optimizer step of a plan."""
 
     def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int, layout: Layout = "padded") -> None:
-        self._rows = rows.select_columns(["input_ids", "num_prompt_tokens"]).with_format("numpy")
+        self._rows = rows.select_columns(["input_ids", "num_prompt_tokens", "where"]).with_format("numpy")
         self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -38,19 +30,21 @@ class StepDataset(torch.utils.data.Dataset):
 
     def _collate(self, indices: list[int]) -> dict[str, Any]:
         # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
-        examples = [Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)]
+        examples, rows = [Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)], []
         if indices:
             batch = self._rows[indices]
             examples = [
                 Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
                 for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
             ]
+            rows = batch["where"].tolist()
         microbatch: dict[str, Any] = (collate_packed if self._layout == "packed" else collate_padded)(
             examples, self._pad_id
         )
         # Found here, so that no device has to be waited for to learn how many there are.
         microbatch["response_positions"] = microbatch["response_mask"].flatten().nonzero().squeeze(-1)
         microbatch["num_sequences"] = len(indices)
+        microbatch["rows"] = rows
         return microbatch
 
 
@@ -58,32 +52,27 @@ class StepLoader:
     """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone."""
 
     def __init__(
-        self, dataset: StepDataset, num_steps: int, num_workers: int, position: Position | None = None
+        self, dataset: StepDataset, num_steps: int, num_workers: int, first_step: Callable[[], int] = lambda: 0
     ) -> None:
         self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
-        self._position = position
+        self._first_step = first_step
 
     def __len__(self) -> int:
         return self._num_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the datamodule keeps the position. Having it tells Lightning that the loader can be resumed."""
+        """Empty: a run's step says where to begin. Having it tells Lightning that the loader can be resumed."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore here."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # The body of a generator runs at the first `next`: after a checkpoint's position was restored.
-        position = self._position or Position()
-        steps = range(position.step, self._num_steps)
-        loader = DataLoader(
+        # The body of a generator runs at the first `next`: after a checkpoint's number of steps was restored.
+        yield from DataLoader(
             self._dataset,
-            sampler=steps,
+            sampler=range(self._first_step(), self._num_steps),
             batch_size=None,
             num_workers=self._num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
-            position.step += 1  # counted where a step is handed out, so workers running ahead do not matter
-            yield batch

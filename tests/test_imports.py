@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
-    {"tokenization", "tiles", "attention", "losses", "rewards"},
-    {"head", "rows", "batching", "metrics", "gsm8k"},
+    {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals"},
+    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k"},
     {"log_probs", "dataset", "step_loader"},
     {"generation", "datamodule", "module"},
     {"callbacks"},
