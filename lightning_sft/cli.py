@@ -69,6 +69,7 @@ class SFTCLI(LightningCLI):
             run = path.parent.parent
             if run != folder and str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
                 options.version = run.name  # the curves go on where they stopped
+                warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user says: Lightning would let the checkpoint's hyperparameters override it (#20801)."""

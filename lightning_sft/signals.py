@@ -9,7 +9,7 @@ from typing import Any
 
 
 class DeferredSignals:
-    """Notes signals instead of letting them end the process. The same signal a second time is obeyed at once.
+    """Notes signals instead of letting them end the process. A second Ctrl-C is obeyed at once.
 
     Attributes:
         received: The last signal that came; None as long as there was none.
@@ -39,8 +39,7 @@ class DeferredSignals:
             handler(number, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number:
+        if self.received == number == signal.SIGINT:
             self.release()
             os.kill(os.getpid(), number)
-            return
         self.received = signal.Signals(number)

@@ -207,3 +207,75 @@ def test_fit_without_arguments_is_the_quickstart(monkeypatch):
     monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
     main()
     assert sys.argv[2:] == ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+
+
+# -- continuing ----------------------------------------------------------------------------------------------------
+
+
+def steps_of(run):
+    return torch.load(run / "checkpoints" / "last.ckpt")["global_step"]
+
+
+def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog):
+    logger = {"trainer.logger": "TensorBoardLogger"}
+    command = [*arguments(inputs, **logger, **{"trainer.max_steps": 3}), "--ckpt_path", "last"]
+    build(command)  # nothing to continue: from the beginning
+    assert "No checkpoint below runs/x yet" in caplog.text
+    build(arguments(inputs, **logger, **{"trainer.max_steps": 2}))
+    runs = inputs / "work" / "runs" / "x"
+    assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 2]
+    command[command.index("--trainer.max_steps") + 1] = "5"
+    build(command)
+    assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 5]
+    assert not (runs / "version_2").exists()
+    (runs / "version_1" / "checkpoints" / "last.ckpt").write_bytes(b"PK torn")
+    build(command)
+    assert steps_of(runs / "version_0") == 5  # the newest that is whole
+
+
+def test_last_without_a_configuration_takes_the_newest_runs_own(inputs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit", "--ckpt_path", "last"])
+    with pytest.raises(SystemExit, match="there is no complete checkpoint below `runs`"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["lightning-sft"])
+    build(arguments(inputs, **{"trainer.max_steps": 2}))
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit", "--ckpt_path", "last"])
+    monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
+    main()
+    run = Path("runs/x/version_0")
+    assert sys.argv[2:] == ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+
+
+def test_evaluating_the_last_checkpoint_needs_one(inputs, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *arguments(inputs, "validate"), "--ckpt_path", "last"])
+    with pytest.raises(SystemExit, match="`ckpt_path` is 'last', but there is no complete checkpoint below runs/x"):
+        main()
+
+
+def test_a_sharded_run_is_evaluated_consolidated_and_loaded(inputs):
+    """The overlay for FSDP2 as it is, on two processes; its checkpoint is good for one process, as a file too."""
+    train = [*arguments(inputs, **{"trainer.max_epochs": 1}), "--config", str(ROOT / "configs" / "fsdp.yaml")]
+    train[train.index("--trainer.devices") + 1] = "2"
+    words = [*train, "--trainer.devices", "2", "--generation.sampling.stop_strings", "['b']"]
+    done = run_command(*words, cwd=inputs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = inputs / "runs" / "x" / "version_0"
+    last = run / "checkpoints" / "last.ckpt"
+    assert last.is_symlink()
+    assert len((run / "generations" / "step_4.jsonl").read_text().splitlines()) == 3
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(last.resolve())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    from lightning_sft import SFTModule
+
+    (file,) = last.parent.glob("*.consolidated")
+    loaded = SFTModule.load_from_checkpoint(file)
+    reference = run_command(*arguments(inputs, **{"trainer.max_epochs": 1, "trainer.logger.name": "one"}), cwd=inputs)
+    assert reference.returncode == 0
+    weights = torch.load(inputs / "runs" / "one" / "version_0" / "checkpoints" / "last.ckpt")["state_dict"]
+    for name, weight in loaded.model.state_dict().items():
+        torch.testing.assert_close(weight, weights[f"model.{name}"], rtol=1e-5, atol=1e-6)

@@ -486,6 +486,7 @@ def test_resuming_with_other_data_is_refused(tmp_path, changes, name):
         ({"normalize_constant": 0.0}, "`normalize_constant` is 0.0, expected a positive number"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0"),
         ({"warmup_steps": -1}, "`warmup_steps` is -1"),
+        ({"nonfinite": "ignore"}, "`nonfinite` is 'ignore', expected 'error' or 'skip'"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):

@@ -1,8 +1,10 @@
 """Small runs whose every step can be compared; in this process, or in others that can be killed."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ class StepLog(L.Callback):
         rows = [row for microbatch in batch["microbatches"] for row in microbatch["rows"]]
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": trainer.global_step, "rows": sorted(rows), **metrics}) + "\n")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        # Means over correct responses alone stay as they were where this validation has none.
+        shown = (name for name in trainer.callback_metrics if name.startswith("val/") and not name.endswith("correct"))
+        metrics = {name: trainer.callback_metrics[name].item() for name in shown}
+        with open(self.path.with_name(self.path.name.replace("steps", "validations")), "a") as file:
+            file.write(json.dumps({"step": trainer.global_step, **metrics}) + "\n")
 
 
 class FirstGradients(L.Callback):
@@ -71,7 +80,7 @@ def train(
     log, first = StepLog(folder / f"steps_{os.environ.get('RANK', 0)}.jsonl"), FirstGradients()
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"optimizer": adamw, "warmup_steps": 2, "model_kwargs": {"dtype": getattr(torch, dtype)}}
-    sft = SFTModule(tiny_config(**(config or {})), **(options | (module or {})))
+    sft = SFTModule(**({"model": tiny_config(**(config or {}))} | options | (module or {})))
     sampling = Sampling(max_new_tokens=4, temperature=1.0)
     monitor = [GenerationMonitor(longer_length, num_prompts=3, every_n_steps=5, sampling=sampling)] if generate else []
     trainer = L.Trainer(
@@ -135,12 +144,15 @@ class Processes:
         return [process.exitcode for process in self.ranks]
 
     def kill(self) -> None:
+        """At once, their workers too: each leads a group of its own."""
         for process in self.ranks:
-            if process.is_alive():
-                process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
 
 
 def _call(environment: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that a user starts
     os.environ.update({name: str(value) for name, value in environment.items()})
     function(*args, **kwargs)
