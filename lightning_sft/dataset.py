@@ -83,11 +83,21 @@ def encode_rows(
             raise error.with_traceback(None) from error.__cause__
         parts.append(encoded)
     dataset = concatenate_datasets(parts)
-    fate = dataset.with_format("numpy")["fate"][:]
+    fate = read_numbers(dataset, "fate")
     dataset = dataset.remove_columns("fate")
     if (fate == _DROPPED).any():
         dataset = dataset.select(np.flatnonzero(fate != _DROPPED))
     return EncodedRows(dataset, int((fate == _DROPPED).sum()), int((fate == _TRUNCATED).sum()))
+
+
+def read_numbers(dataset: Dataset, column: str) -> np.ndarray:
+    """A whole column of numbers, `(num_rows,)`.
+
+    Formatted as numpy, `datasets` would make a Python object of each number, and of rows that were selected even a
+    table of each.
+    """
+    numbers = dataset.data.column(column).to_numpy()
+    return numbers if dataset._indices is None else numbers[dataset._indices.column(0).to_numpy()]
 
 
 _KEPT, _TRUNCATED, _DROPPED = range(3)
