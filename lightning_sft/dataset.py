@@ -83,11 +83,9 @@ def encode_rows(
             raise error.with_traceback(None) from error.__cause__
         parts.append(encoded)
     dataset = concatenate_datasets(parts)
-    fate = read_numbers(dataset, "fate")
-    dataset = dataset.remove_columns("fate")
-    if (fate == _DROPPED).any():
-        dataset = dataset.select(np.flatnonzero(fate != _DROPPED))
-    return EncodedRows(dataset, int((fate == _DROPPED).sum()), int((fate == _TRUNCATED).sum()))
+    num_dropped = sum(len(source.rows) for source in sources) - len(dataset)
+    num_truncated = int(read_numbers(dataset, "is_truncated").sum())
+    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated)
 
 
 def read_numbers(dataset: Dataset, column: str) -> np.ndarray:
@@ -100,8 +98,6 @@ def read_numbers(dataset: Dataset, column: str) -> np.ndarray:
     return numbers if dataset._indices is None else numbers[dataset._indices.column(0).to_numpy()]
 
 
-_KEPT, _TRUNCATED, _DROPPED = range(3)
-
 _ENCODED_FEATURES = Features(
     {
         "prompt": Value("string"),
@@ -111,7 +107,7 @@ _ENCODED_FEATURES = Features(
         "num_prompt_tokens": Value("int32"),
         "num_tokens": Value("int32"),
         "num_response_tokens": Value("int32"),
-        "fate": Value("int8"),
+        "is_truncated": Value("bool"),
     }
 )
 
@@ -151,12 +147,12 @@ class _Encode:
                     f"{where}: {len(ids)} tokens ({num_prompt_tokens} of the prompt) exceed `max_length` = "
                     f'{self.max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
                 )
-            if over:
-                ids = ids[: self.max_length]
+            ids = ids[: self.max_length]
             num_labels = num_response_labels(len(ids), num_prompt_tokens)
-            fate = _KEPT if not over else _DROPPED if self.too_long == "drop" or not num_labels else _TRUNCATED
-            encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, fate))
-        return dict(zip(_ENCODED_FEATURES, map(list, zip(*encoded, strict=True)), strict=True))
+            if not (over and (self.too_long == "drop" or not num_labels)):
+                encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, over))
+        columns = map(list, zip(*encoded, strict=True)) if encoded else ([] for _ in _ENCODED_FEATURES)
+        return dict(zip(_ENCODED_FEATURES, columns, strict=True))
 
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code that reads and encodes."""

@@ -558,6 +558,13 @@ def test_longer_rows_are_dropped_and_counted():
     assert (rows.num_dropped, rows.num_truncated) == (3, 0)
 
 
+def test_dropped_rows_are_not_stored_even_where_they_come_in_thousands():
+    lengths = [9 if index < 1300 or index % 2 else 1 for index in range(2500)]
+    rows = encode([{"prompt": "a" * length, "output": "b"} for length in lengths], max_length=5, too_long="drop")
+    assert (len(rows.dataset), rows.num_dropped, rows.num_truncated) == (600, 1900, 0)
+    assert len(rows.dataset.data) == 600
+
+
 def test_longer_rows_are_cut_without_eos_and_those_without_room_for_a_response_are_dropped():
     rows = encode(LENGTHS, max_length=4, too_long="truncate")
     assert rows.dataset["input_ids"][:] == [[97, 98, 99, 128], [97, 98, 99, 100], [97, 98, 99, 100]]
