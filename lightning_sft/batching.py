@@ -167,8 +167,8 @@ class BatchPlan:
                 f"`gradient_accumulation_steps` is {gradient_accumulation_steps} and `max_tokens_per_microbatch` is "
                 f"{max_tokens_per_microbatch}, but each alone decides the microbatches. Give one of them."
             )
-        self._lengths = np.array(lengths, dtype=np.int64)
-        self._num_response_tokens = np.array(num_response_tokens, dtype=np.int64)
+        self._lengths = np.array(lengths, dtype=np.int32)  # kept for every example of a data set: small numbers
+        self._num_response_tokens = np.array(num_response_tokens, dtype=np.int32)
         if self._lengths.shape != self._num_response_tokens.shape or self._lengths.ndim != 1:
             raise ValueError(
                 "`lengths` and `num_response_tokens` must have one number for each example, but their shapes are "
@@ -211,7 +211,9 @@ class BatchPlan:
         examples = self._order(epoch)[start : start + self._batch_size]
         examples = examples[np.argsort(-self._lengths[examples], kind="stable")]
 
-        dealt = [examples[positions] for positions in deal_to_ranks(self._lengths[examples].tolist(), self._world_size)]
+        lengths = self._lengths[examples].astype(np.int64)  # their squares do not fit into 32 bits
+
+        dealt = [examples[positions] for positions in deal_to_ranks(lengths.tolist(), self._world_size)]
         cuts = self._cut([self._lengths[on_rank].tolist() for on_rank in dealt], layout)
         ranks = [
             [on_rank[start:end].tolist() for start, end in pairwise(rank_cuts)]
@@ -223,17 +225,19 @@ class BatchPlan:
         return StepPlan(
             ranks=ranks,
             num_sequences=examples.size,
-            num_tokens=int(self._lengths[examples].sum()),
+            num_tokens=int(lengths.sum()),
             num_response_tokens=int(self._num_response_tokens[examples].sum()),
-            num_attended=int((self._lengths[examples] * (self._lengths[examples] + 1)).sum()) // 2,
+            num_attended=int((lengths * (lengths + 1)).sum()) // 2,
         )
 
     def _order(self, epoch: int) -> np.ndarray:
         """The examples of one epoch in order; kept until another epoch is asked for."""
         if self._latest is None or self._latest[0] != epoch:
-            num_examples = self._lengths.size
-            rng = np.random.default_rng([self._seed, epoch])
-            self._latest = epoch, rng.permutation(num_examples) if self._shuffle else np.arange(num_examples)
+            self._latest = None  # not two orders at once
+            order = np.arange(self._lengths.size, dtype=np.int32)
+            if self._shuffle:
+                np.random.default_rng([self._seed, epoch]).shuffle(order)
+            self._latest = epoch, order
         return self._latest[1]
 
     def _cut(self, ranks: list[list[int]], layout: Layout) -> list[list[int]]:

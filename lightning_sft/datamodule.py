@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
-from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows
+from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import StepDataset, StepLoader
 from lightning_sft.tokenization import pad_token_id
@@ -227,11 +227,11 @@ class SFTDataModule(L.LightningDataModule):
     # -- optimizer steps -----------------------------------------------------------------------------------------
 
     def _plan(self, split: str, **options: Any) -> BatchPlan:
-        columns = self._rows[split].with_format("numpy")
-        num_inputs = columns["num_tokens"][:] - 1  # the last token is only a label
+        num_inputs = read_numbers(self._rows[split], "num_tokens") - 1  # the last token is only a label
+        num_response_tokens = read_numbers(self._rows[split], "num_response_tokens")
         world_size = self.trainer.world_size if self.trainer else 1
         rule = self._batch_rule | {"world_size": world_size} | options
-        return BatchPlan(np.maximum(num_inputs, 1), columns["num_response_tokens"][:], **rule)
+        return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **rule)
 
     def _plan_training(self) -> None:
         trainer = self.trainer

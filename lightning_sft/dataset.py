@@ -86,11 +86,9 @@ def encode_rows(
             raise error.with_traceback(None) from error.__cause__
         parts.append(encoded)
     dataset = concatenate_datasets(parts)
-    fate = dataset.with_format("numpy")["fate"][:]
-    dataset = dataset.remove_columns("fate")
-    if (fate == _DROPPED).any():
-        dataset = dataset.select(np.flatnonzero(fate != _DROPPED))
-    return EncodedRows(dataset, int((fate == _DROPPED).sum()), int((fate == _TRUNCATED).sum()))
+    num_dropped = sum(len(source.rows) for source in sources) - len(dataset)
+    num_truncated = int(read_numbers(dataset, "is_truncated").sum())
+    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated)
 
 
 def content_hash(dataset: Dataset) -> str:
@@ -103,7 +101,15 @@ def content_hash(dataset: Dataset) -> str:
     return hasher.hexdigest()
 
 
-_KEPT, _TRUNCATED, _DROPPED = range(3)
+def read_numbers(dataset: Dataset, column: str) -> np.ndarray:
+    """A whole column of numbers, `(num_rows,)`.
+
+    Formatted as numpy, `datasets` would make a Python object of each number, and of rows that were selected even a
+    table of each.
+    """
+    numbers = dataset.data.column(column).to_numpy()
+    return numbers if dataset._indices is None else numbers[dataset._indices.column(0).to_numpy()]
+
 
 _ENCODED_FEATURES = Features(
     {
@@ -115,7 +121,7 @@ _ENCODED_FEATURES = Features(
         "num_tokens": Value("int32"),
         "num_response_tokens": Value("int32"),
         "where": Value("string"),
-        "fate": Value("int8"),
+        "is_truncated": Value("bool"),
     }
 )
 
@@ -157,13 +163,13 @@ class _Encode:
                     f"{where}: {len(ids)} tokens ({num_prompt_tokens} of the prompt) exceed `max_length` = "
                     f'{self.max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
                 )
-            if over:
-                ids = ids[: self.max_length]
+            ids = ids[: self.max_length]
             num_labels = num_response_labels(len(ids), num_prompt_tokens)
-            fate = _KEPT if not over else _DROPPED if self.too_long == "drop" or not num_labels else _TRUNCATED
             where = where if keep_name else where.removesuffix(f" of {source.name}")
-            encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, where, fate))
-        return dict(zip(_ENCODED_FEATURES, map(list, zip(*encoded, strict=True)), strict=True))
+            if not (over and (self.too_long == "drop" or not num_labels)):
+                encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, where, over))
+        columns = map(list, zip(*encoded, strict=True)) if encoded else ([] for _ in _ENCODED_FEATURES)
+        return dict(zip(_ENCODED_FEATURES, columns, strict=True))
 
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code that reads and encodes."""

@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -268,6 +269,24 @@ def test_the_plan_neither_writes_into_its_arrays_nor_follows_later_changes_of_th
     assert (lengths.tolist(), num_response_tokens.tolist()) == ([5, 3, 8], [1, 2, 3])
     lengths[:], num_response_tokens[:] = 1, 1
     assert plan.step(0) == before
+
+
+def test_a_plan_takes_few_bytes_of_each_example_and_only_one_epochs_order():
+    num_examples = 200_000
+    lengths = np.full(num_examples, 7, dtype=np.int32)
+    tracemalloc.start()
+    try:
+        plan = BatchPlan(lengths, lengths, batch_size=10)
+        for epoch in range(3):
+            plan.step(epoch * plan.steps_per_epoch)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 12 <= peak / num_examples < 13  # two lengths and a position, four bytes each
+
+
+def test_attention_over_long_sequences_is_counted_without_overflow():
+    assert BatchPlan([100_000] * 3, [1] * 3, batch_size=3).step(0).num_attended == 3 * 100_000 * 100_001 // 2
 
 
 def test_a_plan_holds_plain_integers_so_that_it_can_be_saved_as_json():

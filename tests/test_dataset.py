@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lightning_sft import dataset
-from lightning_sft.dataset import EncodedRows, encode_rows
+from lightning_sft.dataset import EncodedRows, encode_rows, read_numbers
 from lightning_sft.rows import RowFormat, open_sources
 from lightning_sft.tokenization import encode_examples
 
@@ -562,6 +563,13 @@ def test_longer_rows_are_dropped_and_counted():
     assert (rows.num_dropped, rows.num_truncated) == (3, 0)
 
 
+def test_dropped_rows_are_not_stored_even_where_they_come_in_thousands():
+    lengths = [9 if index < 1300 or index % 2 else 1 for index in range(2500)]
+    rows = encode([{"prompt": "a" * length, "output": "b"} for length in lengths], max_length=5, too_long="drop")
+    assert (len(rows.dataset), rows.num_dropped, rows.num_truncated) == (600, 1900, 0)
+    assert len(rows.dataset.data) == 600
+
+
 def test_longer_rows_are_cut_without_eos_and_those_without_room_for_a_response_are_dropped():
     rows = encode(LENGTHS, max_length=4, too_long="truncate")
     assert rows.dataset["input_ids"][:] == [[97, 98, 99, 128], [97, 98, 99, 100], [97, 98, 99, 100]]
@@ -871,3 +879,22 @@ def test_text_and_ids_stay_on_disk(tmp_path, tokenised):
     assert len(rows[num_rows - 1]["ground_truth"]) == length
     assert peak < num_rows * length * 0.8
     assert pa.total_allocated_bytes() - before < num_rows * length / 10
+
+
+def test_numbers_are_those_of_the_rows_wherever_they_were_selected_from():
+    rows = encode([{"prompt": "a" * (i % 5), "output": "b" * (1 + i % 3)} for i in range(20)]).dataset
+    parts = rows.train_test_split(0.4, seed=1)
+    for part in (rows, rows.select(range(3, 9)), parts["train"], parts["test"].select([5, 0, 5])):
+        assert read_numbers(part, "num_tokens").tolist() == part["num_tokens"][:]
+
+
+def test_numbers_are_read_without_an_object_for_each_row():
+    num_rows = 100_000
+    rows = Dataset.from_dict({"number": np.arange(num_rows, dtype=np.int32)}).select(np.arange(num_rows)[::-1])
+    tracemalloc.start()
+    try:
+        read_numbers(rows, "number")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak / num_rows < 17
