@@ -1,0 +1,37 @@
+"""What error messages are made of: values shown short, foreign messages on one line, types checked."""
+
+from numbers import Integral, Real
+
+
+def shorten(value: object, limit: int = 40) -> str:
+    """A value as a message can show it."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def one_line(error: object, limit: int = 400) -> str:
+    """A foreign message on one line, cut off where it gets long; an exception without words is called by its name."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def check_type(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Refuse a value of another type, and a truth value where a number is expected.
+
+    Raises:
+        TypeError: The message names the argument, what came and what was expected.
+    """
+    number = kind in (Integral, Real)
+    if not isinstance(value, kind) or (number and isinstance(value, bool)):
+        raise TypeError(f"`{argument}` is {shorten(value)} of type {type(value).__name__}, expected {expected}.")
+
+
+def check_integers(**arguments: object) -> None:
+    """Refuse what is neither a whole number nor None.
+
+    Raises:
+        TypeError: As `check_type`.
+    """
+    for argument, value in arguments.items():
+        if value is not None:
+            check_type(argument, value, Integral, "a whole number")
