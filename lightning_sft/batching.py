@@ -163,6 +163,8 @@ class BatchPlan:
             ("seed", seed, 0),
             ("limit_steps_per_epoch", limit_steps_per_epoch, 1),
         ):
+            if value is None and name in ("batch_size", "world_size", "seed"):
+                raise TypeError(f"`{name}` is None, expected a whole number.")
             check_integers(**{name: value})
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, but it is {value}.")

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.dataset import EncodedRows, TooLong, encode_rows
-from lightning_sft.messages import check_integers, check_type, one_line
+from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import Position, StepDataset, StepLoader
 from lightning_sft.tokenization import pad_token_id
@@ -151,7 +151,7 @@ class SFTDataModule(L.LightningDataModule):
         try:
             return AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
         except Exception as error:
-            reason = one_line(error)
+            reason = "there is no such folder." if is_missing_path(self._tokenizer) else one_line(error)
             if "trust_remote_code" in reason:
                 reason = (
                     "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("

@@ -168,7 +168,8 @@ def log_generations(
 
     Raises:
         TypeError: If prompts are no list of strings.
-        ValueError: If prompts and ground truths do not pair up, or `batch_size` is not positive.
+        ValueError: If prompts and ground truths do not pair up, `batch_size` is not positive, or there can be no file
+            at `path`.
 
     Source: Stanford CS336, assignment 5, "Logging generations".
     """
@@ -176,6 +177,8 @@ def log_generations(
         raise ValueError(f"There are {len(prompts)} `prompts`, but {len(ground_truths)} `ground_truths`.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}, expected at least 1.")
+    if path is not None:
+        _make_folder(Path(path))
     sampling = sampling or Sampling()
     prompt_ids = encode_prompts(prompts, tokenizer)
     limits = [_limit(model, len(ids), sampling.max_new_tokens) for ids in prompt_ids]
@@ -209,6 +212,14 @@ def log_generations(
     if path is not None:
         write_records(Path(path), ordered)
     return ordered, summarize(ordered)
+
+
+def _make_folder(path: Path) -> None:
+    """Now rather than after generating."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`path` is {str(path)!r}, whose folder cannot be made: {error.strerror}.") from error
 
 
 def _limit(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> int:

@@ -1,5 +1,6 @@
 """What error messages are made of: values shown short, foreign messages on one line, types checked."""
 
+import os
 from numbers import Integral, Real
 
 
@@ -13,6 +14,11 @@ def one_line(error: object, limit: int = 400) -> str:
     """A foreign message on one line, cut off where it gets long; an exception without words is called by its name."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether this can only be meant as a path, not as a name on a hub, and nothing is there."""
+    return (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.exists(name)
 
 
 def check_type(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:

@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
 from lightning_sft.losses import LossNormalization, loss_constant
-from lightning_sft.messages import check_integers, check_type, one_line, shorten
+from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line, shorten
 from lightning_sft.metrics import ResponseMetrics
 
 Batch = dict[str, Any]
@@ -158,7 +158,8 @@ class SFTModule(L.LightningModule):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **(options | known))
         except Exception as error:
-            raise ValueError(f"`model` is {source!r}, which cannot be loaded: {_reason(error)}") from error
+            reason = "there is no such folder." if is_missing_path(source) else _reason(error)
+            raise ValueError(f"`model` is {source!r}, which cannot be loaded: {reason}") from error
         model, loading = loaded
         misfits = [f"lack `{name}`" for name in sorted(loading["missing_keys"])]
         if not options.get("ignore_mismatched_sizes"):

@@ -198,6 +198,8 @@ def open_sources(data: Data, argument: str) -> list[Source]:
 
 
 def _open_name(name: str, argument: str) -> list[Source]:
+    if not name.strip():
+        raise ValueError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
     if os.path.isfile(name):
         return [_open_file(name, argument)]
     path, *options = name.split(":", 2)
@@ -258,7 +260,7 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        problem = f"{error.msg} at column {error.colno}"
+        problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise ValueError(f"{place}: not valid JSON ({problem}): {shorten(text)}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
         raise ValueError(f"{place}: cannot be read as JSON: {one_line(error)}.") from None
@@ -304,7 +306,10 @@ def _read_csv(path: str) -> Iterator[tuple[str, object]]:
                 raise ValueError(f"row {number}: expected {len(header)} fields, as in the header, got {len(record)}.")
             yield f"row {number}", dict(zip(header, record, strict=True))
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}.") from None
+        problem = str(error)
+        if "new-line" in problem:  # a lone carriage return; what `csv` advises is about its own arguments
+            problem = "a carriage return in a field without quotes. Quote the field, or end lines with a line feed"
+        raise ValueError(f"line {reader.line_num}: {problem}.") from None
     finally:
         csv.field_size_limit(field_size_limit)
 
