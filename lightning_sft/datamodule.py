@@ -152,7 +152,7 @@ class SFTDataModule(L.LightningDataModule):
             return AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
         except Exception as error:
             reason = "there is no such folder." if is_missing_path(self._tokenizer) else one_line(error)
-            if "trust_remote_code" in reason:
+            if "trust_remote_code" in str(error):
                 reason = (
                     "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("
                     "..., trust_remote_code=True)` and pass the tokenizer itself."
