@@ -121,8 +121,9 @@ def _read_template(template: str) -> str:
     for _, field, spec, conversion in parts:
         if not str(field).isidentifier() or spec or conversion:
             extras = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            found = shorten(f"{{{field}{extras}}}", 80).strip("'")  # a JSON example has line breaks
             raise ValueError(
-                f"`prompt_template` has {{{field}{extras}}}, but expects plain column names such as {{question}}. "
+                f"`prompt_template` has {found}, but expects plain column names such as {{question}}. "
                 "Write literal braces twice."
             )
     return template

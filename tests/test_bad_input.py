@@ -508,6 +508,12 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         "`prompt_template` has {prompt.__class__}, but expects plain column names such as {question}. Write literal "
         "braces twice.",
     ),
+    "template with an example in JSON": (
+        data(prompt_template='{prompt} Answer as {\n "answer": 1}'),
+        ValueError,
+        '`prompt_template` has {\\n "answer": 1}, but expects plain column names such as {question}. Write literal '
+        "braces twice.",
+    ),
     "template with an unknown column": (
         data(prompt_template="{question}"),
         ValueError,
@@ -1104,6 +1110,27 @@ def test_bad_input_is_refused_in_one_line_that_names_it(problem, folders, capsys
 
 def test_the_table_is_as_long_as_promised():
     assert len(BAD) >= 60
+
+
+def test_a_reward_that_hangs_does_not_stop_training(tmp_path):
+    monitor = GenerationMonitor(hangs, num_prompts=1, sampling=Sampling(max_new_tokens=2), reward_seconds=0.2)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        callbacks=[monitor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    with pytest.warns(
+        UserWarning, match=r"failed on 1 of 1 examples, which count as 0. The first: it took longer than"
+    ):
+        trainer.fit(SFTModule(tiny_config()), SFTDataModule(character_tokenizer(), ROWS, val_data=ROWS))
+    assert trainer.global_step == 1
+    assert trainer.callback_metrics["val/reward_failures"] == 1
 
 
 # -- fuzzing -----------------------------------------------------------------------------------------------------------
