@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lightning_sft.messages import check_integers
+
 Layout = Literal["packed", "padded"]
 
 
@@ -135,6 +137,7 @@ class BatchPlan:
         steps_per_epoch: Optimizer steps in each epoch.
 
     Raises:
+        TypeError: If an argument is no whole number.
         ValueError: If there are no examples, the arrays differ in shape, a number is too small, both microbatch rules
             are given, or an example is longer than `max_tokens_per_microbatch`.
     """
@@ -160,6 +163,9 @@ class BatchPlan:
             ("seed", seed, 0),
             ("limit_steps_per_epoch", limit_steps_per_epoch, 1),
         ):
+            if value is None and name in ("batch_size", "world_size", "seed"):
+                raise TypeError(f"`{name}` is None, expected a whole number.")
+            check_integers(**{name: value})
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, but it is {value}.")
         if gradient_accumulation_steps is not None and max_tokens_per_microbatch is not None:

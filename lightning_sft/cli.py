@@ -1,22 +1,48 @@
 """The command line: `lightning-sft fit|validate|test|predict`."""
 
 import logging
+import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
-from lightning_sft.checkpoint_files import newest_checkpoint
+from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.messages import one_line
 from lightning_sft.module import SFTModule
+
+# What these modules raise is about the user's arguments; whatever else goes wrong keeps its traceback.
+_REFUSING = ("lightning_sft.", "lightning.pytorch.trainer.connectors.accelerator_connector")
+_OWN_SETTINGS = (  # the trainer's name, its default, and our name
+    ("gradient_clip_val", None, "model.max_grad_norm"),
+    ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
+)
+
+
+class SFTArgumentParser(LightningArgumentParser):
+    """A parser that refuses in one line, without the usage, which is hundreds of lines long."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and where the settings are explained, and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        message = one_line(message)
+        if message.startswith("Unexpected config:"):
+            got = message.removeprefix("Unexpected config:").strip()
+            message = f"a configuration holds `name: value` lines, but this one {f'is {got}' if got else 'is empty'}"
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        self.exit(2, f"lightning-sft: error: {message.rstrip('.')}. Settings are explained by `{command} --help`.\n")
 
 
 class SFTCLI(LightningCLI):
@@ -42,13 +68,18 @@ class SFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Pass on what model, data and trainer share."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for name, default, own in _OWN_SETTINGS:
+            if (value := config.trainer[name]) not in (default, None):
+                raise ValueError(f"`trainer.{name}` is {value}, but this model steps by itself. Use `{own}`.")
+        if config.get("ckpt_path") == "last":
+            self._find_last_checkpoint(config)
+        else:
+            self._check_ckpt_path(config)
         if config.data.tokenizer is None and isinstance(config.model.model, str):
             config.data.tokenizer = config.model.model
         if isinstance(config.seed_everything, int) and not config.data.seed:
             config.data.seed = config.seed_everything
         config.model.seed = config.data.seed
-        if config.get("ckpt_path") == "last":
-            self._find_last_checkpoint(config)
         if not config.trainer.max_epochs and config.trainer.max_steps == -1 and not config.trainer.max_time:
             config.trainer.max_epochs = 1
 
@@ -61,6 +92,7 @@ class SFTCLI(LightningCLI):
             folder /= options.get("name") or "lightning_logs"
         path = newest_checkpoint(folder)
         config.ckpt_path = None if path is None else str(path)
+        config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
         if path is None and self.subcommand != "fit":
             raise FileNotFoundError(f"`ckpt_path` is 'last', but there is no complete checkpoint below {folder}.")
         if path is None:
@@ -70,6 +102,24 @@ class SFTCLI(LightningCLI):
             if run != folder and str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
                 options.version = run.name  # the curves go on where they stopped
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+
+    def _check_ckpt_path(self, config: Any) -> None:
+        """Refuse a checkpoint that cannot be loaded, before anything else is; allow values alone unless told to."""
+        path = config.get("ckpt_path")
+        if not path:
+            return
+        if config.weights_only is None:
+            config.weights_only = True  # Lightning's default lets a checkpoint from the network run code
+        named = path in ("best", "hpc") or path.startswith("registry") or "://" in path
+        if not named and config.weights_only:
+            check_checkpoint(path, resume=self.subcommand == "fit")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a log folder that cannot be written before the data is read."""
+        root, loggers = self.trainer.default_root_dir, self.trainer.loggers
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for folder in {str(logger.save_dir or root) for logger in loggers} or {str(root)}:
+                _check_writable(folder)
 
     def _parse_ckpt_path(self) -> None:
         """Keep what the user says: Lightning would let the checkpoint's hyperparameters override it (#20801)."""
@@ -105,6 +155,19 @@ def _relative(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
+def _check_writable(folder: str) -> None:
+    if "://" in folder:
+        return
+    path = Path(folder).absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "may not be written" if nearest.is_dir() else "is a file"
+        raise ValueError(
+            f"The logs are to be written to {folder}, but {nearest} {why}. Set `trainer.default_root_dir`, or the "
+            "logger's `save_dir`, to another folder."
+        )
+
+
 def quickstart_config() -> Path:
     """The configuration that runs offline, without any argument: beside the package, or inside an installed one."""
     package = Path(__file__).parent
@@ -136,6 +199,7 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
         auto_configure_optimizers=False,  # they are the module's
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"log_every_n_steps": 10, "num_sanity_val_steps": 0},
+        parser_class=SFTArgumentParser,
         parser_kwargs={"allow_abbrev": False, "prog": "lightning-sft"},
     )
 
@@ -144,7 +208,7 @@ def main() -> None:
     """Entry point. `lightning-sft fit` without any argument runs the quickstart; with nothing but `--ckpt_path last` it
     continues the run below `runs` that saved a checkpoint most recently.
 
-    What this package refuses ends in one line; any other exception keeps its traceback.
+    What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
     if sys.argv[1:] == ["fit"]:
         sys.argv += ["--config", str(quickstart_config())]
@@ -158,8 +222,11 @@ def main() -> None:
     _silence_lightning()
     try:
         build()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except UnicodeDecodeError as error:  # data and templates have messages of their own
+        sys.exit(f"lightning-sft: error: a configuration is not UTF-8 text ({error.reason}). Save the file as UTF-8.")
+    except (ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals.get("__name__", "").startswith("lightning_sft."):
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(_REFUSING) and not isinstance(error, MisconfigurationException):
             raise
-        sys.exit(f"lightning-sft: error: {error}")
+        sys.exit(f"lightning-sft: error: {one_line(error, 2000)}")

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from numbers import Real
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import lightning as L
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers
+from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import StepDataset, StepLoader
 from lightning_sft.tokenization import pad_token_id
@@ -68,6 +71,7 @@ class SFTDataModule(L.LightningDataModule):
         num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of range or two exclude each other. Rows are checked before training starts.
     """
 
@@ -98,6 +102,13 @@ class SFTDataModule(L.LightningDataModule):
         super().__init__()
         if tokenizer is None:
             raise ValueError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
+        check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
+        check_type("val_fraction", val_fraction, Real, "a share of the rows")
+        check_type("append_eos", append_eos, bool, "true or false")
+        check_integers(max_length=max_length, num_workers=num_workers, num_proc=num_proc)
+        for name, value, least in (("num_workers", num_workers, 0), ("num_proc", num_proc, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` is {value}, expected at least {least}.")
         if too_long not in get_args(TooLong):
             raise ValueError(f"`too_long` is {too_long!r}, expected one of {', '.join(get_args(TooLong))}.")
         if layout is not None and layout not in get_args(Layout):
@@ -108,7 +119,7 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError("Both `val_data` and `val_fraction` are given; the validation rows come from one of them.")
         if max_length is not None and max_length < 2:
             raise ValueError(f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token.")
-        self._tokenizer = tokenizer
+        self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
         self._row_format = RowFormat(prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
         self._encode_options: dict[str, Any] = {
@@ -138,9 +149,15 @@ class SFTDataModule(L.LightningDataModule):
         if not isinstance(self._tokenizer, str):
             return self._tokenizer
         try:
-            return AutoTokenizer.from_pretrained(self._tokenizer)
+            return AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
         except Exception as error:
-            raise ValueError(f"`tokenizer` is {self._tokenizer!r}, which cannot be loaded: {error}") from error
+            reason = "there is no such folder." if is_missing_path(self._tokenizer) else one_line(error)
+            if "trust_remote_code" in str(error):
+                reason = (
+                    "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("
+                    "..., trust_remote_code=True)` and pass the tokenizer itself."
+                )
+            raise ValueError(f"`tokenizer` is {self._tokenizer!r}, which cannot be loaded: {reason}") from error
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +183,12 @@ class SFTDataModule(L.LightningDataModule):
             elif self._data[split] is not None:
                 self._rows[split] = self._encode(split)
             elif split == "val" and self._val_fraction:
-                parts = self._encode("train").train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
+                rows = self._encode("train")
+                if len(rows) < 2:
+                    raise ValueError(
+                        f"`val_fraction` is {self._val_fraction}, but `train_data` has one row, which cannot be split."
+                    )
+                parts = rows.train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
                 self._rows["train"], self._rows["val"] = parts["train"], parts["test"]
             elif split != "val" or stage == TrainerFn.VALIDATING:
                 command = TrainerFn(stage).value

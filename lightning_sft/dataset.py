@@ -14,7 +14,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft import rows, tokenization
-from lightning_sft.rows import RowFormat, Source, cache_folder, shorten
+from lightning_sft.messages import shorten
+from lightning_sft.rows import RowFormat, Source, cache_folder
 from lightning_sft.tokenization import encode_examples, num_response_labels
 
 TooLong = Literal["error", "drop", "truncate"]

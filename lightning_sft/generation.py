@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightning_sft.log_probs import get_response_log_probs
 from lightning_sft.losses import masked_normalize
+from lightning_sft.messages import check_integers, check_type, shorten
 from lightning_sft.rewards import checked_reward, r1_zero_reward
+from lightning_sft.sharding import is_sharded
+from lightning_sft.time_limit import TimeLimitError, call_within
 from lightning_sft.tokenization import Example, collate_padded, encode_prompts, pad_token_id
 
 RewardFn = Callable[[str, str], dict[str, float]]
+REWARD_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Sampling:
         seed: Of the samples; training never sees it.
 
     Raises:
-        ValueError: If a number is out of range.
+        TypeError: If an argument is of another type.
+        ValueError: If a number is out of range, or a stop string is empty.
     """
 
     max_new_tokens: int = 256
@@ -46,11 +52,20 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_integers(max_new_tokens=self.max_new_tokens, top_k=self.top_k, seed=self.seed)
+        for name in ("temperature", "top_p"):
+            check_type(name, getattr(self, name), Real, "a number")
+        if self.stop_strings is not None:
+            check_type("stop_strings", self.stop_strings, list, "a list of texts")
+            for text in self.stop_strings:
+                if not isinstance(text, str) or not text:
+                    raise ValueError(f"`stop_strings` has {shorten(text)}, expected texts of at least one character.")
         for name, fits, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2 to the power of 63"),
         ):
             if not fits:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected {expected}.")
@@ -71,7 +86,7 @@ class GenerationRecord:
         response_length: Tokens generated, EOS included.
         stop_reason: `eos`, `stop` (a stop string), `length` (also where a prompt leaves the model no room), or
             `empty prompt` (without a single token there is nothing to continue).
-        reward_error: What the reward function raised; its rewards then count as 0.
+        reward_error: What the reward function raised, or that it took too long; its rewards then count as 0.
     """
 
     prompt: str
@@ -130,6 +145,7 @@ def log_generations(
     *,
     sampling: Sampling | None = None,
     batch_size: int = 32,
+    reward_seconds: float | None = REWARD_SECONDS,
     path: str | Path | None = None,
 ) -> tuple[list[GenerationRecord], dict[str, float]]:
     """Prompt the model and record, for each example, what came of it.
@@ -142,39 +158,47 @@ def log_generations(
         prompts: The texts to continue.
         ground_truths: The reference answer of each prompt; None: the response is not scored.
         reward_fn: Called with response and ground truth; returns `format_reward`, `answer_reward` and `reward`. One
-            that raises, or returns something else, scores 0, and the record says why.
+            that raises, takes too long, or returns something else, scores 0, and the record says why.
         sampling: How responses are drawn; greedy by default.
         batch_size: Prompts generated for at a time.
+        reward_seconds: The most that the reward function may take for one response. None: no limit.
         path: Also write the records there, one JSON object a line.
 
     Returns:
         The records, in the order of the prompts, and their `summarize`.
 
     Raises:
-        ValueError: If prompts and ground truths do not pair up.
+        TypeError: If prompts are no list of strings.
+        ValueError: If prompts and ground truths do not pair up, `batch_size` is not positive, or there can be no file
+            at `path`.
 
     Source: Stanford CS336, assignment 5, "Logging generations".
     """
     if len(prompts) != len(ground_truths):
         raise ValueError(f"There are {len(prompts)} `prompts`, but {len(ground_truths)} `ground_truths`.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, expected at least 1.")
+    if path is not None:
+        _make_folder(Path(path))
     sampling = sampling or Sampling()
-    prompt_ids = encode_prompts(prompts, tokenizer)
+    prompt_ids, pad_id = encode_prompts(prompts, tokenizer), pad_token_id(tokenizer)
     limits = [_limit(model, len(ids), sampling.max_new_tokens) for ids in prompt_ids]
     # A prompt without tokens, or without room after it, gets no response.
     responses: list[tuple[list[int], str]] = [([], "length" if ids else "empty prompt") for ids in prompt_ids]
     entropies = [0.0] * len(prompts)
     with _evaluating(model), _own_seed(model, sampling.seed):
-        for indices in _batches(prompt_ids, limits, batch_size):
-            batch, limit = [prompt_ids[index] for index in indices], limits[indices[0]]
+        for indices in _as_many_as_others(list(_batches(prompt_ids, limits, batch_size)), model):
+            batch = [prompt_ids[index] for index in indices] or [[pad_id]]  # nothing to do but to take part
+            limit = limits[indices[0]] if indices else 1
             generated = _generate(model, tokenizer, batch, sampling, limit)
-            means = _mean_entropies(model, batch, [ids for ids, _ in generated], pad_token_id(tokenizer))
-            for index, pair, entropy in zip(indices, generated, means, strict=True):
+            means = _mean_entropies(model, batch, [ids for ids, _ in generated], pad_id)
+            for index, pair, entropy in zip(indices, generated, means, strict=bool(indices)):
                 responses[index], entropies[index] = pair, entropy
     ordered = []
     for index, (ids, stop_reason) in enumerate(responses):
         without_eos = ids[:-1] if stop_reason == "eos" else ids
         response = str(tokenizer.decode(without_eos, skip_special_tokens=False))
-        rewards, error = _score(reward_fn, response, ground_truths[index])
+        rewards, error = _score(reward_fn, response, ground_truths[index], reward_seconds)
         ordered.append(
             GenerationRecord(
                 prompt=prompts[index],
@@ -190,6 +214,14 @@ def log_generations(
     if path is not None:
         write_records(Path(path), ordered)
     return ordered, summarize(ordered)
+
+
+def _make_folder(path: Path) -> None:
+    """Now rather than after generating."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`path` is {str(path)!r}, whose folder cannot be made: {error.strerror}.") from error
 
 
 def _limit(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> int:
@@ -211,6 +243,15 @@ def _batches(prompt_ids: list[list[int]], limits: list[int], batch_size: int) ->
         indices = list(group) if limit > 0 else []
         for start in range(0, len(indices), batch_size):
             yield indices[start : start + batch_size]
+
+
+def _as_many_as_others(batches: list[list[int]], model: PreTrainedModel) -> list[list[int]]:
+    """Where processes share a model's weights, all run it equally often: those with fewer batches get empty ones."""
+    if not is_sharded(model):
+        return batches
+    most = torch.tensor(len(batches), device=model.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return batches + [[] for _ in range(int(most) - len(batches))]
 
 
 @contextmanager
@@ -306,12 +347,16 @@ def _mean_entropies(
     return (sums / batch["response_mask"].sum(dim=-1)).tolist()
 
 
-def _score(reward_fn: RewardFn, response: str, ground_truth: str | None) -> tuple[dict[str, float | None], str | None]:
+def _score(
+    reward_fn: RewardFn, response: str, ground_truth: str | None, seconds: float | None
+) -> tuple[dict[str, float | None], str | None]:
     names = ("format_reward", "answer_reward", "reward")
     if ground_truth is None:
         return dict.fromkeys(names), None
     try:
-        rewards = checked_reward(reward_fn, response, ground_truth)
-    except Exception as error:  # a user's function must not stop the training
+        rewards = call_within(seconds, checked_reward, reward_fn, response, ground_truth)
+    except TimeLimitError as error:
+        return dict.fromkeys(names, 0.0), f"{error}, which is `reward_seconds`"
+    except (Exception, SystemExit) as error:  # a user's function must not stop the training
         return dict.fromkeys(names, 0.0), f"{type(error).__name__}: {error}"
     return {name: rewards[name] for name in names}, None

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import lightning as L
@@ -13,13 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
 from lightning_sft.losses import LossNormalization, loss_constant
+from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
 from lightning_sft.metrics import ResponseMetrics
 from lightning_sft.outcome import StepOutcome
+from lightning_sft.pretrained import build_model
 from lightning_sft.sharding import gradient_sync, is_sharded, load_sharded, shard
 
 Batch = dict[str, Any]
@@ -56,6 +60,7 @@ class SFTModule(L.LightningModule):
             step. On the command line it is the seed of the data.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If an argument is out of range, the model cannot be loaded, or it does not fit the data.
     """
 
@@ -80,6 +85,15 @@ class SFTModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_type("model", model, (str, Path, dict, PreTrainedModel), "a name, a path, settings or a model")
+        check_type("normalize_constant", normalize_constant, Real, "a positive number")
+        check_type("warmup_steps", warmup_steps, Real, "a number of steps or a share below 1")
+        check_type("max_grad_norm", 1 if max_grad_norm is None else max_grad_norm, Real, "a positive number or none")
+        check_integers(seed=seed)
+        for name, mapping in {"model_kwargs": model_kwargs, "lr_scheduler_kwargs": lr_scheduler_kwargs}.items():
+            check_type(name, mapping or {}, dict, "a mapping of arguments")
+        if not callable(optimizer):
+            raise TypeError(f"`optimizer` is {shorten(optimizer)}, expected a function of the parameters.")
         if loss_normalization not in get_args(LossNormalization):
             raise ValueError(f"`loss_normalization` is {loss_normalization!r}, expected 'token' or 'sequence'.")
         if nonfinite not in get_args(NonFinite):
@@ -87,14 +101,16 @@ class SFTModule(L.LightningModule):
         for name, value in {"normalize_constant": normalize_constant, "max_grad_norm": max_grad_norm}.items():
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` is {value}, expected a positive number.")
-        if warmup_steps < 0:
+        if seed < 0:
+            raise ValueError(f"`seed` is {seed}, expected at least 0.")
+        if not warmup_steps >= 0 or (warmup_steps > 1 and warmup_steps % 1):
             raise ValueError(f"`warmup_steps` is {warmup_steps}, expected a number of steps or a share below 1.")
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         self.save_hyperparameters(
             "loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed"
         )
         self.automatic_optimization = False
-        self._source = model
+        self._source = str(model) if isinstance(model, Path) else model
         self._loss_options: dict[str, Any] = {
             "loss_normalization": loss_normalization,
             "normalize_constant": normalize_constant,
@@ -110,6 +126,7 @@ class SFTModule(L.LightningModule):
         self._unchecked: StepOutcome | None = None
         self._model_kwargs = model_kwargs or {}
         self._seed = seed
+        self._saved_groups: list[set[str]] = []  # settings of the optimizer of the checkpoint that a run goes on from
         self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
         if isinstance(model, PreTrainedModel):
             self.model = model
@@ -146,23 +163,7 @@ class SFTModule(L.LightningModule):
             self._compile = False  # it is, from now on
 
     def _build(self) -> PreTrainedModel:
-        # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.
-        options = {"dtype": torch.float32} | self._model_kwargs
-        if isinstance(self._source, str):
-            try:
-                return AutoModelForCausalLM.from_pretrained(self._source, **options)
-            except Exception as error:
-                raise ValueError(f"`model` is {self._source!r}, which cannot be loaded: {error}") from error
-        settings = dict(cast(dict[str, Any], self._source))
-        if settings.get("model_type") not in CONFIG_MAPPING:
-            raise ValueError(
-                f"`model` is to be built from {settings}, whose `model_type` is no architecture that this version of "
-                "`transformers` knows. Give one, such as qwen2 or llama."
-            )
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            return AutoModelForCausalLM.from_config(config, **options)
+        return build_model(cast("str | dict[str, Any]", self._source), self._model_kwargs, self._seed)
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
@@ -327,6 +328,15 @@ class SFTModule(L.LightningModule):
 
     # -- prediction ----------------------------------------------------------------------------------------------
 
+    def on_predict_start(self) -> None:
+        """Refuse to predict with shared weights: devices get unequal numbers of batches and would wait for each other.
+
+        Raises:
+            ValueError: If the model is sharded over several devices.
+        """
+        if self.trainer.world_size > 1 and is_sharded(self.model):
+            raise ValueError("`predict` does not run on a sharded model. Use one device, or the strategy `ddp`.")
+
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[Any]:
         """Generate responses for the batch's prompts, as the run's `GenerationMonitor` is set up to.
 
@@ -353,9 +363,55 @@ class SFTModule(L.LightningModule):
         num_warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
         try:
             scheduler = get_scheduler(name, optimizer, num_warmup_steps, max(num_steps, 1), kwargs)
-        except ValueError as error:
-            raise ValueError(f"`lr_scheduler` is {name!r}: {error}") from None
+        except (ValueError, TypeError) as error:
+            with_kwargs = f" with `lr_scheduler_kwargs` = {kwargs}" if kwargs else ""
+            raise ValueError(f"`lr_scheduler` is {name!r}{with_kwargs}: {one_line(error)}") from None
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model.
+
+        Raises:
+            ValueError: If names or shapes differ.
+        """
+        self._check_weights(checkpoint.get("state_dict"))
+        self._num_skipped = checkpoint.get("num_skipped_steps", 0)
+        states = checkpoint.get("optimizer_states") or [{}]
+        self._saved_groups = [set(group) for group in states[0].get("param_groups", [])]
+
+    def _check_weights(self, saved: dict[str, Tensor] | None) -> None:
+        if saved is None:  # sharded: the strategy has loaded them
+            return
+        own = self.state_dict()
+        misfits = [
+            f"`{name}` is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
+            for name in own
+            if name in saved and saved[name].shape != own[name].shape
+        ]
+        if self.strict_loading:
+            misfits += [f"`{name}` is missing there" for name in own if name not in saved]
+            misfits += [f"`{name}` is there alone" for name in saved if name not in own]
+        if misfits:
+            raise ValueError(
+                f"The checkpoint is of another model: {misfits[0]}{and_more(misfits)}. "
+                "Set `model` to the one that it was trained from."
+            )
+
+    def on_fit_start(self) -> None:
+        """Refuse the state of another optimizer.
+
+        Raises:
+            ValueError: If its parameter groups have other settings.
+        """
+        saved, self._saved_groups = self._saved_groups, []
+        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
+        for there, here in zip(saved, optimizer.param_groups, strict=False):
+            missing = sorted(set(here) - there - {"initial_lr"})
+            if missing:
+                raise ValueError(
+                    f"The checkpoint is of a run with another optimizer: it has no `{missing[0]}`, which this run's "
+                    f"{type(optimizer).__name__} needs. Set `optimizer` to the one of that run."
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model's configuration, so that loading needs no other file.
@@ -367,10 +423,6 @@ class SFTModule(L.LightningModule):
         checkpoint["num_skipped_steps"] = self._num_skipped
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting skipped steps."""
-        self._num_skipped = checkpoint.get("num_skipped_steps", 0)
 
 
 def _check_strategy(strategy: object) -> None:

@@ -16,6 +16,8 @@ import datasets
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
+from lightning_sft.messages import check_type, one_line, shorten
+
 Row = Mapping[str, Any]
 Data: TypeAlias = str | Sequence[str] | Dataset | Sequence[Row]
 
@@ -36,7 +38,8 @@ class RowFormat:
 
     Raises:
         FileNotFoundError: If the template has no `{column}` and is no file either.
-        ValueError: If the template's braces are not of this form.
+        TypeError: If an argument is of another type.
+        ValueError: If the template's braces are not of this form, or its file is not UTF-8 text.
     """
 
     prompt_field: str = "prompt"
@@ -46,7 +49,12 @@ class RowFormat:
     row_transform: Callable[[dict[str, Any]], Row] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt_field", "output_field", "ground_truth_field"):
+            check_type(name, getattr(self, name), str, "the name of a column")
+        if self.row_transform is not None and not callable(self.row_transform):
+            raise TypeError(f"`row_transform` is {shorten(self.row_transform)}, expected a function.")
         if self.prompt_template is not None:
+            check_type("prompt_template", self.prompt_template, str, "a text or the path of a file, as a string")
             object.__setattr__(self, "prompt_template", _read_template(self.prompt_template))
 
     def render(self, row: Row) -> dict[str, str]:
@@ -75,7 +83,7 @@ class RowFormat:
         try:
             row = self.row_transform(dict(row))
         except Exception as error:
-            raise ValueError(f"`row_transform` failed: {type(error).__name__}: {error}") from error
+            raise ValueError(f"`row_transform` failed: {type(error).__name__}: {one_line(error)}") from error
         if not isinstance(row, Mapping):
             raise ValueError(f"`row_transform` returned {shorten(row)}, expected a dictionary.")
         return row
@@ -99,7 +107,11 @@ def _read_template(template: str) -> str:
                 f"`prompt_template` is {template!r}, which has no {{column}} in it and is no file either. "
                 "Give a text such as 'Question: {question}', or the path of a file with such a text."
             )
-        template = Path(template).read_text(encoding="utf-8-sig").removesuffix("\n")
+        try:
+            template = Path(template).read_text(encoding="utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 text ({error.reason}). Save the file as UTF-8."
+            raise ValueError(f"`prompt_template` is {template!r}, which is {problem}") from None
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -109,8 +121,9 @@ def _read_template(template: str) -> str:
     for _, field, spec, conversion in parts:
         if not str(field).isidentifier() or spec or conversion:
             extras = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            found = shorten(f"{{{field}{extras}}}", 80).strip("'")  # a JSON example has line breaks
             raise ValueError(
-                f"`prompt_template` has {{{field}{extras}}}, but expects plain column names such as {{question}}. "
+                f"`prompt_template` has {found}, but expects plain column names such as {{question}}. "
                 "Write literal braces twice."
             )
     return template
@@ -119,22 +132,18 @@ def _read_template(template: str) -> str:
 def _text(row: Row, field: str, argument: str) -> str:
     value = row.get(field)
     if value is None:
-        raise ValueError(f"no value for `{field}` (`{argument}`). The row has {sorted(map(str, row))}.")
+        columns = shorten(sorted(map(str, row)), 200)
+        raise ValueError(f"no value for `{field}` (`{argument}`). The row has {columns}.")
     if not isinstance(value, str):
         raise ValueError(
             f"`{field}` (`{argument}`) is {shorten(value)} of type {type(value).__name__}, expected a string."
         )
     try:
         value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"`{field}` (`{argument}`) holds a lone surrogate, which is not text: {value!a}.") from None
+    except UnicodeEncodeError as error:
+        around = value[max(error.start - 20, 0) : error.start + 20]
+        raise ValueError(f"`{field}` (`{argument}`) holds a lone surrogate, which is not text: {around!a}.") from None
     return value
-
-
-def shorten(value: object, limit: int = 40) -> str:
-    """A value as a message can show it."""
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ class Source:
         for offset, index in enumerate(indices):
             row = {column: values[offset] for column, values in batch.items()}
             place = row["place"] if self.is_json else f"row {index + 1}"
-            yield f"{place} of {self.name}", json.loads(row["json"]) if self.is_json else row
+            yield f"{place} of {self.name}", _parse(row["json"], place) if self.is_json else row
 
 
 def open_sources(data: Data, argument: str) -> list[Source]:
@@ -174,7 +183,10 @@ def open_sources(data: Data, argument: str) -> list[Source]:
     elif isinstance(data, Sequence) and all(isinstance(item, str | Path) for item in data):
         sources = [source for name in data for source in _open_name(str(name), argument)]
     elif isinstance(data, Sequence) and all(isinstance(item, Mapping) for item in data):
-        rows = [_json_row(f"row {number}", dict(row)) for number, row in enumerate(data, 1)]
+        try:
+            rows = [_json_row(f"row {number}", dict(row)) for number, row in enumerate(data, 1)]
+        except ValueError as error:
+            raise ValueError(f"`{argument}`: {error}") from None
         sources = [Source(f"`{argument}`", Dataset.from_list(rows, _JSON_FEATURES), is_json=True)]
     else:
         raise TypeError(
@@ -187,9 +199,13 @@ def open_sources(data: Data, argument: str) -> list[Source]:
 
 
 def _open_name(name: str, argument: str) -> list[Source]:
+    if not name.strip():
+        raise ValueError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
     if os.path.isfile(name):
         return [_open_file(name, argument)]
     path, *options = name.split(":", 2)
+    if options and path.endswith(_SUFFIXES):
+        raise ValueError(f"`{argument}` is {name!r}, but a file has neither configuration nor split. Use {path!r}.")
     if name.endswith(_SUFFIXES) or glob.has_magic(path):
         paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         if not paths:
@@ -201,7 +217,7 @@ def _open_name(name: str, argument: str) -> list[Source]:
     except Exception as error:
         raise ValueError(
             f"`{argument}` is {name!r}: neither a file ({', '.join(_SUFFIXES)}) nor a data set that can be loaded: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {one_line(error.__cause__ or error)}"
         ) from error
 
 
@@ -221,7 +237,7 @@ def _open_file(path: str, argument: str) -> Source:
             rows = Dataset.from_generator(_read_rows, _JSON_FEATURES, gen_kwargs={"path": path}, fingerprint=key)
         return Source(path, rows, is_json=not path.endswith(".parquet"))
     except Exception as error:
-        raise ValueError(f"`{argument}`: cannot read {path}: {error.__cause__ or error}") from error
+        raise ValueError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}") from error
 
 
 def cache_folder() -> Path:
@@ -234,7 +250,21 @@ _JSON_FEATURES = Features({"place": Value("string"), "json": Value("string")})
 
 def _json_row(place: str, row: object) -> dict[str, str]:
     # What JSON cannot hold must not turn into text, which would pass for a prompt or an output.
-    return {"place": place, "json": json.dumps(row, default=lambda value: {type(value).__name__: repr(value)})}
+    try:
+        text = json.dumps(row, default=lambda value: {type(value).__name__: repr(value)})
+    except (TypeError, ValueError, RecursionError) as error:  # a key that is no text, a cycle, a deep nest
+        raise ValueError(f"{place}: cannot be written as JSON: {one_line(error)}.") from None
+    return {"place": place, "json": text}
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise ValueError(f"{place}: not valid JSON ({problem}): {shorten(text)}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
+        raise ValueError(f"{place}: cannot be read as JSON: {one_line(error)}.") from None
 
 
 def _read_rows(path: str) -> Iterator[dict[str, str]]:
@@ -251,12 +281,8 @@ def _read_rows(path: str) -> Iterator[dict[str, str]]:
 def _read_json_lines(path: str) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(_text_lines(path), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                problem = f"{error.msg} at column {error.colno}"
-                raise ValueError(f"line {number}: not valid JSON ({problem}): {shorten(line)}") from None
-            yield f"line {number}", row
+            place = f"line {number}"
+            yield place, _parse(line, place)
 
 
 def _read_json(path: str) -> Iterator[tuple[str, object]]:
@@ -273,12 +299,18 @@ def _read_csv(path: str) -> Iterator[tuple[str, object]]:
     try:
         records = filter(None, reader)  # a blank line is an empty record
         header = next(records, [])
+        twice = {column for column in header if column and header.count(column) > 1}
+        if twice:
+            raise ValueError(f"its header has {shorten(min(twice))} more than once. Rename all but one.")
         for number, record in enumerate(records, 1):
             if len(record) != len(header):
                 raise ValueError(f"row {number}: expected {len(header)} fields, as in the header, got {len(record)}.")
             yield f"row {number}", dict(zip(header, record, strict=True))
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}.") from None
+        problem = str(error)
+        if "new-line" in problem:  # a lone carriage return; what `csv` advises is about its own arguments
+            problem = "a carriage return in a field without quotes. Quote the field, or end lines with a line feed"
+        raise ValueError(f"line {reader.line_num}: {problem}.") from None
     finally:
         csv.field_size_limit(field_size_limit)
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.messages import shorten
+
 
 class Example(TypedDict):
     """One tokenised row: the prompt's ids followed by the response's ids."""
@@ -37,12 +39,29 @@ def encode_prompts(prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBas
     """Token ids of each prompt, with the tokenizer's own prefix and without a suffix such as EOS.
 
     A prompt that already spells the prefix out (chat templates do) does not get it twice.
+
+    Raises:
+        TypeError: If `prompt_strs` is one string, or holds anything else than strings.
+        ValueError: If a prompt is not text: a lone surrogate cannot be encoded.
     """
     if not prompt_strs:
         return []
+    encoded = _encode(prompt_strs, tokenizer, "prompt")
     prefix = prompt_prefix(tokenizer)
-    encoded = tokenizer(list(prompt_strs), add_special_tokens=False, verbose=False)["input_ids"]
     return [ids if prefix and ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str) -> list[list[int]]:
+    if isinstance(texts, str):
+        raise TypeError(f"Expected a list of {kind}s, but got one string, {shorten(texts)}. Put it into a list.")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{kind} {index} is {shorten(text)} of type {type(text).__name__}, expected a string.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{kind} {index} holds a lone surrogate, which is not text: {shorten(text)}.") from None
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_examples(
@@ -60,7 +79,9 @@ def encode_examples(
         append_eos: Whether each response ends in the tokenizer's EOS.
 
     Raises:
-        ValueError: If the numbers of prompts and outputs differ, or EOS is wanted and the tokenizer has none.
+        TypeError: If either is one string, or holds anything else than strings.
+        ValueError: If the numbers of prompts and outputs differ, a text holds a lone surrogate, or EOS is wanted and
+            the tokenizer has none.
     """
     if len(prompt_strs) != len(output_strs):
         raise ValueError(
@@ -75,7 +96,7 @@ def encode_examples(
     if not output_strs:
         return []
     prompts = encode_prompts(prompt_strs, tokenizer)
-    outputs = tokenizer(list(output_strs), add_special_tokens=False, verbose=False)["input_ids"]
+    outputs = _encode(output_strs, tokenizer, "output")
     eos = [tokenizer.eos_token_id] if append_eos else []
     return [
         Example(input_ids=prompt + output + eos, num_prompt_tokens=len(prompt))
@@ -165,7 +186,8 @@ def tokenize_prompt_and_output(
         `input_ids`, `labels` and `response_mask`, each `(batch_size, max(prompt_and_output_lens) - 1)`.
 
     Raises:
-        ValueError: If there is no pair, or the numbers of prompts and outputs differ.
+        TypeError: If either is one string, or holds anything else than strings.
+        ValueError: If there is no pair, the numbers of prompts and outputs differ, or a text holds a lone surrogate.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.generation import (
+    REWARD_SECONDS,
     GenerationRecord,
     RewardFn,
     Sampling,
@@ -19,6 +21,7 @@ from lightning_sft.generation import (
     summarize,
     write_records,
 )
+from lightning_sft.messages import check_integers, check_type, shorten
 from lightning_sft.rewards import r1_zero_reward
 
 Rows = Sequence[dict[str, Any]]
@@ -41,8 +44,10 @@ class GenerationMonitor(L.Callback):
         sampling: How responses are drawn: greedy unless `temperature` is set.
         batch_size: Prompts generated for at a time, on each device.
         num_rows_shown: Rows of the table in TensorBoard; the JSON lines hold all.
+        reward_seconds: The most that `reward_fn` may take for one response, which then counts as 0. None: no limit.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If a number is too small.
     """
 
@@ -54,12 +59,21 @@ class GenerationMonitor(L.Callback):
         sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
         batch_size: int = 32,
         num_rows_shown: int = 8,
+        reward_seconds: float | None = REWARD_SECONDS,
     ) -> None:
+        if not callable(reward_fn):
+            raise TypeError(f"`reward_fn` is {shorten(reward_fn)}, expected a function of response and ground truth.")
+        check_type("sampling", sampling, Sampling, "a `Sampling`")
+        if reward_seconds is not None:
+            check_type("reward_seconds", reward_seconds, Real, "a number of seconds, or none")
+            if not 0 < reward_seconds < math.inf:
+                raise ValueError(f"`reward_seconds` is {reward_seconds}, expected a positive number, or none.")
         for name, value in {
             "num_prompts": num_prompts,
             "every_n_steps": every_n_steps,
             "batch_size": batch_size,
         }.items():
+            check_integers(**{name: value})
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}, expected at least 1.")
         self.reward_fn = reward_fn
@@ -68,6 +82,7 @@ class GenerationMonitor(L.Callback):
         self.sampling = sampling
         self.batch_size = batch_size
         self.num_rows_shown = num_rows_shown
+        self.reward_seconds = reward_seconds
         self._latest: tuple[int, dict[str, float]] | None = None  # step and summary
         self._predicted: list[GenerationRecord] = []
 
@@ -144,6 +159,7 @@ class GenerationMonitor(L.Callback):
                 self.reward_fn,
                 sampling=self.sampling,
                 batch_size=self.batch_size,
+                reward_seconds=self.reward_seconds,
             )
         return records
 

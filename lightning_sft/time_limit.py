@@ -1,0 +1,88 @@
+"""A time limit for other people's functions."""
+
+import ctypes
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class TimeLimitError(TimeoutError):
+    """A function took longer than it may."""
+
+
+class _TimeIsUp(BaseException):
+    """Raised inside the function; no `Exception`, so that its own `except Exception` lets it pass."""
+
+
+def call_within(seconds: float | None, function: Callable[..., T], *args: object) -> T:
+    """Call a function and give up waiting for it when its time is up.
+
+    In the main thread the kernel's alarm interrupts the function, also inside a regular expression or a sleep; an alarm
+    that was set before still rings, at its time or right after. A function that sets an alarm of its own takes the
+    limit off itself. Elsewhere, and where there are no alarms, the function runs in a thread of its own, which is told
+    to stop and then left alone; one that never lets go of the interpreter's lock is then waited for.
+
+    Args:
+        seconds: None: no limit.
+        function: Called with `args`.
+        *args: Its arguments.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TimeLimitError: It took longer. What else it raises is passed on.
+    """
+    if seconds is None:
+        return function(*args)
+    try:
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+            return _call_under_alarm(seconds, function, *args)
+        return _call_in_thread(seconds, function, *args)
+    except _TimeIsUp:
+        raise TimeLimitError(f"it took longer than {seconds:g} s") from None
+
+
+def _call_under_alarm(seconds: float, function: Callable[..., T], *args: object) -> T:
+    running = True
+
+    def interrupt(signal_number: int, frame: FrameType | None) -> None:
+        if running:
+            raise _TimeIsUp
+
+    start, handler = time.monotonic(), signal.signal(signal.SIGALRM, interrupt)
+    # Again and again, for a function that catches everything and goes on.
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, min(seconds, 1.0))
+    try:
+        return function(*args)
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)
+
+
+def _call_in_thread(seconds: float, function: Callable[..., T], *args: object) -> T:
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["returned"] = function(*args)
+        except BaseException as error:  # raised again below, where somebody listens
+            outcome["raised"] = error
+
+    thread = threading.Thread(target=run, daemon=True, name="call_within")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeIsUp))
+        raise _TimeIsUp
+    if "raised" in outcome:
+        raise outcome["raised"]
+    return outcome["returned"]
