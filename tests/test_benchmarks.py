@@ -28,7 +28,8 @@ def counts(number):
 
 
 def test_contestants_take_turns_and_one_that_fails_leaves_its_error():
-    results = measure.in_turn({"fails": fails, "counts": counts}, {"number": 3}, rounds=2)
+    rate, results = measure.in_turn({"fails": fails, "counts": counts}, {"number": 3}, rounds=2, dtype="float32")
+    assert rate > 0
     assert results["fails"] == {"error": "RuntimeError: on purpose"}
     assert results["counts"] == {"number": 3, "twice": 6}
 
