@@ -5,12 +5,14 @@ import glob
 import hashlib
 import json
 import os
+import re
 import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import datasets
 from datasets import Dataset, Features, Value, load_dataset
@@ -286,11 +288,48 @@ def _read_json_lines(path: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_json(path: str) -> Iterator[tuple[str, object]]:
-    start = next((line for line in _text_lines(path) if line.strip()), "").lstrip()
-    if not start.startswith("["):
-        return _read_json_lines(path)
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        start = next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "")
+    return _read_json_list(path) if start == "[" else _read_json_lines(path)
+
+
+_PIECE = 2**20  # characters of a file read at once
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _read_json_list(path: str) -> Iterator[tuple[str, object]]:
+    """Row by row: the whole list would take several times the file's size in memory."""
+    decode, number = json.JSONDecoder().raw_decode, 0
+    with suppress(ValueError), open(path, encoding="utf-8-sig", newline="") as file:
+        while file.read(1) != "[":
+            pass  # white space
+        text, at = "", 0
+        while True:
+            try:
+                row, end = decode(text, _after_space(text, at))
+                end = _after_space(text, end)
+                closed = {",": False, "]": True}.get(text[end])
+            except (json.JSONDecodeError, IndexError):  # the row may go on
+                piece = file.read(max(_PIECE, len(text) - at))
+                if not piece:
+                    break
+                text, at = text[at:] + piece, 0
+                continue
+            if closed is None:
+                break
+            number, at = number + 1, end + 1
+            yield f"row {number}", row
+            if closed:
+                if not (text[at:] + file.read()).strip(" \t\r\n"):
+                    return
+                break
+    # No such list, or one without rows: read as a whole, for the words and the place of the error.
     rows = json.loads("".join(_text_lines(path)))
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    yield from ((f"row {number}", row) for number, row in enumerate(rows[number:], number + 1))
+
+
+def _after_space(text: str, at: int) -> int:
+    return cast(re.Match[str], _SPACE.match(text, at)).end()
 
 
 def _read_csv(path: str) -> Iterator[tuple[str, object]]:

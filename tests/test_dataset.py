@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from lightning_sft import dataset
+from lightning_sft import dataset, rows
 from lightning_sft.dataset import EncodedRows, encode_rows, read_numbers
 from lightning_sft.rows import RowFormat, open_sources
 from lightning_sft.tokenization import encode_examples
@@ -207,6 +207,8 @@ UNREADABLE = {
     ),
     "no JSON": ("rows.jsonl", b"prompt: a\n", "line 1: not valid JSON (Expecting value at column 1): 'prompt: a\\n'"),
     "cut JSON list": ("rows.json", b'[{"prompt": "a"},\n{"prompt"]', "Expecting ':' delimiter: line 2 column 10"),
+    "JSON list with more behind it": ("rows.json", b'[{"prompt": "a"}]\n, {}]', "Extra data: line 2 column 1"),
+    "JSON list without comma": ("rows.json", b'[{"prompt": "a"}\n{}]', "Expecting ',' delimiter: line 2 column 1"),
     "line without object": ("rows.jsonl", GOOD + b"[1, 2]", "line 2: expected a JSON object, got [1, 2]."),
     "null line": ("rows.jsonl", b"null\n", "line 1: expected a JSON object, got None."),
     "row without object": ("rows.json", b'[{"prompt": "a"}, 5]', "row 2: expected a JSON object, got 5."),
@@ -898,3 +900,29 @@ def test_numbers_are_read_without_an_object_for_each_row():
     finally:
         tracemalloc.stop()
     assert peak / num_rows < 17
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5, 2**20])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_is_the_same_in_whatever_pieces_it_is_read(tmp_path, monkeypatch, piece, indent):
+    monkeypatch.setattr(rows, "_PIECE", piece)
+    monkeypatch.setattr(rows, "_text_lines", None)  # with which it is read as a whole
+    data = [*ROWS, {"é[]": '\\u00e9 \\ "},', "deep": [-1.5e3, {"a": [None, True]}]}, {}]
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    path = write(tmp_path / "rows.json", f" \r\n[ {text[1:-1]} \n]\t\n")
+    [source] = open_sources(path, "train_data")
+    assert source.rows["place"][:] == [f"row {number}" for number in range(1, 6)]
+    assert [json.loads(row) for row in source.rows["json"]] == data
+
+
+def test_a_list_is_not_held_in_memory(tmp_path):
+    num_rows, length = 200, 100_000
+    path = write(tmp_path / "rows.json", json.dumps([{"prompt": "a" * length, "output": "b"}] * num_rows))
+    tracemalloc.start()
+    try:
+        for _ in rows._read_rows(path):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < num_rows * length / 3
