@@ -385,8 +385,10 @@ class SFTDataModule(L.LightningDataModule):
             then = state_dict[name]
             if then == now:
                 continue
-            difference = f"`{name}` = {then}, now it is {now}" if name != "rows" else "other training rows or tokens"
+            difference, use = f"`{name}` = {then}, now it is {now}", then
+            if name == "rows":
+                difference, use = "other training rows or tokens", "those"
             raise ValueError(
                 f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
-                "Use what it was made with, or start anew from the weights."
+                f"Use {use}, or start anew from the weights."
             )

@@ -1,6 +1,8 @@
 """Tiny models and tokenizers built in process; real data where it lies beside the checkout."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub; read when its client is imported
 
@@ -20,6 +22,15 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep cached data sets out of the user's home."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets_cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """A handler that is left behind would keep worker processes of later tests from being ended."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.fixture

@@ -1373,7 +1373,8 @@ def trace(tmp_path) -> Path:
 
 def own_code(trace: Path, **config: object) -> dict[str, str]:
     """The files of a model that brings code of its own, which leaves a trace."""
-    code = f"import os\nos.mkdir({str(trace)!r})\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    code = f"import os\nos.mkdir({str(trace)!r})\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+    code += "class C(LlamaConfig): ...\nclass M(LlamaForCausalLM): ...\n"
     mapping = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoTokenizer": ["own.T", None]}
     return {
         "own.py": code,

@@ -14,10 +14,10 @@ from lightning_sft.cli import build
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line.split("#")[0].split("&& ")[-1].replace("uv run ", "").strip()
+    "lightning-sft" + re.split("lightning-sft|-m lightning_sft", line.split("#")[0])[1].rstrip()  # without a launcher
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
-    if "lightning-sft" in line
+    if re.search("lightning-sft|-m lightning_sft", line)
 ]
 
 
@@ -27,7 +27,7 @@ def test_a_command_of_the_readme_is_accepted(command, monkeypatch, tmp_path):
     assert program == "lightning-sft"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [program])
-    for path in ("configs/quickstart.yaml", "configs/gsm8k.yaml", "configs/ddp.yaml"):
+    for path in ("configs/quickstart.yaml", "configs/gsm8k.yaml", "configs/ddp.yaml", "configs/fsdp.yaml"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text((ROOT / path).read_text())
     run_config = tmp_path / "runs/gsm8k/version_0/config.yaml"  # as a finished run would have left it

@@ -83,11 +83,8 @@ class LastCheckpoint(Checkpoint):
             self._obey_signals(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save where the run ended."""
+        """Save where the run ended, and give the signals back."""
         self._save(trainer)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
         self._signals.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
