@@ -86,6 +86,9 @@ class SFTCLI(LightningCLI):
     def _find_last_checkpoint(self, config: Namespace) -> None:
         """Put the newest complete checkpoint of this configuration's runs in the place of the word `last`."""
         logger = config.trainer.logger
+        if logger in (None, True):  # Lightning's default, spelled out
+            options = Namespace(save_dir=config.trainer.default_root_dir or ".", name="lightning_logs", version=None)
+            logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)
         options = getattr(logger[0] if isinstance(logger, list) else logger, "init_args", Namespace())
         folder = Path(options.get("save_dir") or config.trainer.default_root_dir or ".")
         if logger is not False:
@@ -97,11 +100,13 @@ class SFTCLI(LightningCLI):
             raise FileNotFoundError(f"`ckpt_path` is 'last', but there is no complete checkpoint below {folder}.")
         if path is None:
             rank_zero_info(f"No checkpoint below {folder} yet: the run starts from its beginning.")
-        elif self.subcommand == "fit" and "version" in options and options.version is None:
-            run = path.parent.parent
-            if run != folder and str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
-                options.version = run.name  # the curves go on where they stopped
-                warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            return
+        run = path.parent.parent
+        appends = str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")  # others begin their files anew
+        if self.subcommand == "fit" and appends and options.version is None and run != folder:
+            options.version = run.name  # the curves go on where they stopped
+            config.trainer.logger = logger
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
     def _check_ckpt_path(self, config: Any) -> None:
         """Refuse a checkpoint that cannot be loaded, before anything else is; allow values alone unless told to."""
@@ -151,7 +156,7 @@ class SFTCLI(LightningCLI):
 
 
 def _relative(path: Path) -> Path:
-    path, here = path.resolve(), Path.cwd()
+    path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
