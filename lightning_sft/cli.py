@@ -186,6 +186,7 @@ def _silence_lightning() -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
+    warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # of a sharded model: a better one, meant to
 
 
 def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> SFTCLI:

@@ -216,13 +216,20 @@ def steps_of(run):
     return torch.load(run / "checkpoints" / "last.ckpt")["global_step"]
 
 
-def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog):
-    logger = {"trainer.logger": "TensorBoardLogger"}
-    command = [*arguments(inputs, **logger, **{"trainer.max_steps": 3}), "--ckpt_path", "last"]
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "true"])
+def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog, logger):
+    def words(max_steps):
+        given = arguments(inputs, **{"trainer.logger": logger, "trainer.max_steps": max_steps})
+        if logger == "true":
+            del given[given.index("--trainer.logger.save_dir") : given.index("--trainer.log_every_n_steps")]
+        return given
+
+    command = [*words(3), "--ckpt_path", "last"]
     build(command)  # nothing to continue: from the beginning
-    assert "No checkpoint below runs/x yet" in caplog.text
-    build(arguments(inputs, **logger, **{"trainer.max_steps": 2}))
-    runs = inputs / "work" / "runs" / "x"
+    folder = "runs/x" if logger == "TensorBoardLogger" else "lightning_logs"
+    assert f"No checkpoint below {folder} yet" in caplog.text
+    build(words(2))
+    runs = inputs / "work" / folder
     assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 2]
     command[command.index("--trainer.max_steps") + 1] = "5"
     build(command)

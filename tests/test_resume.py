@@ -223,7 +223,13 @@ def test_a_run_may_move_to_another_number_of_processes(tmp_path):
     """The order of the data does not depend on it, so the losses go on as they would have."""
     options = {"every_n_steps": 7}
     straight = train(tmp_path / "straight", **options)
-    for first, second in ((("auto", 1), ("ddp", 2)), (("ddp", 2), ("auto", 1)), (("fsdp", 2), ("fsdp", 1))):
+    moves = [
+        (("auto", 1), ("ddp", 2)),
+        (("ddp", 2), ("auto", 1)),
+        (("fsdp", 2), ("fsdp", 1)),
+        (("fsdp, one file", 2), ("auto", 1)),
+    ]
+    for first, second in moves:
         folder = tmp_path / f"{first[0]}_{second[1]}"
         stopped = Processes(train, folder, strategy=first[0], world_size=first[1], callbacks=[KillAfter(8)], **options)
         assert stopped.wait() == [-signal.SIGKILL] * first[1]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from lightning_sft import GenerationMonitor, LastCheckpoint, Sampling, SFTDataMo
 
 WORDS = ["tree", "a", "stone river", "of", "light and day", "to", "grass", "sun moon star", "w", "seas"]
 ROWS = [{"prompt": f"{i}:" + "p" * (i % 4), "output": WORDS[i % 10] * (1 + i % 3)} for i in range(43)]
+
+
+SHARDED = {
+    "fsdp": ModelParallelStrategy,
+    "fsdp, one file": partial(ModelParallelStrategy, save_distributed_checkpoint=False),
+}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -87,7 +94,7 @@ def train(
         **{
             "accelerator": "cpu",
             "devices": int(os.environ.get("WORLD_SIZE", 1)),
-            "strategy": ModelParallelStrategy() if strategy == "fsdp" else strategy,
+            "strategy": SHARDED[strategy]() if strategy in SHARDED else strategy,
             "max_steps": 20,
             "default_root_dir": folder,
             "logger": False,
