@@ -87,7 +87,8 @@ class SFTCLI(LightningCLI):
         """Put the newest complete checkpoint of this configuration's runs in the place of the word `last`."""
         logger = config.trainer.logger
         if logger in (None, True):  # Lightning's default, spelled out
-            options = Namespace(save_dir=config.trainer.default_root_dir or ".", name="lightning_logs", version=None)
+            root = config.trainer.default_root_dir or os.getcwd()
+            options = Namespace(save_dir=root, name="lightning_logs", version=None)
             logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)
         options = getattr(logger[0] if isinstance(logger, list) else logger, "init_args", Namespace())
         folder = Path(options.get("save_dir") or config.trainer.default_root_dir or ".")
@@ -97,9 +98,11 @@ class SFTCLI(LightningCLI):
         config.ckpt_path = None if path is None else str(path)
         config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
         if path is None and self.subcommand != "fit":
-            raise FileNotFoundError(f"`ckpt_path` is 'last', but there is no complete checkpoint below {folder}.")
+            raise FileNotFoundError(
+                f"`ckpt_path` is 'last', but there is no complete checkpoint below {_relative(folder)}."
+            )
         if path is None:
-            rank_zero_info(f"No checkpoint below {folder} yet: the run starts from its beginning.")
+            rank_zero_info(f"No checkpoint below {_relative(folder)} yet: the run starts from its beginning.")
             return
         run = path.parent.parent
         appends = str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")  # others begin their files anew

@@ -67,6 +67,19 @@ def test_killed_after_any_step_a_run_goes_on_as_if_nothing_had_happened(tmp_path
     assert_same_run(tmp_path, straight, 20)
 
 
+def test_killed_while_it_validates_a_run_validates_again(tmp_path, straight):
+    assert Processes(train, tmp_path, callbacks=[KillInValidation()], **SETTINGS).wait() == [-signal.SIGKILL]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 12  # 14 is saved after its validation
+    assert Processes(train, tmp_path, **SETTINGS).wait() == [0]
+    assert_same_run(tmp_path, straight, 20)
+
+
+class KillInValidation(L.Callback):
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == 14:
+            os.killpg(0, signal.SIGKILL)
+
+
 class KillAfter(L.Callback):
     def __init__(self, step):
         self.step = step
