@@ -7,6 +7,7 @@ from conftest import tiny_model
 from training import ROWS, adamw, read_log, train
 
 from lightning_sft import SFTModule
+from lightning_sft.outcome import StepOutcome
 
 # Every "z" is a NaN: the only row with one stands in line 12.
 POISONED = [*ROWS[:11], {"prompt": "z", "output": "zzz"}, *ROWS[11:22]]
@@ -36,6 +37,15 @@ def test_a_step_that_is_no_number_stops_the_run_names_its_rows_and_is_never_save
     if log:
         checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt")
         assert checkpoint["global_step"] == len(log)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_train_end", "on_save_checkpoint"])
+def test_what_is_still_on_the_device_is_read_before_anything_relies_on_it(hook):
+    """On CUDA a step is looked at one step later, but no checkpoint, validation or end comes in between."""
+    module = SFTModule(tiny_model())
+    module._unchecked = StepOutcome(3, ["row 1"], loss=torch.tensor(torch.nan))
+    with pytest.raises(FloatingPointError, match="Optimizer step 3 has the loss nan; its rows on this device: row 1"):
+        getattr(module, hook)(*([{}] if hook == "on_save_checkpoint" else []))
 
 
 def test_an_infinite_gradient_norm_stops_the_run_too(tmp_path):

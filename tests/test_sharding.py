@@ -49,6 +49,8 @@ def compare(folder):
         for microbatch in range(2):
             with gradient_sync(model, enabled=microbatch == 1):
                 score(model, rank, microbatch).backward()
+            exchanged = [weight.grad is not None for weight in model.parameters()]
+            assert all(exchanged) if microbatch == 1 else not any(exchanged)
             for each in range(world_size):
                 (score(reference, each, microbatch) / world_size).backward()
         for (key, ours), theirs in zip(model.named_parameters(), reference.named_parameters(), strict=True):
