@@ -227,7 +227,7 @@ def main() -> None:
             sys.exit(
                 "lightning-sft: error: there is no complete checkpoint below `runs`. Give a `--config` to start with."
             )
-        sys.argv[2:] = ["--config", str(newest.parent.parent / "config.yaml"), "--ckpt_path", str(newest)]
+        sys.argv[2:] = ["--config", str(newest.parent.parent / "config.yaml"), "--ckpt_path", "last"]
     _silence_lightning()
     try:
         build()

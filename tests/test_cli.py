@@ -250,7 +250,7 @@ def test_last_without_a_configuration_takes_the_newest_runs_own(inputs, monkeypa
     monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
     main()
     run = Path("runs/x/version_0")
-    assert sys.argv[2:] == ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    assert sys.argv[2:] == ["--config", str(run / "config.yaml"), "--ckpt_path", "last"]
 
 
 def test_evaluating_the_last_checkpoint_needs_one(inputs, monkeypatch):
