@@ -2,11 +2,13 @@
 
 from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
 from lightning_sft.datamodule import SFTDataModule
-from lightning_sft.generation import GenerationRecord, Sampling, log_generations
+from lightning_sft.generation import log_generations
 from lightning_sft.log_probs import compute_entropy, get_response_log_probs
 from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
 from lightning_sft.module import SFTModule
+from lightning_sft.records import GenerationRecord
 from lightning_sft.rewards import exact_match_reward, r1_zero_reward
+from lightning_sft.sampling import Sampling
 from lightning_sft.tokenization import tokenize_prompt_and_output
 
 __all__ = [

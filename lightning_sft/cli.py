@@ -80,6 +80,8 @@ class SFTCLI(LightningCLI):
         if isinstance(config.seed_everything, int) and not config.data.seed:
             config.data.seed = config.seed_everything
         config.model.seed = config.data.seed
+        if self.subcommand == "predict" and config.return_predictions is None:
+            config.return_predictions = False  # they are in a file, and may be many
         if not config.trainer.max_epochs and config.trainer.max_steps == -1 and not config.trainer.max_time:
             config.trainer.max_epochs = 1
 
@@ -148,7 +150,7 @@ class SFTCLI(LightningCLI):
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # `log_dir` is a collective
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        places = {"Run": folder, "Generations": folder / "generations"}
+        places = {"Run": folder, "Generations": folder / "generations" / "index.html"}
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
                 places["Last checkpoint"] = folder / "checkpoints" / "last.ckpt"

@@ -11,14 +11,13 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers
 from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
-from lightning_sft.step_loader import StepDataset, StepLoader
+from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader
 from lightning_sft.tokenization import pad_token_id
 
 _ENDLESS = 2**31
@@ -234,8 +233,9 @@ class SFTDataModule(L.LightningDataModule):
         return Dataset.from_list(prompts)
 
     def prompts(self, stage: str, num_prompts: int | None = None) -> list[dict[str, Any]]:
-        """The first prompts of a stage, each with `prompt` and `ground_truth`: of `fit` and `validate` the validation
-        rows, or the training rows where there are none.
+        """The first prompts of a stage, each with `index`, `prompt` and `ground_truth`.
+
+        Those of `fit` and `validate` are the validation rows, or the training rows where there are none.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`.
@@ -244,7 +244,8 @@ class SFTDataModule(L.LightningDataModule):
         order = ("val", "train") if stage in ("fit", "validate") else (stage,)
         rows = next(self._rows[split] for split in order if split in self._rows)
         rows = rows.select_columns(["prompt", "ground_truth"])
-        return rows.select(range(min(len(rows), num_prompts or len(rows)))).to_list()
+        rows = rows.select(range(min(len(rows), num_prompts or len(rows))))
+        return [{"index": index, **row} for index, row in enumerate(rows.to_list())]
 
     # -- optimizer steps -----------------------------------------------------------------------------------------
 
@@ -343,10 +344,10 @@ class SFTDataModule(L.LightningDataModule):
         """The test rows."""
         return self._loader("test", self._plans["test"].steps_per_epoch)
 
-    def predict_dataloader(self) -> DataLoader:
-        """Lists of rows with `prompt` and `ground_truth`."""
-        rows = self.prompts("predict")
-        return DataLoader(rows, batch_size=self._batch_rule["batch_size"], collate_fn=list)  # type: ignore[arg-type]
+    def predict_dataloader(self) -> PromptLoader:
+        """Lists of rows with `index`, `prompt` and `ground_truth`: the same ones on every device."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        return PromptLoader(self.prompts("predict"), self._batch_rule["batch_size"] * world_size)
 
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0

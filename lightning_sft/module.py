@@ -328,15 +328,6 @@ class SFTModule(L.LightningModule):
 
     # -- prediction ----------------------------------------------------------------------------------------------
 
-    def on_predict_start(self) -> None:
-        """Refuse to predict with shared weights: devices get unequal numbers of batches and would wait for each other.
-
-        Raises:
-            ValueError: If the model is sharded over several devices.
-        """
-        if self.trainer.world_size > 1 and is_sharded(self.model):
-            raise ValueError("`predict` does not run on a sharded model. Use one device, or the strategy `ddp`.")
-
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[Any]:
         """Generate responses for the batch's prompts, as the run's `GenerationMonitor` is set up to.
 
@@ -344,8 +335,8 @@ class SFTModule(L.LightningModule):
             ValueError: If there is none.
         """
         for callback in cast(L.Trainer, self.trainer).callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "generate"):
-                return callback.generate(self.trainer, self, batch)
+            if hasattr(callback, "predict"):
+                return callback.predict(self.trainer, self, batch)
         raise ValueError("`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none.")
 
     # -- optimizers and checkpoints ------------------------------------------------------------------------------

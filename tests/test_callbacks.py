@@ -1,13 +1,16 @@
 """`GenerationMonitor` and `LastCheckpoint` in real runs."""
 
 import csv
+import io
 import json
 import math
 
 import lightning as L
 import pytest
+import rich.console
 import torch
 from conftest import character_tokenizer, tiny_config, tiny_model
+from lightning.pytorch.callbacks.progress.rich_progress import CustomProgress
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,9 +23,10 @@ from lightning_sft import (
     StepProgressBar,
     TokenThroughput,
 )
-from lightning_sft.callbacks.generation_monitor import markdown_table
+from lightning_sft.callbacks import generation_monitor
+from lightning_sft.callbacks.generation_logs import log_records, markdown_table, print_records
 from lightning_sft.callbacks.throughput import training_flops
-from lightning_sft.generation import GenerationRecord
+from lightning_sft.records import GenerationRecord
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
 KEYS = {"step", "prompt", "response", "ground_truth", "format_reward", "answer_reward", "reward", "token_entropy"}
@@ -71,19 +75,34 @@ def test_each_generation_writes_its_lines_table_and_scalars(tmp_path):
     _, trainer = fit(tmp_path, [make_monitor(every_n_steps=2)], TensorBoardLogger(tmp_path))
     folder = tmp_path / "lightning_logs" / "version_0"
     steps = [0, 2, 3, 4, 6]  # before training, every second step, and at validation
-    files = sorted((folder / "generations").iterdir())
-    assert [file.name for file in files] == [f"step_{step}.jsonl" for step in steps]
+    names = {file.name for file in (folder / "generations").iterdir()}
+    assert names == {f"step_{step}.{kind}" for step in steps for kind in ("jsonl", "html")} | {"index.html"}
+    files = sorted((folder / "generations").glob("*.jsonl"))
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["q0", "q1", "q2"]
     assert {line["step"] for line in lines} == {2}
     assert all(line.keys() >= KEYS | {"response_length"} for line in lines)
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0}).Reload()
     for name in ("reward", "answer_reward", "format_reward", "response_length", "response_entropy"):
         assert [event.step for event in events.Scalars(f"val/{name}")] == steps
     shares = {event.step: event.value for event in events.Scalars("val/answer_reward")}
     assert shares[2] == pytest.approx(sum(line["answer_reward"] for line in lines) / 3)
     assert {"val/response_length_correct", "val/response_length_incorrect"} & set(events.Tags()["scalars"])
     assert [event.step for event in events.Tensors("generations/text_summary")] == steps
+    by_correctness = [f"generations/response_length_{name}" for name in ("correct", "incorrect")]
+    counts = [histogram.histogram_value.num for tag in by_correctness for histogram in events.Histograms(tag)]
+    assert sum(counts) == 3 * len(steps)
+    num_tokens = sum(line["response_length"] for line in lines)
+    for name, of_line in {"token_entropy": "token_entropies", "token_log_prob": "token_log_probs"}.items():
+        (histogram,) = [each for each in events.Histograms(f"generations/{name}") if each.step == 2]
+        assert histogram.histogram_value.num == num_tokens
+        values = [value for line in lines for value in line[of_line]]
+        assert histogram.histogram_value.sum == pytest.approx(sum(values), abs=1e-4 * num_tokens)
+    seconds, shares_of_time = (
+        [event.value for event in events.Scalars(f"val/generation_{name}")] for name in ("seconds", "share")
+    )
+    assert all(0 < share < 1 for share in shares_of_time)
+    assert len(seconds) == len(steps)
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("val/loss")] == [3, 6]
     assert trainer.callback_metrics["val/answer_reward"].item() == shares[6]
@@ -91,8 +110,8 @@ def test_each_generation_writes_its_lines_table_and_scalars(tmp_path):
 
 def test_a_step_that_is_also_validated_is_generated_for_once(tmp_path):
     monitor, calls = make_monitor(every_n_steps=1), []
-    generate = monitor.generate
-    monitor.generate = lambda *args: calls.append(1) or generate(*args)
+    generate = monitor._generate
+    monitor._generate = lambda *args: calls.append(1) or generate(*args)
     fit(tmp_path, [monitor])
     assert len(calls) == 1 + 6
 
@@ -114,37 +133,32 @@ def test_a_failing_reward_is_shown_and_training_goes_on(tmp_path):
     assert trainer.callback_metrics["val/reward_failures"] == 3
 
 
-def test_predict_returns_and_writes_a_record_for_each_row(tmp_path, capsys):
-    module = SFTModule(tiny_model())
-    rows = [{"prompt": f"p{i}"} for i in range(5)]
-    data = SFTDataModule(character_tokenizer(), predict_data=rows, batch_size=2)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=[make_monitor()],
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
-    batches = trainer.predict(module, data)
-    assert [record.prompt for batch in batches for record in batch] == ["p0", "p1", "p2", "p3", "p4"]
-    lines = [json.loads(line) for line in (tmp_path / "generations" / "predict.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == ["p0", "p1", "p2", "p3", "p4"]
-    assert {line["reward"] for line in lines} == {None}
+def test_test_reports_loss_and_rewards_over_all_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generation_monitor, "_AT_ONCE", 5)  # prompts
+    monkeypatch.setattr(generation_monitor, "_KEPT_WHOLE", 7)  # records
 
+    def every_third(response, ground_truth):
+        return dict.fromkeys(("format_reward", "answer_reward", "reward"), float(int(ground_truth[1:]) % 3 == 0))
 
-def test_test_reports_loss_and_rewards_over_all_rows(tmp_path):
     module = SFTModule(tiny_model())
     data = SFTDataModule(character_tokenizer(), test_data=ROWS, batch_size=4)
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
-        callbacks=[make_monitor()],
+        callbacks=[make_monitor(reward_fn=every_third)],
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
     (metrics,) = trainer.test(module, data, verbose=False)
+    lines = [json.loads(line) for line in (tmp_path / "generations" / "test_step_0.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(12))
+    assert (metrics["test/num_correct"], metrics["test/num_responses"]) == (4, 12)
+    assert 0 < metrics["test/answer_reward_low"] < 4 / 12 < metrics["test/answer_reward_high"] < 1
+    told = capsys.readouterr().out
+    assert "4 of 12 correct; answer_reward 0.3333, 95% bootstrap interval" in told
     assert metrics.keys() >= {"test/loss", "test/perplexity", "test/token_accuracy", "test/answer_reward"}
-    assert len((tmp_path / "generations" / "test_step_0.jsonl").read_text().splitlines()) == 12
+    assert all(len(line["tokens"]) == line["response_length"] > 0 for line in lines)
+    assert (tmp_path / "generations" / "test_step_0.html").is_file()
 
 
 def test_fast_dev_run_generates_but_writes_nothing(tmp_path):
@@ -167,6 +181,49 @@ def test_table_cells_are_escaped_and_long_texts_cut():
     assert "… " + "p" * 600 + " |" in first
     assert first.endswith("| 3 tokens; 0.500 nats; ended by eos |")
     assert "reward 0.25 (format 1, answer 0); expected g&#124;h; 3 tokens" in second
+
+
+def test_a_logger_with_tables_gets_one():
+    class Tables(CSVLogger):
+        def log_table(self, key, columns=None, data=None, dataframe=None, step=None):  # as Weights & Biases' does
+            self.table = (key, step, [dict(zip(columns, row, strict=True)) for row in data])
+
+    logger = Tables("unused")
+    records = [GenerationRecord(f"p{i}", "r", "g", 1.0, 0.0, 0.25, 0.5, 3, "eos") for i in range(3)]
+    log_records(logger, 7, records, num_rows=2)
+    key, step, rows = logger.table
+    assert (key, step) == ("generations", 7)
+    assert [row["prompt"] for row in rows] == ["p0", "p1"]
+    assert rows[0]["reward"] == 0.25
+
+
+def test_the_terminal_shows_a_small_table_and_other_outputs_nothing(monkeypatch):
+    records = [GenerationRecord("p" * 300, "[red]r\n[/red]", "g", 1.0, 1.0, 0.25, 0.5, 37, "eos")]
+    shown = {}
+    for terminal in (True, False):
+        console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
+        monkeypatch.setattr(rich, "get_console", lambda console=console: console)
+        print_records(records)
+        shown[terminal] = console.file.getvalue()
+    assert shown[False] == ""
+    assert shown[True].count("p") == 80 + 4  # and those of the header
+    for text in ("[red]r [/red]", "0.25", "37"):
+        assert text in shown[True]
+
+
+def test_a_generation_that_takes_long_has_a_line_in_the_progress_bar(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lightning_sft.callbacks.progress_bar.time.perf_counter", lambda: now[0])
+    bar = StepProgressBar()
+    bar.progress = CustomProgress(disable=True)
+    with bar.task("Generating") as show:
+        show(0.1)
+        assert bar.progress.tasks == []
+        now[0] = 3.0
+        show(0.25)
+        (task,) = bar.progress.tasks
+        assert (task.completed, task.total) == (25, 100)
+    assert bar.progress.tasks == []
 
 
 def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_path):
@@ -254,7 +311,7 @@ def test_a_bad_peak_is_named():
         TokenThroughput(peak_flops=0)
 
 
-@pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "batch_size"])
+@pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "max_tokens_per_batch"])
 def test_bad_numbers_are_named(name):
     with pytest.raises(ValueError, match=f"`{name}` is 0, expected at least 1"):
         GenerationMonitor(**{name: 0})

@@ -96,7 +96,11 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     )
     run = Path("runs/x/version_0")
     told = capsys.readouterr().out
-    for line in (f"Generations:     {run}/generations", "Curves:          tensorboard --logdir runs/x", "last.ckpt"):
+    for line in (
+        f"Generations:     {run}/generations/index.html",
+        "Curves:          tensorboard --logdir runs/x",
+        "last.ckpt",
+    ):
         assert line in told
     assert (run / "checkpoints" / "best.ckpt").is_file()
     assert json.loads((run / "generations" / "step_8.jsonl").read_text().splitlines()[0])["prompt"] == "q0"
@@ -107,9 +111,11 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     assert validated["val/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
     tested = build(["test", *saved]).trainer.callback_metrics
     assert tested["test/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
-    build(["predict", *saved, "--data.predict_data", str(inputs / "prompts.jsonl")])
-    (written,) = Path("runs/x").glob("version_*/generations/predict.jsonl")
-    assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
+    for _ in range(2):  # the second time nothing is left to do
+        cli = build(["predict", *saved, "--data.predict_data", str(inputs / "prompts.jsonl")])
+        assert not cli.trainer.predict_loop.predictions
+        (written,) = Path("predictions").iterdir()
+        assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
 
 
 def test_values_that_two_parts_share_are_given_once(inputs):

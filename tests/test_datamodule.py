@@ -122,10 +122,13 @@ def test_when_every_row_is_too_long_it_is_an_error():
 def test_prompts_to_predict_need_no_output_and_default_to_the_validation_rows(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n{"question": "b", "ground_truth": "2"}\n')
     named = prepared("predict", predict_data=str(tmp_path / "prompts.jsonl"), prompt_template="Q: {question}")
-    expected = [{"prompt": "Q: a", "ground_truth": None}, {"prompt": "Q: b", "ground_truth": "2"}]
+    expected = [
+        {"index": 0, "prompt": "Q: a", "ground_truth": None},
+        {"index": 1, "prompt": "Q: b", "ground_truth": "2"},
+    ]
     assert list(named.predict_dataloader()) == [expected]
     (rows,) = prepared("predict", val_data=ROWS[:2]).predict_dataloader()
-    assert rows == [{"prompt": "00", "ground_truth": "0"}, {"prompt": "01", "ground_truth": "1"}]
+    assert [(row["index"], row["prompt"], row["ground_truth"]) for row in rows] == [(0, "00", "0"), (1, "01", "1")]
 
 
 def test_predicting_without_any_prompts_names_the_argument_that_is_missing():
@@ -189,7 +192,7 @@ def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
     path.write_text(json.dumps(row))
     data = prepared(train_data=str(path), row_transform=r1_zero_row, prompt_template="User: {question}\nA: <think>")
     (prompt,) = data.prompts("fit")
-    assert prompt == {"prompt": "User: How many?\nA: <think>", "ground_truth": "1006"}
+    assert prompt == {"index": 0, "prompt": "User: How many?\nA: <think>", "ground_truth": "1006"}
     (batch,) = data.train_dataloader()
     (microbatch,) = batch["microbatches"]
     response = microbatch["labels"][microbatch["response_mask"]].tolist()

@@ -106,7 +106,3 @@ def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):
     monkeypatch.setattr("lightning_sft.module.is_sharded", lambda module: True)
     with pytest.raises(ValueError, match="`compile` is true, but the model is sharded"):
         SFTModule(tiny_model(), compile=True).configure_model()
-    module = SFTModule(tiny_model())
-    module._trainer = type("Trainer", (), {"world_size": 2})()
-    with pytest.raises(ValueError, match="`predict` does not run on a sharded model"):
-        module.on_predict_start()

@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
-    {"messages", "page", "time_limit"},
-    {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals"},
-    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained"},
+    {"messages", "time_limit", "page"},
+    {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
+    | {"sampling"},
+    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained", "predictions"},
     {"log_probs", "dataset", "step_loader"},
     {"generation", "datamodule", "module"},
     {"callbacks"},

@@ -55,18 +55,19 @@ def compare(folder):
                 (score(reference, each, microbatch) / world_size).backward()
         for (key, ours), theirs in zip(model.named_parameters(), reference.named_parameters(), strict=True):
             torch.testing.assert_close(whole(ours.grad), theirs[1].grad, msg=lambda text, key=key: f"{key}: {text}")
-        # Three prompts here and one there: as many calls on both, each until the last of them is done.
-        prompts = ["ab", "abcdef", "a" * 60] if rank == 0 else ["abc"]
-        sampling = Sampling(max_new_tokens=5)
-        found = log_generations(
-            model, character_tokenizer(), prompts, [None] * len(prompts), sampling=sampling, batch_size=1
-        )
-        alone = log_generations(
-            reference, character_tokenizer(), prompts, [None] * len(prompts), sampling=sampling, batch_size=1
-        )
-        for ours, theirs in zip(found[0], alone[0], strict=True):
-            assert (ours.response, ours.stop_reason) == (theirs.response, theirs.stop_reason)
-            assert ours.token_entropy == pytest.approx(theirs.token_entropy, rel=1e-4)
+        # Three prompts for two processes, one of them with room for four tokens only: as many calls on both, each
+        # until the last response is done.
+        prompts, sampling = ["ab", "abcdef", "a" * 60], Sampling(max_new_tokens=5, temperature=1.0, num_samples=2)
+        arguments = character_tokenizer(), prompts, [None] * len(prompts)
+        alone, _ = log_generations(reference, *arguments, sampling=sampling)
+        for found, _ in (
+            log_generations(model, *arguments, sampling=sampling, max_tokens_per_batch=1),
+            log_generations(reference, *arguments, sampling=sampling, distributed=True),
+        ):
+            for ours, theirs in zip(found, alone, strict=True):
+                assert (ours.index, ours.sample, ours.response) == (theirs.index, theirs.sample, theirs.response)
+                assert ours.stop_reason == theirs.stop_reason
+                assert ours.token_log_probs == pytest.approx(theirs.token_log_probs, rel=1e-4, abs=1e-5)
     (folder / f"done_{rank}").touch()
     dist.destroy_process_group()
 

@@ -151,7 +151,7 @@ def _trainer(folder: Path, num_steps: int, callbacks: list[L.Callback], **option
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
-    from lightning_sft.generation import Sampling
+    from lightning_sft.sampling import Sampling
 
     monitor = GenerationMonitor(every_n_steps=100, num_prompts=32, sampling=Sampling(max_new_tokens=20))
     return L.Trainer(
