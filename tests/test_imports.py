@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
-    {"messages", "time_limit"},
+    {"messages", "time_limit", "answers"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals"},
     {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained"},
     {"log_probs", "dataset", "step_loader"},
