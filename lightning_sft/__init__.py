@@ -7,7 +7,7 @@ from lightning_sft.log_probs import compute_entropy, get_response_log_probs
 from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
 from lightning_sft.module import SFTModule
 from lightning_sft.records import GenerationRecord
-from lightning_sft.rewards import exact_match_reward, r1_zero_reward
+from lightning_sft.rewards import boxed_answer_reward, exact_match_reward, numeric_match_reward, r1_zero_reward
 from lightning_sft.sampling import Sampling
 from lightning_sft.tokenization import tokenize_prompt_and_output
 
@@ -20,11 +20,13 @@ __all__ = [
     "Sampling",
     "StepProgressBar",
     "TokenThroughput",
+    "boxed_answer_reward",
     "compute_entropy",
     "exact_match_reward",
     "get_response_log_probs",
     "log_generations",
     "masked_normalize",
+    "numeric_match_reward",
     "r1_zero_reward",
     "sft_loss",
     "sft_microbatch_train_step",

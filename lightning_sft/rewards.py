@@ -1,33 +1,28 @@
-"""Reward functions: a response and its reference answer in, three numbers out.
+"""Reward functions: a response and its reference answer in, three numbers out."""
 
-math-verify runs in a process of its own. It limits its time by SIGALRM, which works in the main thread only (elsewhere
-it raises); without that limit, one answer such as `9^{9^{9}}` or many nested parentheses stops a whole training job.
-A process can be ended from any thread. It starts when two answers are neither equal as text nor plain numbers.
-"""
-
-import atexit
-import contextlib
-import json
 import math
-import os
 import re
 import reprlib
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Mapping
-from decimal import Decimal
+from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import SupportsFloat
+
+from lightning_sft.answers import NUMBER, equal, value
+from lightning_sft.messages import shorten
 
 RewardFunction = Callable[[str, str], Mapping[str, float]]
 REWARD_KEYS = ("format_reward", "answer_reward", "reward")
-MATH_VERIFY_SECONDS = 5.0  # per pair of answers; an ordinary one takes a hundredth
 
-_NUMBER = re.compile(r"[+-]?(?=[.\d])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d{1,9})?")
-_WORDS = re.compile(r"[a-z' ]*[a-z]{3}[a-z' ]*", re.IGNORECASE)
-_WRAPPED = re.compile(r"\\(?:boxed|text)\{(.*)\}|\\\[(.*)\\\]")
-_TWO_NUMBERS = re.compile(r"\d \d")
+_LAST_BOX = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+# What is joined to a digit belongs to it: `x2`, `1.2.3`, `3-4` and `12:30` are one piece each, and no number.
+_JOINED = re.compile(r"[+-]?(?:(?<!\.)\.)?[A-Za-z\d][A-Za-z_\d]*+(?:(?:[-.,/^*+'’–]|(?<=\d):)++[A-Za-z_\d]++)*+")  # noqa: RUF001
+_RATIO = rf"({NUMBER})(?:/({NUMBER}))?"
+_RATIO_AND_UNIT = re.compile(rf"{_RATIO}(?:[-.,/]?[A-Za-z_]++)*+")
+_RATIO_ALONE = re.compile(rf"[\s$€£¥%\\]*+{_RATIO}[\s$€£¥%\\.]*+")
+_SIGNED_CURRENCY = re.compile(r"(?<=[-+])\\?[$€£¥](?=[.\d])")
+_EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 def r1_zero_reward(response: str, ground_truth: str) -> dict[str, float]:
@@ -38,15 +33,15 @@ def r1_zero_reward(response: str, ground_truth: str) -> dict[str, float]:
     `<answer>` inside another, is a wrong format. Tags inside the reasoning are reasoning. An empty answer is of the
     right format, but never right.
 
-    Answer. What stands between the last `<answer>` and the next `</answer>`, so listing guesses gains nothing. Text
-    after it is ignored, unless it opens another answer: stop the generation at `</answer>`.
+    Answer. What stands between the last `<answer>` and the next `</answer>`, or there in the last `\boxed{}`: listing
+    guesses gains nothing. Text after it is ignored, unless it opens another answer: stop the generation at `</answer>`.
 
-    Equal answers. Whitespace, `$`, a final full stop, and a `\boxed{}` or `\text{}` around the whole do not count.
-    Two plain numbers (`1,234`, `-.5`, `1e5`) are equal if their values are, exactly. A ground truth of plain words is
-    compared as text, ignoring case. math-verify decides the rest, read as LaTeX. By its rules a percent sign is
-    optional (`50%` is 50 and 0.5), and so are the units it knows (`14 hours` and `14 cm` are 14, `14 dollars` is not);
-    decimals count to the sixth place; and an expression need not be evaluated: `7+7` is 14. For a task that asks to
-    evaluate one, write a stricter function.
+    Equal answers. Whitespace, `$`, a final full stop, and a `\boxed{}`, `\fbox{}` or `\text{}` around the whole do not
+    count. Two plain numbers (`1,234`, `-.5`, `1e5`) are equal if their values
+    are, exactly. A ground truth of plain words is compared as text, ignoring case. math-verify decides the rest, read
+    as LaTeX. By its rules a percent sign is optional (`50%` is 50 and 0.5), and so are the units it knows (`14 hours`
+    and `14 cm` are 14, `14 dollars` is not); decimals count to the sixth place; and an expression need not be
+    evaluated: `7+7` is 14. For a task that asks to evaluate one, write a stricter function.
 
     Args:
         response: What the model generated after the prompt.
@@ -64,7 +59,69 @@ def r1_zero_reward(response: str, ground_truth: str) -> dict[str, float]:
     answer, closing, _ = after.partition("</answer>")
     if not before.endswith("</think> ") or not closing:
         return _rewards(False, False)
-    return _rewards(True, _equal(answer, ground_truth))
+    boxed = _last_boxed(answer)
+    return _rewards(True, equal(answer if boxed is None else boxed, ground_truth))
+
+
+def boxed_answer_reward(response: str, ground_truth: str) -> dict[str, float]:
+    r"""Reward of an answer in a box, `... is $\boxed{14}$.`, as in the MATH data set; no other text is read.
+
+    Format. The last `\boxed{` or `\fbox{` to open is closed again. Braces inside it must be balanced, except `\{` and
+    `\}`; whitespace may stand before the first. A command without a brace, as in `\boxed 5`, is no box. A last box
+    that is cut off is a wrong format, whatever was boxed before. An empty box is of the right format, but never right.
+
+    Answer. What stands in that box, so of boxes in each other the inner one; equal as `r1_zero_reward` says.
+
+    Args:
+        response: What the model generated after the prompt.
+        ground_truth: The reference answer: a number, LaTeX with or without `$` or a box around it, or words.
+
+    Returns:
+        `format_reward` and `answer_reward`, each 0 or 1 (the second only if the first), and `reward`, the second.
+
+    Raises:
+        RuntimeError: math-verify is missing or broken.
+
+    Source: the convention of Hendrycks et al., 2021, "Measuring Mathematical Problem Solving With the MATH Dataset".
+    """
+    answer = _last_boxed(response)
+    return _rewards(answer is not None, answer is not None and equal(answer, ground_truth))
+
+
+def numeric_match_reward(response: str, ground_truth: str) -> dict[str, float]:
+    r"""Reward of the last number in a response, `So 7 and 7 make 14.`, compared by its exact value.
+
+    Numbers. `14`, `-.5`, `1,234.50`, `1e5` (at most nine digits of exponent), and a fraction of two of them without
+    spaces, `3/4`; in the digits of any script. Currency signs do not count, nor does a percent sign (`50%` is 50), nor
+    a unit of letters that follows directly (`14cm`, `14km/h`; so `2x` is 2, and `3rd` is 3). A sign counts only
+    directly before the number: `7 - 3` ends in 3.
+
+    No numbers, so passed over: what is joined to a letter before it (`x2`, `H2O`, `GPT-4`) or to more digits in any
+    other way (`1.2.3`, `3-4`, `7+7`, `2^10`, `12:30`, `2024-01-02`, `1,23`, `1.000,5`); numbers in words, `inf`, `nan`,
+    `½`; and a fraction of zero, `1/0`. Roots, powers like `5²`, mixed numbers and LaTeX are not read, but for `{,}`
+    between thousands: the last number of `1 3/4` is 3/4, and of `\frac{3}{4}` it is 4. For these take
+    `boxed_answer_reward`.
+
+    Args:
+        response: What the model generated after the prompt.
+        ground_truth: One number; currency and percent signs, whitespace and full stops around it do not count.
+
+    Returns:
+        `format_reward`, 1 if there is a number; `answer_reward`, 1 if it is also the right one; and `reward`, the
+        second.
+
+    Raises:
+        ValueError: `ground_truth` is anything but one number: no response could be right.
+    """
+    expected = _fraction(_RATIO_ALONE.fullmatch(_plain(ground_truth)))
+    if expected is None:
+        came = f"`ground_truth` is {shorten(ground_truth)}"
+        raise ValueError(f"{came}, expected one number, such as 1,234.5, -3/4 or 1e5. Take another reward function.")
+    for piece in reversed(_JOINED.findall(_plain(response))):
+        if fraction := _fraction(_RATIO_AND_UNIT.fullmatch(piece)):
+            left, right = _EXACT.multiply(fraction[0], expected[1]), _EXACT.multiply(expected[0], fraction[1])
+            return _rewards(True, left == right)
+    return _rewards(False, False)
 
 
 def exact_match_reward(response: str, ground_truth: str) -> dict[str, float]:
@@ -119,97 +176,25 @@ def _rewards(format_is_right: bool, answer_is_right: bool) -> dict[str, float]:
     return {"format_reward": float(format_is_right), "answer_reward": right, "reward": right}
 
 
-def _normalized(text: str) -> str:
-    text = text.replace("\N{MINUS SIGN}", "-").replace("\\$", "").replace("$", "")
-    text = " ".join(text.split()).removesuffix(".")
-    while wrapped := _WRAPPED.fullmatch(text):
-        text = "".join(wrapped.groups(default="")).strip()
-    return text
+def _last_boxed(text: str) -> str | None:
+    """What stands in the last box to open, if that is closed again."""
+    if not (opening := _LAST_BOX.match(text)):
+        return None
+    depth = 1
+    for brace in _BRACES.finditer(text, opening.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[opening.end() : brace.start()]
+    return None
 
 
-def _equal(answer: str, ground_truth: str) -> bool:
-    answer, ground_truth = _normalized(answer), _normalized(ground_truth)
-    if not answer or not ground_truth:
-        return False
-    if answer == ground_truth:
-        return True
-    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(ground_truth):
-        return Decimal(answer.replace(",", "")) == Decimal(ground_truth.replace(",", ""))
-    if _WORDS.fullmatch(ground_truth):  # math-verify takes a word for the product of its letters: Paris = pairs
-        return answer.casefold() == ground_truth.casefold()
-    if _TWO_NUMBERS.search(answer) or _TWO_NUMBERS.search(ground_truth):  # math-verify adds them up: 10 4 = 14
-        return False
-    # By process id: a fork must share neither its parent's pipe nor a lock that another thread holds.
-    return _workers.setdefault(os.getpid(), _MathVerify()).equal(answer, ground_truth)
+def _plain(text: str) -> str:
+    return _SIGNED_CURRENCY.sub("", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ","))
 
 
-class _MathVerify:
-    """The process that runs `_serve`: started at the first question, and again after it has died."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-
-    def equal(self, answer: str, ground_truth: str) -> bool:
-        """Whether math-verify finds the two equal; False if the question takes too long or crashes it."""
-        with self._lock:
-            reply = ""
-            try:
-                if self._process is None or self._process.poll() is not None:
-                    self._start()
-                reply = self._ask(answer, ground_truth)
-            finally:  # if interrupted, too: the late reply would be taken for the next question's
-                if not reply:
-                    self.stop()
-            return reply == "equal\n"
-
-    def stop(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(OSError), self._process:
-                self._process.kill()
-            self._process = None
-
-    def _start(self) -> None:
-        self.stop()
-        # By path, since -m imports the package and torch with it; -P, since its folder is no place to import from.
-        command = [sys.executable, "-P", __file__, str(MATH_VERIFY_SECONDS)]
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
-        atexit.register(self.stop)
-        if self._ask("7+7", "14") != "equal\n":
-            raise RuntimeError(f"math-verify does not work here. See what `{sys.executable} -m pip check` says.")
-
-    def _ask(self, answer: str, ground_truth: str) -> str:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(OSError):  # a broken pipe: it has just died
-            print(json.dumps([answer, ground_truth]), file=self._process.stdin, flush=True)
-            return self._process.stdout.readline()
-        return ""
-
-
-_workers: dict[int, _MathVerify] = {}
-
-
-def _serve(seconds: float) -> None:
-    """The process's program: answer each line of stdin, an answer and a ground truth, by a line on stdout."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
-    limited = hasattr(signal, "setitimer")  # not on Windows, where an endless answer is waited for
-    for question in sys.stdin:
-        if limited:  # nobody handles this alarm, so the kernel ends the process, even inside one huge product
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-        # Only LaTeX between `$`: in plain text math-verify picks the last number it finds, so `13 or 14` would be 14.
-        answer, ground_truth = (
-            parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None) for text in json.loads(question)
-        )
-        reply = "equal" if verify(ground_truth, answer, timeout_seconds=None) else "different"
-        if limited:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        print(reply, file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]))
+def _fraction(ratio: re.Match[str] | None) -> tuple[Decimal, Decimal] | None:
+    """Numerator and denominator. Not divided, nor made integers: that could round, or write out a huge exponent."""
+    if ratio is None:
+        return None
+    numerator, denominator = value(ratio[1]), value(ratio[2] or "1")
+    return (numerator, denominator) if denominator else None

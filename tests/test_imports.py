@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
-    {"messages", "time_limit", "page"},
+    {"messages", "time_limit", "page", "answers"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
     | {"sampling"},
     {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained", "predictions"},
