@@ -1,9 +1,11 @@
 """From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
 
 from collections.abc import Sequence
+from itertools import pairwise, takewhile
 from typing import Any, TypedDict
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -102,6 +104,50 @@ def encode_examples(
         Example(input_ids=prompt + output + eos, num_prompt_tokens=len(prompt))
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special tokens included.
+
+    Where a character is made of several tokens, the one that completes it has it whole and those before have "".
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        ids: Token ids of one text, or of any part of it.
+
+    Returns:
+        One piece for each id. Joined they are
+        `tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)`.
+    """
+    ids = [int(token_id) for token_id in ids]
+
+    def decode(length: int) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(ids[:length], **options))
+
+    whole = decode(len(ids))
+    pieces = _streamed(tokenizer, ids)
+    if not whole.startswith("".join(pieces)) or not pieces:  # slower, by decoding again from the start for each token
+        ends = [0]
+        for length in range(1, len(ids) + 1):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, decode(length), strict=False))
+            ends.append(max(ends[-1], sum(1 for _ in same)))
+        pieces = [whole[start:end] for start, end in pairwise(ends)]
+    if pieces:
+        pieces[-1] += whole[len("".join(pieces)) :]  # bytes that complete no character
+    return pieces
+
+
+def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The pieces as far as complete characters go; none if the tokenizer cannot tell them one by one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    stream = DecodeStream(skip_special_tokens=False)
+    try:
+        return [stream.step(backend, token_id) or "" for token_id in ids]
+    except Exception:  # its only type; where byte tokens are no UTF-8, a text's start can change with what follows
+        return []
 
 
 def num_response_labels(num_tokens: int, num_prompt_tokens: int) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.tokenization import (
     Example,
@@ -21,6 +21,7 @@ from lightning_sft.tokenization import (
     num_response_labels,
     pad_token_id,
     prompt_prefix,
+    token_texts,
     tokenize_prompt_and_output,
 )
 
@@ -336,3 +337,43 @@ def test_packed_and_padded_hold_the_same_labels_and_mask(sizes):
     real = torch.arange(padded["labels"].shape[1]) < torch.tensor([[length - 1] for length, _ in sizes])
     for name in ("input_ids", "labels", "response_mask"):
         assert packed[name][0].tolist() == padded[name][real].tolist()
+
+
+# -- tokens as texts ---------------------------------------------------------------------------------------------------
+
+
+def test_the_token_that_completes_a_character_has_it_whole(shared_data):
+    tokenizer = pretrained(shared_data / "qwen2_tokenizer")
+    ids = tokenizer("你好 龘x<|endoftext|>")["input_ids"]
+    assert token_texts(tokenizer, ids) == ["你好", "", "", " 龘", "x", "<|endoftext|>"]
+    assert token_texts(tokenizer, ids[:3]) == ["你好", "", " \ufffd"]  # nothing is lost where a text is cut
+    tokenizer = pretrained(shared_data / "stories260k")
+    assert token_texts(tokenizer, tokenizer("He🙂")["input_ids"]) == ["<s>", " He", "", "", "", "🙂"]
+
+
+def test_a_character_tokenizer_s_tokens_are_its_characters():
+    assert token_texts(character_tokenizer(), [A, ord(" "), ord("\n"), EOS, B]) == ["a", " ", "\n", "<eos>", "b"]
+    assert token_texts(character_tokenizer(), torch.tensor([A])) == ["a"]
+    assert token_texts(character_tokenizer(), []) == []
+
+
+def test_a_tokenizer_in_python_has_its_tokens_told_apart_too():
+    assert token_texts(ByT5Tokenizer(), ByT5Tokenizer()("a🙂b")["input_ids"]) == ["a", "", "", "", "🙂", "b", "</s>"]
+
+
+@pytest.mark.parametrize("folder", ["qwen2_tokenizer", "stories260k"])
+def test_the_pieces_of_any_tokens_are_what_decoding_them_gives(shared_data, folder):
+    tokenizer = pretrained(shared_data / folder)
+    text = tokenizer("  It 's , a\n\n\té 🤦🏽\u200d♂️ 你好 龘 ." + str(tokenizer.eos_token) + " end")["input_ids"]
+
+    @settings(deadline=None, max_examples=100)
+    @given(
+        st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(lambda cut: text[slice(*cut)])
+        | st.lists(st.integers(0, len(tokenizer) - 1) | st.integers(0, 260), max_size=12)
+    )
+    def check(ids):
+        pieces = token_texts(tokenizer, ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    check()
