@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
     {"messages", "time_limit"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals"},
-    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained"},
+    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained", "preview"},
     {"log_probs", "dataset", "step_loader"},
     {"generation", "datamodule", "module"},
     {"callbacks"},
