@@ -1,4 +1,4 @@
-"""The command line: `lightning-sft fit|validate|test|predict`."""
+"""The command line: `lightning-sft fit|validate|test|predict|preview`."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
 from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
@@ -45,6 +46,27 @@ class SFTArgumentParser(LightningArgumentParser):
         self.exit(2, f"lightning-sft: error: {message.rstrip('.')}. Settings are explained by `{command} --help`.\n")
 
 
+class SFTTrainer(L.Trainer):
+    """Lightning's trainer: devices, precision, length of the run, logging.
+
+    Subcommands of a LightningCLI are methods of its trainer, so `preview` is one.
+    """
+
+    @staticmethod
+    def preview(
+        datamodule: SFTDataModule, num_rows: int = 3, ckpt_path: str | None = None, weights_only: bool | None = None
+    ) -> None:
+        """Print some training rows as the model will see them, and statistics of the data; nothing is trained.
+
+        Args:
+            datamodule: The data.
+            num_rows: How many rows.
+            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
+            weights_only: Likewise.
+        """
+        Console().print(datamodule.preview(num_rows))
+
+
 class SFTCLI(LightningCLI):
     """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
 
@@ -65,12 +87,19 @@ class SFTCLI(LightningCLI):
             }
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `preview`; each with the arguments that are not the user's."""
+        return {**LightningCLI.subcommands(), "preview": {"datamodule"}}
+
     def before_instantiate_classes(self) -> None:
         """Pass on what model, data and trainer share."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         for name, default, own in _OWN_SETTINGS:
             if (value := config.trainer[name]) not in (default, None):
                 raise ValueError(f"`trainer.{name}` is {value}, but this model steps by itself. Use `{own}`.")
+        if self.subcommand == "preview":
+            config.ckpt_path = None
         if config.get("ckpt_path") == "last":
             self._find_last_checkpoint(config)
         else:
@@ -124,8 +153,25 @@ class SFTCLI(LightningCLI):
         if not named and config.weights_only:
             check_checkpoint(path, resume=self.subcommand == "fit")
 
+    def instantiate_classes(self) -> None:
+        """Build everything; for `preview` the data alone, as its machine may have neither the model nor the devices."""
+        if self.subcommand != "preview":
+            super().instantiate_classes()
+            return
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(SFTDataModule, "data")
+        self.datamodule = parser.instantiate_classes(Namespace(data=self.config.preview.data)).data
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "preview":
+            SFTTrainer.preview(self.datamodule, self.config.preview.num_rows)
+        else:
+            super()._run_subcommand(subcommand)
+
     def after_instantiate_classes(self) -> None:
         """Refuse a log folder that cannot be written before the data is read."""
+        if self.subcommand == "preview":
+            return
         root, loggers = self.trainer.default_root_dir, self.trainer.loggers
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             for folder in {str(logger.save_dir or root) for logger in loggers} or {str(root)}:
@@ -204,6 +250,7 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
     return SFTCLI(
         SFTModule,
         SFTDataModule,
+        trainer_class=SFTTrainer,
         args=args,
         run=run,
         seed_everything_default=0,
@@ -216,12 +263,12 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
 
 
 def main() -> None:
-    """Entry point. `lightning-sft fit` without any argument runs the quickstart; with nothing but `--ckpt_path last` it
-    continues the run below `runs` that saved a checkpoint most recently.
+    """Entry point. Without any argument `fit` runs the quickstart, and `preview` shows its data; with nothing but
+    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
 
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
-    if sys.argv[1:] == ["fit"]:
+    if sys.argv[1:] in (["fit"], ["preview"]):
         sys.argv += ["--config", str(quickstart_config())]
     elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
         newest = newest_checkpoint(Path("runs"))

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers
 from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
+from lightning_sft.preview import Preview, SplitStatistics, marked_rows
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader
 from lightning_sft.tokenization import pad_token_id
@@ -36,7 +37,7 @@ class SFTDataModule(L.LightningDataModule):
     dictionaries with `input_ids`, `labels` and `response_mask`, each `(sequences, longest - 1)` if padded or
     `(1, num_tokens)` if packed, then with what keeps the sequences apart (`collate_packed`); and the step's totals over
     all microbatches and ranks, `num_sequences`, `num_tokens`, `num_response_tokens` and `num_attended`. Validation and
-    test batches are the same, in the order of the file.
+    test batches are the same, in the order of the file. A notebook shows a batch with its tokens coloured by the mask.
 
     To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
     into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
@@ -138,6 +139,7 @@ class SFTDataModule(L.LightningDataModule):
         self._layout = layout
         self._num_workers = num_workers
         self._rows: dict[str, Dataset] = {}
+        self._num_too_long: dict[str, tuple[int, int]] = {}
         self._plans: dict[str, BatchPlan] = {}
         self._identity: dict[str, Any] = {}
         self._trainer_settings: dict[str, Any] | None = None
@@ -202,7 +204,8 @@ class SFTDataModule(L.LightningDataModule):
         return rows.dataset
 
     def _report(self, split: str, rows: EncodedRows) -> None:
-        kept, limit = len(rows.dataset), f"longer than `max_length` = {self._encode_options['max_length']} tokens"
+        kept, limit = len(rows.dataset), self._length_limit
+        self._num_too_long[split] = (rows.num_dropped, rows.num_truncated)
         if rows.num_dropped:
             rank_zero_info(f"{split}_data: dropped {rows.num_dropped} of {kept + rows.num_dropped} rows, {limit}.")
         if rows.num_truncated:
@@ -212,6 +215,10 @@ class SFTDataModule(L.LightningDataModule):
             )
         if not kept:
             raise ValueError(f"`{split}_data`: all {rows.num_dropped} rows are {limit}. Raise `max_length`.")
+
+    @property
+    def _length_limit(self) -> str:
+        return f"longer than `max_length` = {self._encode_options['max_length']} tokens"
 
     def _load_prompts(self) -> Dataset:
         if self._data["predict"] is None:
@@ -246,6 +253,37 @@ class SFTDataModule(L.LightningDataModule):
         rows = rows.select_columns(["prompt", "ground_truth"])
         rows = rows.select(range(min(len(rows), num_prompts or len(rows))))
         return [{"index": index, **row} for index, row in enumerate(rows.to_list())]
+
+    def preview(self, num_rows: int = 3) -> Preview:
+        """The first training rows as the model will see them, and statistics of training and validation rows.
+
+        `print` it, or let a notebook show it.
+
+        Args:
+            num_rows: How many rows.
+
+        Raises:
+            TypeError: If `num_rows` is no whole number.
+            ValueError: If it is negative, or there are no training rows.
+        """
+        check_integers(num_rows=num_rows)
+        if num_rows < 0:
+            raise ValueError(f"`num_rows` is {num_rows}, expected at least 0.")
+        self._load_rows(TrainerFn.FITTING)
+        plan = self._plan("train")
+        splits = {
+            split: SplitStatistics(
+                read_numbers(self._rows[split], "num_tokens"),
+                read_numbers(self._rows[split], "num_response_tokens"),
+                *self._num_too_long.get(split, (0, 0)),
+                plan.steps_per_epoch if split == "train" else None,
+            )
+            for split in _SPLITS[TrainerFn.FITTING]
+            if split in self._rows
+        }
+        dataset = StepDataset(self._rows["train"], plan, 0, pad_token_id(self.tokenizer), "packed")
+        microbatch = dataset.collate(list(range(min(num_rows, len(self._rows["train"])))))
+        return Preview(list(marked_rows(microbatch)), splits, self.tokenizer, self._length_limit)
 
     # -- optimizer steps -----------------------------------------------------------------------------------------
 
@@ -353,7 +391,7 @@ class SFTDataModule(L.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         pad_id = pad_token_id(self.tokenizer)
         dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, self._supported_layout())
-        return StepLoader(dataset, num_steps, self._num_workers, first_step)
+        return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer)
 
     def _supported_layout(self) -> Layout:
         module = getattr(self.trainer, "lightning_module", None)

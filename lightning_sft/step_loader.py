@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
+from lightning_sft.preview import StepBatch
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
 
@@ -21,14 +23,15 @@ class StepDataset(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> dict[str, Any]:
         plan = self._plan.step(step, self._layout)
         return {
-            "microbatches": [self._collate(indices) for indices in plan.ranks[self._rank]],
+            "microbatches": [self.collate(indices) for indices in plan.ranks[self._rank]],
             "num_sequences": plan.num_sequences,
             "num_tokens": plan.num_tokens,
             "num_response_tokens": plan.num_response_tokens,
             "num_attended": plan.num_attended,
         }
 
-    def _collate(self, indices: list[int]) -> dict[str, Any]:
+    def collate(self, indices: list[int]) -> dict[str, Any]:
+        """The rows at these indices as one microbatch."""
         # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
         examples, rows = [Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)], []
         if indices:
@@ -52,10 +55,15 @@ class StepLoader:
     """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone."""
 
     def __init__(
-        self, dataset: StepDataset, num_steps: int, num_workers: int, first_step: Callable[[], int] = lambda: 0
+        self,
+        dataset: StepDataset,
+        num_steps: int,
+        num_workers: int,
+        first_step: Callable[[], int] = lambda: 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
-        self._first_step = first_step
+        self._first_step, self._tokenizer = first_step, tokenizer
 
     def __len__(self) -> int:
         return self._num_steps
@@ -67,15 +75,17 @@ class StepLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore here."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[StepBatch]:
         # The body of a generator runs at the first `next`: after a checkpoint's number of steps was restored.
-        yield from DataLoader(
+        loader = DataLoader(
             self._dataset,
             sampler=range(self._first_step(), self._num_steps),
             batch_size=None,
             num_workers=self._num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+        for batch in loader:
+            yield StepBatch(batch, self._tokenizer)  # here, so that no worker has to pass the tokenizer on
 
 
 class PromptLoader:

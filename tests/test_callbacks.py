@@ -149,7 +149,11 @@ def test_test_reports_loss_and_rewards_over_all_rows(tmp_path, monkeypatch, caps
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
+    monitor, parts = trainer.callbacks[0], []
+    generate = monitor._generate
+    monitor._generate = lambda *args: parts.append(generate(*args)) or parts[-1]
     (metrics,) = trainer.test(module, data, verbose=False)
+    assert [bool(record.tokens) for part in parts for record in part] == [True] * 7 + [False] * 5  # in memory
     lines = [json.loads(line) for line in (tmp_path / "generations" / "test_step_0.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(12))
     assert (metrics["test/num_correct"], metrics["test/num_responses"]) == (4, 12)

@@ -208,11 +208,46 @@ def test_two_devices_equal_one(inputs):
         torch.testing.assert_close(weight, weights_of_two[name], rtol=1e-5, atol=1e-6)
 
 
-def test_fit_without_arguments_is_the_quickstart(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit"])
+@pytest.mark.parametrize("command", ["fit", "preview"])
+def test_without_arguments_it_is_the_quickstart(monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", command])
     monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
     main()
     assert sys.argv[2:] == ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+
+
+def test_preview_shows_rows_and_needs_neither_weights_nor_devices_nor_a_checkpoint(inputs, capsys):
+    for path in (inputs / "model").iterdir():
+        if not path.name.startswith("tokenizer"):
+            path.unlink()
+    config = {"ckpt_path": "last", "weights_only": None}  # as a run's own configuration has them
+    (inputs / "config.yaml").write_text(yaml.safe_dump(config))
+    changes = {"trainer.accelerator": "gpu", "trainer.devices": 8, "num_rows": 2}
+    build([*arguments(inputs, "preview", **changes), "--config", str(inputs / "config.yaml")])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "line 1: 6 tokens, 4 response tokens prompt │q│0│ response │a│b│c│<eos>│ line 2: 9 tokens" in told
+    assert "line 3" not in told
+    assert "rows 13 5" in told
+    assert told.endswith("optimizer steps per epoch 4")
+    assert list(Path().iterdir()) == []  # no run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_rows": -1}, "`num_rows` is -1, expected at least 0"),
+        ({"data.max_length": 4}, "exceed `max_length` = 4. Raise `max_length`, or set `too_long`"),
+        ({"data.too_long": "cut", "data.max_length": 1}, None),
+    ],
+)
+def test_a_preview_s_mistake_ends_in_one_line(inputs, monkeypatch, capsys, changes, message):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *arguments(inputs, "preview", **changes)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    if message:
+        assert message in str(exit_info.value.code)
+    else:
+        assert capsys.readouterr().err.endswith("Settings are explained by `lightning-sft preview --help`.\n")
 
 
 # -- continuing ----------------------------------------------------------------------------------------------------

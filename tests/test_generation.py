@@ -133,9 +133,13 @@ def test_batches_keep_to_their_tokens_and_hold_prompts_of_similar_length(model, 
         return original(input_ids, **kwargs)
 
     monkeypatch.setattr(model, "generate", watched)
-    prompts = ["p" * length for length in (9, 2, 30, 8, 2, 3)]
+    prompts = ["p" * length for length in (9, 2, 30, 5, 2, 3)]
     generate(model, prompts, max_new_tokens=4, max_tokens_per_batch=28, progress=shares.append)
-    assert shapes == [(3, 3), (2, 9), (1, 30)]  # rows times (longest prompt + 4) is 21, 26, and 34 alone
+    assert shapes == [
+        (3, 3),
+        (2, 9),
+        (1, 30),
+    ]  # rows times (longest prompt + 4) is 21, 26, and 34 alone; 36 with another row
     assert shares == sorted(shares)
     assert len(shares) >= 3 * 4
     assert shares[-1] == 1.0

@@ -12,7 +12,7 @@ FLOORS = (
     {"messages", "time_limit", "page", "answers"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
     | {"sampling"},
-    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained", "predictions"},
+    {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
     {"log_probs", "dataset", "step_loader"},
     {"generation", "datamodule", "module"},
     {"callbacks"},
