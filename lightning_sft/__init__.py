@@ -1,7 +1,14 @@
 """Supervised fine-tuning of causal language models with PyTorch Lightning."""
 
-from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
+from lightning_sft.callbacks import (
+    GenerationMonitor,
+    HuggingFaceExport,
+    LastCheckpoint,
+    StepProgressBar,
+    TokenThroughput,
+)
 from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.export import export_model
 from lightning_sft.generation import log_generations
 from lightning_sft.log_probs import compute_entropy, get_response_log_probs
 from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
@@ -14,6 +21,7 @@ from lightning_sft.tokenization import tokenize_prompt_and_output
 __all__ = [
     "GenerationMonitor",
     "GenerationRecord",
+    "HuggingFaceExport",
     "LastCheckpoint",
     "SFTDataModule",
     "SFTModule",
@@ -23,6 +31,7 @@ __all__ = [
     "boxed_answer_reward",
     "compute_entropy",
     "exact_match_reward",
+    "export_model",
     "get_response_log_probs",
     "log_generations",
     "masked_normalize",

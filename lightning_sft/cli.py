@@ -1,4 +1,4 @@
-"""The command line: `lightning-sft fit|validate|test|predict|preview`."""
+"""The command line: `lightning-sft fit|validate|test|predict|preview|export`."""
 
 import logging
 import os
@@ -9,16 +9,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
+from lightning_sft.callbacks import (
+    GenerationMonitor,
+    HuggingFaceExport,
+    LastCheckpoint,
+    StepProgressBar,
+    TokenThroughput,
+)
 from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
 from lightning_sft.messages import one_line
 from lightning_sft.module import SFTModule
 
@@ -28,6 +37,9 @@ _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
     ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
 )
+
+
+_EXPORT_HELP = "Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads."
 
 
 class SFTArgumentParser(LightningArgumentParser):
@@ -71,11 +83,12 @@ class SFTCLI(LightningCLI):
     """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Expose the callbacks as `--generation.*`, `--best_checkpoint.*` and `--last_checkpoint.*`."""
+        """Expose the callbacks as `--generation.*`, `--best_checkpoint.*`, `--last_checkpoint.*` and `--export.*`."""
         parser.add_lightning_class_args(TokenThroughput, "throughput")  # before callbacks that take time
         parser.add_lightning_class_args(GenerationMonitor, "generation")
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(StepProgressBar, "progress_bar")
         parser.set_defaults(
             {
@@ -200,6 +213,8 @@ class SFTCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
                 places["Last checkpoint"] = folder / "checkpoints" / "last.ckpt"
+            elif isinstance(callback, HuggingFaceExport):
+                places |= {} if callback.folder is None else {"Model": folder / callback.folder}
             elif best := getattr(callback, "best_model_path", ""):
                 places["Best checkpoint"] = Path(best)
         lines = [f"{name + ':':<17}{_relative(path)}" for name, path in places.items()]
@@ -258,13 +273,64 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"log_every_n_steps": 10, "num_sanity_val_steps": 0},
         parser_class=SFTArgumentParser,
-        parser_kwargs={"allow_abbrev": False, "prog": "lightning-sft"},
+        parser_kwargs={
+            "allow_abbrev": False,
+            "prog": "lightning-sft",
+            "epilog": "lightning-sft export: " + _EXPORT_HELP,
+        },
     )
+
+
+def export(
+    ckpt_path: str,
+    output: str,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    dtype: ExportDtype | None = None,
+    weights_only: bool = True,
+) -> None:
+    """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    The folder holds safetensors, configuration, tokenizer with chat template, generation configuration and a model card
+    with the run's data, settings and results. The data is not needed.
+
+    Args:
+        ckpt_path: A checkpoint; or `last`: the newest one below `runs`.
+        output: The folder: missing, empty, or an earlier export, which is replaced.
+        tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
+        dtype: To convert weights to. Default: as they are.
+        weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
+    """
+    path: Path | None = Path(ckpt_path)
+    if ckpt_path == "last":
+        path = newest_checkpoint(Path("runs"))
+        weights_only = path is not None and path.is_file()
+    if path is None:
+        raise FileNotFoundError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
+    check_export_folder(output)
+    model, facts = load_checkpoint(path, weights_only)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
+    export_model(model, output, SFTDataModule(tokenizer).tokenizer, facts, dtype)
+    print(f"{_relative(path)} is now a model in {_relative(Path(output))}")
+
+
+def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    found = (settings.get("data") or {}).get("tokenizer")
+    if found is None:
+        raise ValueError(f"`tokenizer` is not given, and {_relative(config)} does not name one. Give `--tokenizer`.")
+    parser = ArgumentParser()
+    parser.add_argument("--tokenizer", type=str | PreTrainedTokenizerBase)
+    return parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer
 
 
 def main() -> None:
     """Entry point. Without any argument `fit` runs the quickstart, and `preview` shows its data; with nothing but
-    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
+    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently. `export` is `export`.
 
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
@@ -279,7 +345,11 @@ def main() -> None:
         sys.argv[2:] = ["--config", str(newest.parent.parent / "config.yaml"), "--ckpt_path", "last"]
     _silence_lightning()
     try:
-        build()
+        if sys.argv[1:2] == ["export"]:
+            options: dict[str, Any] = {"prog": "lightning-sft export", "parser_class": SFTArgumentParser}
+            auto_cli(export, sys.argv[2:], as_positional=False, description=_EXPORT_HELP, **options)
+        else:
+            build()
     except UnicodeDecodeError as error:  # data and templates have messages of their own
         sys.exit(f"lightning-sft: error: a configuration is not UTF-8 text ({error.reason}). Save the file as UTF-8.")
     except (ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException) as error:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers
 from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
+from lightning_sft.model_card import shown_path
 from lightning_sft.preview import Preview, SplitStatistics, marked_rows
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader
@@ -142,6 +143,7 @@ class SFTDataModule(L.LightningDataModule):
         self._num_too_long: dict[str, tuple[int, int]] = {}
         self._plans: dict[str, BatchPlan] = {}
         self._identity: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {}
         self._trainer_settings: dict[str, Any] | None = None
 
     @cached_property
@@ -284,6 +286,24 @@ class SFTDataModule(L.LightningDataModule):
         dataset = StepDataset(self._rows["train"], plan, 0, pad_token_id(self.tokenizer), "packed")
         microbatch = dataset.collate(list(range(min(num_rows, len(self._rows["train"])))))
         return Preview(list(marked_rows(microbatch)), splits, self.tokenizer, self._length_limit)
+
+    def facts(self) -> dict[str, Any]:
+        """What a model card says: `data`, its names and sizes; `settings`; and the `prompt_template`."""
+        if not self._facts:
+            for split in ("train", "val"):
+                if (rows := self._rows.get(split)) is None:
+                    continue
+                sizes = {"rows": len(rows)}
+                for name, column in (("tokens", "num_tokens"), ("response tokens", "num_response_tokens")):
+                    sizes[name] = int(read_numbers(rows, column).sum())
+                source = _shown(self._data[split])
+                self._facts |= {split: source, **{f"{split} {name}": size for name, size in sizes.items()}}
+        options = self._batch_rule | self._encode_options
+        return {
+            "data": dict(self._facts),
+            "settings": {name: options[name] for name in ("batch_size", "max_length", "too_long", "seed")},
+            "prompt_template": self._row_format.prompt_template,
+        }
 
     # -- optimizer steps -----------------------------------------------------------------------------------------
 
@@ -431,3 +451,11 @@ class SFTDataModule(L.LightningDataModule):
                 f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
                 f"Use {use}, or start anew from the weights."
             )
+
+
+def _shown(data: Data | None) -> str | None:
+    """Files and data sets by name; what was made in Python has none."""
+    names = [data] if isinstance(data, str) else data
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return None
+    return ", ".join(shown_path(str(name)) for name in names)

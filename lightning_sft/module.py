@@ -1,5 +1,6 @@
 """`SFTModule`: one `training_step` is one optimizer step."""
 
+import json
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -15,13 +16,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, get_scheduler
+from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
 from lightning_sft.losses import LossNormalization, loss_constant
 from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
 from lightning_sft.metrics import ResponseMetrics
+from lightning_sft.model_card import run_facts
 from lightning_sft.outcome import StepOutcome
 from lightning_sft.pretrained import build_model
 from lightning_sft.sharding import gradient_sync, is_sharded, load_sharded, shard
@@ -110,7 +112,8 @@ class SFTModule(L.LightningModule):
             "loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed"
         )
         self.automatic_optimization = False
-        self._source = str(model) if isinstance(model, Path) else model
+        if not isinstance(model, PreTrainedModel):  # which as a submodule would be saved twice
+            self._source = str(model) if isinstance(model, Path) else model
         self._loss_options: dict[str, Any] = {
             "loss_normalization": loss_normalization,
             "normalize_constant": normalize_constant,
@@ -163,7 +166,7 @@ class SFTModule(L.LightningModule):
             self._compile = False  # it is, from now on
 
     def _build(self) -> PreTrainedModel:
-        return build_model(cast("str | dict[str, Any]", self._source), self._model_kwargs, self._seed)
+        return build_model(self._source, self._model_kwargs, self._seed)
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
@@ -367,6 +370,8 @@ class SFTModule(L.LightningModule):
         """
         self._check_weights(checkpoint.get("state_dict"))
         self._num_skipped = checkpoint.get("num_skipped_steps", 0)
+        if "generation_config" in checkpoint:
+            self.model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
         states = checkpoint.get("optimizer_states") or [{}]
         self._saved_groups = [set(group) for group in states[0].get("param_groups", [])]
 
@@ -405,7 +410,7 @@ class SFTModule(L.LightningModule):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model's configuration, so that loading needs no other file.
+        """Store the model's configuration and what its card says, so that loading and exporting need no other file.
 
         Raises:
             FloatingPointError: If the weights are no numbers any more.
@@ -414,6 +419,8 @@ class SFTModule(L.LightningModule):
         checkpoint["num_skipped_steps"] = self._num_skipped
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
+        checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
+        checkpoint["model_card"] = run_facts(self.trainer)
 
 
 def _check_strategy(strategy: object) -> None:

@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
-    {"messages", "time_limit", "page", "answers"},
+    {"messages", "time_limit", "page", "answers", "model_card"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
     | {"sampling"},
     {"checkpoint_files", "head", "rows", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
-    {"log_probs", "dataset", "step_loader"},
+    {"log_probs", "dataset", "step_loader", "export"},
     {"generation", "datamodule", "module"},
     {"callbacks"},
     {"cli", "demo"},

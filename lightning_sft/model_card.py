@@ -1,0 +1,111 @@
+"""Model cards: what a run was trained on, how, and how well it did, in a file that goes with the weights."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TAG = "lightning-sft"
+_OF_OPTIMIZER = ("lr", "betas", "momentum", "weight_decay")
+_OF_MODULE = ("lr_scheduler", "warmup_steps", "max_grad_norm", "loss_normalization", "normalize_constant")
+
+
+def run_facts(trainer: Any) -> dict[str, Any]:
+    """What a model card says of a run, in plain values; every process has to ask.
+
+    Args:
+        trainer: With an `SFTModule`; what an `SFTDataModule` knows of its rows (`facts`) is part of it.
+
+    Returns:
+        `base_model`, its name or None; `data`, `settings` and `results`, each a mapping of names to values.
+    """
+    module = trainer.lightning_module
+    data: dict[str, Any] = getattr(trainer.datamodule, "facts", dict)()
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    optimizer = trainer.optimizers[0] if trainer.optimizers else None
+    optimizer_facts: dict[str, Any] = {}
+    if optimizer is not None:
+        optimizer_facts = {"optimizer": type(optimizer).__name__}
+        optimizer_facts |= {name: optimizer.defaults[name] for name in _OF_OPTIMIZER if name in optimizer.defaults}
+    own = {name: module.hparams.get(name) for name in _OF_MODULE}
+    if own["loss_normalization"] == "token":
+        del own["normalize_constant"]
+    return {
+        "base_model": shown_path(getattr(module.model.config, "_name_or_path", "") or "") or None,
+        "data": data.get("data", {}),
+        "settings": {"optimizer steps": trainer.global_step}
+        | data.get("settings", {})
+        | optimizer_facts
+        | own
+        | {"precision": str(trainer.precision), "devices": trainer.world_size},
+        "results": {
+            name: value for name, value in metrics.items() if name.startswith(("val/", "test/")) or name == "train/loss"
+        },
+        "prompt_template": data.get("prompt_template"),
+    }
+
+
+def shown_path(path: str) -> str:
+    """A name or path as strangers may see it: of an absolute path the last part."""
+    return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path
+
+
+def write_card(folder: Path, name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype) -> None:
+    """Write the model card, `README.md`."""
+    (folder / "README.md").write_text(_card(name, facts, num_parameters, dtype), encoding="utf-8")
+
+
+def _card(name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype) -> str:
+    base = facts.get("base_model")
+    on_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
+    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += [f"base_model: {json.dumps(base)}"] if on_hub else []
+    front += ["tags:", f"- {TAG}"]
+    origin = f"`{base}`, fine-tuned" if base else "Trained"
+    kind = str(dtype).removeprefix("torch.")
+    parts = [
+        "\n".join(["---", *front, "---"]),
+        f"# {name}",
+        f"{origin} on prompt/output pairs. {num_parameters:,} parameters, {kind}.",
+        "\n".join(
+            [
+                "```python",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
+                'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+                'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+                "```",
+            ]
+        ),
+    ]
+    for title, note in (
+        ("Data", ""),
+        ("Settings", ""),
+        ("Results", "As last measured before these weights were saved."),
+    ):
+        if values := facts.get(title.lower()):
+            parts += [f"## {title}", *([note] if note else []), _table(values)]
+    if template := facts.get("prompt_template"):
+        fence = "````" if "```" in template else "```"
+        parts += ["## Prompt", f"{fence}text\n{template}\n{fence}"]
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "lightning"))
+    parts.append(f"Made with lightning_sft: {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return " ".join(str(value).split()).replace("|", r"\|")
