@@ -330,7 +330,7 @@ def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
 
 def main() -> None:
     """Entry point. Without any argument `fit` runs the quickstart, and `preview` shows its data; with nothing but
-    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently. `export` is `export`.
+    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
 
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
-from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers
+from lightning_sft.chat import TrainOnTurns, read_chat_template, with_chat_template
+from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers, render_prompts
 from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
 from lightning_sft.model_card import shown_path
 from lightning_sft.preview import Preview, SplitStatistics, marked_rows
@@ -32,7 +33,7 @@ _SPLITS = {
 
 
 class SFTDataModule(L.LightningDataModule):
-    """Prompt/output rows, tokenised once and handed out as whole optimizer steps.
+    """Prompt/output rows or conversations, tokenised once and handed out as whole optimizer steps.
 
     A batch of `train_dataloader` is everything one optimizer step needs on this rank: `microbatches`, a list of
     dictionaries with `input_ids`, `labels` and `response_mask`, each `(sequences, longest - 1)` if padded or
@@ -42,6 +43,10 @@ class SFTDataModule(L.LightningDataModule):
 
     To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
     into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
+
+    Rows with `messages` or `conversations`, or with lists of messages as prompt and output (or `completion`), are
+    written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it has them. The
+    response is the assistant's turns, each with the token that ends it.
 
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.
@@ -57,6 +62,9 @@ class SFTDataModule(L.LightningDataModule):
             output.
         prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
         row_transform: Function called with each row first; returns the row to use instead.
+        chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
+        chat_template_kwargs: More that the chat template can use, by name.
+        train_on_turns: Which of the assistant's turns in a row are the response: `all`, or the `last`.
         batch_size: Sequences per optimizer step, over all devices.
         gradient_accumulation_steps: Microbatches per device and optimizer step. Neither this nor the next: one.
         max_tokens_per_microbatch: Split each step by memory instead: the most tokens, padding included, in one
@@ -66,7 +74,8 @@ class SFTDataModule(L.LightningDataModule):
             the model can take it.
         max_length: The most tokens of prompt and response together, EOS included. No limit if None.
         too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
-        append_eos: Whether every response ends in EOS, so that the model learns to stop.
+        append_eos: Whether every response ends in EOS, so that the model learns to stop. Turns of messages end as the
+            chat template has it, whatever this says.
         seed: Of the order of the rows and of the validation split.
         num_workers: Processes that collate batches ahead of time.
         num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
@@ -89,6 +98,9 @@ class SFTDataModule(L.LightningDataModule):
         ground_truth_field: str = "ground_truth",
         prompt_template: str | None = None,
         row_transform: Callable[[dict[str, Any]], Row] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        train_on_turns: TrainOnTurns = "all",
         batch_size: int = 32,
         gradient_accumulation_steps: int | None = None,
         max_tokens_per_microbatch: int | None = None,
@@ -122,7 +134,9 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token.")
         self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
-        self._row_format = RowFormat(prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
+        columns, chat = (prompt_field, output_field, ground_truth_field), (train_on_turns, chat_template_kwargs)
+        self._row_format = RowFormat(*columns, prompt_template, row_transform, *chat)
+        self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self._encode_options: dict[str, Any] = {
             "max_length": max_length,
             "too_long": too_long,
@@ -149,18 +163,8 @@ class SFTDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself; loaded when first asked for."""
-        if not isinstance(self._tokenizer, str):
-            return self._tokenizer
-        try:
-            return AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=False)
-        except Exception as error:
-            reason = "there is no such folder." if is_missing_path(self._tokenizer) else one_line(error)
-            if "trust_remote_code" in str(error):
-                reason = (
-                    "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("
-                    "..., trust_remote_code=True)` and pass the tokenizer itself."
-                )
-            raise ValueError(f"`tokenizer` is {self._tokenizer!r}, which cannot be loaded: {reason}") from error
+        tokenizer = _load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
+        return tokenizer if self._chat_template is None else with_chat_template(tokenizer, self._chat_template)
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -229,20 +233,11 @@ class SFTDataModule(L.LightningDataModule):
                     "`predict_data` is needed for predict, as there is no `val_data` to take prompts from."
                 )
             self._load_rows(TrainerFn.VALIDATING)
-            return self._rows["val"].select_columns(["prompt", "ground_truth"])
-        prompts = []
-        for source in open_sources(self._data["predict"], "predict_data"):
-            for start in range(0, len(source.rows), 1000):
-                indices = range(start, min(start + 1000, len(source.rows)))
-                for where, row in source.decode(source.rows[start : indices.stop], list(indices)):
-                    try:
-                        prompts.append(self._row_format.render_prompt(row))
-                    except ValueError as error:
-                        raise ValueError(f"{where}: {error}") from error.__cause__
-        return Dataset.from_list(prompts)
+            return self._rows["val"]
+        return render_prompts(open_sources(self._data["predict"], "predict_data"), self._row_format, self.tokenizer)
 
     def prompts(self, stage: str, num_prompts: int | None = None) -> list[dict[str, Any]]:
-        """The first prompts of a stage, each with `index`, `prompt` and `ground_truth`.
+        """The first prompts of a stage, each with `index`, `prompt`, `ground_truth` and `is_chat`.
 
         Those of `fit` and `validate` are the validation rows, or the training rows where there are none.
 
@@ -252,7 +247,7 @@ class SFTDataModule(L.LightningDataModule):
         """
         order = ("val", "train") if stage in ("fit", "validate") else (stage,)
         rows = next(self._rows[split] for split in order if split in self._rows)
-        rows = rows.select_columns(["prompt", "ground_truth"])
+        rows = rows.select_columns(["prompt", "ground_truth", "is_chat"])
         rows = rows.select(range(min(len(rows), num_prompts or len(rows))))
         return [{"index": index, **row} for index, row in enumerate(rows.to_list())]
 
@@ -403,7 +398,7 @@ class SFTDataModule(L.LightningDataModule):
         return self._loader("test", self._plans["test"].steps_per_epoch)
 
     def predict_dataloader(self) -> PromptLoader:
-        """Lists of rows with `index`, `prompt` and `ground_truth`: the same ones on every device."""
+        """Lists of rows with `index`, `prompt`, `ground_truth` and `is_chat`: the same ones on every device."""
         world_size = self.trainer.world_size if self.trainer else 1
         return PromptLoader(self.prompts("predict"), self._batch_rule["batch_size"] * world_size)
 
@@ -451,6 +446,19 @@ class SFTDataModule(L.LightningDataModule):
                 f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
                 f"Use {use}, or start anew from the weights."
             )
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        reason = "there is no such folder." if is_missing_path(name) else one_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("
+                "..., trust_remote_code=True)` and pass the tokenizer itself."
+            )
+        raise ValueError(f"`tokenizer` is {name!r}, which cannot be loaded: {reason}") from error
 
 
 def _shown(data: Data | None) -> str | None:

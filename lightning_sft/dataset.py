@@ -13,8 +13,9 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft import rows, tokenization
-from lightning_sft.messages import shorten
+from lightning_sft import chat, rows, tokenization
+from lightning_sft.chat import ChatTemplate
+from lightning_sft.messages import located, shorten
 from lightning_sft.rows import RowFormat, Source, cache_folder
 from lightning_sft.tokenization import encode_examples, num_response_labels
 
@@ -25,9 +26,10 @@ TooLong = Literal["error", "drop", "truncate"]
 class EncodedRows:
     """Tokenised rows and what became of the over-long ones.
 
-    `dataset` has the columns `prompt`, `output`, `ground_truth` (text), `input_ids`, `num_prompt_tokens`,
-    `num_tokens`, `num_response_tokens` (labels that count in the loss) and `where` (`line 3`, or of several sources
-    `line 3 of b.jsonl`).
+    `dataset` has the columns `prompt`, `output`, `ground_truth` (text), `is_chat`, `input_ids`, `num_prompt_tokens`,
+    `gaps` (`Example`), `num_tokens`, `num_response_tokens` (labels that count in the loss) and `where` (`line 3`, or of
+    several sources `line 3 of b.jsonl`). Of a conversation, `prompt` is all up to the assistant's last turn that is
+    learnt, `output` this turn and `ground_truth` what it says.
     """
 
     dataset: Dataset
@@ -54,7 +56,7 @@ def encode_rows(
         max_length: Most tokens of prompt and response together, EOS included; no limit if None.
         too_long: What happens to longer rows: an error, or they are dropped, or cut at the end (losing their EOS).
             A row whose prompt alone leaves no room for a response is dropped under `"truncate"` too.
-        append_eos: Whether each response ends in EOS.
+        append_eos: Whether each response ends in EOS. Conversations end as the chat template has it.
         num_proc: Worker processes; one for each 20,000 rows, at most 8, if None.
 
     Raises:
@@ -92,12 +94,35 @@ def encode_rows(
     return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated)
 
 
+def render_prompts(sources: Sequence[Source], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The columns `prompt`, `ground_truth` and `is_chat` of rows that need no output.
+
+    Raises:
+        ValueError: If a row is malformed; the message names file and row.
+    """
+    template, prompts = ChatTemplate(tokenizer), []
+    for source in sources:
+        for start in range(0, len(source.rows), 1000):
+            indices = range(start, min(start + 1000, len(source.rows)))
+            for where, row in source.decode(source.rows[start : indices.stop], list(indices)):
+                with located(where):
+                    prompt = row_format.render_prompt(row)
+                    conversation = prompt.pop("conversation", None)
+                    if conversation is not None:
+                        text, content = template.write_prompt(conversation)
+                        ground_truth = content if prompt["ground_truth"] is None else prompt["ground_truth"]
+                        prompt = {"prompt": text, "ground_truth": ground_truth}
+                    prompts.append(prompt | {"is_chat": conversation is not None})
+    return Dataset.from_list(prompts)
+
+
 def content_hash(dataset: Dataset) -> str:
     """Of all token ids in order, and where prompts end: what a run's place in its data depends on."""
     hasher = hashlib.blake2b(digest_size=8)
-    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "num_tokens"]).with_format("arrow")
+    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "gaps", "num_tokens"]).with_format("arrow")
     for table in columns.iter(batch_size=10_000):
-        for column in (table["input_ids"].combine_chunks().flatten(), table["num_prompt_tokens"], table["num_tokens"]):
+        ids, gaps = (table[name].combine_chunks().flatten() for name in ("input_ids", "gaps"))
+        for column in (ids, table["num_prompt_tokens"], gaps, table["num_tokens"]):
             hasher.update(column.to_numpy())
     return hasher.hexdigest()
 
@@ -117,8 +142,10 @@ _ENCODED_FEATURES = Features(
         "prompt": Value("string"),
         "output": Value("string"),
         "ground_truth": Value("string"),
+        "is_chat": Value("bool"),
         "input_ids": [Value("int32")],
         "num_prompt_tokens": Value("int32"),
+        "gaps": [Value("int32")],
         "num_tokens": Value("int32"),
         "num_response_tokens": Value("int32"),
         "where": Value("string"),
@@ -140,20 +167,29 @@ class _Encode:
     def __call__(
         self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool
     ) -> dict[str, list[Any]]:
-        places, texts = [], []
+        places: list[str] = []
+        texts: list[dict[str, Any]] = []
+        template = ChatTemplate(self.tokenizer, self.row_format.train_on_turns)
         for where, row in source.decode(batch, indices):
-            try:
-                texts.append(self.row_format.render(row))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error.__cause__
+            with located(where):
+                text = self.row_format.render(row)
+                if "conversation" in text:
+                    text["chat"] = chat = template.write(text.pop("conversation"))
+                    text |= {"prompt": chat.prompt, "output": chat.output}
+                    text["ground_truth"] = chat.content if text["ground_truth"] is None else text["ground_truth"]
+            texts.append(text)
             places.append(where)
-        prompts, outputs = [text["prompt"] for text in texts], [text["output"] for text in texts]
-        examples = encode_examples(prompts, outputs, self.tokenizer, self.append_eos)
+        plain = [text for text in texts if "chat" not in text]
+        prompts, outputs = [text["prompt"] for text in plain], [text["output"] for text in plain]
+        examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.append_eos))
+        chats = template.encode([text["chat"] for text in texts if "chat" in text])
 
         encoded = []
-        for where, text, example in zip(places, texts, examples, strict=True):
-            ids, num_prompt_tokens = example["input_ids"], example["num_prompt_tokens"]
-            if not num_response_labels(len(ids), num_prompt_tokens):
+        for where, text in zip(places, texts, strict=True):
+            with located(where):
+                example = next(chats if "chat" in text else examples)
+            ids, num_prompt_tokens, gaps = example["input_ids"], example["num_prompt_tokens"], example.get("gaps", [])
+            if not num_response_labels(len(ids), num_prompt_tokens, gaps):
                 raise ValueError(
                     f"{where}: no response token to learn from; `{self.row_format.output_field}` is "
                     f"{shorten(text['output'])}. Remove the row, or set `append_eos=True`."
@@ -165,10 +201,12 @@ class _Encode:
                     f'{self.max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
                 )
             ids = ids[: self.max_length]
-            num_labels = num_response_labels(len(ids), num_prompt_tokens)
+            gaps = [min(bound, len(ids)) for bound in gaps]
+            num_labels = num_response_labels(len(ids), num_prompt_tokens, gaps)
             where = where if keep_name else where.removesuffix(f" of {source.name}")
             if not (over and (self.too_long == "drop" or not num_labels)):
-                encoded.append((*text.values(), ids, num_prompt_tokens, len(ids), num_labels, where, over))
+                words = (text["prompt"], text["output"], text["ground_truth"], "chat" in text)
+                encoded.append((*words, ids, num_prompt_tokens, gaps, len(ids), num_labels, where, over))
         columns = map(list, zip(*encoded, strict=True)) if encoded else ([] for _ in _ENCODED_FEATURES)
         return dict(zip(_ENCODED_FEATURES, columns, strict=True))
 
@@ -180,8 +218,10 @@ class _Encode:
         else:
             content = [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
         special = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.split_special_tokens)
+        template = (tokenizer.chat_template, tokenizer.special_tokens_map)
         # A function of a module is hashed by its name alone, so the module's code is added.
         module = sys.modules.get(getattr(getattr(transform, "func", transform), "__module__", ""))
-        files = [__file__, rows.__file__, tokenization.__file__, getattr(module, "__file__", None)]
+        files = [*(m.__file__ for m in (chat, rows, tokenization)), __file__, getattr(module, "__file__", None)]
         code = [Path(file).read_bytes() for file in files if file]
-        return Hasher.hash([code, content, special, self.row_format, self.max_length, self.too_long, self.append_eos])
+        options = (self.row_format, self.max_length, self.too_long, self.append_eos)
+        return Hasher.hash([code, content, special, template, options])

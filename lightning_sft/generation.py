@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lightning_sft.chat import end_of_turn_id
 from lightning_sft.log_probs import get_response_log_probs
 from lightning_sft.records import GenerationRecord, GenerationRecords, summarize, write_records
 from lightning_sft.rewards import checked_reward, r1_zero_reward
@@ -44,6 +45,7 @@ def log_generations(
     reward_seconds: float | None = REWARD_SECONDS,
     path: str | Path | None = None,
     first_index: int = 0,
+    as_written: Sequence[bool] | None = None,
     distributed: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[GenerationRecords, dict[str, float]]:
@@ -64,6 +66,8 @@ def log_generations(
         reward_seconds: The most that the reward function may take for one response. None: no limit.
         path: Also write the records there, one JSON object a line.
         first_index: Number of the first prompt, where these are part of more; samples depend on the numbers.
+        as_written: For each prompt, whether it is whole, such as one that a chat template wrote, so that the
+            tokenizer's own prefix (BOS) is not put before it.
         distributed: Share the prompts among all processes of the process group; each calls this function with all
             prompts, and gets all records. Only the first writes.
         progress: Called during generation with the share that is done, above 0 and at most 1.
@@ -89,7 +93,7 @@ def log_generations(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     drafts = [
         _Draft(number, sample, ids, _limit(model, len(ids), sampling.max_new_tokens))
-        for number, ids in enumerate(encode_prompts(prompts, tokenizer), first_index)
+        for number, ids in enumerate(encode_prompts(prompts, tokenizer, as_written=as_written), first_index)
         for sample in range(sampling.num_samples)
     ]
     batches = list(_batches(drafts, max_tokens_per_batch, world_size))
@@ -243,7 +247,7 @@ def _generate(
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
     return sorted({token_id for token_id in ids if token_id is not None})
 
 

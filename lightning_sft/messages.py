@@ -1,7 +1,8 @@
 """What error messages are made of: values shown short, foreign messages on one line, types checked."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 
 
@@ -15,6 +16,15 @@ def one_line(error: object, limit: int = 400) -> str:
     """A foreign message on one line, cut off where it gets long; an exception without words is called by its name."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the message of a `ValueError` with where it happened, such as a file's line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error.__cause__
 
 
 def and_more(items: Sequence[object]) -> str:

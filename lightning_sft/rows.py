@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast, get_args
 
 import datasets
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
+from lightning_sft.chat import Conversation, TrainOnTurns, read_conversation
 from lightning_sft.messages import check_type, one_line, shorten
 
 Row = Mapping[str, Any]
@@ -37,6 +38,11 @@ class RowFormat:
         prompt_template: Text with `{column}` in it, or the path of a file that holds such a text (its last line
             break is dropped). Literal braces are doubled.
         row_transform: Called with each row first; returns the row to use instead.
+        train_on_turns: Of a conversation: whether all of the assistant's turns are learnt or the last one.
+        chat_template_kwargs: More that the chat template can use; a row's own column of this name comes first.
+
+    A row is a conversation if it has the column `messages` or `conversations` while neither `prompt_field` nor
+    `prompt_template` is given, or if its prompt or output is a list of messages.
 
     Raises:
         FileNotFoundError: If the template has no `{column}` and is no file either.
@@ -49,6 +55,8 @@ class RowFormat:
     ground_truth_field: str = "ground_truth"
     prompt_template: str | None = None
     row_transform: Callable[[dict[str, Any]], Row] | None = None
+    train_on_turns: TrainOnTurns = "all"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "output_field", "ground_truth_field"):
@@ -58,26 +66,36 @@ class RowFormat:
         if self.prompt_template is not None:
             check_type("prompt_template", self.prompt_template, str, "a text or the path of a file, as a string")
             object.__setattr__(self, "prompt_template", _read_template(self.prompt_template))
+        if self.train_on_turns not in get_args(TrainOnTurns):
+            choices = ", ".join(get_args(TrainOnTurns))
+            raise ValueError(f"`train_on_turns` is {self.train_on_turns!r}, expected one of {choices}.")
+        if self.chat_template_kwargs is not None:
+            check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
 
-    def render(self, row: Row) -> dict[str, str]:
-        """The row's `prompt`, `output` and `ground_truth`.
+    def render(self, row: Row) -> dict[str, Any]:
+        """The row's `prompt`, `output` and `ground_truth`; or its `conversation`, and `ground_truth` or None.
 
         Raises:
             ValueError: If a column is missing or its value is not a string, or `row_transform` fails.
         """
         row = self._transformed(row)
+        conversation = self._conversation(row)
+        if conversation is not None:
+            return {"conversation": conversation, "ground_truth": self._ground_truth(row)}
         prompt, output = self._prompt(row), _text(row, self.output_field, "output_field")
         ground_truth = self._ground_truth(row)
         return {"prompt": prompt, "output": output, "ground_truth": output if ground_truth is None else ground_truth}
 
-    def render_prompt(self, row: Row) -> dict[str, str | None]:
-        """The row's `prompt` and `ground_truth` (None if it has none); an output is not needed.
+    def render_prompt(self, row: Row) -> dict[str, Any]:
+        """The row's `prompt` or `conversation`, and `ground_truth` (None if it has none); an output is not needed.
 
         Raises:
             ValueError: As `render`.
         """
         row = self._transformed(row)
-        return {"prompt": self._prompt(row), "ground_truth": self._ground_truth(row)}
+        conversation = self._conversation(row)
+        prompt = {"prompt": self._prompt(row)} if conversation is None else {"conversation": conversation}
+        return {**prompt, "ground_truth": self._ground_truth(row)}
 
     def _transformed(self, row: Row) -> Row:
         if self.row_transform is None:
@@ -89,6 +107,21 @@ class RowFormat:
         if not isinstance(row, Mapping):
             raise ValueError(f"`row_transform` returned {shorten(row)}, expected a dictionary.")
         return row
+
+    def _conversation(self, row: Row) -> Conversation | None:
+        if self.prompt_template is not None:
+            return None
+        if self.prompt_field == RowFormat.prompt_field:
+            for column in ("messages", "conversations"):
+                if row.get(column) is not None:
+                    return read_conversation(row, [column], self.chat_template_kwargs)
+        columns = [self.prompt_field, self.output_field]
+        if columns[1] == RowFormat.output_field and row.get(columns[1]) is None:
+            columns[1] = "completion"
+        first = [value[0] for value in map(row.get, columns) if isinstance(value, list) and value]
+        if not any(isinstance(message, Mapping) for message in first):
+            return None
+        return read_conversation(row, columns, self.chat_template_kwargs)
 
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:

@@ -12,12 +12,14 @@ from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.preview import StepBatch
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
+_COLUMNS = ("input_ids", "num_prompt_tokens", "gaps")
+
 
 class StepDataset(torch.utils.data.Dataset):
     """What one rank needs for each optimizer step of a plan."""
 
     def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int, layout: Layout = "padded") -> None:
-        self._rows = rows.select_columns(["input_ids", "num_prompt_tokens", "where"]).with_format("numpy")
+        self._rows = rows.select_columns([*_COLUMNS, "where"]).with_format("numpy")
         self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -37,8 +39,8 @@ class StepDataset(torch.utils.data.Dataset):
         if indices:
             batch = self._rows[indices]
             examples = [
-                Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens)
-                for input_ids, num_prompt_tokens in zip(batch["input_ids"], batch["num_prompt_tokens"], strict=True)
+                Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens, gaps=gaps)
+                for input_ids, num_prompt_tokens, gaps in zip(*(batch[name] for name in _COLUMNS), strict=True)
             ]
             rows = batch["where"].tolist()
         microbatch: dict[str, Any] = (collate_packed if self._layout == "packed" else collate_padded)(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise, takewhile
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -13,10 +13,15 @@ from lightning_sft.messages import shorten
 
 
 class Example(TypedDict):
-    """One tokenised row: the prompt's ids followed by the response's ids."""
+    """One tokenised row: the prompt's ids followed by the response's ids.
+
+    `gaps` are the stretches after the prompt that are no response, as where a user speaks between two turns:
+    `[start, end, start, end, ...]`, ascending, each end exclusive.
+    """
 
     input_ids: list[int]
     num_prompt_tokens: int
+    gaps: NotRequired[Sequence[int]]
 
 
 def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -37,10 +42,18 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def encode_prompts(prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode_prompts(
+    prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, as_written: Sequence[bool] | None = None
+) -> list[list[int]]:
     """Token ids of each prompt, with the tokenizer's own prefix and without a suffix such as EOS.
 
-    A prompt that already spells the prefix out (chat templates do) does not get it twice.
+    A prompt that already spells the prefix out does not get it twice.
+
+    Args:
+        prompt_strs: The texts.
+        tokenizer: Any Hugging Face tokenizer.
+        as_written: For each prompt, whether it is whole, such as one that a chat template wrote, and gets no prefix
+            even where it has none. None: no prompt is.
 
     Raises:
         TypeError: If `prompt_strs` is one string, or holds anything else than strings.
@@ -50,7 +63,10 @@ def encode_prompts(prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBas
         return []
     encoded = _encode(prompt_strs, tokenizer, "prompt")
     prefix = prompt_prefix(tokenizer)
-    return [ids if prefix and ids[: len(prefix)] == prefix else prefix + ids for ids in encoded]
+    return [
+        ids if whole or ids[: len(prefix)] == prefix else prefix + ids
+        for ids, whole in zip(encoded, as_written or [False] * len(encoded), strict=True)
+    ]
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str) -> list[list[int]]:
@@ -150,9 +166,19 @@ def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         return []
 
 
-def num_response_labels(num_tokens: int, num_prompt_tokens: int) -> int:
+def num_response_labels(num_tokens: int, num_prompt_tokens: int, gaps: Sequence[int] = ()) -> int:
     """Labels of one example that count in the loss: its response tokens, less one that has nothing before it."""
-    return max(num_tokens - max(num_prompt_tokens, 1), 0)
+    bounds = [min(bound, num_tokens) for bound in gaps]
+    return max(num_tokens - max(num_prompt_tokens, 1), 0) - sum(bounds[1::2]) + sum(bounds[::2])
+
+
+def _is_response(example: Example) -> Tensor:
+    """Which of an example's tokens are its response, `(num_tokens,)`."""
+    response = torch.arange(len(example["input_ids"])) >= example["num_prompt_tokens"]
+    gaps = example.get("gaps", ())
+    for start, end in zip(gaps[::2], gaps[1::2], strict=True):
+        response[start:end] = False
+    return response
 
 
 def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
@@ -174,7 +200,7 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Te
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
         tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
-        response[row, example["num_prompt_tokens"] : length] = True
+        response[row, :length] = _is_response(example)
     shifted = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": response[:, 1:]}
     return {name: tensor.clone() for name, tensor in shifted.items()}  # or writing to `labels` changes `input_ids`
 
@@ -197,9 +223,7 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, An
     tokens = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     lengths = torch.tensor([len(row) - 1 for row in tokens])
     positions = [torch.arange(length) for length in lengths.tolist()]
-    response = [
-        position + 1 >= row["num_prompt_tokens"] for position, row in zip(positions, rows, strict=True)
-    ]  # of the label, which is one further
+    response = [_is_response(row)[1:] for row in rows]  # of the label, which is one further
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     longest = int(lengths.max())
     return {

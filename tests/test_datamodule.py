@@ -123,8 +123,8 @@ def test_prompts_to_predict_need_no_output_and_default_to_the_validation_rows(tm
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n{"question": "b", "ground_truth": "2"}\n')
     named = prepared("predict", predict_data=str(tmp_path / "prompts.jsonl"), prompt_template="Q: {question}")
     expected = [
-        {"index": 0, "prompt": "Q: a", "ground_truth": None},
-        {"index": 1, "prompt": "Q: b", "ground_truth": "2"},
+        {"index": 0, "prompt": "Q: a", "ground_truth": None, "is_chat": False},
+        {"index": 1, "prompt": "Q: b", "ground_truth": "2", "is_chat": False},
     ]
     assert list(named.predict_dataloader()) == [expected]
     (rows,) = prepared("predict", val_data=ROWS[:2]).predict_dataloader()
@@ -192,7 +192,8 @@ def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
     path.write_text(json.dumps(row))
     data = prepared(train_data=str(path), row_transform=r1_zero_row, prompt_template="User: {question}\nA: <think>")
     (prompt,) = data.prompts("fit")
-    assert prompt == {"index": 0, "prompt": "User: How many?\nA: <think>", "ground_truth": "1006"}
+    expected = {"index": 0, "prompt": "User: How many?\nA: <think>", "ground_truth": "1006", "is_chat": False}
+    assert prompt == expected
     (batch,) = data.train_dataloader()
     (microbatch,) = batch["microbatches"]
     response = microbatch["labels"][microbatch["response_mask"]].tolist()

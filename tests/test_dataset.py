@@ -79,7 +79,9 @@ ENCODED = {
         [97, 10, 34, 98, 34, 78, 65, 128],
         [49, 50, 50, 48, 50, 48, 45, 48, 49, 45, 48, 49, 128],
     ],
+    "is_chat": [False, False, False],
     "num_prompt_tokens": [3, 5, 2],
+    "gaps": [[], [], []],
     "num_tokens": [7, 8, 13],
     "num_response_tokens": [4, 3, 11],
 }

@@ -215,7 +215,7 @@ class GenerationMonitor(L.Callback):
                 logger.log_metrics(metrics, step)
 
     def _generate(self, trainer: L.Trainer, pl_module: L.LightningModule, rows: Rows) -> GenerationRecords:
-        """Generate for rows with `index`, `prompt` and `ground_truth`, on all devices together."""
+        """Generate for rows with `index`, `prompt`, `ground_truth` and `is_chat`, on all devices together."""
         with trainer.precision_plugin.forward_context(), _progress(trainer) as progress:
             records, _ = log_generations(
                 pl_module.model,  # type: ignore[arg-type]
@@ -223,6 +223,7 @@ class GenerationMonitor(L.Callback):
                 [row["prompt"] for row in rows],
                 [row["ground_truth"] for row in rows],
                 first_index=rows[0]["index"],
+                as_written=[row["is_chat"] for row in rows],
                 distributed=trainer.world_size > 1,
                 progress=progress,
                 **self._options,
