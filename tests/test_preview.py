@@ -169,11 +169,9 @@ def test_a_preview_counts_as_the_training_does():
 
 
 def test_a_terminal_shows_colours_in_the_place_of_bars(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    for name in ("NO_COLOR", "COLORTERM"):
-        monkeypatch.delenv(name, raising=False)
-    pages = []
-    for options in ({"force_terminal": True}, {"force_terminal": True, "no_color": True}, {"force_terminal": False}):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal, pages = {"force_terminal": True, "color_system": "256"}, []
+    for options in (terminal, terminal | {"no_color": True}, {"force_terminal": False}):
         console = Console(file=StringIO(), width=100, **options)
         console.print(prepared().preview(1))
         pages.append(console.file.getvalue())
