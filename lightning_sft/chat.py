@@ -2,7 +2,8 @@
 
 Nothing about a template is assumed. A turn begins where the template's own generation prompt for it ends, which must
 stand in the whole conversation as it is; it ends with the last special token before the template goes on; and both
-must fall between two tokens. Where one of these fails there is an error, never a mask that is nearly right.
+must fall between two tokens. Where one of these fails there is an error, never a mask that is nearly right. Marks that
+a template may have of its own (`{% generation %}`) are not needed, and not asked.
 """
 
 import copy
@@ -117,7 +118,9 @@ def _read_message(place: str, message: object) -> dict[str, Any]:
     if isinstance(content, list):  # a template that expects text would write such a list out as Python does
         content = "".join(_part_text(place, part) for part in content)
     if calls := rest.get("tool_calls"):
-        rest["tool_calls"] = [_read_call(place, call) for call in _from_json(f"{place}, tool_calls", calls, list, "")]
+        rest["tool_calls"] = [
+            _read_call(place, call) for call in _from_json(f"{place}, tool_calls", calls, list, "a list")
+        ]
         content = "" if content is None else content
     if not isinstance(content, str):
         raise ValueError(f"{place} ({role}) has the content {shorten(content)}, expected a string.")
@@ -250,13 +253,14 @@ class ChatTemplate:
             goes_on = self._apply(conversation, upto, add_generation_prompt=True)
         limit = len(closed) if goes_on.startswith(closed) else _common(closed, goes_on)
         limit = next((token.start() for token in special if token.start() < limit < token.end()), limit)
-        if self._special_tokens.sub("", closed[limit:]).strip():
+        closing = max((token.span() for token in special if token.end() <= limit), default=None)
+        no_end = closing is None or closed[closing[1] : limit].strip()
+        if self._special_tokens.sub("", closed[limit:]).strip() or (no_end and limit < len(closed)):
             raise ValueError(
                 f"turn {index + 1} (assistant): the chat template writes {_around(closed, limit)}, but when others "
                 f"follow {_around(goes_on, limit)}. {self._way_out(conversation, index)}"
             )
-        closing = max((token.span() for token in special if token.end() <= limit), default=None)
-        if closing is None or closed[closing[1] : limit].strip():
+        if closing is None or no_end:
             raise ValueError(
                 f"turn {index + 1} (assistant): it ends in {closed[max(limit - 20, start) : limit]!r}, in no special "
                 "token, so that a model could not learn where to stop. Let it end in one of the tokenizer's "

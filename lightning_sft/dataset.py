@@ -174,9 +174,9 @@ class _Encode:
             with located(where):
                 text = self.row_format.render(row)
                 if "conversation" in text:
-                    text["chat"] = chat = template.write(text.pop("conversation"))
-                    text |= {"prompt": chat.prompt, "output": chat.output}
-                    text["ground_truth"] = chat.content if text["ground_truth"] is None else text["ground_truth"]
+                    text["chat"] = written = template.write(text.pop("conversation"))
+                    text |= {"prompt": written.prompt, "output": written.output}
+                    text["ground_truth"] = written.content if text["ground_truth"] is None else text["ground_truth"]
             texts.append(text)
             places.append(where)
         plain = [text for text in texts if "chat" not in text]

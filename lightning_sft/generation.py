@@ -246,6 +246,7 @@ def _generate(
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a response ends with: EOS of the model or the tokenizer, or the end of a turn in the chat template."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
     return sorted({token_id for token_id in ids if token_id is not None})

@@ -1,7 +1,7 @@
 """What one rank needs for each optimizer step of a plan, in order, from any position on."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -12,14 +12,15 @@ from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.preview import StepBatch
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
-_COLUMNS = ("input_ids", "num_prompt_tokens", "gaps")
-
 
 class StepDataset(torch.utils.data.Dataset):
     """What one rank needs for each optimizer step of a plan."""
 
     def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int, layout: Layout = "padded") -> None:
-        self._rows = rows.select_columns([*_COLUMNS, "where"]).with_format("numpy")
+        self._columns = ["input_ids", "num_prompt_tokens"]
+        if any(len(chunk.flatten()) for chunk in rows.data.column("gaps").chunks):
+            self._columns.append("gaps")  # a list for each row takes its time to read, and few data sets have any
+        self._rows = rows.select_columns([*self._columns, "where"]).with_format("numpy")
         self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -39,8 +40,8 @@ class StepDataset(torch.utils.data.Dataset):
         if indices:
             batch = self._rows[indices]
             examples = [
-                Example(input_ids=input_ids, num_prompt_tokens=num_prompt_tokens, gaps=gaps)
-                for input_ids, num_prompt_tokens, gaps in zip(*(batch[name] for name in _COLUMNS), strict=True)
+                cast(Example, dict(zip(self._columns, values, strict=True)))
+                for values in zip(*(batch[name] for name in self._columns), strict=True)
             ]
             rows = batch["where"].tolist()
         microbatch: dict[str, Any] = (collate_packed if self._layout == "packed" else collate_padded)(

@@ -1,6 +1,6 @@
 """From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NotRequired, TypedDict
 
@@ -172,13 +172,11 @@ def num_response_labels(num_tokens: int, num_prompt_tokens: int, gaps: Sequence[
     return max(num_tokens - max(num_prompt_tokens, 1), 0) - sum(bounds[1::2]) + sum(bounds[::2])
 
 
-def _is_response(example: Example) -> Tensor:
-    """Which of an example's tokens are its response, `(num_tokens,)`."""
-    response = torch.arange(len(example["input_ids"])) >= example["num_prompt_tokens"]
-    gaps = example.get("gaps", ())
-    for start, end in zip(gaps[::2], gaps[1::2], strict=True):
-        response[start:end] = False
-    return response
+def _response_labels(example: Example) -> Iterator[tuple[int, int]]:
+    """Start and end of each stretch of response tokens, as labels: label `i` is token `i + 1`."""
+    bounds = [max(example["num_prompt_tokens"], 1), *example.get("gaps", ()), len(example["input_ids"])]
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+        yield start - 1, max(end - 1, 0)  # an example may have no token at all
 
 
 def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
@@ -196,13 +194,14 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Te
     """
     width = max(1, *(len(example["input_ids"]) for example in examples))
     tokens = torch.full((len(examples), width), pad_id, dtype=torch.int64)
-    response = torch.zeros((len(examples), width), dtype=torch.bool)
+    response = torch.zeros((len(examples), width - 1), dtype=torch.bool)
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
         tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
-        response[row, :length] = _is_response(example)
-    shifted = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": response[:, 1:]}
-    return {name: tensor.clone() for name, tensor in shifted.items()}  # or writing to `labels` changes `input_ids`
+        for start, end in _response_labels(example):
+            response[row, start:end] = True
+    # Cloned, or writing to `labels` would change `input_ids`.
+    return {"input_ids": tokens[:, :-1].clone(), "labels": tokens[:, 1:].clone(), "response_mask": response}
 
 
 def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Any]:
@@ -223,13 +222,16 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, An
     tokens = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     lengths = torch.tensor([len(row) - 1 for row in tokens])
     positions = [torch.arange(length) for length in lengths.tolist()]
-    response = [_is_response(row)[1:] for row in rows]  # of the label, which is one further
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    response = torch.zeros((1, int(bounds[-1])), dtype=torch.bool)
+    for row, offset in zip(rows, bounds.tolist(), strict=False):
+        for start, end in _response_labels(row):
+            response[0, offset + start : offset + end] = True
     longest = int(lengths.max())
     return {
         "input_ids": torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
         "labels": torch.cat([row[1:] for row in tokens]).unsqueeze(0),
-        "response_mask": torch.cat(response).unsqueeze(0),
+        "response_mask": response,
         "position_ids": torch.cat(positions).unsqueeze(0),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,

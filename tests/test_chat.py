@@ -273,6 +273,11 @@ REFUSED = {
         "{% for m in messages %}{{ '<eos>' if m.role == 'user' and loop.index0 }}{{ m.content }}{% endfor %}",
         "turn 2 (assistant): it ends in '4.', in no special token",
     ),
+    "another end where others follow": (
+        CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"),
+        "turn 2 (assistant): the chat template writes 'art|>assistant\\n4.<|end|>\\n', but when others follow "
+        "'art|>assistant\\n4.<|im_end|>\\n<|im_st'.",
+    ),
     "an error of its own": (
         GEMMA,
         "row 1 of `train_data`: the chat template refuses the first 5 messages: TemplateError: roles must alternate",

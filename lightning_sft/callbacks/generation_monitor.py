@@ -223,7 +223,7 @@ class GenerationMonitor(L.Callback):
                 [row["prompt"] for row in rows],
                 [row["ground_truth"] for row in rows],
                 first_index=rows[0]["index"],
-                as_written=[row["is_chat"] for row in rows],
+                as_written=[row.get("is_chat", False) for row in rows],
                 distributed=trainer.world_size > 1,
                 progress=progress,
                 **self._options,
