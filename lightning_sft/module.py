@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -142,6 +143,7 @@ class SFTModule(L.LightningModule):
         """
         strategy = getattr(self._trainer, "strategy", None)
         _check_strategy(strategy)
+        _check_callbacks(self._trainer)
         loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
         if isinstance(strategy, ModelParallelStrategy):
             dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
@@ -431,6 +433,21 @@ def _check_strategy(strategy: object) -> None:
             f"`trainer.strategy` is {name}, which cannot train with manual optimisation. To shard the model add "
             "`--config configs/fsdp.yaml` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
         )
+
+
+def _check_callbacks(trainer: Any) -> None:
+    """Refuse averages of weights that would never be made, or not of the whole weights."""
+    for callback in trainer.callbacks if trainer is not None and trainer.state.fn == "fit" else ():
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(
+                "`StochasticWeightAveraging` counts epochs, but to the trainer a run is a single one. Use Lightning's "
+                "`WeightAveraging` or `EMAWeightAveraging`, which count optimizer steps."
+            )
+        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "
+                "without an average."
+            )
 
 
 def _mixed_seed(*numbers: int) -> int:

@@ -82,8 +82,12 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
             self._obey_signals(trainer)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save where the run ended: later Lightning's `WeightAveraging` replaces the weights by their average."""
+        self._save(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save where the run ended, and give the signals back."""
+        """Save a run that has trained nothing, and give the signals back."""
         self._save(trainer)
         self._signals.release()
 
