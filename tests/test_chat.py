@@ -275,8 +275,8 @@ REFUSED = {
     ),
     "another end where others follow": (
         CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"),
-        "turn 2 (assistant): the chat template writes 'art|>assistant\\n4.<|end|>\\n', but when others follow "
-        "'art|>assistant\\n4.<|im_end|>\\n<|im_st'.",
+        "turn 2 (assistant): the chat template writes '_start|>assistant\\n4.<|end|>\\n', but when others follow "
+        "'_start|>assistant\\n4.<|im_end|>\\n<|im_star'.",
     ),
     "an error of its own": (
         GEMMA,
