@@ -415,10 +415,11 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         ValueError,
         "row 2 of `train_data`: `output` (`output_field`) is {'bytes': \"b'b'\"} of type dict, expected a string.",
     ),
-    "prompt of a conversation": (
+    "conversation without a chat template": (
         row({"prompt": [{"role": "user", "content": "a"}], "output": "b"}),
         ValueError,
-        "row 2 of `train_data`: `prompt` (`prompt_field`) is [{'role': 'user', ... of type list, expected a string.",
+        "row 2 of `train_data`: the row has messages, but the tokenizer has no chat template. Pass `chat_template`, "
+        "a text or a file, or name the columns of a prompt and an output.",
     ),
     "ground truth of a number": (
         row({"prompt": "a", "output": "b", "ground_truth": 4}),
