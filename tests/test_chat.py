@@ -269,6 +269,11 @@ REFUSED = {
         "{% if add_generation_prompt %}assistant: {% endif %}",
         "turn 2 (assistant): it ends in '4.\\n', in no special token",
     ),
+    "no end, though a special token within": (
+        "{% for m in messages %}{{ m.role }}:<|user|>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "turn 2 (assistant): it ends in '<|user|>4.\\n', in no special token",
+    ),
     "an end that only later turns bring": (
         "{% for m in messages %}{{ '<eos>' if m.role == 'user' and loop.index0 }}{{ m.content }}{% endfor %}",
         "turn 2 (assistant): it ends in '4.', in no special token",
@@ -479,7 +484,12 @@ def test_the_token_that_ends_a_turn_is_known_for_generation(template):
     assert end_of_turn_id(tokenizer) == expected
 
 
-def test_a_model_learns_two_conversations_and_stops_where_the_turn_ends(tmp_path):
+def test_a_model_learns_two_conversations_and_stops_where_the_turn_ends(tmp_path, monkeypatch):
+    prompted = []
+    monkeypatch.setattr(
+        "lightning_sft.generation.encode_prompts",
+        lambda *args, **options: prompted.extend(ids := encode_prompts(*args, **options)) or ids,
+    )
     torch.manual_seed(0)
     tokenizer = chat_tokenizer(CHATML, bos=True)
     rows = [
@@ -507,3 +517,6 @@ def test_a_model_learns_two_conversations_and_stops_where_the_turn_ends(tmp_path
     assert [(record.response, record.stop_reason) for record in last] == [("zzz", "eos"), ("no", "eos")]
     assert [record.ground_truth for record in (first, *last)] == [None, "zzz", "no"]
     assert last[0].tokens == ["z", "z", "z", "<|im_end|>"]
+    assert prompted[-3:] == [
+        tokenizer(record.prompt, add_special_tokens=False)["input_ids"] for record in (first, *last)
+    ]
