@@ -202,7 +202,10 @@ class SFTCLI(LightningCLI):
         for switch, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
             if config.get(switch) is False or config.get("barebones"):
                 callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
-        return self._instantiate_trainer(config, callbacks)
+        # Before the user's, which may put a model's own weights back that generations are to be made without.
+        given = config.get("callbacks") or []
+        config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
+        return self._instantiate_trainer(config, [])
 
     def after_fit(self) -> None:
         """Say where everything is."""

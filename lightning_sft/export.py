@@ -34,7 +34,8 @@ def export_model(
     """Write a model to a folder that `AutoModelForCausalLM.from_pretrained` loads; its logits are the same to the bit.
 
     The folder holds safetensors, configuration, generation configuration, tokenizer with chat template, and a model
-    card. It appears once it is complete, in the place of an earlier export. Nothing about `model` changes.
+    card. It appears once it is complete, in the place of an earlier export. Nothing about `model` changes. Of a
+    checkpoint: `export_model(SFTModule.load_from_checkpoint(path).model, folder, tokenizer)`.
 
     Args:
         model: If it is sharded, every process has to call this. The first gathers the weights in main memory and
