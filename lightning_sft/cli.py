@@ -30,6 +30,7 @@ from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
 from lightning_sft.messages import one_line
 from lightning_sft.module import SFTModule
+from lightning_sft.pretrained import load_tokenizer
 
 # What these modules raise is about the user's arguments; whatever else goes wrong keeps its traceback.
 _REFUSING = ("lightning_sft.", "lightning.pytorch.trainer.connectors.accelerator_connector")
@@ -37,8 +38,6 @@ _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
     ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
 )
-
-
 _EXPORT_HELP = "Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads."
 
 
@@ -318,7 +317,7 @@ def export(
     model, facts = load_checkpoint(path, weights_only)
     if tokenizer is None:
         tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
-    export_model(model, output, SFTDataModule(tokenizer).tokenizer, facts, dtype)
+    export_model(model, output, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, facts, dtype)
     print(f"{_relative(path)} is now a model in {_relative(Path(output))}")
 
 

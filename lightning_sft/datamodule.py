@@ -11,13 +11,14 @@ import numpy as np
 from datasets import Dataset
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.chat import TrainOnTurns, read_chat_template, with_chat_template
 from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers, render_prompts
-from lightning_sft.messages import check_integers, check_type, is_missing_path, one_line
-from lightning_sft.model_card import shown_path
+from lightning_sft.messages import check_integers, check_type
+from lightning_sft.model_card import shown_data
+from lightning_sft.pretrained import load_tokenizer
 from lightning_sft.preview import Preview, SplitStatistics, marked_rows
 from lightning_sft.rows import Data, Row, RowFormat, open_sources
 from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader
@@ -163,7 +164,7 @@ class SFTDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself; loaded when first asked for."""
-        tokenizer = _load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
+        tokenizer = load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
         return tokenizer if self._chat_template is None else with_chat_template(tokenizer, self._chat_template)
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ class SFTDataModule(L.LightningDataModule):
                 sizes = {"rows": len(rows)}
                 for name, column in (("tokens", "num_tokens"), ("response tokens", "num_response_tokens")):
                     sizes[name] = int(read_numbers(rows, column).sum())
-                source = _shown(self._data[split])
+                source = shown_data(self._data[split])
                 self._facts |= {split: source, **{f"{split} {name}": size for name, size in sizes.items()}}
         options = self._batch_rule | self._encode_options
         return {
@@ -446,24 +447,3 @@ class SFTDataModule(L.LightningDataModule):
                 f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
                 f"Use {use}, or start anew from the weights."
             )
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        reason = "there is no such folder." if is_missing_path(name) else one_line(error)
-        if "trust_remote_code" in str(error):
-            reason = (
-                "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("
-                "..., trust_remote_code=True)` and pass the tokenizer itself."
-            )
-        raise ValueError(f"`tokenizer` is {name!r}, which cannot be loaded: {reason}") from error
-
-
-def _shown(data: Data | None) -> str | None:
-    """Files and data sets by name; what was made in Python has none."""
-    names = [data] if isinstance(data, str) else data
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        return None
-    return ", ".join(shown_path(str(name)) for name in names)

@@ -55,6 +55,14 @@ def shown_path(path: str) -> str:
     return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path
 
 
+def shown_data(data: object) -> str | None:
+    """Files and data sets by name; what was made in Python has none."""
+    names = [data] if isinstance(data, str) else data
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return None
+    return ", ".join(map(shown_path, names))
+
+
 def write_card(folder: Path, name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype) -> None:
     """Write the model card, `README.md`."""
     (folder / "README.md").write_text(_card(name, facts, num_parameters, dtype), encoding="utf-8")

@@ -1,10 +1,17 @@
-"""Models by name, by folder or from settings: with all of their weights, and no code of theirs."""
+"""Models and tokenizers by name, by folder or from settings: with all of their weights, and no code of theirs."""
 
 import re
 from typing import Any, cast
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lightning_sft.messages import and_more, is_missing_path, one_line, shorten
 
@@ -37,6 +44,24 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
             return AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:
         raise ValueError(f"`model` is {shorten(source, 200)}, which cannot be built: {_reason(error)}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by name or folder.
+
+    Raises:
+        ValueError: If there is no such tokenizer, or it brings code of its own.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        reason = "there is no such folder." if is_missing_path(name) else one_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("
+                "..., trust_remote_code=True)` and pass the tokenizer itself."
+            )
+        raise ValueError(f"`tokenizer` is {name!r}, which cannot be loaded: {reason}") from error
 
 
 def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -20,10 +20,10 @@ class Interrupted(L.Callback):
             raise RuntimeError("the node is gone")
 
 
-def predict(folder, strategy="auto", *, path=None, seed=0, rows=ROWS, callbacks=(), **options):
+def predict(folder, strategy="auto", *, path=None, seed=0, rows=ROWS, callbacks=(), fast_dev_run=False):
     torch.set_num_threads(1)
     monitor = GenerationMonitor(
-        longer_length, sampling=Sampling(max_new_tokens=5, temperature=1.0, num_samples=2), predict_path=path, **options
+        longer_length, sampling=Sampling(max_new_tokens=5, temperature=1.0, num_samples=2), predict_path=path
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -32,6 +32,7 @@ def predict(folder, strategy="auto", *, path=None, seed=0, rows=ROWS, callbacks=
         logger=False,
         callbacks=[monitor, *callbacks],
         enable_progress_bar=False,
+        fast_dev_run=fast_dev_run,
         default_root_dir=folder,
     )
     data = SFTDataModule(character_tokenizer(), predict_data=rows, batch_size=2)
@@ -99,6 +100,12 @@ def test_without_a_path_each_run_has_a_file_of_its_own(tmp_path, straight):
     files = list((tmp_path / "predictions").iterdir())
     assert len(files) == 2
     assert straight.read_bytes() in [file.read_bytes() for file in files]
+
+
+def test_a_fast_dev_run_predicts_and_writes_nothing(tmp_path):
+    (batch,) = predict(tmp_path, fast_dev_run=True)
+    assert [record.index for record in batch] == [0, 0, 1, 1]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

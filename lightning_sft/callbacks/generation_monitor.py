@@ -238,8 +238,8 @@ class GenerationMonitor(L.Callback):
         run = prediction_run(pl_module.model, rows, self.sampling, self._options["reward_fn"])  # type: ignore[arg-type]
         path = Path(self.predict_path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl")
         self._file = PredictionFile(path, run, self.sampling.num_samples)
-        found: Any = None
-        if trainer.is_global_zero:
+        found: Any = 0, GenerationRecords()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             try:
                 found = self._file.resume(keep=trainer.predict_loop.return_predictions)
             except (ValueError, OSError) as error:  # for the others, too, which wait for this
@@ -258,18 +258,18 @@ class GenerationMonitor(L.Callback):
             The records of all of these rows.
         """
         new = [row for row in rows if row["index"] >= self._num_done]
-        first, last = rows[0]["index"], rows[-1]["index"]
-        records = GenerationRecords(record for record in self._earlier if first <= record.index <= last)
+        start, stop = (index * self.sampling.num_samples for index in (rows[0]["index"], rows[-1]["index"] + 1))
+        records = GenerationRecords(self._earlier[start:stop])
         if new:
             generated = self._generate(trainer, pl_module, new)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._file.append(generated)
             records += generated
         return records
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the records are."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"Predictions: {self._file.path}")
 
 
