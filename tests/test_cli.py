@@ -52,6 +52,13 @@ def arguments(inputs, command="fit", **changes):
     return [command, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
+def test_generations_come_before_what_a_user_s_callback_does(inputs):
+    """An average of weights puts the model's own back when a validation has ended."""
+    cli = build(arguments(inputs, **{"trainer.fast_dev_run": True, "trainer.callbacks": "Timer"}))
+    kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert kinds.index("GenerationMonitor") < kinds.index("Timer")
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_accepted_beside_the_quickstart(config, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-sft"])
