@@ -50,7 +50,7 @@ class PredictionFile:
             return 0, records
         with open(self.path, "rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and self._is_beginning(line):
                     break
                 record = self._parse(line, num_lines)
                 if keep:
@@ -62,8 +62,12 @@ class PredictionFile:
         done = num_lines // self._num_samples
         return done, GenerationRecords(records[: done * self._num_samples])
 
+    def _is_beginning(self, line: bytes) -> bool:
+        """Whether a line that was broken off may be one of ours: nothing else is ever removed."""
+        head = json.dumps({"run": self._run})[:-1].encode()
+        return line[: len(head)] == head[: len(line)]
+
     def _parse(self, line: bytes, number: int) -> GenerationRecord:
-        fields: Any = None
         try:
             fields = json.loads(line)
             run = fields.pop("run")

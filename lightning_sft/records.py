@@ -140,27 +140,22 @@ def _by_prompt(records: Sequence[GenerationRecord]) -> dict[int, list[Generation
 
 
 def bootstrap_interval(
-    records: Sequence[GenerationRecord],
-    name: str = "answer_reward",
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = 10_000,
-    seed: int = 0,
+    records: Sequence[GenerationRecord], *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean: prompts are drawn with replacement, each with all of its responses.
+    """Percentile bootstrap interval of the mean `answer_reward`: prompts are drawn with replacement, each with all of
+    its responses.
 
     Args:
-        records: Of at least one prompt; those without a value are left out.
-        name: What is averaged: a field of the records, over a prompt's responses first and then over the prompts.
+        records: Those that are not scored are left out.
         confidence: How often such an interval holds the mean over all prompts there could be.
         num_resamples: Means that are drawn.
         seed: Of the draws.
 
     Returns:
-        Lower and upper bound; NaN and NaN if no record has a value.
+        Lower and upper bound; NaN and NaN if no record is scored.
     """
-    groups = _by_prompt([record for record in records if getattr(record, name) is not None])
-    means = [sum(getattr(record, name) for record in group) / len(group) for group in groups.values()]
+    groups = _by_prompt([record for record in records if record.answer_reward is not None])
+    means = [sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups.values()]
     if not means:
         return math.nan, math.nan
     # How often each distinct value is drawn is multinomial: as exact as drawing prompts, and no slower for many.

@@ -62,14 +62,16 @@ def test_predict_returns_and_writes_every_record_in_order(tmp_path, straight, ca
     assert f"Predictions: {tmp_path / 'again.jsonl'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("torn", [0, 1, 40], ids=["between lines", "between two samples", "in a line"])
+@pytest.mark.parametrize(
+    "torn", [0, 1, 4, 40], ids=["between lines", "between two samples", "at the start of a line", "in a line"]
+)
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, straight, torn, capsys):
     path = tmp_path / "new" / "predictions.jsonl"
     with pytest.raises(RuntimeError, match="the node is gone"):
         predict(tmp_path, path=path, callbacks=[Interrupted()])
     lines = straight.read_bytes().splitlines(keepends=True)
     assert path.read_bytes() == b"".join(lines[:8])  # two batches of two prompts, two samples each
-    path.write_bytes(path.read_bytes() + {0: b"", 1: lines[8], 40: lines[8] + lines[9][:40]}[torn])
+    path.write_bytes(path.read_bytes() + {0: b"", 1: lines[8]}.get(torn, lines[8] + lines[9][:torn]))
     batches = predict(tmp_path, path=path)
     assert path.read_bytes() == straight.read_bytes()
     assert [record.index for batch in batches for record in batch] == [i for i in range(7) for _ in range(2)]
@@ -92,6 +94,10 @@ def test_records_of_another_run_are_never_mixed_with_these_nor_lost(tmp_path, st
     with pytest.raises(ValueError, match="line 2 is 'mine"):
         predict(tmp_path, path=straight)
     assert straight.read_bytes() == lines[0] + b"mine\n"
+    straight.write_bytes(b'{"answers": [1, 2]}')  # one line, without an end: not one that was broken off
+    with pytest.raises(ValueError, match=r"line 1 is '\{"):
+        predict(tmp_path, path=straight)
+    assert straight.read_bytes() == b'{"answers": [1, 2]}'
 
 
 def test_without_a_path_each_run_has_a_file_of_its_own(tmp_path, straight):
