@@ -151,10 +151,10 @@ def _sum_by_label(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(rows).index_add_(0, place, rows[order]), owners
 
 
-def _kept_rows(weight: Tensor, rule: Rule) -> int:
+def kept_rows(weight: Tensor, rule: Rule, device_type: str) -> int:
     """Rows whose tiles the loss keeps at a time: on CPU some 128 MiB of them, on CUDA 2.5 GiB."""
-    kept = (5 * 2**29 if weight.device.type == "cuda" else 2**27) // (weight.shape[0] * rule.dtype.itemsize)
-    step = min(256, tile_shape(weight.device.type)[0])
+    kept = (5 * 2**29 if device_type == "cuda" else 2**27) // (weight.shape[0] * rule.dtype.itemsize)
+    step = min(256, tile_shape(device_type)[0])
     return -(-kept // step) * step
 
 
@@ -215,7 +215,7 @@ def _scores_and_gradients(
     rule: Rule,
 ) -> tuple[tuple[Tensor | None, ...], _Gradients]:
     """Scores and the loss's gradients from the same tiles, some rows at a time."""
-    size = _kept_rows(weight, rule)
+    size = kept_rows(weight, rule, weight.device.type)
     blocks = []
     gradients = _Gradients(needed, hidden, weight, bias, rule, num_blocks=-(-len(hidden) // size))
     for start in range(0, max(len(hidden), 1), size):

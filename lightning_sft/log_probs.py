@@ -190,9 +190,7 @@ def _head_of(model: nn.Module) -> _FoundHead | None:
 
 def _find_rule(model: PreTrainedModel, layer: nn.Linear) -> tuple[float, float | None] | None:
     """Scale and softcap, read off the configuration and tried out: made-up logits go into the model's last lines."""
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    scale, softcap = _read_rule(model)
     device = model.device
     seen: list[Tensor] = []
 
@@ -216,4 +214,15 @@ def _find_rule(model: PreTrainedModel, layer: nn.Linear) -> tuple[float, float |
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
     tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    return (float(scale), softcap) if torch.allclose(logits.double(), expected, rtol=tolerance) else None
+    return (scale, softcap) if torch.allclose(logits.double(), expected, rtol=tolerance) else None
+
+
+def _read_rule(model: PreTrainedModel) -> tuple[float, float | None]:
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def trust_head(model: PreTrainedModel) -> None:
+    """Believe what the configuration says of the head, where it cannot be tried out: a model without values."""
+    _HEAD_RULES[model] = _read_rule(model)
