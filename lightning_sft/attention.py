@@ -146,12 +146,9 @@ def enable_packing(model: PreTrainedModel) -> str | None:
         None, or why the model cannot.
     """
     attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
-    if attention == VARLEN or (attention or "").startswith("flash_attention"):
-        return None
-    if attention != "sdpa":
-        return f"{name} attends by `{attention}`"
-    if not model._supports_flash_attn or not model._can_set_attn_implementation():
-        return f"{name} does not attend by plain causal attention"
+    why_not = why_never_packed(model)
+    if why_not or attention != "sdpa":
+        return why_not
     if next(model.parameters()).is_meta:
         return f"{name} has no weights yet"
     model.set_attn_implementation(VARLEN)
@@ -163,6 +160,18 @@ def enable_packing(model: PreTrainedModel) -> str | None:
     if mixed:
         model.set_attn_implementation(attention)
         return f"{name} lets packed documents see each other"
+    return None
+
+
+def why_never_packed(model: PreTrainedModel) -> str | None:
+    """Why the model cannot take packed batches, as far as can be told without running it."""
+    attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
+    if attention == VARLEN or (attention or "").startswith("flash_attention"):
+        return None
+    if attention != "sdpa":
+        return f"{name} attends by `{attention}`"
+    if not model._supports_flash_attn or not model._can_set_attn_implementation():
+        return f"{name} does not attend by plain causal attention"
     return None
 
 

@@ -200,6 +200,30 @@ class BatchPlan:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
         self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
 
+    def totals(self) -> dict[str, int]:
+        """Of a whole epoch, by the names that `StepPlan` has: tokens, response tokens and attended pairs."""
+        lengths = self._lengths.astype(np.int64)
+        return {
+            "num_tokens": int(lengths.sum()),
+            "num_response_tokens": int(self._num_response_tokens.sum(dtype=np.int64)),
+            "num_attended": int((lengths * (lengths + 1)).sum()) // 2,
+        }
+
+    def largest_microbatch(self, num_steps: int, layout: Layout = "padded") -> tuple[list[int], list[int], int]:
+        """The one that occupies most tokens in the first steps: lengths of its sequences, longest first; their response
+        tokens; and how many microbatches its step has.
+        """
+        largest: tuple[list[int], list[int], int] = ([], [], 0)
+        cost = 0
+        for index in range(num_steps):
+            for microbatches in self.step(index, layout).ranks:
+                for examples in microbatches:
+                    lengths = self._lengths[examples].tolist()
+                    if lengths and (found := microbatch_cost(lengths, 0, len(lengths), layout)) > cost:
+                        cost = found
+                        largest = lengths, self._num_response_tokens[examples].tolist(), len(microbatches)
+        return largest
+
     def step(self, index: int, layout: Layout = "padded") -> StepPlan:
         """Plan one optimizer step.
 

@@ -1,4 +1,4 @@
-"""The command line: `lightning-sft fit|validate|test|predict|preview|export`."""
+"""The command line: `lightning-sft fit|validate|test|predict|preview|estimate|export`."""
 
 import logging
 import os
@@ -27,6 +27,7 @@ from lightning_sft.callbacks import (
 )
 from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.estimate import estimate_run
 from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
 from lightning_sft.messages import one_line
 from lightning_sft.module import SFTModule
@@ -77,6 +78,29 @@ class SFTTrainer(L.Trainer):
         """
         Console().print(datamodule.preview(num_rows))
 
+    @staticmethod
+    def estimate(
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        trainer_options: dict[str, Any],
+        peak_flops: float | None,
+        mfu: float = 0.4,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Print the memory and time that `fit` would need; no weights are read, no device is used, nothing is trained.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            trainer_options: Of the run's trainer.
+            peak_flops: Of a device.
+            mfu: Share of the devices' arithmetic (`--throughput.peak_flops`) that is assumed to be put to use.
+            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
+            weights_only: Likewise.
+        """
+        Console().print(estimate_run(model, datamodule, trainer_options, mfu, peak_flops))
+
 
 class SFTCLI(LightningCLI):
     """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
@@ -101,8 +125,9 @@ class SFTCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `preview`; each with the arguments that are not the user's."""
-        return {**LightningCLI.subcommands(), "preview": {"datamodule"}}
+        """Lightning's, and ours; each with the arguments that are not the user's."""
+        estimate = {"model", "datamodule", "trainer_options", "peak_flops"}
+        return {**LightningCLI.subcommands(), "preview": {"datamodule"}, "estimate": estimate}
 
     def before_instantiate_classes(self) -> None:
         """Pass on what model, data and trainer share."""
@@ -110,7 +135,7 @@ class SFTCLI(LightningCLI):
         for name, default, own in _OWN_SETTINGS:
             if (value := config.trainer[name]) not in (default, None):
                 raise ValueError(f"`trainer.{name}` is {value}, but this model steps by itself. Use `{own}`.")
-        if self.subcommand == "preview":
+        if self.subcommand in ("preview", "estimate"):
             config.ckpt_path = None
         if config.get("ckpt_path") == "last":
             self._find_last_checkpoint(config)
@@ -166,23 +191,30 @@ class SFTCLI(LightningCLI):
             check_checkpoint(path, resume=self.subcommand == "fit")
 
     def instantiate_classes(self) -> None:
-        """Build everything; for `preview` the data alone, as its machine may have neither the model nor the devices."""
-        if self.subcommand != "preview":
+        """Build everything; no trainer for `preview` and `estimate`, as their machine may not have the devices."""
+        if self.subcommand not in ("preview", "estimate"):
             super().instantiate_classes()
             return
-        parser = LightningArgumentParser()
-        parser.add_lightning_class_args(SFTDataModule, "data")
-        self.datamodule = parser.instantiate_classes(Namespace(data=self.config.preview.data)).data
+        kinds = {"data": SFTDataModule} | ({"model": SFTModule} if self.subcommand == "estimate" else {})
+        parser, config = LightningArgumentParser(), self.config[self.subcommand]
+        for name, kind in kinds.items():
+            parser.add_lightning_class_args(kind, name)
+        built = parser.instantiate_classes(Namespace({name: config[name] for name in kinds}))
+        self.datamodule, self.model = built.data, built.get("model")
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "preview":
             SFTTrainer.preview(self.datamodule, self.config.preview.num_rows)
+        elif subcommand == "estimate":
+            config = self.config.estimate
+            options = config.trainer.as_dict()
+            SFTTrainer.estimate(self.model, self.datamodule, options, config.throughput.peak_flops, config.mfu)
         else:
             super()._run_subcommand(subcommand)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a log folder that cannot be written before the data is read."""
-        if self.subcommand == "preview":
+        if self.subcommand in ("preview", "estimate"):
             return
         root, loggers = self.trainer.default_root_dir, self.trainer.loggers
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -274,7 +306,7 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
         seed_everything_default=0,
         auto_configure_optimizers=False,  # they are the module's
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"log_every_n_steps": 10, "num_sanity_val_steps": 0},
+        trainer_defaults={"log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False},
         parser_class=SFTArgumentParser,
         parser_kwargs={
             "allow_abbrev": False,
@@ -332,12 +364,12 @@ def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
 
 
 def main() -> None:
-    """Entry point. Without any argument `fit` runs the quickstart, and `preview` shows its data; with nothing but
-    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
+    """Entry point. Without any argument `fit` runs the quickstart, `preview` shows its data and `estimate` its needs;
+    with nothing but `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
 
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
-    if sys.argv[1:] in (["fit"], ["preview"]):
+    if sys.argv[1:] in (["fit"], ["preview"], ["estimate"]):
         sys.argv += ["--config", str(quickstart_config())]
     elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
         newest = newest_checkpoint(Path("runs"))

@@ -152,7 +152,7 @@ class SFTDataModule(L.LightningDataModule):
             "seed": seed,
         }
         BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
-        self._layout = layout
+        self.layout = layout
         self._num_workers = num_workers
         self._rows: dict[str, Dataset] = {}
         self._num_too_long: dict[str, tuple[int, int]] = {}
@@ -310,6 +310,31 @@ class SFTDataModule(L.LightningDataModule):
         rule = self._batch_rule | {"world_size": world_size} | options
         return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **rule)
 
+    def training_plan(self, world_size: int) -> BatchPlan:
+        """The optimizer steps of training on so many devices; the rows are read if they are not yet."""
+        self._load_rows(TrainerFn.FITTING)
+        return self._plan("train", world_size=world_size)
+
+    def microbatch_limit(self, world_size: int) -> tuple[list[int], list[int], int]:
+        """As `BatchPlan.largest_microbatch` gives it, but the most that the settings allow, whatever the data.
+
+        Raises:
+            ValueError: If they allow anything.
+        """
+        budget, longest = self._batch_rule["max_tokens_per_microbatch"], self._encode_options["max_length"]
+        if budget is None and longest is None:
+            raise ValueError(
+                "Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`, or `max_length`."
+            )
+        length = min(longest - 1 if longest else budget, budget or longest)
+        most = -(
+            -self._batch_rule["batch_size"] // (world_size * (self._batch_rule["gradient_accumulation_steps"] or 1))
+        )
+        num_sequences = most if budget is None else min(budget // length, most)
+        lengths = [length] * num_sequences
+        is_split = budget is not None or (self._batch_rule["gradient_accumulation_steps"] or 1) > 1
+        return lengths, lengths, 2 if is_split else 1
+
     def _plan_training(self) -> None:
         trainer = self.trainer
         if trainer is None or trainer.limit_train_batches == 0:
@@ -412,9 +437,9 @@ class SFTDataModule(L.LightningDataModule):
     def _supported_layout(self) -> Layout:
         module = getattr(self.trainer, "lightning_module", None)
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
-        if self._layout == "packed" and reason:
+        if self.layout == "packed" and reason:
             raise ValueError(f"`layout` is 'packed', but {reason}. Use 'padded'.")
-        return self._layout or ("padded" if reason else "packed")
+        return self.layout or ("padded" if reason else "packed")
 
     # -- resuming ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ types but no values, and every storage is counted from its first use until it is
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,6 +35,20 @@ AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 AttentionMaskInterface.register(_UNMASKED, lambda *_, **__: None)
 
 
+def binary(size: float) -> str:
+    """Bytes in words."""
+    power = min(max(int(size).bit_length() - 1, 0) // 10, 3)
+    return f"{size / 2 ** (10 * power):,.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def parameter_counts(parameters: Iterable[Tensor]) -> str:
+    """How many there are, and how many of them are trained; of sharded ones, over all devices."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    share = "all of them trained" if trained == total else f"{trained:,} ({trained / total:.2%}) of them trained"
+    return f"{total:,} parameters, {share}"
+
+
 @dataclass(frozen=True)
 class StateMemory:
     """Bytes that are held from step to step on one device.
@@ -51,6 +66,15 @@ class StateMemory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + (self.optimizer or 0)
+
+    def share(self, num_shards: int) -> "StateMemory":
+        """What one of so many devices holds."""
+        optimizer = None if self.optimizer is None else -(-self.optimizer // num_shards)
+        return StateMemory(-(-self.weights // num_shards), -(-self.gradients // num_shards), optimizer)
+
+    def __str__(self) -> str:
+        what = "weights and gradients" if self.optimizer is None else "weights, gradients and optimizer"
+        return f"{what}: {binary(self.total)} on each device"
 
 
 @dataclass(frozen=True)
@@ -73,24 +97,25 @@ class StepMemory:
 def state_memory(parameters: Iterable[Tensor], optimizer: OptimizerFactory) -> StateMemory:
     """What weights, gradients and optimizer state take; of sharded weights, this process's share.
 
-    The optimizer takes a step on parameters of the same shapes without values. `requires_grad` says what is trained.
+    The optimizer takes a step on one parameter of each shape, without values. `requires_grad` says what is trained.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weights, trained = 0, []
+    weights, trained = 0, Counter[tuple[torch.Size, torch.dtype]]()
     for parameter in parameters:
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        weights += local.numel() * local.element_size()
-        if parameter.requires_grad:
-            with mode:
-                trained.append(nn.Parameter(torch.empty(local.shape, dtype=local.dtype)))
-                trained[-1].grad = torch.empty(local.shape, dtype=local.dtype)
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+        weights += _size(local)
+        trained[local.shape, local.dtype] += parameter.requires_grad
+    trained = +trained
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tried = {nn.Parameter(torch.empty(shape, dtype=dtype)): count for (shape, dtype), count in trained.items()}
+        for parameter in tried:
+            parameter.grad = torch.empty_like(parameter)
+    gradients = sum(_size(parameter) * count for parameter, count in tried.items())
     try:
-        made = optimizer(trained)
-        made.step()
-    except Exception:  # whatever an optimizer of the user's raises that reads values
+        (made := optimizer(tried)).step()
+    except Exception:  # whatever an optimizer raises that reads values
         return StateMemory(weights, gradients, None)
-    return StateMemory(weights, gradients, sum(state.untyped_storage().nbytes() for state in _states(made)))
+    states = {parameter: sum(map(_size, _tensors(made.state.get(parameter, {})))) for parameter in tried}
+    return StateMemory(weights, gradients, sum(states[parameter] * count for parameter, count in tried.items()))
 
 
 def step_memory(
@@ -108,7 +133,7 @@ def step_memory(
     num_shards: int = 1,
     whole_gradients: bool = False,
 ) -> StepMemory:
-    """The most that an optimizer step holds at one time, from the second step on, as optimizers make state in the first.
+    """The most that an optimizer step holds at one time, once the optimizer has made its state.
 
     Not counted: what a kernel uses inside, what the allocator loses between blocks, the CUDA context; `compile` is not
     considered. Sharded models are computed: shares, two gathered blocks, the gradients of one in transit, and whole
@@ -135,15 +160,14 @@ def step_memory(
     with torch.device("meta"):
         model = copy.deepcopy(model)
     if stored is not None:
-        model.to(stored)
+        model.to(dtype=stored)
     state = state_memory(model.parameters(), optimizer)
     gathered = state.gradients if num_copies > 1 else 0  # the reducer's buckets
     if num_shards > 1:
         if autocast == torch.bfloat16:
-            model.to(autocast)
+            model.to(dtype=autocast)
         gathered = _gathered(model) + (state.gradients if whole_gradients else 0)
-        shares = (-(-size // num_shards) for size in (state.weights, state.gradients, state.optimizer or 0))
-        state = StateMemory(*shares) if state.optimizer is not None else StateMemory(next(shares), next(shares), None)
+        state = state.share(num_shards)
     inputs = _inputs(lengths, num_response_tokens, layout)
     _prepare(model, gradient_checkpointing, plain_attention=on_cuda or layout == "padded")
     made = None
@@ -176,7 +200,7 @@ def _run_step(
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        counted.hold(_states(optimizer))
+        counted.hold(tensor for state in optimizer.state.values() for tensor in _tensors(state))
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda parameter: counted.hold([cast(Tensor, parameter.grad)]))
     activations = 0
@@ -279,8 +303,12 @@ def _as_on_cuda(counted: _LiveBytes, on_cuda: bool) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _states(optimizer: Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def _types(precision: str) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -302,13 +330,13 @@ def _gathered(model: PreTrainedModel) -> int:
     """What FSDP2 holds beside the shares: whole embeddings and head with gradients, two blocks, a block's gradients."""
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
-    sizes = [sum(weight.numel() * weight.element_size() for weight in block.parameters()) for block in blocks]
+    sizes = [sum(map(_size, block.parameters())) for block in blocks]
     within = {weight for block in blocks for weight in block.parameters()}
     outside = [weight for weight in model.parameters() if weight not in within]
-    root = sum(weight.numel() * weight.element_size() * (1 + weight.requires_grad) for weight in outside)
+    root = sum(_size(weight) * (1 + weight.requires_grad) for weight in outside)
     # A block's gradients are there as they come and as they are summed, in float32.
     reduced = max(
-        sum(weight.numel() * (weight.element_size() + 4) for weight in block.parameters() if weight.requires_grad)
+        sum(_size(weight) + 4 * weight.numel() for weight in block.parameters() if weight.requires_grad)
         for block in blocks
     )
     return root + 2 * max(sizes) + reduced

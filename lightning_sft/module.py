@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -22,11 +22,12 @@ from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
 from lightning_sft.losses import LossNormalization, loss_constant
+from lightning_sft.memory import StepMemory, parameter_counts, state_memory, step_memory
 from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
 from lightning_sft.metrics import ResponseMetrics
 from lightning_sft.model_card import run_facts
 from lightning_sft.outcome import StepOutcome
-from lightning_sft.pretrained import build_model
+from lightning_sft.pretrained import build_empty_model, build_model
 from lightning_sft.sharding import gradient_sync, is_sharded, load_sharded, shard
 
 Batch = dict[str, Any]
@@ -122,7 +123,7 @@ class SFTModule(L.LightningModule):
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
         self._schedule = (lr_scheduler, warmup_steps, lr_scheduler_kwargs)
-        self._gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self._compile = compile
         self._nonfinite = nonfinite
         self._sync_every_microbatch = sync_every_microbatch
@@ -154,7 +155,7 @@ class SFTModule(L.LightningModule):
         elif not loaded:
             self.model = self._build()
         self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
-        if self._gradient_checkpointing:
+        if self.gradient_checkpointing:
             new_name = getattr(self.model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
             (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._check_vocabulary()
@@ -166,6 +167,18 @@ class SFTModule(L.LightningModule):
         if self._compile:
             self.model.base_model.compile(dynamic=True)
             self._compile = False  # it is, from now on
+
+    def empty_model(self) -> PreTrainedModel:
+        """The model that is to be trained, on `meta`: shapes and types, no values; nothing of its weights is read."""
+        return build_empty_model(self._source, self._model_kwargs)
+
+    def step_memory(self, *sequences: Sequence[int], **options: Any) -> StepMemory:
+        """What an optimizer step takes, by this module's settings unless `options` has others; see `memory.py`."""
+        own = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "whole_gradients": self._sync_every_microbatch is False,
+        }
+        return step_memory(self.empty_model(), self._optimizer, *sequences, **(own | options))
 
     def _build(self) -> PreTrainedModel:
         return build_model(self._source, self._model_kwargs, self._seed)
@@ -396,11 +409,14 @@ class SFTModule(L.LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Refuse the state of another optimizer.
+        """Say how much there is to train; refuse the state of another optimizer.
 
         Raises:
             ValueError: If its parameter groups have other settings.
         """
+        if self.trainer.is_global_zero:
+            memory = state_memory(self.parameters(), self._optimizer)
+            rank_zero_info(f"{parameter_counts(self.parameters())}; {memory}.")
         saved, self._saved_groups = self._saved_groups, []
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
         for there, here in zip(saved, optimizer.param_groups, strict=False):

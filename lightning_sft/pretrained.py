@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,19 +32,53 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
     if isinstance(source, str):
         return _load(source, options)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(_config(source), **options)
+    except Exception as error:
+        raise _cannot_be_built(source, error) from error
+
+
+def build_empty_model(source: str | dict[str, Any], model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model that `build_model` makes, on `meta`: of a pretrained one its configuration alone is read.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
+    try:
+        if isinstance(source, str):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
+        else:
+            config = _config(source)
+        if options["dtype"] == "auto":
+            options["dtype"] = config.dtype or torch.float32
+        if str(options.get("attn_implementation")).startswith("flash_attention"):
+            del options["attn_implementation"]  # whose package need not be here
+        known = {
+            name: options[name] for name in ("dtype", "trust_remote_code", "attn_implementation") if name in options
+        }
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **known)
+    except Exception as error:
+        raise _cannot_be_built(source, error) from error
+
+
+def _config(source: dict[str, Any]) -> PreTrainedConfig:
     settings = dict(source)
     if settings.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
             f"`model` is to be built from {settings}, whose `model_type` is no architecture that this version of "
             "`transformers` knows. Give one, such as qwen2 or llama."
         )
-    try:
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, **options)
-    except Exception as error:
-        raise ValueError(f"`model` is {shorten(source, 200)}, which cannot be built: {_reason(error)}") from error
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _cannot_be_built(source: str | dict[str, Any], error: Exception) -> ValueError:
+    if str(error).startswith("`model` "):
+        return cast(ValueError, error)
+    return ValueError(f"`model` is {shorten(source, 200)}, which cannot be built: {_reason(error)}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ def small_tiles(monkeypatch):
     """Several tiles in both directions and several blocks, each with a smaller one at the end."""
     for module in (tiles_module, head_module):
         monkeypatch.setattr(module, "tile_shape", lambda device: (5, 16))
-    monkeypatch.setattr(head_module, "_kept_rows", lambda weight, rule: 10)
+    monkeypatch.setattr(head_module, "kept_rows", lambda weight, rule, device_type: 10)
 
 
 def make(dtype=torch.float64, bias=False, rows=ROWS):
@@ -195,7 +195,7 @@ def weight_gradient(hidden, weight, labels, dtype):
 @pytest.mark.parametrize("rows_a_block", [8, 64, 2048])
 def test_half_precision_weight_gradients_do_not_get_worse_with_the_number_of_blocks(monkeypatch, rows_a_block):
     """256 blocks of 8 rows, added in bfloat16 one by one, would be off by 1 % and more."""
-    monkeypatch.setattr(head_module, "_kept_rows", lambda weight, rule: rows_a_block)
+    monkeypatch.setattr(head_module, "kept_rows", lambda weight, rule, device_type: rows_a_block)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2048, 32, generator=generator).bfloat16()
     weight = torch.randn(60, 32, generator=generator).bfloat16()

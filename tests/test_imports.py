@@ -14,9 +14,10 @@ FLOORS = (
     | {"sampling"},
     {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
     {"log_probs", "rows", "step_loader", "export"},
-    {"generation", "dataset"},
+    {"generation", "dataset", "memory"},
     {"datamodule", "module"},
     {"callbacks"},
+    {"estimate"},
     {"cli", "demo"},
 )
 BELOW = {room: set().union(*FLOORS[:floor]) for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,124 @@
+"""Estimated against measured: the peak memory of real training, each in a process of its own.
+
+    python tests/benchmarks/estimate.py
+
+Measured is the process's most resident memory above what it had before the model was built, on CPU.
+"""
+
+import argparse
+import multiprocessing
+import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from measure import GIB, PeakMemory, machine, table
+from train import CASES, QWEN
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small-fp32": CASES["small-fp32"]["model"],
+    "0.14b": QWEN
+    | {
+        "hidden_size": 512,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+}
+CONTESTS: dict[str, dict[str, Any]] = {
+    "small": {"model": "small-fp32"},
+    "small, checkpointing": {"model": "small-fp32", "gradient_checkpointing": True},
+    "small, padded": {"model": "small-fp32", "layout": "padded"},
+    "small, two microbatches": {"model": "small-fp32", "max_tokens_per_microbatch": 3072},
+    "small, bf16-mixed": {"model": "small-fp32", "precision": "bf16-mixed"},
+    "0.14b": {"model": "0.14b", "batch_size": 8, "max_tokens_per_microbatch": 1536},
+    "0.14b, checkpointing": {
+        "model": "0.14b",
+        "batch_size": 8,
+        "max_tokens_per_microbatch": 1536,
+        "gradient_checkpointing": True,
+    },
+    "0.14b, SGD": {"model": "0.14b", "batch_size": 8, "max_tokens_per_microbatch": 1536, "optimizer": "sgd"},
+}
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1e-4)
+
+
+def parts(
+    model: str,
+    precision: str = "32-true",
+    gradient_checkpointing: bool = False,
+    optimizer: str = "adamw",
+    batch_size: int = 16,
+    **data_options: Any,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Module, data and the trainer's settings; rows of 67 to 547 tokens, about a third of them of responses."""
+    from lightning_sft import SFTDataModule, SFTModule
+    from lightning_sft.demo import word_problems, word_tokenizer
+
+    problems = word_problems(2 * batch_size)
+    rows = [
+        {"prompt": row["prompt"] * (3 + 5 * i % 17), "output": row["prompt"] * (1 + i % 6)}
+        for i, row in enumerate(problems)
+    ]
+    data = SFTDataModule(word_tokenizer(), rows, batch_size=batch_size, **data_options)
+    module = SFTModule(
+        {"model_type": "qwen2", "tie_word_embeddings": True} | MODELS[model],
+        optimizer={"adamw": adamw, "sgd": sgd}[optimizer],
+        lr_scheduler="constant",
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    settings = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "precision": precision}
+    return module, data, settings
+
+
+def measured(sender: Any, settings: dict[str, Any]) -> None:
+    import lightning as L
+
+    module, data, options = parts(**settings)
+    options |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
+    trainer = L.Trainer(**options, enable_model_summary=False, num_sanity_val_steps=0)
+    data.prepare_data()
+    peak = PeakMemory("cpu")
+    trainer.fit(module, data)
+    sender.send(peak.read())
+
+
+def compare(name: str) -> list[str]:
+    from lightning_sft.estimate import estimate_run
+
+    module, data, options = parts(**CONTESTS[name])
+    estimate = estimate_run(module, data, options)
+    expected = estimate.memory[module.gradient_checkpointing].peak
+    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=measured, args=(sender, CONTESTS[name]))
+    process.start()
+    sender.close()
+    found = receiver.recv()
+    process.join()
+    microbatch = estimate.run["largest microbatch"]
+    return [name, microbatch, f"{expected / GIB:.2f}", f"{found / GIB:.2f}", f"{expected / found:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contests", nargs="+", choices=CONTESTS, default=list(CONTESTS))
+    options = parser.parse_args()
+    print(machine("cpu"))
+    lines = []
+    for name in options.contests:
+        lines.append(compare(name))
+        print("; ".join(lines[-1]), flush=True)
+    print(f"\n{table(['', 'microbatch', 'estimated GiB', 'measured GiB', 'ratio'], lines)}")
+
+
+if __name__ == "__main__":
+    main()
