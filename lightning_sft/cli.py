@@ -289,6 +289,7 @@ def export(
     output: str,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     dtype: ExportDtype | None = None,
+    merge_lora: bool = True,
     weights_only: bool = True,
 ) -> None:
     """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -301,6 +302,7 @@ def export(
         output: The folder: missing, empty, or an earlier export, which is replaced.
         tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
         dtype: To convert weights to. Default: as they are.
+        merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
         weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
 
     Raises:
@@ -317,7 +319,8 @@ def export(
     model, facts = load_checkpoint(path, weights_only)
     if tokenizer is None:
         tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
-    export_model(model, output, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, facts, dtype)
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    export_model(model, output, tokenizer, facts, dtype, merge_lora)
     print(f"{_relative(path)} is now a model in {_relative(Path(output))}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
@@ -21,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
+from lightning_sft.lora import add_lora, has_lora, is_quantized, lora_config
 from lightning_sft.losses import LossNormalization, loss_constant
 from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
 from lightning_sft.metrics import ResponseMetrics
@@ -58,6 +60,9 @@ class SFTModule(L.LightningModule):
             as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
         sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
             only where the model is sharded, since whole gradients need memory there.
+        lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`.
+            Unless they say otherwise, every linear layer but the head is adapted. Under `bf16-mixed` adapters are
+            float32, and frozen weights stay in the dtype that they are stored in.
         model_kwargs: Passed to `from_pretrained` or `from_config`, such as `attn_implementation`.
         seed: Of weights trained from scratch, and of dropout, which is drawn anew from (seed, step, device) in each
             step. On the command line it is the seed of the data.
@@ -84,6 +89,7 @@ class SFTModule(L.LightningModule):
         compile: bool = False,
         nonfinite: NonFinite = "error",
         sync_every_microbatch: bool | None = None,
+        lora: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -93,8 +99,14 @@ class SFTModule(L.LightningModule):
         check_type("warmup_steps", warmup_steps, Real, "a number of steps or a share below 1")
         check_type("max_grad_norm", 1 if max_grad_norm is None else max_grad_norm, Real, "a positive number or none")
         check_integers(seed=seed)
-        for name, mapping in {"model_kwargs": model_kwargs, "lr_scheduler_kwargs": lr_scheduler_kwargs}.items():
-            check_type(name, mapping or {}, dict, "a mapping of arguments")
+        for name, mapping in {
+            "model_kwargs": model_kwargs,
+            "lr_scheduler_kwargs": lr_scheduler_kwargs,
+            "lora": lora,
+        }.items():
+            check_type(name, {} if mapping is None else mapping, dict, "a mapping of arguments")
+        if lora is not None:
+            lora_config(lora)  # refuses what is wrong now rather than after loading
         if not callable(optimizer):
             raise TypeError(f"`optimizer` is {shorten(optimizer)}, expected a function of the parameters.")
         if loss_normalization not in get_args(LossNormalization):
@@ -110,7 +122,15 @@ class SFTModule(L.LightningModule):
             raise ValueError(f"`warmup_steps` is {warmup_steps}, expected a number of steps or a share below 1.")
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         self.save_hyperparameters(
-            "loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed"
+            *(
+                "loss_normalization",
+                "normalize_constant",
+                "max_grad_norm",
+                "lr_scheduler",
+                "warmup_steps",
+                "seed",
+                "lora",
+            )
         )
         self.automatic_optimization = False
         if not isinstance(model, PreTrainedModel):  # which as a submodule would be saved twice
@@ -129,6 +149,10 @@ class SFTModule(L.LightningModule):
         self._num_skipped = 0
         self._unchecked: StepOutcome | None = None
         self._model_kwargs = model_kwargs or {}
+        self._lora = lora
+        if lora is not None:  # checkpoints hold what is trained
+            self.register_state_dict_post_hook(_drop_frozen)
+            self.register_load_state_dict_post_hook(_miss_no_frozen)
         self._seed = seed
         self._saved_groups: list[set[str]] = []  # settings of the optimizer of the checkpoint that a run goes on from
         self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
@@ -148,11 +172,14 @@ class SFTModule(L.LightningModule):
         if isinstance(strategy, ModelParallelStrategy):
             dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
             if not loaded:
-                self.model = load_sharded(self._build, strategy.root_device, dtype)
+                self.model = load_sharded(self._build, strategy.root_device, dtype, self._adapt)
             elif not is_sharded(self.model):
-                shard(self.model, strategy.root_device.type, dtype)
-        elif not loaded:
-            self.model = self._build()
+                shard(self._adapt(self.model), strategy.root_device.type, dtype)
+        else:
+            self.model = self._adapt(self.model) if loaded else self._build()
+        if is_quantized(self.model) and (self._lora is None or is_sharded(self.model)):
+            why = "only train `lora` adapters" if self._lora is None else "not be sharded; use the strategy `ddp`"
+            raise ValueError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
         self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
         if self._gradient_checkpointing:
             new_name = getattr(self.model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
@@ -168,7 +195,28 @@ class SFTModule(L.LightningModule):
             self._compile = False  # it is, from now on
 
     def _build(self) -> PreTrainedModel:
-        return build_model(self._source, self._model_kwargs, self._seed)
+        options = dict(self._model_kwargs)
+        if (
+            self._lora is not None
+            and isinstance(self._source, str)
+            and "16" in str(getattr(self._trainer, "precision", ""))
+        ):
+            options.setdefault("dtype", "auto")  # frozen weights in float32 would be no more exact
+        model = build_model(self._source, options, self._seed)
+        plugin = getattr(self._trainer, "precision_plugin", None)
+        if self._lora is not None and isinstance(
+            plugin, BitsandbytesPrecision
+        ):  # now, as it would convert adapters too
+            head = {name for name, layer in model.named_modules() if layer is model.get_output_embeddings()}
+            plugin.ignore_modules = {*plugin.ignore_modules, *head}
+            plugin.convert_module(model).to(self.trainer.strategy.root_device)  # quantises
+        return self._adapt(model)
+
+    def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with adapters, if it is to have some and has none yet."""
+        if self._lora is not None and not has_lora(model):
+            add_lora(model, self._lora, self._seed)
+        return model
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
@@ -421,6 +469,10 @@ class SFTModule(L.LightningModule):
         checkpoint["num_skipped_steps"] = self._num_skipped
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
+        if self._lora is not None:  # which model the adapters are for
+            hyper_parameters["model"] = getattr(self, "_source", None) or self.model.name_or_path or None
+            kwargs = self._model_kwargs | {"dtype": str(self.model.dtype).removeprefix("torch.")}
+            hyper_parameters["model_kwargs"] = kwargs
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
         checkpoint["model_card"] = run_facts(self.trainer)
 
@@ -448,6 +500,20 @@ def _check_callbacks(trainer: Any) -> None:
                 f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "
                 "without an average."
             )
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    trained = {
+        prefix + name for name, weight in module.named_parameters(remove_duplicate=False) if weight.requires_grad
+    }
+    for key in [key for key in state_dict if key.startswith(f"{prefix}model.") and key not in trained]:
+        del state_dict[key]
+
+
+def _miss_no_frozen(module: nn.Module, incompatible_keys: Any) -> None:
+    trained = {name for name, weight in module.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key.removeprefix("module.") in trained]
 
 
 def _mixed_seed(*numbers: int) -> int:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
     {"messages", "time_limit", "page", "answers", "model_card"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
-    | {"sampling"},
+    | {"sampling", "lora"},
     {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
     {"log_probs", "rows", "step_loader", "export"},
     {"generation", "dataset"},
