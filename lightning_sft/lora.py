@@ -64,6 +64,9 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     """
     from peft import inject_adapter_in_model  # `add_adapter` of transformers asks for a version newer than any there is
 
+    quantized: Any = model  # `peft` asks for these; whoever quantised the model need not have set them
+    quantized.is_loaded_in_4bit = any(type(weight).__name__ == "Params4bit" for weight in model.parameters())
+    quantized.is_loaded_in_8bit = any(type(weight).__name__ == "Int8Params" for weight in model.parameters())
     tied = _is_tied(model)
     if tied and settings.get("modules_to_save"):
         settings = {"ensure_weight_tying": True} | dict(settings)
@@ -119,8 +122,8 @@ def is_quantized(model: nn.Module) -> bool:
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of a model without adapters that computes the same, by the names of that model.
 
-    An adapted weight `W` becomes `W + B A`, added in float32 and rounded once to the dtype of `W`; a quantised one is
-    expanded to the dtype that it computed in. Nothing about `model` changes.
+    An adapted weight `W` becomes `W + B A`, added in float32 and rounded once to the dtype of `W`; quantised ones are
+    expanded to the dtype that they computed in. Nothing about `model` changes.
 
     Args:
         model: The model, not sharded. Layers are copied one after another.
@@ -170,12 +173,10 @@ def save_adapter(model: Any, weights: Mapping[str, Tensor], folder: Path) -> Non
 @torch.no_grad()
 def _plain_layer(module: nn.Module) -> nn.Module | None:
     """What stands for this layer in a model without adapters; None if it is plain itself."""
-    if _is_quantized_layer(module):
-        return _expanded(module)
     if (trained := trained_layer(module)) is not module:
-        return trained
+        return copy.deepcopy(trained).to(next(module.get_submodule("original_module").parameters()).dtype)
     if not hasattr(module, "base_layer"):
-        return None
+        return _expanded(module) if _is_quantized_layer(module) else None
     adapted: Any = module
     base = adapted.base_layer
     if _is_quantized_layer(base):
@@ -198,9 +199,9 @@ def _is_quantized_layer(module: nn.Module) -> bool:
 
 
 def _expanded(module: Any) -> nn.Linear:
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.integrations import dequantize_bnb_weight
 
-    weight = dequantize_module_weight(module).detach().cpu()
+    weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).detach().cpu()
     bias = None if module.bias is None else module.bias.detach().to("cpu", weight.dtype)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)

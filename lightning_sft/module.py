@@ -151,6 +151,7 @@ class SFTModule(L.LightningModule):
         self._model_kwargs = model_kwargs or {}
         self._lora = lora
         if lora is not None:  # checkpoints hold what is trained
+            self.strict_loading = False
             self.register_state_dict_post_hook(_drop_frozen)
             self.register_load_state_dict_post_hook(_miss_no_frozen)
         self._seed = seed
@@ -167,6 +168,7 @@ class SFTModule(L.LightningModule):
         """
         strategy = getattr(self._trainer, "strategy", None)
         _check_strategy(strategy)
+        _check_precision(getattr(self._trainer, "precision_plugin", None))
         _check_callbacks(self._trainer)
         loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
         if isinstance(strategy, ModelParallelStrategy):
@@ -202,15 +204,7 @@ class SFTModule(L.LightningModule):
             and "16" in str(getattr(self._trainer, "precision", ""))
         ):
             options.setdefault("dtype", "auto")  # frozen weights in float32 would be no more exact
-        model = build_model(self._source, options, self._seed)
-        plugin = getattr(self._trainer, "precision_plugin", None)
-        if self._lora is not None and isinstance(
-            plugin, BitsandbytesPrecision
-        ):  # now, as it would convert adapters too
-            head = {name for name, layer in model.named_modules() if layer is model.get_output_embeddings()}
-            plugin.ignore_modules = {*plugin.ignore_modules, *head}
-            plugin.convert_module(model).to(self.trainer.strategy.root_device)  # quantises
-        return self._adapt(model)
+        return self._adapt(build_model(self._source, options, self._seed))
 
     def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with adapters, if it is to have some and has none yet."""
@@ -434,7 +428,7 @@ class SFTModule(L.LightningModule):
             for name in own
             if name in saved and saved[name].shape != own[name].shape
         ]
-        if self.strict_loading:
+        if self.strict_loading or self._lora is not None:
             misfits += [f"`{name}` is missing there" for name in own if name not in saved]
             misfits += [f"`{name}` is there alone" for name in saved if name not in own]
         if misfits:
@@ -484,6 +478,15 @@ def _check_strategy(strategy: object) -> None:
         raise ValueError(
             f"`trainer.strategy` is {name}, which cannot train with manual optimisation. To shard the model add "
             "`--config configs/fsdp.yaml` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
+        )
+
+
+def _check_precision(plugin: object) -> None:
+    """Refuse what would quantise head and adapters too."""
+    if isinstance(plugin, BitsandbytesPrecision):
+        raise ValueError(
+            "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
+            "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
         )
 
 

@@ -7,7 +7,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sft.export import ExportDtype, check_export_folder, export_model
-from lightning_sft.lora import has_lora
 from lightning_sft.model_card import run_facts
 from lightning_sft.module import SFTModule
 
@@ -49,7 +48,7 @@ class HuggingFaceExport(Checkpoint):
         folder = self.exported_to(trainer)
         if stage == "fit" and folder is not None:
             check_export_folder(folder)
-            if not self.merge_lora and not has_lora(cast(SFTModule, pl_module).model):
+            if not self.merge_lora and not pl_module.hparams.get("lora"):
                 raise ValueError("`merge_lora` is false, but the model has no adapters. Set `model.lora`, or leave it.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
