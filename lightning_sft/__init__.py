@@ -1,5 +1,6 @@
 """Supervised fine-tuning of causal language models with PyTorch Lightning."""
 
+from lightning_sft.batch_sizes import find_batch_size
 from lightning_sft.callbacks import (
     GenerationMonitor,
     HuggingFaceExport,
@@ -10,6 +11,7 @@ from lightning_sft.callbacks import (
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.export import export_model
 from lightning_sft.generation import log_generations
+from lightning_sft.learning_rates import find_lr
 from lightning_sft.log_probs import compute_entropy, get_response_log_probs
 from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
 from lightning_sft.module import SFTModule
@@ -32,6 +34,8 @@ __all__ = [
     "compute_entropy",
     "exact_match_reward",
     "export_model",
+    "find_batch_size",
+    "find_lr",
     "get_response_log_probs",
     "log_generations",
     "masked_normalize",

@@ -1,4 +1,4 @@
-"""The command line: `lightning-sft fit|validate|test|predict|preview|export`."""
+"""The command line: `lightning-sft fit|validate|test|predict|preview|find_lr|find_batch_size|export`."""
 
 import logging
 import os
@@ -6,18 +6,19 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.batch_sizes import BatchSizes, find_batch_size
 from lightning_sft.callbacks import (
     GenerationMonitor,
     HuggingFaceExport,
@@ -28,6 +29,7 @@ from lightning_sft.callbacks import (
 from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
+from lightning_sft.learning_rates import LearningRates, find_lr
 from lightning_sft.messages import one_line
 from lightning_sft.module import SFTModule
 from lightning_sft.pretrained import load_tokenizer
@@ -38,6 +40,7 @@ _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
     ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
 )
+_FINDING = ("find_lr", "find_batch_size")  # by trial runs, which have trainers of their own
 _EXPORT_HELP = "Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads."
 
 
@@ -60,7 +63,7 @@ class SFTArgumentParser(LightningArgumentParser):
 class SFTTrainer(L.Trainer):
     """Lightning's trainer: devices, precision, length of the run, logging.
 
-    Subcommands of a LightningCLI are methods of its trainer, so `preview` is one.
+    Subcommands of a LightningCLI are methods of its trainer, so `preview` and what finds settings are, too.
     """
 
     @staticmethod
@@ -76,6 +79,54 @@ class SFTTrainer(L.Trainer):
             weights_only: Likewise.
         """
         Console().print(datamodule.preview(num_rows))
+
+    @staticmethod
+    def find_lr(
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        trainer_options: dict[str, Any],
+        min_lr: float = 1e-7,
+        max_lr: float = 1e-1,
+        num_steps: int = 100,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> LearningRates:
+        """Print the loss while the learning rate rises, and a rate to begin with; nothing is saved.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            trainer_options: Of the run's trainer.
+            min_lr: Rate of the first optimizer step.
+            max_lr: Rate of the last one, unless the loss is twice its lowest before.
+            num_steps: Optimizer steps.
+            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
+            weights_only: Likewise.
+        """
+        return find_lr(model, datamodule, min_lr, max_lr, num_steps, **trainer_options)
+
+    @staticmethod
+    def find_batch_size(
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        trainer_options: dict[str, Any],
+        memory_gib: float | None = None,
+        margin: float = 0.1,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> BatchSizes:
+        """Print the most tokens in a microbatch that there is memory for, found by trying; nothing is saved.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            trainer_options: Of the run's trainer.
+            memory_gib: Memory that the process may take, in GiB. Default: all that is free.
+            margin: Share of the tokens to leave out, for what tries do not show.
+            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
+            weights_only: Likewise.
+        """
+        return find_batch_size(model, datamodule, memory_gib, margin, **trainer_options)
 
 
 class SFTCLI(LightningCLI):
@@ -101,8 +152,9 @@ class SFTCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `preview`; each with the arguments that are not the user's."""
-        return {**LightningCLI.subcommands(), "preview": {"datamodule"}}
+        """Lightning's, and ours; each with the arguments that are not the user's."""
+        finding = {name: {"model", "datamodule", "trainer_options"} for name in _FINDING}
+        return {**LightningCLI.subcommands(), "preview": {"datamodule"}, **finding}
 
     def before_instantiate_classes(self) -> None:
         """Pass on what model, data and trainer share."""
@@ -110,7 +162,7 @@ class SFTCLI(LightningCLI):
         for name, default, own in _OWN_SETTINGS:
             if (value := config.trainer[name]) not in (default, None):
                 raise ValueError(f"`trainer.{name}` is {value}, but this model steps by itself. Use `{own}`.")
-        if self.subcommand == "preview":
+        if self.subcommand in ("preview", *_FINDING):
             config.ckpt_path = None
         if config.get("ckpt_path") == "last":
             self._find_last_checkpoint(config)
@@ -177,12 +229,18 @@ class SFTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "preview":
             SFTTrainer.preview(self.datamodule, self.config.preview.num_rows)
+        elif subcommand in _FINDING:
+            options = self._get(self.config_init, "trainer")
+            found = getattr(SFTTrainer, subcommand)(
+                trainer_options=options, **self._prepare_subcommand_kwargs(subcommand)
+            )
+            rank_zero_only(print)(found)
         else:
             super()._run_subcommand(subcommand)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a log folder that cannot be written before the data is read."""
-        if self.subcommand == "preview":
+        if self.subcommand in ("preview", *_FINDING):
             return
         root, loggers = self.trainer.default_root_dir, self.trainer.loggers
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -194,6 +252,8 @@ class SFTCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, without the callbacks that its switches turn off (Lightning would refuse them)."""
+        if self.subcommand in _FINDING:
+            return cast(L.Trainer, None)
         if self.subcommand != "fit":  # the checkpoint comes from another run's folder, and no best one is looked for
             warnings.filterwarnings("ignore", "The dirpath has changed")
         config = {**self._get(self.config_init, "trainer"), **kwargs}
@@ -335,12 +395,13 @@ def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
 
 
 def main() -> None:
-    """Entry point. Without any argument `fit` runs the quickstart, and `preview` shows its data; with nothing but
-    `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
+    """Entry point. Without any argument `fit` runs the quickstart, `preview` shows its data, `find_lr` and
+    `find_batch_size` find settings for it; with nothing but `--ckpt_path last`, `fit` continues the run below `runs`
+    that saved a checkpoint most recently.
 
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
-    if sys.argv[1:] in (["fit"], ["preview"]):
+    if sys.argv[1:] in (["fit"], ["preview"], *([name] for name in _FINDING)):
         sys.argv += ["--config", str(quickstart_config())]
     elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
         newest = newest_checkpoint(Path("runs"))

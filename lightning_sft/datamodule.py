@@ -406,11 +406,16 @@ class SFTDataModule(L.LightningDataModule):
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         pad_id = pad_token_id(self.tokenizer)
-        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, self._supported_layout())
+        layout = self.layout_for(getattr(self.trainer, "lightning_module", None))
+        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, layout)
         return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer)
 
-    def _supported_layout(self) -> Layout:
-        module = getattr(self.trainer, "lightning_module", None)
+    def layout_for(self, module: object) -> Layout:
+        """How the microbatches of a module are laid out.
+
+        Raises:
+            ValueError: If they are to be packed, and the module cannot take that.
+        """
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
         if self._layout == "packed" and reason:
             raise ValueError(f"`layout` is 'packed', but {reason}. Use 'padded'.")

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -491,8 +491,14 @@ def _check_precision(plugin: object) -> None:
 
 
 def _check_callbacks(trainer: Any) -> None:
-    """Refuse averages of weights that would never be made, or not of the whole weights."""
+    """Refuse averages of weights that would never be made, or not of the whole weights; and what finds nothing here."""
     for callback in trainer.callbacks if trainer is not None and trainer.state.fn == "fit" else ():
+        for finder, way_out in ((LearningRateFinder, "find_lr"), (BatchSizeFinder, "find_batch_size")):
+            if isinstance(callback, finder):
+                raise ValueError(
+                    f"Lightning's `{finder.__name__}` finds nothing in a module that steps by itself. Use "
+                    f"`lightning_sft.{way_out}(module, datamodule)` or `lightning-sft {way_out}`, and another trainer."
+                )
         if isinstance(callback, StochasticWeightAveraging):
             raise ValueError(
                 "`StochasticWeightAveraging` counts epochs, but to the trainer a run is a single one. Use Lightning's "

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
         assert not cli.trainer.predict_loop.predictions
         (written,) = Path("predictions").iterdir()
         assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "flag"),
+    [
+        ("find_lr", ["--num_steps", "20", "--min_lr", "1e-4"], r"--model\.optimizer\.lr \d(\.\d)?e-\d"),
+        ("find_batch_size", ["--margin", "0"], "--data.max_tokens_per_microbatch 122"),  # all of the data
+    ],
+)
+def test_settings_are_found_and_nothing_is_saved(inputs, capsys, command, options, flag):
+    build([*arguments(inputs, command), *options])
+    assert re.fullmatch(flag, next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--")))
+    assert not list(Path.cwd().iterdir())
 
 
 def test_values_that_two_parts_share_are_given_once(inputs):

@@ -17,6 +17,8 @@ FLOORS = (
     {"generation", "dataset"},
     {"datamodule", "module"},
     {"callbacks"},
+    {"trial"},
+    {"learning_rates", "batch_sizes"},
     {"cli", "demo"},
 )
 BELOW = {room: set().union(*FLOORS[:floor]) for floor, rooms in enumerate(FLOORS) for room in rooms}
