@@ -12,9 +12,10 @@ FLOORS = (
     {"messages", "time_limit", "page", "answers", "model_card"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
     | {"sampling"},
-    {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
+    {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"}
+    | {"run_length"},
     {"log_probs", "rows", "step_loader", "export"},
-    {"generation", "dataset"},
+    {"generation", "dataset", "mixture"},
     {"datamodule", "module"},
     {"callbacks"},
     {"cli", "demo"},
