@@ -499,7 +499,8 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
     "weight of a truth value": (
         data(train_data={"a.jsonl": True}),
         TypeError,
-        "`train_data['a.jsonl']` is True of type bool, expected a weight: how many times an epoch goes through its rows.",
+        "`train_data['a.jsonl']` is True of type bool, expected a weight: how many times an epoch goes through "
+        "its rows.",
     ),
     "weight of zero": (
         data(train_data={"a.jsonl": 0}),

@@ -140,11 +140,12 @@ def test_a_run_goes_on_in_the_middle_of_a_weighted_epoch_and_not_with_other_weig
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         names[name] = str(path)
     data = {"train_data": {names["a"]: 2, names["b"]: 0.5}}  # 26 + 15 rows: 6 steps an epoch
-    straight = train(tmp_path / "straight", data=data, max_steps=14)
-    train(tmp_path / "parts", data=data, max_steps=8)
+    options = {"data": data, "module": {"lr_scheduler": "constant"}}
+    straight = train(tmp_path / "straight", **options, max_steps=14)
+    train(tmp_path / "parts", **options, max_steps=8)
     for changed in ({names["a"]: 1.5, names["b"]: 0.5}, [names["a"], names["b"]]):
         with pytest.raises(ValueError, match="other weights of the sources in `train_data`: the run cannot continue"):
             train(tmp_path / "parts", data={"train_data": changed}, max_steps=14)
-    resumed = train(tmp_path / "parts", data=data, max_steps=14)
+    resumed = train(tmp_path / "parts", **options, max_steps=14)
     assert read_log(tmp_path / "parts" / "steps_0.jsonl") == read_log(tmp_path / "straight" / "steps_0.jsonl")
     torch.testing.assert_close(resumed["weights"], straight["weights"], rtol=0, atol=0)
