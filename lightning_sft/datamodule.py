@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import accumulate, pairwise
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -16,19 +16,29 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.chat import TrainOnTurns, read_chat_template, with_chat_template
-from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers, render_prompts
+from lightning_sft.dataset import (
+    EncodedRows,
+    RowEncoder,
+    TooLong,
+    content_hash,
+    encode_rows,
+    read_numbers,
+    render_prompts,
+)
 from lightning_sft.messages import check_integers, check_type, shorten
 from lightning_sft.mixture import Share, open_weighted, read_weights, shares
 from lightning_sft.model_card import shown_data
 from lightning_sft.pretrained import load_tokenizer
 from lightning_sft.preview import Preview, SplitStatistics, marked_rows
 from lightning_sft.rows import Data, Row, RowFormat, Source, open_sources
-from lightning_sft.run_length import restore_settings, show_one_long_epoch
-from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader
+from lightning_sft.run_length import restore_settings, show_one_long_epoch, streamed_steps
+from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader, plan_steps
+from lightning_sft.stream import RowStream, StreamedSteps, StreamLoader, first_rows, open_streams
 from lightning_sft.tokenization import pad_token_id
 
 _ENDLESS = 2**31
 _NUM_SOURCES_NAMED = 20  # in one message
+_NUM_FIRST_ROWS = 1000  # of a stream
 _SPLITS = {
     TrainerFn.FITTING: ("train", "val"),
     TrainerFn.VALIDATING: ("val",),
@@ -86,7 +96,14 @@ class SFTDataModule(L.LightningDataModule):
         append_eos: Whether every response ends in EOS, so that the model learns to stop. Turns of messages end as the
             chat template has it, whatever this says.
         seed: Of the order of the rows and of the validation split.
-        num_workers: Processes that collate batches ahead of time.
+        streaming: Read and tokenise the training rows, of files or data sets by name, while training rather than
+            before, and start over at their end. The run is as long as `trainer.max_steps`, and one epoch to whatever
+            counts these. Every process reads and tokenises all rows of a step. A run that continues skips what it has
+            read of a JSONL, JSON or CSV file; Parquet files and data sets are found where they were left.
+        shuffle_buffer: With `streaming`: so many rows are read, shuffled and trained on before the next are read; 1
+            keeps the order of the data.
+        num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also reads and
+            tokenises.
         num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
 
     Raises:
@@ -118,6 +135,8 @@ class SFTDataModule(L.LightningDataModule):
         too_long: TooLong = "error",
         append_eos: bool = True,
         seed: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         num_workers: int = 0,
         num_proc: int | None = None,
     ) -> None:
@@ -127,8 +146,11 @@ class SFTDataModule(L.LightningDataModule):
         check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
         check_type("val_fraction", val_fraction, Real, "a share of the rows")
         check_type("append_eos", append_eos, bool, "true or false")
+        check_type("streaming", streaming, bool, "true or false")
+        check_type("shuffle_buffer", shuffle_buffer, Integral, "a whole number")
         check_integers(max_length=max_length, num_workers=num_workers, num_proc=num_proc)
-        for name, value, least in (("num_workers", num_workers, 0), ("num_proc", num_proc, 1)):
+        counts = (("num_workers", num_workers, 0), ("num_proc", num_proc, 1), ("shuffle_buffer", shuffle_buffer, 1))
+        for name, value, least in counts:
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}, expected at least {least}.")
         if too_long not in get_args(TooLong):
@@ -139,6 +161,16 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`val_fraction` is {val_fraction}, expected a share of the rows: at least 0, below 1.")
         if val_fraction and val_data is not None:
             raise ValueError("Both `val_data` and `val_fraction` are given; the validation rows come from one of them.")
+        if streaming and (val_fraction or isinstance(train_data, Mapping)):
+            given = f"`val_fraction` is {val_fraction}" if val_fraction else "`train_data` has weights"
+            raise ValueError(
+                f"{given}, but with `streaming` nobody knows how many training rows there are. Give `val_data` and a "
+                "list of sources, or leave out `streaming`."
+            )
+        if streaming and num_workers > 1:
+            raise ValueError(
+                f"`num_workers` is {num_workers}, expected 0 or 1 with `streaming`, which reads one row after another."
+            )
         if max_length is not None and max_length < 2:
             raise ValueError(f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token.")
         self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
@@ -169,6 +201,10 @@ class SFTDataModule(L.LightningDataModule):
         BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
         self._layout = layout
         self._num_workers = num_workers
+        self._streaming, self._shuffle_buffer = streaming, shuffle_buffer
+        self._streams: list[RowStream] = []
+        self._places: dict[int, dict[str, Any]] = {}  # in the stream, by the number of optimizer steps taken
+        self._stream_order: dict[str, Any] = {}
         self._rows: dict[str, Dataset] = {}
         self._shares: list[Share] = []  # of the training rows; empty if an epoch takes every row once
         self._num_too_long: dict[str, tuple[int, int]] = {}
@@ -204,6 +240,8 @@ class SFTDataModule(L.LightningDataModule):
                 continue
             if split == "predict":
                 self._rows[split] = self._load_prompts()
+            elif split == "train" and self._streaming and self._data[split] is not None:
+                self._rows[split] = self._open_stream()
             elif self._data[split] is not None:
                 self._rows[split] = self._encode(split)
             elif split == "val" and self._val_fraction:
@@ -234,6 +272,21 @@ class SFTDataModule(L.LightningDataModule):
             bounds = pairwise([0, *accumulate(counts)])
             self._shares = shares(weights, [sum(rows.sizes[start:end]) for start, end in bounds], argument)
         return rows.dataset
+
+    @property
+    def _encoder(self) -> RowEncoder:
+        return RowEncoder(self._row_format, self.tokenizer, **self._encode_options)
+
+    def _open_stream(self) -> Dataset:
+        """The first rows: they are shown, prompt the model where there are no others, and tell of errors early."""
+        self._streams = open_streams(self._data["train"], "train_data")
+        rows, num_dropped, num_truncated = first_rows(self._streams, _NUM_FIRST_ROWS, self._encoder)
+        self._num_too_long["train"] = (num_dropped, num_truncated)
+        if not len(rows):
+            raise ValueError(
+                f"`train_data`: all of the first {num_dropped} rows are {self._length_limit}. Raise `max_length`."
+            )
+        return rows
 
     def _by_source(self, rows: Dataset) -> Dataset:
         """What is left for training after a split, in the order of the sources again, and counted anew."""
@@ -306,12 +359,13 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`num_rows` is {num_rows}, expected at least 0.")
         self._load_rows(TrainerFn.FITTING)
         plan = self._plan("train")
+        names = {"train": f"first {_NUM_FIRST_ROWS:,} rows"} if self._streaming else {}
         splits = {
-            split: SplitStatistics(
+            names.get(split, split): SplitStatistics(
                 read_numbers(self._rows[split], "num_tokens"),
                 read_numbers(self._rows[split], "num_response_tokens"),
                 *self._num_too_long.get(split, (0, 0)),
-                plan.steps_per_epoch if split == "train" else None,
+                plan.steps_per_epoch if split == "train" and not self._streaming else None,
                 {str(share): share.num_rows for share in self._shares} if split == "train" else {},
             )
             for split in _SPLITS[TrainerFn.FITTING]
@@ -327,10 +381,13 @@ class SFTDataModule(L.LightningDataModule):
             for split in ("train", "val"):
                 if (rows := self._rows.get(split)) is None:
                     continue
+                source = shown_data(self._data[split])
+                if split == "train" and self._streaming:
+                    self._facts["train"] = f"{source}, streamed"
+                    continue
                 sizes = {"rows": len(rows)}
                 for name, column in (("tokens", "num_tokens"), ("response tokens", "num_response_tokens")):
                     sizes[name] = int(read_numbers(rows, column).sum())
-                source = shown_data(self._data[split])
                 self._facts |= {split: source, **{f"{split} {name}": size for name, size in sizes.items()}}
         options = self._batch_rule | self._encode_options
         return {
@@ -342,13 +399,11 @@ class SFTDataModule(L.LightningDataModule):
     # -- optimizer steps -----------------------------------------------------------------------------------------
 
     def _plan(self, split: str, **options: Any) -> BatchPlan:
-        num_inputs = read_numbers(self._rows[split], "num_tokens") - 1  # the last token is only a label
-        num_response_tokens = read_numbers(self._rows[split], "num_response_tokens")
         world_size = self.trainer.world_size if self.trainer else 1
         rule = self._batch_rule | {"world_size": world_size} | options
         if split == "train" and self._shares:
             rule["sources"] = [(share.num_rows, share.num_taken) for share in self._shares]
-        return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **rule)
+        return plan_steps(self._rows[split], **rule)
 
     def _plan_training(self) -> None:
         trainer = self.trainer
@@ -357,10 +412,16 @@ class SFTDataModule(L.LightningDataModule):
             return
         self._restore_trainer()
         limit, num_steps = trainer.limit_train_batches, self._plan("train").steps_per_epoch
+        if self._streaming:
+            num_steps = streamed_steps(trainer)
         limit = limit if isinstance(limit, int) else max(1, int(limit * num_steps))
         shuffle = trainer.overfit_batches == 0  # type: ignore[attr-defined]
-        self._plans["train"] = self._plan("train", shuffle=shuffle, limit_steps_per_epoch=limit)
-        num_steps = self._plans["train"].steps_per_epoch
+        if self._streaming:
+            anew = limit if isinstance(trainer.limit_train_batches, int) else None
+            self._stream_order, num_steps = {"shuffle": shuffle, "steps_per_pass": anew}, limit
+        else:
+            self._plans["train"] = self._plan("train", shuffle=shuffle, limit_steps_per_epoch=limit)
+            num_steps = self._plans["train"].steps_per_epoch
         self._trainer_settings = show_one_long_epoch(trainer, num_steps, "val" in self._rows)
 
     def _restore_trainer(self) -> None:
@@ -377,9 +438,12 @@ class SFTDataModule(L.LightningDataModule):
         self._restore_trainer()
 
     def train_dataloader(self) -> StepLoader:
-        """One item for each optimizer step of the run, from the current position on; of one epoch without a trainer."""
-        if self.trainer is None or self._trainer_settings is None:  # one epoch, to look at
-            return self._loader("train", self._plans["train"].steps_per_epoch)
+        """One item for each optimizer step of the run, from the current position on.
+
+        Without a trainer of one epoch; of a stream, which has none, without an end.
+        """
+        if self.trainer is None or self._trainer_settings is None:  # to look at
+            return self._loader("train", _ENDLESS if self._streaming else self._plans["train"].steps_per_epoch)
         # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
         max_steps = self.trainer.max_steps
         num_steps = max_steps + 1 if max_steps >= 0 else _ENDLESS
@@ -401,8 +465,13 @@ class SFTDataModule(L.LightningDataModule):
 
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
-        pad_id = pad_token_id(self.tokenizer)
-        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, self._supported_layout())
+        how = (rank, pad_token_id(self.tokenizer), self._supported_layout())
+        if split == "train" and self._streaming:
+            rule = self._batch_rule | {"world_size": self.trainer.world_size if self.trainer else 1}
+            order = {"shuffle_buffer": self._shuffle_buffer} | self._stream_order
+            steps = StreamedSteps(self._streams, self._encoder, rule, *how, **order)
+            return StreamLoader(steps, num_steps, self._num_workers, first_step, self._places, self.tokenizer)
+        dataset = StepDataset(self._rows[split], self._plans[split], *how)
         return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer)
 
     def _supported_layout(self) -> Layout:
@@ -418,6 +487,10 @@ class SFTDataModule(L.LightningDataModule):
         """What a run's place in its data depends on, besides its number of optimizer steps."""
         if "train" not in self._rows:
             return {}
+        if self._streaming:
+            step = self.trainer.global_step if self.trainer else 0
+            rule = {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+            return {"streaming": True, "shuffle_buffer": self._shuffle_buffer, **rule, "last": self._places.get(step)}
         if not self._identity:
             rows = self._rows["train"]
             self._identity = {"num_rows": len(rows), "rows": content_hash(rows)}
@@ -436,9 +509,11 @@ class SFTDataModule(L.LightningDataModule):
         if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         identity = self.state_dict()
-        for name in dict.fromkeys([*identity, *state_dict]):
-            then, now = state_dict.get(name), identity.get(name)
-            if then == now:
+        last = state_dict.get("last")
+        self._places = {} if last is None else {last["step"]: last}
+        for name in dict.fromkeys(["streaming", *identity, *state_dict]):
+            then, now = (state.get(name, False) for state in (state_dict, identity))
+            if then == now or name == "last":
                 continue
             difference, use = f"`{name}` = {then}, now it is {now}", then
             if name == "rows":

@@ -51,6 +51,25 @@ def show_one_long_epoch(trainer: L.Trainer, steps_per_epoch: int, has_validation
     return settings
 
 
+def streamed_steps(trainer: L.Trainer) -> int:
+    """The number of optimizer steps, where the data cannot tell how many make an epoch.
+
+    Raises:
+        ValueError: If the trainer does not say it, or is to take a share of the data.
+    """
+    if trainer.max_steps < 0:
+        raise ValueError(
+            f"`trainer.max_steps` is {trainer.max_steps}, but `streaming` needs the number of optimizer steps: nobody "
+            "knows how long the data is."
+        )
+    if isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
+        raise ValueError(
+            f"`trainer.limit_train_batches` is {trainer.limit_train_batches}, but with `streaming` nobody knows how "
+            "long the data is. Give a whole number: the optimizer steps after which it starts over."
+        )
+    return trainer.max_steps
+
+
 def restore_settings(trainer: L.Trainer, settings: dict[str, Any]) -> None:
     """Leave the trainer's settings as they were found."""
     for name in ("max_epochs", "min_epochs"):

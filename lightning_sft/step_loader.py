@@ -3,14 +3,22 @@
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
+from lightning_sft.dataset import read_numbers
 from lightning_sft.preview import StepBatch
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
+
+
+def plan_steps(rows: Dataset, **options: Any) -> BatchPlan:
+    """The plan of the optimizer steps over tokenised rows; options as `BatchPlan` takes them."""
+    num_inputs = read_numbers(rows, "num_tokens") - 1  # the last token is only a label
+    return BatchPlan(np.maximum(num_inputs, 1), read_numbers(rows, "num_response_tokens"), **options)
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -59,7 +67,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: StepDataset,
+        dataset: Any,
         num_steps: int,
         num_workers: int,
         first_step: Callable[[], int] = lambda: 0,

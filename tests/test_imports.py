@@ -14,8 +14,10 @@ FLOORS = (
     | {"sampling"},
     {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"}
     | {"run_length"},
-    {"log_probs", "rows", "step_loader", "export"},
+    {"log_probs", "rows", "export"},
     {"generation", "dataset", "mixture"},
+    {"step_loader"},
+    {"stream"},
     {"datamodule", "module"},
     {"callbacks"},
     {"cli", "demo"},
