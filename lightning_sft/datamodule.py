@@ -403,7 +403,8 @@ class SFTDataModule(L.LightningDataModule):
         rule = self._batch_rule | {"world_size": world_size} | options
         if split == "train" and self._shares:
             rule["sources"] = [(share.num_rows, share.num_taken) for share in self._shares]
-        return plan_steps(self._rows[split], **rule)
+        counts = (read_numbers(self._rows[split], column) for column in ("num_tokens", "num_response_tokens"))
+        return plan_steps(*counts, **rule)
 
     def _plan_training(self) -> None:
         trainer = self.trainer

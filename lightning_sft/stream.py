@@ -5,11 +5,12 @@ own; so a step is the same on any number of processes, and its totals are exact.
 """
 
 import glob
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.batching import Layout
-from lightning_sft.dataset import RowEncoder, content_hash, rows_in_memory
+from lightning_sft.dataset import RowEncoder, rows_in_memory
 from lightning_sft.messages import located, one_line, shorten
 from lightning_sft.preview import StepBatch
 from lightning_sft.rows import Row, find_files, load_named, read_file
-from lightning_sft.step_loader import StepDataset, StepLoader, plan_steps
+from lightning_sft.step_loader import StepLoader, collate_rows, plan_steps, step_batch
+from lightning_sft.tokenization import Example
 
 # Where the next row is read: the pass over the data, from 0; in it a block, from 0, which begins at a position of a
 # source; and how many rows of the block, in its shuffled order, have been taken. Plain values, for checkpoints.
@@ -163,6 +165,16 @@ def _encode(streams: Sequence[RowStream], encoder: RowEncoder, rows: list[tuple[
     return columns
 
 
+def _hash(columns: dict[str, list[Any]]) -> str:
+    """Of token ids and where prompts end."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for name in ("num_tokens", "num_prompt_tokens"):
+        hasher.update(np.array(columns[name], np.int32).tobytes())
+    for name in ("input_ids", "gaps"):
+        hasher.update(np.fromiter(chain.from_iterable(columns[name]), np.int32).tobytes())
+    return hasher.hexdigest()
+
+
 # -- optimizer steps -------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +207,7 @@ class StreamedSteps(torch.utils.data.IterableDataset):
         steps_per_pass: int | None = None,
     ) -> None:
         self._streams, self._encoder, self._rule = streams, encoder, rule
-        self._batching = (rank, pad_id, layout)
+        self._rank, self._pad_id, self._layout = rank, pad_id, layout
         self._order = (shuffle_buffer, rule["seed"] if shuffle else None)
         self._steps_per_pass = steps_per_pass
         self.begin_at(0, None)
@@ -230,13 +242,9 @@ class StreamedSteps(torch.utils.data.IterableDataset):
         rows = ordered_rows(self._streams, *self._order, place)
         while True:
             columns, place_after = self._take(rows, place)
-            encoded = rows_in_memory(columns)
-            last = {"step": step + 1, "place": place, "rows": content_hash(encoded)}
+            last = {"step": step + 1, "place": place, "rows": _hash(columns)}
             if step >= self._step:
-                longest = columns["where"][int(np.argmax(columns["num_tokens"]))]
-                with located(longest):  # over the budget, if any
-                    plan = plan_steps(encoded, **self._rule, shuffle=False)
-                yield StepDataset(encoded, plan, *self._batching)[0] | {"place": last}
+                yield self._batch(columns) | {"place": last}
             elif last != self._last:
                 raise ValueError(
                     "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
@@ -246,6 +254,22 @@ class StreamedSteps(torch.utils.data.IterableDataset):
             if self._steps_per_pass is not None and step % self._steps_per_pass == 0:
                 place = BEGINNING | {"pass": place["pass"] + 1}
                 rows = ordered_rows(self._streams, *self._order, place)
+
+    def _batch(self, columns: dict[str, list[Any]]) -> dict[str, Any]:
+        """This rank's part of a step, of which these are all rows."""
+        where, counts = columns["where"], (columns["num_tokens"], columns["num_response_tokens"])
+        with located(where[int(np.argmax(counts[0]))]):  # whatever is too long, this one is
+            plan = plan_steps(*counts, **self._rule, shuffle=False).step(0, self._layout)
+        names = ("input_ids", "num_prompt_tokens", "gaps")
+        examples = [
+            cast(Example, dict(zip(names, values, strict=True)))
+            for values in zip(*(columns[name] for name in names), strict=True)
+        ]
+        microbatches = [
+            collate_rows([examples[i] for i in rows], [where[i] for i in rows], self._pad_id, self._layout)
+            for rows in plan.ranks[self._rank]
+        ]
+        return step_batch(plan, microbatches)
 
     def _take(self, rows: Iterator[tuple[Place, str, Row]], place: Place) -> tuple[dict[str, list[Any]], Place]:
         """The rows of a step, tokenised, and the place after the last. Each dropped row is made up for by the next."""

@@ -14,9 +14,8 @@ FLOORS = (
     | {"sampling"},
     {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"}
     | {"run_length"},
-    {"log_probs", "rows", "export"},
+    {"log_probs", "rows", "step_loader", "export"},
     {"generation", "dataset", "mixture"},
-    {"step_loader"},
     {"stream"},
     {"datamodule", "module"},
     {"callbacks"},

@@ -49,7 +49,7 @@ def test_ranks_share_the_step_that_one_rank_has(tmp_path):
         data = streamed(write(tmp_path / "rows.jsonl", [*ROWS, LONG]), max_length=40, too_long="drop", shuffle_buffer=9)
         dataset = data.train_dataloader()._dataset
         dataset._rule = dataset._rule | {"world_size": world_size, "max_tokens_per_microbatch": 40}
-        dataset._batching = (rank, 0, "packed")
+        dataset._rank, dataset._layout = rank, "packed"
         return list(islice(dataset, 12))
 
     one, ranks = steps(0, 1), [steps(rank, 3) for rank in range(3)]
