@@ -124,14 +124,14 @@ def epoch_order(sources: Sequence[tuple[int, int]], seed: int | None, epoch: int
         seed: Of the order; None: every epoch takes the first of each source, in the order of the data.
         epoch: Counts from 0.
     """
-    starts = np.cumsum([0, *(size for size, _ in sources)], dtype=np.int32)
-    parts = [
-        source_order(size, taken, None if seed is None else [seed, number], epoch)
-        for number, (size, taken) in enumerate(sources)
-    ]
-    for part, start in zip(parts, starts, strict=False):
-        part += start
-    order = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if len(sources) == 1:
+        order = source_order(*sources[0], None if seed is None else [seed, 0], epoch)
+    else:
+        order, at, start = np.empty(sum(taken for _, taken in sources), dtype=np.int32), 0, 0
+        for number, (size, taken) in enumerate(sources):
+            order[at : at + taken] = source_order(size, taken, None if seed is None else [seed, number], epoch)
+            order[at : at + taken] += start
+            at, start = at + taken, start + size
     if seed is not None:
         np.random.default_rng([seed, epoch]).shuffle(order)
     return order
@@ -159,7 +159,7 @@ def source_order(size: int, taken: int, seed: Sequence[int] | None, epoch: int) 
         num_orders = epoch // (size // gcd(size, taken))
         np.random.default_rng([*seed, num_orders, 1]).shuffle(order)  # a last 0 would be as good as none
         order = np.roll(order, -start)
-    return np.resize(order, taken)
+    return order if taken == size else np.resize(order, taken)
 
 
 class BatchPlan:
