@@ -58,7 +58,9 @@ def shown_path(path: str) -> str:
 
 
 def shown_data(data: object) -> str | None:
-    """Files and data sets by name; what was made in Python has none."""
+    """Files and data sets by name, with their weights; what was made in Python has none."""
+    if isinstance(data, Mapping):
+        return ", ".join(f"{shown_path(str(name))} (weight {weight:g})" for name, weight in data.items())
     names = [data] if isinstance(data, str) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return None

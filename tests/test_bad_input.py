@@ -494,7 +494,40 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
     "data of one row": (
         data(train_data={"prompt": "a"}),
         TypeError,
-        "`train_data` is {'prompt': 'a'} of type dict; " + KINDS,
+        "`train_data['prompt']` is 'a' of type str, expected a weight: how many times an epoch goes through its rows.",
+    ),
+    "weight of a truth value": (
+        data(train_data={"a.jsonl": True}),
+        TypeError,
+        "`train_data['a.jsonl']` is True of type bool, expected a weight: how many times an epoch goes through "
+        "its rows.",
+    ),
+    "weight of zero": (
+        data(train_data={"a.jsonl": 0}),
+        ValueError,
+        "`train_data['a.jsonl']` is 0, expected a positive number: how many times an epoch goes through its rows. "
+        "Leave the source out if it is not to be used.",
+    ),
+    "weight without end": (
+        data(train_data={"a.jsonl": float("inf")}),
+        ValueError,
+        "`train_data['a.jsonl']` is inf, expected a positive number: how many times an epoch goes through its rows. "
+        "Leave the source out if it is not to be used.",
+    ),
+    "weight without a source": (
+        data(train_data={3: 1}),
+        TypeError,
+        "`train_data` is 3 of type int, expected a file or a data set's name before each weight.",
+    ),
+    "weights of nothing": (
+        data(train_data={}),
+        ValueError,
+        "`train_data` is {}; expected at least one source with its weight.",
+    ),
+    "weights of validation rows": (
+        data(val_data={"a.jsonl": 2}),
+        TypeError,
+        "`val_data` is {'a.jsonl': 2}, but weights are for `train_data` alone. Give a list of the sources.",
     ),
     # templates
     "template without column": (

@@ -12,9 +12,11 @@ FLOORS = (
     {"messages", "time_limit", "page", "answers", "model_card"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
     | {"sampling", "lora"},
-    {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
+    {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"}
+    | {"run_length"},
     {"log_probs", "rows", "step_loader", "export"},
-    {"generation", "dataset"},
+    {"generation", "dataset", "mixture"},
+    {"stream"},
     {"datamodule", "module"},
     {"callbacks"},
     {"trial"},
