@@ -69,7 +69,7 @@ def word_problems(num_rows: int = 20_000, seed: int = 0, split: Split = "train")
 def story_questions(num_rows: int = 8_000, seed: int = 0, split: Split = "train") -> Dataset:
     """Generate questions about two-sentence stories, with answers in the format of the `r1_zero` prompt.
 
-    The words are those of TinyStories. As in `word_problems`, the two splits share no story, told or asked about in any way.
+    The words are those of TinyStories. As in `word_problems`, the two splits share nothing, however it is asked about.
 
     Args:
         num_rows: Questions to generate.
