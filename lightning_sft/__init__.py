@@ -1,5 +1,7 @@
 """Supervised fine-tuning of causal language models with PyTorch Lightning."""
 
+from importlib.metadata import version
+
 from lightning_sft.batch_sizes import find_batch_size
 from lightning_sft.callbacks import (
     GenerationMonitor,
@@ -19,6 +21,8 @@ from lightning_sft.records import GenerationRecord
 from lightning_sft.rewards import boxed_answer_reward, exact_match_reward, numeric_match_reward, r1_zero_reward
 from lightning_sft.sampling import Sampling
 from lightning_sft.tokenization import tokenize_prompt_and_output
+
+__version__ = version("lightning-sft")
 
 __all__ = [
     "GenerationMonitor",

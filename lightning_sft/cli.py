@@ -5,12 +5,13 @@ import os
 import sys
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace, auto_cli
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -58,6 +59,15 @@ class SFTArgumentParser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         self.exit(2, f"lightning-sft: error: {message.rstrip('.')}. Settings are explained by `{command} --help`.\n")
+
+
+class _ConfigByName(ActionConfigFile):
+    """A configuration's path, or the name of one that comes with the package, unless there is a file of that name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if isinstance(values, str) and not Path(values).is_file():
+            values = str(packaged_configs().get(values, values))
+        super().__call__(parser, cfg, values, option_string)
 
 
 class SFTTrainer(L.Trainer):
@@ -131,6 +141,14 @@ class SFTTrainer(L.Trainer):
 
 class SFTCLI(LightningCLI):
     """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser, with a `--config` that also takes the names of the package's configurations."""
+        parser = self.parser_class(**kwargs)
+        names = ", ".join(packaged_configs())
+        words = f"Path to a configuration file, or one of {names}; may be given more than once."
+        parser.add_argument("-c", "--config", action=_ConfigByName, help=words)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Expose the callbacks as `--generation.*`, `--best_checkpoint.*`, `--last_checkpoint.*` and `--export.*`."""
@@ -301,11 +319,12 @@ def _check_writable(folder: str) -> None:
         )
 
 
-def quickstart_config() -> Path:
-    """The configuration that runs offline, without any argument: beside the package, or inside an installed one."""
+def packaged_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name: beside the package, or inside an installed one."""
     package = Path(__file__).parent
-    folders = (package / "configs", package.parent / "configs")
-    return next(path for folder in folders if (path := folder / "quickstart.yaml").is_file())
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _silence_lightning() -> None:
@@ -339,6 +358,7 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
         parser_kwargs={
             "allow_abbrev": False,
             "prog": "lightning-sft",
+            "version": version("lightning-sft"),
             "epilog": "lightning-sft export: " + _EXPORT_HELP,
         },
     )
@@ -402,7 +422,7 @@ def main() -> None:
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
     if sys.argv[1:] in (["fit"], ["preview"], *([name] for name in _FINDING)):
-        sys.argv += ["--config", str(quickstart_config())]
+        sys.argv += ["--config", str(packaged_configs()["quickstart"])]
     elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
         newest = newest_checkpoint(Path("runs"))
         if newest is None:

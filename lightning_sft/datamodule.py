@@ -478,6 +478,9 @@ class SFTDataModule(L.LightningDataModule):
     def layout_for(self, module: object) -> Layout:
         """How the microbatches of a module are laid out.
 
+        Args:
+            module: It says in `why_not_packed` whether it takes packed ones.
+
         Raises:
             ValueError: If they are to be packed, and the module cannot take that.
         """

@@ -118,8 +118,10 @@ def _card(name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch
     if template := facts.get("prompt_template"):
         fence = "````" if "```" in template else "```"
         parts += ["## Prompt", f"{fence}text\n{template}\n{fence}"]
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "lightning"))
-    parts.append(f"Made with lightning_sft: {versions}.")
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("lightning-sft", "torch", "transformers", "lightning")
+    )
+    parts.append(f"Made with {versions}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -477,7 +477,7 @@ def _check_strategy(strategy: object) -> None:
     if name in ("FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
             f"`trainer.strategy` is {name}, which cannot train with manual optimisation. To shard the model add "
-            "`--config configs/fsdp.yaml` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
+            "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
         )
 
 

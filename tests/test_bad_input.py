@@ -442,7 +442,7 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         "`train_data`: row 2: cannot be written as JSON: keys must be str, int, float, bool or None, not tuple.",
     ),
     "row that nests deep": (
-        row({"prompt": "a", "output": "b", "more": nested(5000)}),
+        row({"prompt": "a", "output": "b", "more": nested(100_000)}),
         ValueError,
         "`train_data`: row 2: cannot be written as JSON: maximum recursion depth exceeded...",
     ),
@@ -1073,9 +1073,9 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         "You selected an invalid strategy name: `strategy='ddpp'`...",
     ),
     "the trainer's clipping": (
-        command({"trainer.gradient_clip_val": 1}),
+        command({"trainer.gradient_clip_val": 0.5}),
         RefusedError,
-        "`trainer.gradient_clip_val` is 1, but this model steps by itself. Use `model.max_grad_norm`.",
+        "`trainer.gradient_clip_val` is 0.5, but this model steps by itself. Use `model.max_grad_norm`.",
     ),
     "the trainer's accumulation": (
         command({"trainer.accumulate_grad_batches": 2}),

@@ -13,7 +13,8 @@ import torch
 import yaml
 from conftest import character_tokenizer, tiny_model
 
-from lightning_sft.cli import build, main, quickstart_config
+import lightning_sft
+from lightning_sft.cli import build, main, packaged_configs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -64,7 +65,7 @@ def test_generations_come_before_what_a_user_s_callback_does(inputs):
 def test_every_config_is_accepted_beside_the_quickstart(config, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-sft"])
     with pytest.raises(SystemExit) as exit_info:
-        build(["fit", "--config", str(quickstart_config()), "--config", str(config), "--print_config"])
+        build(["fit", "--config", "quickstart", "--config", str(config), "--print_config"])
     assert not exit_info.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
 
@@ -234,7 +235,33 @@ def test_without_arguments_it_is_the_quickstart(monkeypatch, command):
     monkeypatch.setattr(sys, "argv", ["lightning-sft", command])
     monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
     main()
-    assert sys.argv[2:] == ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    assert sys.argv[2:] == ["--config", str(packaged_configs()["quickstart"])]
+
+
+def test_a_config_that_comes_with_the_package_is_found_by_name_unless_there_is_a_file_of_that_name(inputs, capsys):
+    """From any folder; later ones go over earlier ones, and the short option does the same."""
+
+    def printed(*words):
+        with pytest.raises(SystemExit) as exit_info:
+            build(["fit", *words, "--print_config"])
+        assert not exit_info.value.code
+        return yaml.safe_load(capsys.readouterr().out)
+
+    assert list(packaged_configs()) == [path.stem for path in CONFIGS]
+    (inputs / "work" / "gsm8k").mkdir()  # a folder is no configuration
+    settings = printed("-c", "gsm8k", "--config=debug")
+    assert settings["data"]["train_data"] == "openai/gsm8k:main:train"
+    assert settings["trainer"]["max_steps"] == 4
+    (inputs / "work" / "debug").write_text("trainer: {max_steps: 7}")
+    assert printed("--config", "gsm8k", "--config", "debug")["trainer"]["max_steps"] == 7
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "--version"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code
+    assert capsys.readouterr().out == f"lightning-sft {lightning_sft.__version__}\n"
 
 
 def test_preview_shows_rows_and_needs_neither_weights_nor_devices_nor_a_checkpoint(inputs, capsys):

@@ -39,7 +39,14 @@ class HuggingFaceExport(Checkpoint):
         self.merge_lora = merge_lora
 
     def exported_to(self, trainer: L.Trainer) -> Path | None:
-        """The folder of a run's export; every process has to ask."""
+        """The folder of a run's export; every process has to ask.
+
+        Args:
+            trainer: The run's trainer.
+
+        Returns:
+            The folder, or None where nothing is exported.
+        """
         root = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` is a collective
         return None if self.folder is None or trainer.fast_dev_run else root / self.folder  # type: ignore[attr-defined]
 
