@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
 from itertools import pairwise
+from math import gcd
 from typing import Literal
 
 import numpy as np
@@ -115,6 +116,52 @@ def cut_by_count(lengths: Sequence[int], count: int, layout: Layout = "padded") 
     return cuts
 
 
+def epoch_order(sources: Sequence[tuple[int, int]], seed: int | None, epoch: int) -> np.ndarray:
+    """The examples of an epoch in order: those of each source (`source_order`), all shuffled together.
+
+    Args:
+        sources: Of each, how many examples it has and how many of these an epoch takes.
+        seed: Of the order; None: every epoch takes the first of each source, in the order of the data.
+        epoch: Counts from 0.
+    """
+    if len(sources) == 1:
+        order = source_order(*sources[0], None if seed is None else [seed, 0], epoch)
+    else:
+        order, at, start = np.empty(sum(taken for _, taken in sources), dtype=np.int32), 0, 0
+        for number, (size, taken) in enumerate(sources):
+            order[at : at + taken] = source_order(size, taken, None if seed is None else [seed, number], epoch)
+            order[at : at + taken] += start
+            at, start = at + taken, start + size
+    if seed is not None:
+        np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
+
+
+def source_order(size: int, taken: int, seed: Sequence[int] | None, epoch: int) -> np.ndarray:
+    """Which of a source's examples an epoch takes: it goes on in a shuffled order where the epoch before stopped.
+
+    At the order's end it begins again, so within any stretch of epochs, a single one too, examples are taken equally
+    often, give or take one. A new order is drawn whenever an epoch begins with one; drawn earlier, its first examples
+    could be those that the same epoch has just taken.
+
+    Args:
+        size: Examples of the source.
+        taken: How many of them an epoch takes, perhaps more than there are.
+        seed: Of the orders; None: every epoch takes the first examples.
+        epoch: Counts from 0.
+
+    Returns:
+        Indices, `(taken,)`.
+    """
+    order = np.arange(size, dtype=np.int32)
+    if seed is not None and taken % size:  # whole rounds take the same, whatever their order
+        start = epoch * taken % size
+        num_orders = epoch // (size // gcd(size, taken))
+        np.random.default_rng([*seed, num_orders, 1]).shuffle(order)  # a last 0 would be as good as none
+        order = np.roll(order, -start)
+    return order if taken == size else np.resize(order, taken)
+
+
 class BatchPlan:
     """Every optimizer step of a run, as a pure function of its arguments.
 
@@ -132,6 +179,8 @@ class BatchPlan:
         seed: Of the order.
         shuffle: Whether each epoch has an order of its own. If not, it is the order of the data.
         limit_steps_per_epoch: Take only this many steps of each epoch's order; all if None.
+        sources: Where examples come from several sources, one after another: of each, how many it has and how many of
+            these an epoch takes (`source_order`). None: each epoch takes every example once.
 
     Attributes:
         steps_per_epoch: Optimizer steps in each epoch.
@@ -154,6 +203,7 @@ class BatchPlan:
         seed: int = 0,
         shuffle: bool = True,
         limit_steps_per_epoch: int | None = None,
+        sources: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -195,7 +245,8 @@ class BatchPlan:
         self._budget = max_tokens_per_microbatch
         self._seed = seed
         self._shuffle = shuffle
-        self.steps_per_epoch = -(-self._lengths.size // batch_size)
+        self._sources = sources or [(self._lengths.size, self._lengths.size)]
+        self.steps_per_epoch = -(-sum(taken for _, taken in self._sources) // batch_size)
         if limit_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
         self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
@@ -264,9 +315,7 @@ class BatchPlan:
         """The examples of one epoch in order; kept until another epoch is asked for."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = None  # not two orders at once
-            order = np.arange(self._lengths.size, dtype=np.int32)
-            if self._shuffle:
-                np.random.default_rng([self._seed, epoch]).shuffle(order)
+            order = epoch_order(self._sources, self._seed if self._shuffle else None, epoch)
             self._latest = epoch, order
         return self._latest[1]
 

@@ -1,23 +1,25 @@
-"""The command line: `lightning-sft fit|validate|test|predict|preview|estimate|export`."""
+"""The command line: `lightning-sft fit|validate|test|predict|preview|estimate|find_lr|find_batch_size|export`."""
 
 import logging
 import os
 import sys
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace, auto_cli
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.batch_sizes import BatchSizes, find_batch_size
 from lightning_sft.callbacks import (
     GenerationMonitor,
     HuggingFaceExport,
@@ -29,6 +31,7 @@ from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.estimate import estimate_run
 from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
+from lightning_sft.learning_rates import LearningRates, find_lr
 from lightning_sft.messages import one_line
 from lightning_sft.module import SFTModule
 from lightning_sft.pretrained import load_tokenizer
@@ -39,11 +42,17 @@ _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
     ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
 )
+_FINDING = ("find_lr", "find_batch_size")  # by trial runs, which have trainers of their own
 _EXPORT_HELP = "Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads."
 
 
 class SFTArgumentParser(LightningArgumentParser):
     """A parser that refuses in one line, without the usage, which is hundreds of lines long."""
+
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+        """As it was, but a data file is never taken for a configuration of the argument that names it."""
+        options = {"sub_configs": False} if theclass is SFTDataModule else {}
+        return super().add_class_arguments(theclass, *args, **(kwargs | options))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and where the settings are explained, and exit with status 2."""
@@ -58,10 +67,19 @@ class SFTArgumentParser(LightningArgumentParser):
         self.exit(2, f"lightning-sft: error: {message.rstrip('.')}. Settings are explained by `{command} --help`.\n")
 
 
+class _ConfigByName(ActionConfigFile):
+    """A configuration's path, or the name of one that comes with the package, unless there is a file of that name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if isinstance(values, str) and not Path(values).is_file():
+            values = str(packaged_configs().get(values, values))
+        super().__call__(parser, cfg, values, option_string)
+
+
 class SFTTrainer(L.Trainer):
     """Lightning's trainer: devices, precision, length of the run, logging.
 
-    Subcommands of a LightningCLI are methods of its trainer, so `preview` is one.
+    Subcommands of a LightningCLI are methods of its trainer, so `preview` and what finds settings are, too.
     """
 
     @staticmethod
@@ -101,9 +119,65 @@ class SFTTrainer(L.Trainer):
         """
         Console().print(estimate_run(model, datamodule, trainer_options, mfu, peak_flops))
 
+    @staticmethod
+    def find_lr(
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        trainer_options: dict[str, Any],
+        min_lr: float = 1e-7,
+        max_lr: float = 1e-1,
+        num_steps: int = 100,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> LearningRates:
+        """Print the loss while the learning rate rises, and a rate to begin with; nothing is saved.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            trainer_options: Of the run's trainer.
+            min_lr: Rate of the first optimizer step.
+            max_lr: Rate of the last one, unless the loss is twice its lowest before.
+            num_steps: Optimizer steps.
+            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
+            weights_only: Likewise.
+        """
+        return find_lr(model, datamodule, min_lr, max_lr, num_steps, **trainer_options)
+
+    @staticmethod
+    def find_batch_size(
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        trainer_options: dict[str, Any],
+        memory_gib: float | None = None,
+        margin: float = 0.1,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> BatchSizes:
+        """Print the most tokens in a microbatch that there is memory for, found by trying; nothing is saved.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            trainer_options: Of the run's trainer.
+            memory_gib: Memory that the process may take, in GiB. Default: all that is free.
+            margin: Share of the tokens to leave out, for what tries do not show.
+            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
+            weights_only: Likewise.
+        """
+        return find_batch_size(model, datamodule, memory_gib, margin, **trainer_options)
+
 
 class SFTCLI(LightningCLI):
     """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser, with a `--config` that also takes the names of the package's configurations."""
+        parser = self.parser_class(**kwargs)
+        names = ", ".join(packaged_configs())
+        words = f"Path to a configuration file, or one of {names}; may be given more than once."
+        parser.add_argument("-c", "--config", action=_ConfigByName, help=words)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Expose the callbacks as `--generation.*`, `--best_checkpoint.*`, `--last_checkpoint.*` and `--export.*`."""
@@ -127,7 +201,8 @@ class SFTCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and ours; each with the arguments that are not the user's."""
         estimate = {"model", "datamodule", "trainer_options", "peak_flops"}
-        return {**LightningCLI.subcommands(), "preview": {"datamodule"}, "estimate": estimate}
+        finding = {name: {"model", "datamodule", "trainer_options"} for name in _FINDING}
+        return {**LightningCLI.subcommands(), "preview": {"datamodule"}, "estimate": estimate, **finding}
 
     def before_instantiate_classes(self) -> None:
         """Pass on what model, data and trainer share."""
@@ -135,7 +210,7 @@ class SFTCLI(LightningCLI):
         for name, default, own in _OWN_SETTINGS:
             if (value := config.trainer[name]) not in (default, None):
                 raise ValueError(f"`trainer.{name}` is {value}, but this model steps by itself. Use `{own}`.")
-        if self.subcommand in ("preview", "estimate"):
+        if self.subcommand in ("preview", "estimate", *_FINDING):
             config.ckpt_path = None
         if config.get("ckpt_path") == "last":
             self._find_last_checkpoint(config)
@@ -209,12 +284,18 @@ class SFTCLI(LightningCLI):
             config = self.config.estimate
             options = config.trainer.as_dict()
             SFTTrainer.estimate(self.model, self.datamodule, options, config.throughput.peak_flops, config.mfu)
+        elif subcommand in _FINDING:
+            options = self._get(self.config_init, "trainer")
+            found = getattr(SFTTrainer, subcommand)(
+                trainer_options=options, **self._prepare_subcommand_kwargs(subcommand)
+            )
+            rank_zero_only(print)(found)
         else:
             super()._run_subcommand(subcommand)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a log folder that cannot be written before the data is read."""
-        if self.subcommand in ("preview", "estimate"):
+        if self.subcommand in ("preview", "estimate", *_FINDING):
             return
         root, loggers = self.trainer.default_root_dir, self.trainer.loggers
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -226,6 +307,8 @@ class SFTCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer, without the callbacks that its switches turn off (Lightning would refuse them)."""
+        if self.subcommand in _FINDING:
+            return cast(L.Trainer, None)
         if self.subcommand != "fit":  # the checkpoint comes from another run's folder, and no best one is looked for
             warnings.filterwarnings("ignore", "The dirpath has changed")
         config = {**self._get(self.config_init, "trainer"), **kwargs}
@@ -273,11 +356,12 @@ def _check_writable(folder: str) -> None:
         )
 
 
-def quickstart_config() -> Path:
-    """The configuration that runs offline, without any argument: beside the package, or inside an installed one."""
+def packaged_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name: beside the package, or inside an installed one."""
     package = Path(__file__).parent
-    folders = (package / "configs", package.parent / "configs")
-    return next(path for folder in folders if (path := folder / "quickstart.yaml").is_file())
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _silence_lightning() -> None:
@@ -311,6 +395,7 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
         parser_kwargs={
             "allow_abbrev": False,
             "prog": "lightning-sft",
+            "version": version("lightning-sft"),
             "epilog": "lightning-sft export: " + _EXPORT_HELP,
         },
     )
@@ -321,6 +406,7 @@ def export(
     output: str,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     dtype: ExportDtype | None = None,
+    merge_lora: bool = True,
     weights_only: bool = True,
 ) -> None:
     """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -333,6 +419,7 @@ def export(
         output: The folder: missing, empty, or an earlier export, which is replaced.
         tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
         dtype: To convert weights to. Default: as they are.
+        merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
         weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
 
     Raises:
@@ -349,7 +436,8 @@ def export(
     model, facts = load_checkpoint(path, weights_only)
     if tokenizer is None:
         tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
-    export_model(model, output, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, facts, dtype)
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    export_model(model, output, tokenizer, facts, dtype, merge_lora)
     print(f"{_relative(path)} is now a model in {_relative(Path(output))}")
 
 
@@ -364,13 +452,14 @@ def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
 
 
 def main() -> None:
-    """Entry point. Without any argument `fit` runs the quickstart, `preview` shows its data and `estimate` its needs;
-    with nothing but `--ckpt_path last`, `fit` continues the run below `runs` that saved a checkpoint most recently.
+    """Entry point. Without any argument `fit` runs the quickstart, `preview` shows its data, `estimate` its needs, and
+    `find_lr` and `find_batch_size` find settings for it; with nothing but `--ckpt_path last`, `fit` continues the run
+    below `runs` that saved a checkpoint most recently.
 
     What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
     """
-    if sys.argv[1:] in (["fit"], ["preview"], ["estimate"]):
-        sys.argv += ["--config", str(quickstart_config())]
+    if sys.argv[1:] in (["fit"], ["preview"], ["estimate"], *([name] for name in _FINDING)):
+        sys.argv += ["--config", str(packaged_configs()["quickstart"])]
     elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
         newest = newest_checkpoint(Path("runs"))
         if newest is None:

@@ -1,8 +1,9 @@
 """`SFTDataModule`: rows in, optimizer steps out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from numbers import Real
+from itertools import accumulate, pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,16 +16,29 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.batching import BatchPlan, Layout
 from lightning_sft.chat import TrainOnTurns, read_chat_template, with_chat_template
-from lightning_sft.dataset import EncodedRows, TooLong, content_hash, encode_rows, read_numbers, render_prompts
-from lightning_sft.messages import check_integers, check_type
+from lightning_sft.dataset import (
+    EncodedRows,
+    RowEncoder,
+    TooLong,
+    content_hash,
+    encode_rows,
+    read_numbers,
+    render_prompts,
+)
+from lightning_sft.messages import check_integers, check_type, shorten
+from lightning_sft.mixture import Share, open_weighted, read_weights, shares
 from lightning_sft.model_card import shown_data
 from lightning_sft.pretrained import load_tokenizer
 from lightning_sft.preview import Preview, SplitStatistics, marked_rows
-from lightning_sft.rows import Data, Row, RowFormat, open_sources
-from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader
+from lightning_sft.rows import Data, Row, RowFormat, Source, open_sources
+from lightning_sft.run_length import restore_settings, show_one_long_epoch, streamed_steps
+from lightning_sft.step_loader import PromptLoader, StepDataset, StepLoader, plan_steps
+from lightning_sft.stream import RowStream, StreamedSteps, StreamLoader, first_rows, open_streams
 from lightning_sft.tokenization import pad_token_id
 
 _ENDLESS = 2**31
+_NUM_SOURCES_NAMED = 20  # in one message
+_NUM_FIRST_ROWS = 1000  # of a stream
 _SPLITS = {
     TrainerFn.FITTING: ("train", "val"),
     TrainerFn.VALIDATING: ("val",),
@@ -53,10 +67,14 @@ class SFTDataModule(L.LightningDataModule):
         tokenizer: Name, path or object; on the command line it is the model's unless given.
         train_data: A JSONL, JSON, CSV or Parquet file, a glob pattern, a hub data set (`name`, `name:config` or
             `name:config:split`), or a list of these; in Python also a list of dictionaries or a `datasets.Dataset`.
+            Or `{source: weight}`: how many times an epoch goes through each source's rows. Of `n` rows it takes
+            `round(n * weight)`, from where the epoch before stopped, so that none is taken twice before the others are
+            taken once; the rows of all sources are shuffled together.
         val_data: Likewise, for validation.
         test_data: Likewise, for `test`.
         predict_data: Likewise, for `predict`; these rows need no output. Default: the validation rows.
-        val_fraction: Without `val_data`: this share of the training rows, drawn by `seed`, is for validation.
+        val_fraction: Without `val_data`: this share of the training rows, drawn by `seed`, is for validation. Each of
+            them counts once, whatever its source's weight; the weights are of the other rows.
         prompt_field: Column with the text before the response.
         output_field: Column with the response.
         ground_truth_field: Column with the reference answer, for rewards. Rows without the default column use the
@@ -78,7 +96,14 @@ class SFTDataModule(L.LightningDataModule):
         append_eos: Whether every response ends in EOS, so that the model learns to stop. Turns of messages end as the
             chat template has it, whatever this says.
         seed: Of the order of the rows and of the validation split.
-        num_workers: Processes that collate batches ahead of time.
+        streaming: Read and tokenise the training rows, of files or data sets by name, while training rather than
+            before, and start over at their end. The run is as long as `trainer.max_steps`, and one epoch to whatever
+            counts these. Every process reads and tokenises all rows of a step. A run that continues skips what it has
+            read of a JSONL, JSON or CSV file; Parquet files and data sets are found where they were left.
+        shuffle_buffer: With `streaming`: so many rows are read, shuffled and trained on before the next are read; 1
+            keeps the order of the data.
+        num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also reads and
+            tokenises.
         num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
 
     Raises:
@@ -89,7 +114,7 @@ class SFTDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        train_data: Data | None = None,
+        train_data: Data | Mapping[str, Any] | None = None,
         val_data: Data | None = None,
         test_data: Data | None = None,
         predict_data: Data | None = None,
@@ -110,6 +135,8 @@ class SFTDataModule(L.LightningDataModule):
         too_long: TooLong = "error",
         append_eos: bool = True,
         seed: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         num_workers: int = 0,
         num_proc: int | None = None,
     ) -> None:
@@ -119,8 +146,11 @@ class SFTDataModule(L.LightningDataModule):
         check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
         check_type("val_fraction", val_fraction, Real, "a share of the rows")
         check_type("append_eos", append_eos, bool, "true or false")
+        check_type("streaming", streaming, bool, "true or false")
+        check_type("shuffle_buffer", shuffle_buffer, Integral, "a whole number")
         check_integers(max_length=max_length, num_workers=num_workers, num_proc=num_proc)
-        for name, value, least in (("num_workers", num_workers, 0), ("num_proc", num_proc, 1)):
+        counts = (("num_workers", num_workers, 0), ("num_proc", num_proc, 1), ("shuffle_buffer", shuffle_buffer, 1))
+        for name, value, least in counts:
             if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}, expected at least {least}.")
         if too_long not in get_args(TooLong):
@@ -131,10 +161,27 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`val_fraction` is {val_fraction}, expected a share of the rows: at least 0, below 1.")
         if val_fraction and val_data is not None:
             raise ValueError("Both `val_data` and `val_fraction` are given; the validation rows come from one of them.")
+        if streaming and (val_fraction or isinstance(train_data, Mapping)):
+            given = f"`val_fraction` is {val_fraction}" if val_fraction else "`train_data` has weights"
+            raise ValueError(
+                f"{given}, but with `streaming` nobody knows how many training rows there are. Give `val_data` and a "
+                "list of sources, or leave out `streaming`."
+            )
+        if streaming and num_workers > 1:
+            raise ValueError(
+                f"`num_workers` is {num_workers}, expected 0 or 1 with `streaming`, which reads one row after another."
+            )
         if max_length is not None and max_length < 2:
             raise ValueError(f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token.")
         self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        self._weights = read_weights(train_data, "train_data") if isinstance(train_data, Mapping) else {}
         self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
+        for split in ("val", "test", "predict"):
+            if isinstance(self._data[split], Mapping):
+                raise TypeError(
+                    f"`{split}_data` is {shorten(self._data[split])}, but weights are for `train_data` alone. "
+                    "Give a list of the sources."
+                )
         columns, chat = (prompt_field, output_field, ground_truth_field), (train_on_turns, chat_template_kwargs)
         self._row_format = RowFormat(*columns, prompt_template, row_transform, *chat)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
@@ -154,7 +201,12 @@ class SFTDataModule(L.LightningDataModule):
         BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
         self.layout = layout
         self._num_workers = num_workers
+        self._streaming, self._shuffle_buffer = streaming, shuffle_buffer
+        self._streams: list[RowStream] = []
+        self._places: dict[int, dict[str, Any]] = {}  # in the stream, by the number of optimizer steps taken
+        self._stream_order: dict[str, Any] = {}
         self._rows: dict[str, Dataset] = {}
+        self._shares: list[Share] = []  # of the training rows; empty if an epoch takes every row once
         self._num_too_long: dict[str, tuple[int, int]] = {}
         self._plans: dict[str, BatchPlan] = {}
         self._identity: dict[str, Any] = {}
@@ -188,6 +240,8 @@ class SFTDataModule(L.LightningDataModule):
                 continue
             if split == "predict":
                 self._rows[split] = self._load_prompts()
+            elif split == "train" and self._streaming and self._data[split] is not None:
+                self._rows[split] = self._open_stream()
             elif self._data[split] is not None:
                 self._rows[split] = self._encode(split)
             elif split == "val" and self._val_fraction:
@@ -198,6 +252,8 @@ class SFTDataModule(L.LightningDataModule):
                     )
                 parts = rows.train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
                 self._rows["train"], self._rows["val"] = parts["train"], parts["test"]
+                if self._shares:
+                    self._rows["train"] = self._by_source(parts["train"])
             elif split != "val" or stage == TrainerFn.VALIDATING:
                 command = TrainerFn(stage).value
                 raise ValueError(
@@ -205,16 +261,50 @@ class SFTDataModule(L.LightningDataModule):
                 )
 
     def _encode(self, split: str) -> Dataset:
-        sources = open_sources(cast(Data, self._data[split]), f"{split}_data")
+        argument, weights = f"{split}_data", self._weights if split == "train" else {}
+        if weights:
+            sources, counts = open_weighted(weights, argument)
+        else:
+            sources = open_sources(cast(Data, self._data[split]), argument)
         rows = encode_rows(sources, self._row_format, self.tokenizer, num_proc=self._num_proc, **self._encode_options)
-        self._report(split, rows)
+        self._report(split, sources, rows)
+        if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
+            bounds = pairwise([0, *accumulate(counts)])
+            self._shares = shares(weights, [sum(rows.sizes[start:end]) for start, end in bounds], argument)
         return rows.dataset
 
-    def _report(self, split: str, rows: EncodedRows) -> None:
+    @property
+    def _encoder(self) -> RowEncoder:
+        return RowEncoder(self._row_format, self.tokenizer, **self._encode_options)
+
+    def _open_stream(self) -> Dataset:
+        """The first rows: they are shown, prompt the model where there are no others, and tell of errors early."""
+        self._streams = open_streams(self._data["train"], "train_data")
+        rows, num_dropped, num_truncated = first_rows(self._streams, _NUM_FIRST_ROWS, self._encoder)
+        self._num_too_long["train"] = (num_dropped, num_truncated)
+        if not len(rows):
+            raise ValueError(
+                f"`train_data`: all of the first {num_dropped} rows are {self._length_limit}. Raise `max_length`."
+            )
+        return rows
+
+    def _by_source(self, rows: Dataset) -> Dataset:
+        """What is left for training after a split, in the order of the sources again, and counted anew."""
+        bounds = np.cumsum([share.num_rows for share in self._shares])
+        source = np.searchsorted(bounds, rows._indices.column(0).to_numpy(), side="right")
+        self._shares = shares(self._weights, np.bincount(source, minlength=len(bounds)).tolist(), "train_data")
+        return rows.select(np.argsort(source, kind="stable"))
+
+    def _report(self, split: str, sources: list[Source], rows: EncodedRows) -> None:
         kept, limit = len(rows.dataset), self._length_limit
         self._num_too_long[split] = (rows.num_dropped, rows.num_truncated)
         if rows.num_dropped:
-            rank_zero_info(f"{split}_data: dropped {rows.num_dropped} of {kept + rows.num_dropped} rows, {limit}.")
+            lost = [(len(source.rows) - size, source) for source, size in zip(sources, rows.sizes, strict=True)]
+            each = ", ".join(f"{num} of {len(source.rows)} of {source.name}" for num, source in lost if num)
+            each = f" ({each})" if 1 < len(sources) <= _NUM_SOURCES_NAMED else ""
+            rank_zero_info(
+                f"{split}_data: dropped {rows.num_dropped} of {kept + rows.num_dropped} rows{each}, {limit}."
+            )
         if rows.num_truncated:
             rank_zero_info(
                 f"{split}_data: truncated {rows.num_truncated} of {kept + rows.num_dropped} rows, {limit}; "
@@ -269,12 +359,14 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`num_rows` is {num_rows}, expected at least 0.")
         self._load_rows(TrainerFn.FITTING)
         plan = self._plan("train")
+        names = {"train": f"first {_NUM_FIRST_ROWS:,} rows"} if self._streaming else {}
         splits = {
-            split: SplitStatistics(
+            names.get(split, split): SplitStatistics(
                 read_numbers(self._rows[split], "num_tokens"),
                 read_numbers(self._rows[split], "num_response_tokens"),
                 *self._num_too_long.get(split, (0, 0)),
-                plan.steps_per_epoch if split == "train" else None,
+                plan.steps_per_epoch if split == "train" and not self._streaming else None,
+                {str(share): share.num_rows for share in self._shares} if split == "train" else {},
             )
             for split in _SPLITS[TrainerFn.FITTING]
             if split in self._rows
@@ -289,10 +381,13 @@ class SFTDataModule(L.LightningDataModule):
             for split in ("train", "val"):
                 if (rows := self._rows.get(split)) is None:
                     continue
+                source = shown_data(self._data[split])
+                if split == "train" and self._streaming:
+                    self._facts["train"] = f"{source}, streamed"
+                    continue
                 sizes = {"rows": len(rows)}
                 for name, column in (("tokens", "num_tokens"), ("response tokens", "num_response_tokens")):
                     sizes[name] = int(read_numbers(rows, column).sum())
-                source = shown_data(self._data[split])
                 self._facts |= {split: source, **{f"{split} {name}": size for name, size in sizes.items()}}
         options = self._batch_rule | self._encode_options
         return {
@@ -304,11 +399,12 @@ class SFTDataModule(L.LightningDataModule):
     # -- optimizer steps -----------------------------------------------------------------------------------------
 
     def _plan(self, split: str, **options: Any) -> BatchPlan:
-        num_inputs = read_numbers(self._rows[split], "num_tokens") - 1  # the last token is only a label
-        num_response_tokens = read_numbers(self._rows[split], "num_response_tokens")
         world_size = self.trainer.world_size if self.trainer else 1
         rule = self._batch_rule | {"world_size": world_size} | options
-        return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **rule)
+        if split == "train" and self._shares:
+            rule["sources"] = [(share.num_rows, share.num_taken) for share in self._shares]
+        counts = (read_numbers(self._rows[split], column) for column in ("num_tokens", "num_response_tokens"))
+        return plan_steps(*counts, **rule)
 
     def training_plan(self, world_size: int) -> BatchPlan:
         """The optimizer steps of training on so many devices; the rows are read if they are not yet."""
@@ -342,59 +438,21 @@ class SFTDataModule(L.LightningDataModule):
             return
         self._restore_trainer()
         limit, num_steps = trainer.limit_train_batches, self._plan("train").steps_per_epoch
+        if self._streaming:
+            num_steps = streamed_steps(trainer)
         limit = limit if isinstance(limit, int) else max(1, int(limit * num_steps))
         shuffle = trainer.overfit_batches == 0  # type: ignore[attr-defined]
-        self._plans["train"] = self._plan("train", shuffle=shuffle, limit_steps_per_epoch=limit)
-        self._show_one_long_epoch(self._plans["train"].steps_per_epoch)
-
-    def _show_one_long_epoch(self, steps_per_epoch: int) -> None:
-        """Turn the trainer's epochs into optimizer steps.
-
-        Lightning's own epoch counters go wrong when a run is resumed more than once, and with them order and length.
-        """
-        trainer = cast(L.Trainer, self.trainer)
-        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        self._trainer_settings = {
-            "max_epochs": fit_loop.max_epochs,
-            "min_epochs": fit_loop.min_epochs,
-            "max_steps": epoch_loop.max_steps,
-            "min_steps": epoch_loop.min_steps,
-            "limit_train_batches": trainer.limit_train_batches,
-            "limit_val_batches": trainer.limit_val_batches,
-            "val_check_interval": trainer.val_check_interval,
-            "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
-        }
-        limits = [epoch_loop.max_steps] if epoch_loop.max_steps >= 0 else []
-        if fit_loop.max_epochs is not None and fit_loop.max_epochs >= 0:
-            limits.append(fit_loop.max_epochs * steps_per_epoch)
-        num_steps = min(limits, default=-1)
-
-        interval = trainer.val_check_interval
-        if isinstance(interval, float):  # a fraction of an epoch; a run shorter than that is validated at its end
-            num_epochs = (trainer.check_val_every_n_epoch or 1) if interval == 1.0 else 1
-            interval = max(1, int(interval * num_epochs * steps_per_epoch))
-            interval = min(interval, num_steps) if num_steps > 0 else interval
-        if fit_loop.min_epochs:
-            epoch_loop.min_steps = max(epoch_loop.min_steps or 0, fit_loop.min_epochs * steps_per_epoch)
-        fit_loop.max_epochs, fit_loop.min_epochs, epoch_loop.max_steps = -1, None, num_steps
-        trainer.limit_train_batches = 1.0
-        trainer.val_check_interval = interval
-        if "val" in self._rows:
-            trainer.check_val_every_n_epoch = None  # the interval counts over the whole run
+        if self._streaming:
+            anew = limit if isinstance(trainer.limit_train_batches, int) else None
+            self._stream_order, num_steps = {"shuffle": shuffle, "steps_per_pass": anew}, limit
         else:
-            trainer.limit_val_batches = 0
+            self._plans["train"] = self._plan("train", shuffle=shuffle, limit_steps_per_epoch=limit)
+            num_steps = self._plans["train"].steps_per_epoch
+        self._trainer_settings = show_one_long_epoch(trainer, num_steps, "val" in self._rows)
 
     def _restore_trainer(self) -> None:
-        """Leave the trainer's settings as they were found."""
-        trainer, settings = self.trainer, self._trainer_settings
-        if trainer is None or settings is None:
-            return
-        for name in ("max_epochs", "min_epochs"):
-            setattr(trainer.fit_loop, name, settings[name])
-        for name in ("max_steps", "min_steps"):
-            setattr(trainer.fit_loop.epoch_loop, name, settings[name])
-        for name in ("limit_train_batches", "limit_val_batches", "val_check_interval", "check_val_every_n_epoch"):
-            setattr(trainer, name, settings[name])
+        if self.trainer is not None and self._trainer_settings is not None:
+            restore_settings(self.trainer, self._trainer_settings)
         self._trainer_settings = None
 
     def teardown(self, stage: str) -> None:
@@ -406,9 +464,12 @@ class SFTDataModule(L.LightningDataModule):
         self._restore_trainer()
 
     def train_dataloader(self) -> StepLoader:
-        """One item for each optimizer step of the run, from the current position on; of one epoch without a trainer."""
-        if self.trainer is None or self._trainer_settings is None:  # one epoch, to look at
-            return self._loader("train", self._plans["train"].steps_per_epoch)
+        """One item for each optimizer step of the run, from the current position on.
+
+        Without a trainer of one epoch; of a stream, which has none, without an end.
+        """
+        if self.trainer is None or self._trainer_settings is None:  # to look at
+            return self._loader("train", _ENDLESS if self._streaming else self._plans["train"].steps_per_epoch)
         # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
         max_steps = self.trainer.max_steps
         num_steps = max_steps + 1 if max_steps >= 0 else _ENDLESS
@@ -430,12 +491,24 @@ class SFTDataModule(L.LightningDataModule):
 
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
-        pad_id = pad_token_id(self.tokenizer)
-        dataset = StepDataset(self._rows[split], self._plans[split], rank, pad_id, self._supported_layout())
+        how = (rank, pad_token_id(self.tokenizer), self.layout_for(getattr(self.trainer, "lightning_module", None)))
+        if split == "train" and self._streaming:
+            rule = self._batch_rule | {"world_size": self.trainer.world_size if self.trainer else 1}
+            order = {"shuffle_buffer": self._shuffle_buffer} | self._stream_order
+            steps = StreamedSteps(self._streams, self._encoder, rule, *how, **order)
+            return StreamLoader(steps, num_steps, self._num_workers, first_step, self._places, self.tokenizer)
+        dataset = StepDataset(self._rows[split], self._plans[split], *how)
         return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer)
 
-    def _supported_layout(self) -> Layout:
-        module = getattr(self.trainer, "lightning_module", None)
+    def layout_for(self, module: object) -> Layout:
+        """How the microbatches of a module are laid out.
+
+        Args:
+            module: It says in `why_not_packed` whether it takes packed ones.
+
+        Raises:
+            ValueError: If they are to be packed, and the module cannot take that.
+        """
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
         if self.layout == "packed" and reason:
             raise ValueError(f"`layout` is 'packed', but {reason}. Use 'padded'.")
@@ -447,27 +520,39 @@ class SFTDataModule(L.LightningDataModule):
         """What a run's place in its data depends on, besides its number of optimizer steps."""
         if "train" not in self._rows:
             return {}
+        if self._streaming:
+            step = self.trainer.global_step if self.trainer else 0
+            rule = {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+            return {"streaming": True, "shuffle_buffer": self._shuffle_buffer, **rule, "last": self._places.get(step)}
         if not self._identity:
             rows = self._rows["train"]
             self._identity = {"num_rows": len(rows), "rows": content_hash(rows)}
             self._identity |= {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+            if self._shares:
+                self._identity["weights"] = [[share.num_rows, share.num_taken] for share in self._shares]
         return self._identity
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Make sure that a run continues on the data that it began with.
 
         Raises:
-            ValueError: If the training rows, `batch_size` or `seed` are not those of the checkpoint.
+            ValueError: If the training rows, their sources' weights, `batch_size` or `seed` are not those of the
+                checkpoint.
         """
         if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        for name, now in self.state_dict().items():
-            then = state_dict[name]
-            if then == now:
+        identity = self.state_dict()
+        last = state_dict.get("last")
+        self._places = {} if last is None else {last["step"]: last}
+        for name in dict.fromkeys(["streaming", *identity, *state_dict]):
+            then, now = (state.get(name, False) for state in (state_dict, identity))
+            if then == now or name == "last":
                 continue
             difference, use = f"`{name}` = {then}, now it is {now}", then
             if name == "rows":
                 difference, use = "other training rows or tokens", "those"
+            elif name == "weights":
+                difference, use = "other weights of the sources in `train_data`", "those"
             raise ValueError(
                 f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
                 f"Use {use}, or start anew from the weights."

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft import chat, rows, tokenization
 from lightning_sft.chat import ChatTemplate
 from lightning_sft.messages import located, shorten
-from lightning_sft.rows import RowFormat, Source, cache_folder
+from lightning_sft.rows import Row, RowFormat, Source, cache_folder
 from lightning_sft.tokenization import encode_examples, num_response_labels
 
 TooLong = Literal["error", "drop", "truncate"]
@@ -29,12 +29,13 @@ class EncodedRows:
     `dataset` has the columns `prompt`, `output`, `ground_truth` (text), `is_chat`, `input_ids`, `num_prompt_tokens`,
     `gaps` (`Example`), `num_tokens`, `num_response_tokens` (labels that count in the loss) and `where` (`line 3`, or of
     several sources `line 3 of b.jsonl`). Of a conversation, `prompt` is all up to the assistant's last turn that is
-    learnt, `output` this turn and `ground_truth` what it says.
+    learnt, `output` this turn and `ground_truth` what it says. `sizes` are the numbers of rows of each source in it.
     """
 
     dataset: Dataset
     num_dropped: int
     num_truncated: int
+    sizes: list[int]
 
 
 def encode_rows(
@@ -62,7 +63,7 @@ def encode_rows(
     Raises:
         ValueError: If a row is malformed, has no response token, or is too long; the message names file and row.
     """
-    encode = _Encode(row_format, tokenizer, max_length, too_long, append_eos)
+    encode = RowEncoder(row_format, tokenizer, max_length, too_long, append_eos)
     key = encode.fingerprint()
     cache_folder().mkdir(parents=True, exist_ok=True)
     parts = []
@@ -91,7 +92,12 @@ def encode_rows(
     dataset = concatenate_datasets(parts)
     num_dropped = sum(len(source.rows) for source in sources) - len(dataset)
     num_truncated = int(read_numbers(dataset, "is_truncated").sum())
-    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated)
+    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated, list(map(len, parts)))
+
+
+def rows_in_memory(columns: dict[str, list[Any]]) -> Dataset:
+    """What `RowEncoder.encode` gives, as `EncodedRows.dataset` holds it."""
+    return Dataset.from_dict(columns, _ENCODED_FEATURES).remove_columns("is_truncated")
 
 
 def render_prompts(sources: Sequence[Source], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -155,8 +161,8 @@ _ENCODED_FEATURES = Features(
 
 
 @dataclass
-class _Encode:
-    """The function mapped over batches of rows."""
+class RowEncoder:
+    """Turns rows into token ids, by the arguments of `encode_rows`; called by `datasets` with batches of rows."""
 
     row_format: RowFormat
     tokenizer: PreTrainedTokenizerBase
@@ -167,10 +173,24 @@ class _Encode:
     def __call__(
         self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool
     ) -> dict[str, list[Any]]:
+        columns = self.encode(source.decode(batch, indices))
+        if not keep_name:
+            columns["where"] = [where.removesuffix(f" of {source.name}") for where in columns["where"]]
+        return columns
+
+    def encode(self, rows: Iterable[tuple[str, Row]]) -> dict[str, list[Any]]:
+        """The columns of `EncodedRows.dataset`, and `is_truncated`, of those rows that are not dropped.
+
+        Args:
+            rows: Each with the words that locate it.
+
+        Raises:
+            ValueError: As `encode_rows`.
+        """
         places: list[str] = []
         texts: list[dict[str, Any]] = []
         template = ChatTemplate(self.tokenizer, self.row_format.train_on_turns)
-        for where, row in source.decode(batch, indices):
+        for where, row in rows:
             with located(where):
                 text = self.row_format.render(row)
                 if "conversation" in text:
@@ -203,7 +223,6 @@ class _Encode:
             ids = ids[: self.max_length]
             gaps = [min(bound, len(ids)) for bound in gaps]
             num_labels = num_response_labels(len(ids), num_prompt_tokens, gaps)
-            where = where if keep_name else where.removesuffix(f" of {source.name}")
             if not (over and (self.too_long == "drop" or not num_labels)):
                 words = (text["prompt"], text["output"], text["ground_truth"], "chat" in text)
                 encoded.append((*words, ids, num_prompt_tokens, gaps, len(ids), num_labels, where, over))

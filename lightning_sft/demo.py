@@ -1,13 +1,16 @@
-"""What the quickstart needs without a network: generated word problems and a tokenizer with a closed vocabulary."""
+"""Rows that need no network: word problems with a tokenizer of their own, and questions about stories."""
 
 import random
 import re
 import zlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+Split = Literal["train", "validation"]
 
 _LARGEST_NUMBER = 30  # sums up to 99 take a tiny model many more optimizer steps
 _LARGEST_CHANGE = 10
@@ -23,11 +26,26 @@ _PROMPT = (
 )
 _OUTPUT = " {start} {sign1} {n1} = {middle} ; {middle} {sign2} {n2} = {end} </think> <answer> {end} </answer>"
 
+_PEOPLE = ("Lily", "Tom", "Ben", "Sue", "Max", "Mia", "Sam", "Anna", "Tim", "Jane")
+_FINDS = ("ball", "doll", "car", "hat", "book", "cake", "toy", "box", "bird", "flower")
+_PLACES = ("park", "garden", "house", "forest", "box", "tree", "room", "kitchen")
+_STORIES = (
+    "One day, {finder} found a {thing} in the {place}. {other} wanted to play too.",
+    "{other} was sad. Then {finder} went to the {place} and found a {thing}.",
+    "{finder} and {other} were in the {place}. {finder} saw a {thing}.",
+)
+_QUESTIONS = (
+    ("Who found it?", "finder"),
+    ("What was it?", "thing"),
+    ("Where was it?", "place"),
+    ("Who did not find it?", "other"),
+)
+
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 _TOKEN = r" ?[^ .,?]+|[.,?]"  # a word with the space before it, or a mark: joining tokens gives the text back
 
 
-def word_problems(num_rows: int = 20_000, seed: int = 0, split: Literal["train", "validation"] = "train") -> Dataset:
+def word_problems(num_rows: int = 20_000, seed: int = 0, split: Split = "train") -> Dataset:
     """Generate two-step word problems with worked solutions, in the manner of the `r1_zero` prompt.
 
     The two splits share no solution and therefore no prompt: a checksum of the solution alone decides to which
@@ -45,15 +63,53 @@ def word_problems(num_rows: int = 20_000, seed: int = 0, split: Literal["train",
     Raises:
         ValueError: If `split` has another value.
     """
-    if split not in ("train", "validation"):
+    return _draw_rows(_draw_problem, num_rows, seed, split)
+
+
+def story_questions(num_rows: int = 8_000, seed: int = 0, split: Split = "train") -> Dataset:
+    """Generate questions about two-sentence stories, with answers in the format of the `r1_zero` prompt.
+
+    The words are those of TinyStories. As in `word_problems`, the two splits share nothing, however it is asked about.
+
+    Args:
+        num_rows: Questions to generate.
+        seed: The same seed gives the same rows on every machine.
+        split: Which side of the division of all questions to draw from.
+
+    Returns:
+        The columns `prompt`, which ends in `<think>`; `output`, which ends in `<answer> Lily </answer>`; and
+        `ground_truth`, such as `"Lily"`.
+
+    Raises:
+        ValueError: If `split` has another value.
+    """
+    return _draw_rows(_draw_question, num_rows, seed, split)
+
+
+def _draw_rows(draw: Callable[[random.Random], dict[str, str] | None], num_rows: int, seed: int, split: str) -> Dataset:
+    if split not in get_args(Split):
         raise ValueError(f'`split` is {split!r}; expected "train" or "validation".')
     rng = random.Random(seed)
     rows: list[dict[str, str]] = []
     while len(rows) < num_rows:
-        row = _draw_problem(rng)
-        if row is not None and (zlib.crc32(row["output"].encode()) % 10 == 0) == (split == "validation"):
+        row = draw(rng)
+        if row is not None and (zlib.crc32(row["solution"].encode()) % 10 == 0) == (split == "validation"):
             rows.append(row)
     return Dataset.from_dict({column: [row[column] for row in rows] for column in ("prompt", "output", "ground_truth")})
+
+
+def _draw_question(rng: random.Random) -> dict[str, str]:
+    finder, other = rng.sample(_PEOPLE, 2)
+    words = {"finder": finder, "other": other, "thing": rng.choice(_FINDS), "place": rng.choice(_PLACES)}
+    question, asked = rng.choice(_QUESTIONS)
+    story = rng.choice(_STORIES).format(**words)
+    solution = f" {finder} found a {words['thing']} in the {words['place']}, not {other}."
+    return {
+        "prompt": f"{story} {question} <think>",
+        "output": f"{solution} </think> <answer> {words[asked]} </answer>",
+        "ground_truth": words[asked],
+        "solution": solution,
+    }
 
 
 def _draw_problem(rng: random.Random) -> dict[str, str] | None:
@@ -73,7 +129,7 @@ def _draw_problem(rng: random.Random) -> dict[str, str] | None:
         second=second.format(n=n2, friend=friend),
     )
     output = _OUTPUT.format(start=start, sign1=sign1, n1=n1, middle=middle, sign2=sign2, n2=n2, end=end)
-    return {"prompt": prompt, "output": output, "ground_truth": str(end)}
+    return {"prompt": prompt, "output": output, "ground_truth": str(end), "solution": output}
 
 
 def _draw_change(rng: random.Random) -> tuple[str, str]:

@@ -102,7 +102,7 @@ def estimate_run(
     notes = [f"For {devices} {'CUDA' if on_cuda else 'CPU'} device{'s' if devices > 1 else ''}, {precision}."]
     if trainer.get("accelerator") in (None, "auto") and not on_cuda:
         notes.append("This machine has no GPU; for a run on one add `--trainer.accelerator gpu`.")
-    model = module.empty_model()
+    model = module.empty_model(precision)
     layout = datamodule.layout or ("padded" if why_never_packed(model) else "packed")
     totals, run, num_steps = None, {}, None
     try:

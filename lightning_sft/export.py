@@ -18,7 +18,17 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.checkpoint_files import check_checkpoint, take_place
+from lightning_sft.lora import (
+    adapter_weights,
+    add_lora,
+    has_lora,
+    is_quantized,
+    lora_settings,
+    plain_weights,
+    save_adapter,
+)
 from lightning_sft.model_card import TAG, write_card
+from lightning_sft.pretrained import build_model
 from lightning_sft.sharding import is_sharded
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -30,6 +40,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     facts: Mapping[str, Any] | None = None,
     dtype: ExportDtype | None = None,
+    merge_lora: bool = True,
 ) -> None:
     """Write a model to a folder that `AutoModelForCausalLM.from_pretrained` loads; its logits are the same to the bit.
 
@@ -45,37 +56,51 @@ def export_model(
         facts: What the model card says (`model_card.run_facts`).
         dtype: To convert weights to. Default: as they are: float32 unless the run said otherwise, also under
             `bf16-mixed`.
+        merge_lora: Add adapters to the weights they belong to, in float32. False: write the adapters alone, a folder
+            for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
-        ValueError: If the folder holds something else.
+        ValueError: If the folder holds something else, or there are no adapters to be written alone.
     """
     folder = Path(folder).absolute()
+    if not merge_lora and not has_lora(model):
+        raise ValueError("`merge_lora` is false, but the model has no adapters.")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found = get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
     weights = cast("dict[str, Tensor]", found)
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return
     check_export_folder(folder)
+    if not merge_lora:
+        weights = adapter_weights(model, weights)
+    elif has_lora(model):
+        weights = plain_weights(_with_weights(model, weights) if is_sharded(model) else model)
     if dtype is not None:
         weights = {
             name: weight.to(getattr(torch, dtype)) if weight.is_floating_point() else weight
             for name, weight in weights.items()
         }
-    own_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    with torch.device("meta"):
-        whole = cast("type[PreTrainedModel]", own_class)(copy.deepcopy(model.config))
-    _give_weights(whole, weights)
+    whole = _without_data(model)
+    if merge_lora:
+        _give_weights(whole, weights)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        whole.save_pretrained(partial)
-        if model.can_generate():  # as it came: published ones do not always pass the check that saving makes
+        if merge_lora:
+            whole.save_pretrained(partial)
+        else:
+            save_adapter(model, weights, partial)
+        if (
+            merge_lora and model.can_generate()
+        ):  # as it came: published ones do not always pass the check that saving makes
             path = partial / "generation_config.json"
             model.generation_config.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_card(partial, folder.name, facts or {}, sum(weight.numel() for weight in whole.parameters()), whole.dtype)
+        num_parameters = sum(weight.numel() for weight in (whole.parameters() if merge_lora else weights.values()))
+        kind = whole.dtype if merge_lora else next(iter(weights.values())).dtype
+        write_card(partial, folder.name, facts or {}, num_parameters, kind, is_adapter=not merge_lora)
         _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -110,9 +135,27 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _give_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+def _without_data(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and configuration, on `meta`, and plain: without adapters, sharding, quantisation."""
+    own_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    config = copy.deepcopy(model.config)
+    if is_quantized(model) and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return cast("type[PreTrainedModel]", own_class)(config)
+
+
+def _with_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model with the same adapters, but whole."""
+    whole = _without_data(model)
+    add_lora(whole, lora_settings(model))
+    _give_weights(whole, weights)
+    return whole
+
+
+def _give_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], strict: bool = True) -> None:
     """Put weights into a model without any, as they are: no copies, no other dtype."""
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, strict=strict, assign=True)
     model.tie_weights()
 
 
@@ -138,15 +181,31 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
     if weights_only or not path.exists():
         check_checkpoint(str(path), resume=False)
     checkpoint = _read_folder(path) if path.is_dir() else _read_file(path, weights_only)
-    settings = checkpoint.get("hyper_parameters", {}).get("model")
-    if not isinstance(settings, dict):
+    hyper_parameters = checkpoint.get("hyper_parameters", {})
+    settings, lora = hyper_parameters.get("model"), hyper_parameters.get("lora")
+    if lora is not None:
+        model = _load_base(path, hyper_parameters)
+        add_lora(model, lora)
+    elif isinstance(settings, dict):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    else:
         raise ValueError(f"`ckpt_path` is {str(path)!r}, which says nothing of its model: it is not of an `SFTModule`.")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     if "generation_config" in checkpoint:
         model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
-    _give_weights(model, _of_model(checkpoint["state_dict"]))
+    _give_weights(model, _of_model(checkpoint["state_dict"]), strict=lora is None)
     return model, checkpoint.get("model_card", {})
+
+
+def _load_base(path: Path, hyper_parameters: Mapping[str, Any]) -> PreTrainedModel:
+    """The model that a checkpoint's adapters are for."""
+    source = hyper_parameters["model"]
+    if source is None:
+        raise ValueError(
+            f"`ckpt_path` is {str(path)!r}, which holds adapters of a model without a name. Load it by "
+            "`SFTModule.load_from_checkpoint(path, model=base_model)`, and pass its `model` to `export_model`."
+        )
+    return build_model(source, hyper_parameters.get("model_kwargs", {}), hyper_parameters.get("seed", 0))
 
 
 def _read_file(path: Path, weights_only: bool) -> dict[str, Any]:

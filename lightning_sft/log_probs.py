@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.head import Head, score_labels
+from lightning_sft.lora import trained_layer
 from lightning_sft.tiles import float32_or_more
 
 
@@ -178,7 +179,7 @@ def _head_of(model: nn.Module) -> _FoundHead | None:
     """The model's head, if what comes after it is known to be a scale and a cap and no more."""
     if not isinstance(model, PreTrainedModel):
         return None
-    layer = model.get_output_embeddings()
+    layer = trained_layer(model.get_output_embeddings())
     replaced = "forward" in vars(layer) or type(layer).forward is not nn.Linear.forward
     if not isinstance(layer, nn.Linear) or replaced or model.base_model is model:
         return None

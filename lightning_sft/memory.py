@@ -160,12 +160,12 @@ def step_memory(
     with torch.device("meta"):
         model = copy.deepcopy(model)
     if stored is not None:
-        model.to(dtype=stored)
+        cast(nn.Module, model).to(dtype=stored)
     state = state_memory(model.parameters(), optimizer)
     gathered = state.gradients if num_copies > 1 else 0  # the reducer's buckets
     if num_shards > 1:
         if autocast == torch.bfloat16:
-            model.to(dtype=autocast)
+            cast(nn.Module, model).to(dtype=autocast)
         gathered = _gathered(model) + (state.gradients if whole_gradients else 0)
         state = state.share(num_shards)
     inputs = _inputs(lengths, num_response_tokens, layout)

@@ -33,6 +33,8 @@ def run_facts(trainer: Any) -> dict[str, Any]:
         optimizer_facts = {"optimizer": type(optimizer).__name__}
         optimizer_facts |= {name: optimizer.defaults[name] for name in _OF_OPTIMIZER if name in optimizer.defaults}
     own = {name: module.hparams.get(name) for name in _OF_MODULE}
+    if lora := module.hparams.get("lora"):
+        own["LoRA"] = ", ".join(f"{name} {value}" for name, value in lora.items())
     if own["loss_normalization"] == "token":
         del own["normalize_constant"]
     return {
@@ -56,36 +58,51 @@ def shown_path(path: str) -> str:
 
 
 def shown_data(data: object) -> str | None:
-    """Files and data sets by name; what was made in Python has none."""
+    """Files and data sets by name, with their weights; what was made in Python has none."""
+    if isinstance(data, Mapping):
+        return ", ".join(f"{shown_path(str(name))} (weight {weight:g})" for name, weight in data.items())
     names = [data] if isinstance(data, str) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return None
     return ", ".join(map(shown_path, names))
 
 
-def write_card(folder: Path, name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    facts: Mapping[str, Any],
+    num_parameters: int,
+    dtype: torch.dtype,
+    is_adapter: bool = False,
+) -> None:
     """Write the model card, `README.md`."""
-    (folder / "README.md").write_text(_card(name, facts, num_parameters, dtype), encoding="utf-8")
+    (folder / "README.md").write_text(_card(name, facts, num_parameters, dtype, is_adapter), encoding="utf-8")
 
 
-def _card(name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype) -> str:
+def _card(name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype, is_adapter: bool) -> str:
     base = facts.get("base_model")
     on_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    library = "peft" if is_adapter else "transformers"
+    front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     front += [f"base_model: {json.dumps(base)}"] if on_hub else []
     front += ["tags:", f"- {TAG}"]
     origin = f"`{base}`, fine-tuned" if base else "Trained"
     kind = str(dtype).removeprefix("torch.")
+    of = "Adapters of " if is_adapter else ""
+    load = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+    if is_adapter:
+        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")'
     parts = [
         "\n".join(["---", *front, "---"]),
         f"# {name}",
-        f"{origin} on prompt/output pairs. {num_parameters:,} parameters, {kind}.",
+        f"{origin} on prompt/output pairs. {of}{num_parameters:,} parameters, {kind}.",
         "\n".join(
             [
                 "```python",
+                *(["from peft import PeftModel"] if is_adapter else []),
                 "from transformers import AutoModelForCausalLM, AutoTokenizer",
                 "",
-                'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+                f"model = {load}",
                 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
                 "```",
             ]
@@ -101,8 +118,10 @@ def _card(name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch
     if template := facts.get("prompt_template"):
         fence = "````" if "```" in template else "```"
         parts += ["## Prompt", f"{fence}text\n{template}\n{fence}"]
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "lightning"))
-    parts.append(f"Made with lightning_sft: {versions}.")
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("lightning-sft", "torch", "transformers", "lightning")
+    )
+    parts.append(f"Made with {versions}.")
     return "\n\n".join(parts) + "\n"
 
 

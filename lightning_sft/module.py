@@ -10,8 +10,9 @@ from typing import Any, Literal, cast, get_args
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
@@ -21,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, get_scheduler
 
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
+from lightning_sft.lora import add_lora, has_lora, is_quantized, lora_config
 from lightning_sft.losses import LossNormalization, loss_constant
 from lightning_sft.memory import StepMemory, parameter_counts, state_memory, step_memory
 from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
@@ -59,6 +61,9 @@ class SFTModule(L.LightningModule):
             as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
         sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
             only where the model is sharded, since whole gradients need memory there.
+        lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`.
+            Unless they say otherwise, every linear layer but the head is adapted. Under `bf16-mixed` adapters are
+            float32, and frozen weights stay in the dtype that they are stored in.
         model_kwargs: Passed to `from_pretrained` or `from_config`, such as `attn_implementation`.
         seed: Of weights trained from scratch, and of dropout, which is drawn anew from (seed, step, device) in each
             step. On the command line it is the seed of the data.
@@ -85,6 +90,7 @@ class SFTModule(L.LightningModule):
         compile: bool = False,
         nonfinite: NonFinite = "error",
         sync_every_microbatch: bool | None = None,
+        lora: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -94,8 +100,14 @@ class SFTModule(L.LightningModule):
         check_type("warmup_steps", warmup_steps, Real, "a number of steps or a share below 1")
         check_type("max_grad_norm", 1 if max_grad_norm is None else max_grad_norm, Real, "a positive number or none")
         check_integers(seed=seed)
-        for name, mapping in {"model_kwargs": model_kwargs, "lr_scheduler_kwargs": lr_scheduler_kwargs}.items():
-            check_type(name, mapping or {}, dict, "a mapping of arguments")
+        for name, mapping in {
+            "model_kwargs": model_kwargs,
+            "lr_scheduler_kwargs": lr_scheduler_kwargs,
+            "lora": lora,
+        }.items():
+            check_type(name, {} if mapping is None else mapping, dict, "a mapping of arguments")
+        if lora is not None:
+            lora_config(lora)  # refuses what is wrong now rather than after loading
         if not callable(optimizer):
             raise TypeError(f"`optimizer` is {shorten(optimizer)}, expected a function of the parameters.")
         if loss_normalization not in get_args(LossNormalization):
@@ -111,7 +123,15 @@ class SFTModule(L.LightningModule):
             raise ValueError(f"`warmup_steps` is {warmup_steps}, expected a number of steps or a share below 1.")
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         self.save_hyperparameters(
-            "loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed"
+            *(
+                "loss_normalization",
+                "normalize_constant",
+                "max_grad_norm",
+                "lr_scheduler",
+                "warmup_steps",
+                "seed",
+                "lora",
+            )
         )
         self.automatic_optimization = False
         if not isinstance(model, PreTrainedModel):  # which as a submodule would be saved twice
@@ -130,6 +150,11 @@ class SFTModule(L.LightningModule):
         self._num_skipped = 0
         self._unchecked: StepOutcome | None = None
         self._model_kwargs = model_kwargs or {}
+        self._lora = lora
+        if lora is not None:  # checkpoints hold what is trained
+            self.strict_loading = False
+            self.register_state_dict_post_hook(_drop_frozen)
+            self.register_load_state_dict_post_hook(_miss_no_frozen)
         self._seed = seed
         self._saved_groups: list[set[str]] = []  # settings of the optimizer of the checkpoint that a run goes on from
         self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
@@ -144,16 +169,20 @@ class SFTModule(L.LightningModule):
         """
         strategy = getattr(self._trainer, "strategy", None)
         _check_strategy(strategy)
+        _check_precision(getattr(self._trainer, "precision_plugin", None))
         _check_callbacks(self._trainer)
         loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
         if isinstance(strategy, ModelParallelStrategy):
             dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
             if not loaded:
-                self.model = load_sharded(self._build, strategy.root_device, dtype)
+                self.model = load_sharded(self._build, strategy.root_device, dtype, self._adapt)
             elif not is_sharded(self.model):
-                shard(self.model, strategy.root_device.type, dtype)
-        elif not loaded:
-            self.model = self._build()
+                shard(self._adapt(self.model), strategy.root_device.type, dtype)
+        else:
+            self.model = self._adapt(self.model) if loaded else self._build()
+        if is_quantized(self.model) and (self._lora is None or is_sharded(self.model)):
+            why = "only train `lora` adapters" if self._lora is None else "not be sharded; use the strategy `ddp`"
+            raise ValueError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
         self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
         if self.gradient_checkpointing:
             new_name = getattr(self.model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
@@ -168,9 +197,13 @@ class SFTModule(L.LightningModule):
             self.model.base_model.compile(dynamic=True)
             self._compile = False  # it is, from now on
 
-    def empty_model(self) -> PreTrainedModel:
-        """The model that is to be trained, on `meta`: shapes and types, no values; nothing of its weights is read."""
-        return build_empty_model(self._source, self._model_kwargs)
+    def empty_model(self, precision: str = "32-true") -> PreTrainedModel:
+        """The model that is to be trained, on `meta`: shapes and types, no values; nothing of its weights is read.
+
+        Args:
+            precision: Of the trainer.
+        """
+        return self._adapt(build_empty_model(self._source, self._load_options(precision)))
 
     def step_memory(self, *sequences: Sequence[int], **options: Any) -> StepMemory:
         """What an optimizer step takes, by this module's settings unless `options` has others; see `memory.py`."""
@@ -178,10 +211,23 @@ class SFTModule(L.LightningModule):
             "gradient_checkpointing": self.gradient_checkpointing,
             "whole_gradients": self._sync_every_microbatch is False,
         }
-        return step_memory(self.empty_model(), self._optimizer, *sequences, **(own | options))
+        model = self.empty_model(str(options.get("precision", "32-true")))
+        return step_memory(model, self._optimizer, *sequences, **(own | options))
 
     def _build(self) -> PreTrainedModel:
-        return build_model(self._source, self._model_kwargs, self._seed)
+        precision = str(getattr(self._trainer, "precision", "32-true"))
+        return self._adapt(build_model(self._source, self._load_options(precision), self._seed))
+
+    def _load_options(self, precision: str) -> dict[str, Any]:
+        # Frozen weights in float32 would be no more exact than in the type that they are stored in.
+        as_stored = self._lora is not None and isinstance(self._source, str) and "16" in precision
+        return ({"dtype": "auto"} if as_stored else {}) | self._model_kwargs
+
+    def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with adapters, if it is to have some and has none yet."""
+        if self._lora is not None and not has_lora(model):
+            add_lora(model, self._lora, self._seed)
+        return model
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
@@ -399,7 +445,7 @@ class SFTModule(L.LightningModule):
             for name in own
             if name in saved and saved[name].shape != own[name].shape
         ]
-        if self.strict_loading:
+        if self.strict_loading or self._lora is not None:
             misfits += [f"`{name}` is missing there" for name in own if name not in saved]
             misfits += [f"`{name}` is there alone" for name in saved if name not in own]
         if misfits:
@@ -437,6 +483,10 @@ class SFTModule(L.LightningModule):
         checkpoint["num_skipped_steps"] = self._num_skipped
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
+        if self._lora is not None:  # which model the adapters are for
+            hyper_parameters["model"] = getattr(self, "_source", None) or self.model.name_or_path or None
+            kwargs = self._model_kwargs | {"dtype": str(self.model.dtype).removeprefix("torch.")}
+            hyper_parameters["model_kwargs"] = kwargs
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
         checkpoint["model_card"] = run_facts(self.trainer)
 
@@ -447,13 +497,28 @@ def _check_strategy(strategy: object) -> None:
     if name in ("FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
             f"`trainer.strategy` is {name}, which cannot train with manual optimisation. To shard the model add "
-            "`--config configs/fsdp.yaml` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
+            "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
+        )
+
+
+def _check_precision(plugin: object) -> None:
+    """Refuse what would quantise head and adapters too."""
+    if isinstance(plugin, BitsandbytesPrecision):
+        raise ValueError(
+            "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
+            "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
         )
 
 
 def _check_callbacks(trainer: Any) -> None:
-    """Refuse averages of weights that would never be made, or not of the whole weights."""
+    """Refuse averages of weights that would never be made, or not of the whole weights; and what finds nothing here."""
     for callback in trainer.callbacks if trainer is not None and trainer.state.fn == "fit" else ():
+        for finder, way_out in ((LearningRateFinder, "find_lr"), (BatchSizeFinder, "find_batch_size")):
+            if isinstance(callback, finder):
+                raise ValueError(
+                    f"Lightning's `{finder.__name__}` finds nothing in a module that steps by itself. Use "
+                    f"`lightning_sft.{way_out}(module, datamodule)` or `lightning-sft {way_out}`, and another trainer."
+                )
         if isinstance(callback, StochasticWeightAveraging):
             raise ValueError(
                 "`StochasticWeightAveraging` counts epochs, but to the trainer a run is a single one. Use Lightning's "
@@ -464,6 +529,20 @@ def _check_callbacks(trainer: Any) -> None:
                 f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "
                 "without an average."
             )
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    trained = {
+        prefix + name for name, weight in module.named_parameters(remove_duplicate=False) if weight.requires_grad
+    }
+    for key in [key for key in state_dict if key.startswith(f"{prefix}model.") and key not in trained]:
+        del state_dict[key]
+
+
+def _miss_no_frozen(module: nn.Module, incompatible_keys: Any) -> None:
+    trained = {name for name, weight in module.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if key.removeprefix("module.") in trained]
 
 
 def _mixed_seed(*numbers: int) -> int:

@@ -1,7 +1,7 @@
 """Data as the model will see it: tokens, coloured where they count in the loss, and statistics."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from io import StringIO
@@ -130,6 +130,7 @@ class SplitStatistics:
         num_dropped: Rows of its data that were too long.
         num_truncated: Rows of its data that were cut.
         steps_per_epoch: Optimizer steps; None if the split is not trained on.
+        sources: How many rows it has of each source; empty if an epoch takes every row once.
     """
 
     num_tokens: np.ndarray
@@ -137,6 +138,7 @@ class SplitStatistics:
     num_dropped: int = 0
     num_truncated: int = 0
     steps_per_epoch: int | None = None
+    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -159,6 +161,10 @@ class Preview:
         """What is counted, and a value for each split."""
         splits = list(self.splits.values())
         lines = [("rows", [f"{len(split.num_tokens):,}" for split in splits])]
+        lines += [
+            (source, [f"{split.sources[source]:,}" if split.sources else "" for split in splits])
+            for source in dict.fromkeys(source for split in splits for source in split.sources)
+        ]
         for word, counts in (
             ("dropped", [split.num_dropped for split in splits]),
             ("truncated", [split.num_truncated for split in splits]),

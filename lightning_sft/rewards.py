@@ -127,6 +127,10 @@ def numeric_match_reward(response: str, ground_truth: str) -> dict[str, float]:
 def exact_match_reward(response: str, ground_truth: str) -> dict[str, float]:
     """Reward of a response that is the answer and nothing else, character by character but for whitespace around it.
 
+    Args:
+        response: What the model generated after the prompt.
+        ground_truth: The answer.
+
     Returns:
         `format_reward`, 1 unless the response is blank; `answer_reward`, 1 if it also equals the ground truth;
         and `reward`, the second.

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast, get_args
 
@@ -234,21 +235,48 @@ def open_sources(data: Data, argument: str) -> list[Source]:
 
 
 def _open_name(name: str, argument: str) -> list[Source]:
+    paths = find_files(name, argument)
+    if paths:
+        return [_open_file(path, argument) for path in paths]
+    return [Source(name, load_named(name, argument))]
+
+
+def find_files(name: str, argument: str) -> list[str]:
+    """The files that a name means; none if it is not one of a file or pattern.
+
+    Raises:
+        FileNotFoundError: If a file is missing or a pattern matches none.
+        ValueError: If there is no name, or a file is of an unknown kind.
+    """
     if not name.strip():
         raise ValueError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
-    if os.path.isfile(name):
-        return [_open_file(name, argument)]
     path, *options = name.split(":", 2)
-    if options and path.endswith(_SUFFIXES):
+    if os.path.isfile(name):
+        paths = [name]
+    elif options and path.endswith(_SUFFIXES):
         raise ValueError(f"`{argument}` is {name!r}, but a file has neither configuration nor split. Use {path!r}.")
-    if name.endswith(_SUFFIXES) or glob.has_magic(path):
+    elif name.endswith(_SUFFIXES) or glob.has_magic(path):
         paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         if not paths:
             raise FileNotFoundError(f"`{argument}` is {name!r}, but there is no such file.")
-        return [_open_file(path, argument) for path in paths]
+    else:
+        return []
+    for path in paths:
+        if not path.endswith(_SUFFIXES):
+            raise ValueError(f"`{argument}` is {path!r}; expected a file ending in {', '.join(_SUFFIXES)}.")
+    return paths
+
+
+def load_named(name: str, argument: str, streaming: bool = False) -> Any:
+    """The `datasets.Dataset` of this name, or if it is streamed its `datasets.IterableDataset`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    path, *options = name.split(":", 2)
     config, split = [*options, None, None][:2]
     try:
-        return [Source(name, load_dataset(path, config or None, split=split or "train"))]
+        return load_dataset(path, config or None, split=split or "train", streaming=streaming)
     except Exception as error:
         raise ValueError(
             f"`{argument}` is {name!r}: neither a file ({', '.join(_SUFFIXES)}) nor a data set that can be loaded: "
@@ -257,8 +285,6 @@ def _open_name(name: str, argument: str) -> list[Source]:
 
 
 def _open_file(path: str, argument: str) -> Source:
-    if not path.endswith(_SUFFIXES):
-        raise ValueError(f"`{argument}` is {path!r}; expected a file ending in {', '.join(_SUFFIXES)}.")
     try:
         # Left alone, `datasets` knows a changed file by its modification time only, which copying can preserve.
         with open(path, "rb") as file:
@@ -303,27 +329,47 @@ def _parse(text: str, place: str) -> Any:
 
 
 def _read_rows(path: str) -> Iterator[dict[str, str]]:
-    read = {".csv": _read_csv, ".json": _read_json}.get(Path(path).suffix, _read_json_lines)
+    for place, row in read_file(path):
+        yield _json_row(place, row)
+
+
+def read_file(path: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL, JSON or CSV file one by one, each with its place in it, such as `line 3`.
+
+    Args:
+        path: The file.
+        skip: Leave out so many rows at the start, unparsed if each is a line of JSON.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it has no rows, or a row is malformed; the message begins with its place.
+    """
+    rows: Iterator[tuple[str, object]]
+    if path.endswith(".csv"):
+        rows = islice(_read_csv(path), skip, None)
+    elif path.endswith(".json") and _is_list(path):
+        rows = islice(_read_json_list(path), skip, None)
+    else:
+        rows = _read_json_lines(path, skip)
     row = None
-    for place, row in read(path):
+    for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{place}: expected a JSON object, got {shorten(row)}.")
-        yield _json_row(place, row)
-    if row is None:
+        yield place, row
+    if row is None and not skip:
         raise ValueError("it has no rows.")
 
 
-def _read_json_lines(path: str) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(_text_lines(path), 1):
-        if line.strip():
-            place = f"line {number}"
-            yield place, _parse(line, place)
+def _read_json_lines(path: str, skip: int) -> Iterator[tuple[str, object]]:
+    lines = ((number, line) for number, line in enumerate(_text_lines(path), 1) if line.strip())
+    for number, line in islice(lines, skip, None):
+        place = f"line {number}"
+        yield place, _parse(line, place)
 
 
-def _read_json(path: str) -> Iterator[tuple[str, object]]:
+def _is_list(path: str) -> bool:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        start = next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "")
-    return _read_json_list(path) if start == "[" else _read_json_lines(path)
+        return next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "") == "["
 
 
 _PIECE = 2**20  # characters of a file read at once

@@ -42,7 +42,10 @@ def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype |
 
 
 def load_sharded(
-    build: Callable[[], PreTrainedModel], device: torch.device, compute_dtype: torch.dtype | None = None
+    build: Callable[[], PreTrainedModel],
+    device: torch.device,
+    compute_dtype: torch.dtype | None = None,
+    adapt: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> PreTrainedModel:
     """Build a model on the first process alone and hand each of the others its share: no other holds a full copy.
 
@@ -50,6 +53,7 @@ def load_sharded(
         build: Loads or initialises the model; called on the first process only, where it stays in main memory.
         device: Of this process.
         compute_dtype: As for `shard`.
+        adapt: What `build` does to the model's layers, called with a model without data.
 
     Raises:
         ValueError: On every process, if `build` raises it.
@@ -67,7 +71,7 @@ def load_sharded(
         raise found[0]
     config, generation_config, dtype = found[0]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = adapt(AutoModelForCausalLM.from_config(config, dtype=dtype))
     model.generation_config = generation_config
     shard(model, device.type, compute_dtype)
     model.to_empty(device=device)

@@ -1,16 +1,44 @@
 """What one rank needs for each optimizer step of a plan, in order, from any position on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.batching import BatchPlan, Layout
+from lightning_sft.batching import BatchPlan, Layout, StepPlan
 from lightning_sft.preview import StepBatch
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
+
+
+def plan_steps(num_tokens: ArrayLike, num_response_tokens: ArrayLike, **options: Any) -> BatchPlan:
+    """The plan of the optimizer steps over rows of so many tokens; options as `BatchPlan` takes them."""
+    num_inputs = np.asarray(num_tokens) - 1  # the last token is only a label
+    return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **options)
+
+
+def step_batch(plan: StepPlan, microbatches: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one rank needs for an optimizer step: its microbatches, and the totals over all ranks."""
+    totals = ("num_sequences", "num_tokens", "num_response_tokens", "num_attended")
+    return {"microbatches": microbatches} | {name: getattr(plan, name) for name in totals}
+
+
+def collate_rows(examples: Sequence[Example], places: list[str], pad_id: int, layout: Layout) -> dict[str, Any]:
+    """Rows, with their places in the data, as one microbatch."""
+    # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
+    stand_in = [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
+    microbatch: dict[str, Any] = (collate_packed if layout == "packed" else collate_padded)(
+        examples or stand_in, pad_id
+    )
+    # Found here, so that no device has to be waited for to learn how many there are.
+    microbatch["response_positions"] = microbatch["response_mask"].flatten().nonzero().squeeze(-1)
+    microbatch["num_sequences"] = len(examples)
+    microbatch["rows"] = places
+    return microbatch
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -25,18 +53,12 @@ class StepDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         plan = self._plan.step(step, self._layout)
-        return {
-            "microbatches": [self.collate(indices) for indices in plan.ranks[self._rank]],
-            "num_sequences": plan.num_sequences,
-            "num_tokens": plan.num_tokens,
-            "num_response_tokens": plan.num_response_tokens,
-            "num_attended": plan.num_attended,
-        }
+        return step_batch(plan, [self.collate(indices) for indices in plan.ranks[self._rank]])
 
     def collate(self, indices: list[int]) -> dict[str, Any]:
         """The rows at these indices as one microbatch."""
-        # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
-        examples, rows = [Example(input_ids=[self._pad_id] * 2, num_prompt_tokens=2)], []
+        examples: list[Example] = []
+        rows: list[str] = []
         if indices:
             batch = self._rows[indices]
             examples = [
@@ -44,14 +66,7 @@ class StepDataset(torch.utils.data.Dataset):
                 for values in zip(*(batch[name] for name in self._columns), strict=True)
             ]
             rows = batch["where"].tolist()
-        microbatch: dict[str, Any] = (collate_packed if self._layout == "packed" else collate_padded)(
-            examples, self._pad_id
-        )
-        # Found here, so that no device has to be waited for to learn how many there are.
-        microbatch["response_positions"] = microbatch["response_mask"].flatten().nonzero().squeeze(-1)
-        microbatch["num_sequences"] = len(indices)
-        microbatch["rows"] = rows
-        return microbatch
+        return collate_rows(examples, rows, self._pad_id, self._layout)
 
 
 class StepLoader:
@@ -59,7 +74,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: StepDataset,
+        dataset: Any,
         num_steps: int,
         num_workers: int,
         first_step: Callable[[], int] = lambda: 0,

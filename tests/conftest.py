@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins by ignoring it
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

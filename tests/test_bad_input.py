@@ -442,7 +442,7 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         "`train_data`: row 2: cannot be written as JSON: keys must be str, int, float, bool or None, not tuple.",
     ),
     "row that nests deep": (
-        row({"prompt": "a", "output": "b", "more": nested(5000)}),
+        row({"prompt": "a", "output": "b", "more": nested(100_000)}),
         ValueError,
         "`train_data`: row 2: cannot be written as JSON: maximum recursion depth exceeded...",
     ),
@@ -494,7 +494,40 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
     "data of one row": (
         data(train_data={"prompt": "a"}),
         TypeError,
-        "`train_data` is {'prompt': 'a'} of type dict; " + KINDS,
+        "`train_data['prompt']` is 'a' of type str, expected a weight: how many times an epoch goes through its rows.",
+    ),
+    "weight of a truth value": (
+        data(train_data={"a.jsonl": True}),
+        TypeError,
+        "`train_data['a.jsonl']` is True of type bool, expected a weight: how many times an epoch goes through "
+        "its rows.",
+    ),
+    "weight of zero": (
+        data(train_data={"a.jsonl": 0}),
+        ValueError,
+        "`train_data['a.jsonl']` is 0, expected a positive number: how many times an epoch goes through its rows. "
+        "Leave the source out if it is not to be used.",
+    ),
+    "weight without end": (
+        data(train_data={"a.jsonl": float("inf")}),
+        ValueError,
+        "`train_data['a.jsonl']` is inf, expected a positive number: how many times an epoch goes through its rows. "
+        "Leave the source out if it is not to be used.",
+    ),
+    "weight without a source": (
+        data(train_data={3: 1}),
+        TypeError,
+        "`train_data` is 3 of type int, expected a file or a data set's name before each weight.",
+    ),
+    "weights of nothing": (
+        data(train_data={}),
+        ValueError,
+        "`train_data` is {}; expected at least one source with its weight.",
+    ),
+    "weights of validation rows": (
+        data(val_data={"a.jsonl": 2}),
+        TypeError,
+        "`val_data` is {'a.jsonl': 2}, but weights are for `train_data` alone. Give a list of the sources.",
     ),
     # templates
     "template without column": (
@@ -1040,9 +1073,9 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         "You selected an invalid strategy name: `strategy='ddpp'`...",
     ),
     "the trainer's clipping": (
-        command({"trainer.gradient_clip_val": 1}),
+        command({"trainer.gradient_clip_val": 0.5}),
         RefusedError,
-        "`trainer.gradient_clip_val` is 1, but this model steps by itself. Use `model.max_grad_norm`.",
+        "`trainer.gradient_clip_val` is 0.5, but this model steps by itself. Use `model.max_grad_norm`.",
     ),
     "the trainer's accumulation": (
         command({"trainer.accumulate_grad_batches": 2}),

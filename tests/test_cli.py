@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 import yaml
 from conftest import character_tokenizer, tiny_model
 
-from lightning_sft.cli import build, main, quickstart_config
+import lightning_sft
+from lightning_sft.cli import build, main, packaged_configs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -63,7 +65,7 @@ def test_generations_come_before_what_a_user_s_callback_does(inputs):
 def test_every_config_is_accepted_beside_the_quickstart(config, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-sft"])
     with pytest.raises(SystemExit) as exit_info:
-        build(["fit", "--config", str(quickstart_config()), "--config", str(config), "--print_config"])
+        build(["fit", "--config", "quickstart", "--config", str(config), "--print_config"])
     assert not exit_info.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
 
@@ -125,6 +127,19 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
         assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "flag"),
+    [
+        ("find_lr", ["--num_steps", "20", "--min_lr", "1e-4"], r"--model\.optimizer\.lr \d(\.\d)?e-\d"),
+        ("find_batch_size", ["--margin", "0"], "--data.max_tokens_per_microbatch 122"),  # all of the data
+    ],
+)
+def test_settings_are_found_and_nothing_is_saved(inputs, capsys, command, options, flag):
+    build([*arguments(inputs, command), *options])
+    assert re.fullmatch(flag, next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--")))
+    assert not list(Path.cwd().iterdir())
+
+
 def test_values_that_two_parts_share_are_given_once(inputs):
     cli = build(arguments(inputs, **{"data.seed": 7, "trainer.fast_dev_run": True}))
     assert cli.config.fit.model.seed == 7
@@ -183,7 +198,7 @@ def test_two_devices_equal_one(inputs):
     """Losses, metrics, generations and weights; steps of 4 rows, the last one of 1, of which one device gets none."""
     changes = {
         "trainer.max_epochs": 2,
-        "model.optimizer": "SGD",
+        "model.optimizer": "torch.optim.SGD",
         "model.optimizer.lr": 0.3,
         "data.gradient_accumulation_steps": 2,
     }
@@ -220,7 +235,33 @@ def test_without_arguments_it_is_the_quickstart(monkeypatch, command):
     monkeypatch.setattr(sys, "argv", ["lightning-sft", command])
     monkeypatch.setattr("lightning_sft.cli.build", lambda: None)
     main()
-    assert sys.argv[2:] == ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    assert sys.argv[2:] == ["--config", str(packaged_configs()["quickstart"])]
+
+
+def test_a_config_that_comes_with_the_package_is_found_by_name_unless_there_is_a_file_of_that_name(inputs, capsys):
+    """From any folder; later ones go over earlier ones, and the short option does the same."""
+
+    def printed(*words):
+        with pytest.raises(SystemExit) as exit_info:
+            build(["fit", *words, "--print_config"])
+        assert not exit_info.value.code
+        return yaml.safe_load(capsys.readouterr().out)
+
+    assert list(packaged_configs()) == [path.stem for path in CONFIGS]
+    (inputs / "work" / "gsm8k").mkdir()  # a folder is no configuration
+    settings = printed("-c", "gsm8k", "--config=debug")
+    assert settings["data"]["train_data"] == "openai/gsm8k:main:train"
+    assert settings["trainer"]["max_steps"] == 4
+    (inputs / "work" / "debug").write_text("trainer: {max_steps: 7}")
+    assert printed("--config", "gsm8k", "--config", "debug")["trainer"]["max_steps"] == 7
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "--version"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code
+    assert capsys.readouterr().out == f"lightning-sft {lightning_sft.__version__}\n"
 
 
 def test_preview_shows_rows_and_needs_neither_weights_nor_devices_nor_a_checkpoint(inputs, capsys):

@@ -11,13 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 FLOORS = (
     {"messages", "time_limit", "page", "answers", "model_card"},
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
-    | {"sampling"},
-    {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"},
+    | {"sampling", "lora"},
+    {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"}
+    | {"run_length"},
     {"log_probs", "rows", "step_loader", "export"},
-    {"generation", "dataset", "memory"},
+    {"generation", "dataset", "mixture", "memory"},
+    {"stream"},
     {"datamodule", "module"},
     {"callbacks"},
-    {"estimate"},
+    {"trial", "estimate"},
+    {"learning_rates", "batch_sizes"},
     {"cli", "demo"},
 )
 BELOW = {room: set().union(*FLOORS[:floor]) for floor, rooms in enumerate(FLOORS) for room in rooms}

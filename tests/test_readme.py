@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,9 +28,7 @@ def test_a_command_of_the_readme_is_accepted(command, monkeypatch, tmp_path):
     assert program == "lightning-sft"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [program])
-    for path in ("configs/quickstart.yaml", "configs/gsm8k.yaml", "configs/ddp.yaml", "configs/fsdp.yaml"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text((ROOT / path).read_text())
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     run_config = tmp_path / "runs/gsm8k/version_0/config.yaml"  # as a finished run would have left it
     run_config.parent.mkdir(parents=True)
     run_config.write_text((ROOT / "configs/gsm8k.yaml").read_text())

@@ -57,7 +57,8 @@ class FirstGradients(L.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.gradients is None:
-            self.gradients = {name: whole(weight.grad) for name, weight in pl_module.model.named_parameters()}
+            named = pl_module.model.named_parameters()
+            self.gradients = {name: whole(weight.grad) for name, weight in named if weight.requires_grad}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

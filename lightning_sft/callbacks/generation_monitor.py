@@ -254,6 +254,11 @@ class GenerationMonitor(L.Callback):
     def predict(self, trainer: L.Trainer, pl_module: L.LightningModule, rows: Rows) -> GenerationRecords:
         """Generate for rows of `predict` that the file does not have yet, and append their records to it.
 
+        Args:
+            trainer: The trainer.
+            pl_module: The module whose model answers.
+            rows: Rows of the datamodule's prompts, in their order.
+
         Returns:
             The records of all of these rows.
         """

@@ -48,6 +48,9 @@ class StepProgressBar(RichProgressBar):
     def task(self, description: str) -> Iterator[Callable[[float], None]]:
         """A further line while something else takes long: it appears after two seconds.
 
+        Args:
+            description: What the line says.
+
         Yields:
             What to call with the share that is done, from 0 to 1.
         """

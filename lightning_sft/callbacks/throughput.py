@@ -78,7 +78,7 @@ class TokenThroughput(L.Callback):
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("train/tokens_per_second", self._sums["num_tokens"] / self._seconds, prog_bar=True)
         rates = {"train/response_tokens_per_second": self._sums["num_response_tokens"] / self._seconds}
-        if (peak := _peak_memory(pl_module.device)) is not None:
+        if (peak := peak_memory(pl_module.device)) is not None:
             rates["train/peak_memory_gib"] = peak / 2**30
         model = getattr(pl_module, "model", None)
         if self._peak_flops is not None and isinstance(model, PreTrainedModel):
@@ -88,7 +88,7 @@ class TokenThroughput(L.Callback):
         pl_module.log_dict(rates)
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int | None:
     """Bytes: on CUDA since the last call, elsewhere since the process began; None where nobody counts."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

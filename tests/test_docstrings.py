@@ -1,0 +1,42 @@
+"""The reference is what `help` shows: every public name explains itself and each of its parameters."""
+
+import inspect
+import re
+
+import pytest
+
+import lightning_sft
+
+
+def own_callables():
+    """Everything exported, and what its classes add to their bases: Lightning explains its own hooks."""
+    for name in lightning_sft.__all__:
+        exported = getattr(lightning_sft, name)
+        if not inspect.isclass(exported):
+            yield name, exported
+            continue
+        if "__init__" in vars(exported):
+            yield name, exported
+        for member, value in vars(exported).items():
+            inherited = any(hasattr(base, member) for base in exported.__mro__[1:])
+            if inspect.isfunction(value) and not member.startswith("_") and not inherited:
+                yield f"{name}.{member}", value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), list(own_callables()), ids=lambda value: value if type(value) is str else ""
+)
+def test_every_parameter_is_explained_and_no_other(name, value):
+    parameters = [parameter for parameter in inspect.signature(value).parameters if parameter != "self"]
+    section = re.search(r"^Args:\n((?: {4}.*\n?|\n)*)", inspect.getdoc(value) or "", re.MULTILINE)
+    explained = re.findall(r"^ {4}\*{0,2}(\w+): ", section[1], re.MULTILINE) if section else []
+    assert explained == parameters
+
+
+@pytest.mark.parametrize("name", lightning_sft.__all__)
+def test_every_public_name_and_member_has_a_docstring(name):
+    exported = getattr(lightning_sft, name)
+    assert exported.__doc__
+    for member, value in vars(exported).items() if inspect.isclass(exported) else ():
+        if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+            assert value.__doc__, member
