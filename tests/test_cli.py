@@ -140,6 +140,12 @@ def test_settings_are_found_and_nothing_is_saved(inputs, capsys, command, option
     assert not list(Path.cwd().iterdir())
 
 
+def test_a_data_file_of_one_line_is_not_taken_for_settings(inputs):
+    (inputs / "one.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    words = arguments(inputs, **{"data.train_data": inputs / "one.jsonl", "trainer.fast_dev_run": True})
+    assert build(words).datamodule._data["train"] == str(inputs / "one.jsonl")
+
+
 def test_values_that_two_parts_share_are_given_once(inputs):
     cli = build(arguments(inputs, **{"data.seed": 7, "trainer.fast_dev_run": True}))
     assert cli.config.fit.model.seed == 7

@@ -269,3 +269,14 @@ def test_what_would_quantise_the_adapters_or_train_quantised_weights_is_refused(
     build("untied").save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="quantised by bitsandbytes, and such weights can only train `lora` adapters"):
         SFTModule(str(tmp_path / "base"), model_kwargs={"quantization_config": quantization}).configure_model()
+
+
+def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_alone(tmp_path):
+    build("tied", torch.bfloat16).save_pretrained(tmp_path)
+    module = SFTModule(str(tmp_path), lora=LORA)
+    model = module.empty_model("bf16-mixed")
+    assert model.dtype == torch.bfloat16
+    adapters = sum(4 * weight.numel() for weight in model.parameters() if weight.requires_grad)
+    memory = module.step_memory([20], [10], precision="bf16-mixed").state
+    assert memory.gradients == adapters
+    assert memory.weights == adapters + sum(2 * weight.numel() for weight in build("tied").parameters())
