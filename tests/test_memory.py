@@ -65,7 +65,9 @@ def test_an_optimizer_that_reads_values_is_said_to_be_unknown():
 
 def kept_by_a_real_forward(model):
     """Bytes of the distinct storages that autograd keeps, but for weights."""
-    examples = [Example(input_ids=[1] * (n + 1), num_prompt_tokens=n + 1 - r) for n, r in zip(LENGTHS, RESPONSES)]
+    examples = [
+        Example(input_ids=[1] * (n + 1), num_prompt_tokens=n + 1 - r) for n, r in zip(LENGTHS, RESPONSES, strict=True)
+    ]
     batch = collate_packed(examples)
     positions = batch["response_mask"].flatten().nonzero().squeeze(-1)
     inputs = {"position_ids": batch["position_ids"], "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
@@ -114,21 +116,21 @@ def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
             if batch_idx == 1:
                 counted.__exit__(None, None, None)
 
-    data = SFTDataModule(character_tokenizer(), rows, batch_size=6, max_tokens_per_microbatch=170, layout=layout)
+    data = SFTDataModule(character_tokenizer(), rows, batch_size=6, layout=layout)
     config = tiny_config(hidden_size=64, intermediate_size=128)
     module = SFTModule(config, optimizer=adamw, lr_scheduler="constant", gradient_checkpointing=checkpointing)
     options = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "precision": "32-true"}
     expected = estimate_run(module, data, options).memory[checkpointing]
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     L.Trainer(**options, **dict.fromkeys(quiet, False), callbacks=[Count()]).fit(module, data)
-    assert expected.peak == pytest.approx(counted.peak, rel=0.05)
+    assert expected.peak == pytest.approx(counted.peak, rel=0.002)
     assert expected.peak > expected.state.total + 0.5 * expected.activations
 
 
 def test_checkpointing_keeps_less_and_mixed_precision_adds_casts_of_the_weights():
-    model = meta_model(hidden_size=64, intermediate_size=128, num_hidden_layers=8)
+    model = meta_model(hidden_size=64, intermediate_size=128, num_hidden_layers=5)
     plain, again = (
-        step_memory(model, adamw, [60] * 8, [20] * 8, gradient_checkpointing=checkpointing)
+        step_memory(model, adamw, [60] * 4, [20] * 4, gradient_checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
     assert again.activations < plain.activations / 3
@@ -145,7 +147,7 @@ def test_checkpointing_keeps_less_and_mixed_precision_adds_casts_of_the_weights(
 
 
 def test_shards_divide_the_state_and_copies_add_buckets():
-    model = meta_model(num_hidden_layers=8)
+    model = meta_model()
     one, copied, shared = (
         step_memory(model, adamw, [30], [10], **devices) for devices in ({}, {"num_copies": 4}, {"num_shards": 4})
     )
@@ -160,9 +162,8 @@ def test_tiles_are_put_back_after_they_were_those_of_cuda():
     from lightning_sft import head, tiles
 
     before = tiles.tile_shape, tiles.tile_function, head.tile_shape, head.kept_rows
-    with pytest.raises(KeyError), _as_on_cuda(_LiveBytes(), True):
+    with _as_on_cuda(_LiveBytes(), True):
         assert head.tile_shape("cpu") == tiles.tile_shape("cpu") == before[0]("cuda")
-        raise KeyError
     assert before == (tiles.tile_shape, tiles.tile_function, head.tile_shape, head.kept_rows)
 
 
@@ -178,9 +179,17 @@ def words(tmp_path, monkeypatch):
     character_tokenizer().save_pretrained("model")
     rows = [{"prompt": "p" * i, "output": "o" * 5} for i in range(1, 14)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return (
-        ["estimate", "--model.model", "model", "--data.train_data", "train.jsonl", "--data.batch_size", "4", "--trainer.max_epochs", "2"]
-    )
+    return [
+        "estimate",
+        "--model.model",
+        "model",
+        "--data.train_data",
+        "train.jsonl",
+        "--data.batch_size",
+        "4",
+        "--trainer.max_epochs",
+        "2",
+    ]
 
 
 def test_the_command_needs_no_weights_and_no_devices(words, capsys):
@@ -210,7 +219,7 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
     assert "The data is not looked at: `train_data` is 'none.jsonl', but there is no such file" in told
     assert "largest microbatch 58 tokens, 58 of responses, 2 sequences, packed" in told
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
-    with pytest.raises(SystemExit, match="Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`"):
+    with pytest.raises(SystemExit, match=r"Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`"):
         main()
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, "--mfu", "40"])
     with pytest.raises(SystemExit, match=r"`mfu` is 40.0, expected a share"):
@@ -219,8 +228,8 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
 
 def test_the_largest_microbatch_is_found_over_ranks_and_steps():
     plan = BatchPlan([5, 9, 3, 3, 7, 1], [1, 2, 3, 4, 5, 6], batch_size=3, shuffle=False, max_tokens_per_microbatch=12)
-    assert plan.largest_microbatch(2, "packed") == ([9, 3], [2, 3], 2)
-    assert plan.largest_microbatch(2, "padded") == ([9], [2], 2)
+    assert plan.largest_microbatch(2, "packed") == ([7, 3, 1], [5, 4, 6], 1)
+    assert plan.largest_microbatch(2, "padded") == ([5, 3], [1, 3], 2)
 
 
 def test_a_run_begins_by_saying_how_much_it_trains(tmp_path, caplog):
