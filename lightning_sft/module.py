@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import GenerationConfig, PreTrainedModel, get_scheduler
+from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
@@ -407,6 +407,8 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and the schedule over the whole run."""
+        from transformers import get_scheduler  # imports `peft` and bitsandbytes, whose optimizers share torch's names
+
         optimizer = self._optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
         name, warmup, kwargs = self._schedule
         num_steps = self.trainer.max_steps

@@ -204,7 +204,7 @@ def test_two_devices_equal_one(inputs):
     """Losses, metrics, generations and weights; steps of 4 rows, the last one of 1, of which one device gets none."""
     changes = {
         "trainer.max_epochs": 2,
-        "model.optimizer": "torch.optim.SGD",
+        "model.optimizer": "SGD",
         "model.optimizer.lr": 0.3,
         "data.gradient_accumulation_steps": 2,
     }
