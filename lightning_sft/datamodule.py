@@ -407,12 +407,19 @@ class SFTDataModule(L.LightningDataModule):
         return plan_steps(*counts, **rule)
 
     def training_plan(self, world_size: int) -> BatchPlan:
-        """The optimizer steps of training on so many devices; the rows are read if they are not yet."""
+        """The optimizer steps of training; the rows are read if they are not yet.
+
+        Args:
+            world_size: Number of devices.
+        """
         self._load_rows(TrainerFn.FITTING)
         return self._plan("train", world_size=world_size)
 
     def microbatch_limit(self, world_size: int) -> tuple[list[int], list[int], int]:
         """As `BatchPlan.largest_microbatch` gives it, but the most that the settings allow, whatever the data.
+
+        Args:
+            world_size: Number of devices.
 
         Raises:
             ValueError: If they allow anything.

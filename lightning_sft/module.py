@@ -206,7 +206,12 @@ class SFTModule(L.LightningModule):
         return self._adapt(build_empty_model(self._source, self._load_options(precision)))
 
     def step_memory(self, *sequences: Sequence[int], **options: Any) -> StepMemory:
-        """What an optimizer step takes, by this module's settings unless `options` has others; see `memory.py`."""
+        """What an optimizer step takes of a device.
+
+        Args:
+            *sequences: `lengths` and `num_response_tokens` of `memory.step_memory`.
+            **options: Its others; by default this module's own settings.
+        """
         own = {
             "gradient_checkpointing": self.gradient_checkpointing,
             "whole_gradients": self._sync_every_microbatch is False,
