@@ -66,7 +66,8 @@ class SFTDataModule(L.LightningDataModule):
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.
         train_data: A JSONL, JSON, CSV or Parquet file, a glob pattern, a hub data set (`name`, `name:config` or
-            `name:config:split`), or a list of these; in Python also a list of dictionaries or a `datasets.Dataset`.
+            `name:config:split`; `name@revision:...` for a commit, branch or tag), or a list of these; in Python also a
+            list of dictionaries or a `datasets.Dataset`.
             Or `{source: weight}`: how many times an epoch goes through each source's rows. Of `n` rows it takes
             `round(n * weight)`, from where the epoch before stopped, so that none is taken twice before the others are
             taken once; the rows of all sources are shuffled together.

@@ -203,8 +203,8 @@ def open_sources(data: Data, argument: str) -> list[Source]:
 
     Args:
         data: A JSONL, JSON, CSV or Parquet file, a glob pattern, a hub data set's name (`name`, `name:config` or
-            `name:config:split`; the split is `train` unless given), the folder of such a data set, a list of these,
-            a `datasets.Dataset`, or a list of dictionaries.
+            `name:config:split`; the split is `train` unless given; `name@revision:...` for a commit, branch or tag),
+            the folder of such a data set, a list of these, a `datasets.Dataset`, or a list of dictionaries.
         argument: What messages call the argument, such as `train_data`.
 
     Raises:
@@ -275,8 +275,11 @@ def load_named(name: str, argument: str, streaming: bool = False) -> Any:
     """
     path, *options = name.split(":", 2)
     config, split = [*options, None, None][:2]
+    revision = None
+    if "@" in path and not os.path.exists(path):
+        path, _, revision = path.rpartition("@")
     try:
-        return load_dataset(path, config or None, split=split or "train", streaming=streaming)
+        return load_dataset(path, config or None, split=split or "train", revision=revision, streaming=streaming)
     except Exception as error:
         raise ValueError(
             f"`{argument}` is {name!r}: neither a file ({', '.join(_SUFFIXES)}) nor a data set that can be loaded: "

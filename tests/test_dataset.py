@@ -928,3 +928,24 @@ def test_a_list_is_not_held_in_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < num_rows * length / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b", ("a/b", None, "train", None)),
+        ("a/b:main:test", ("a/b", "main", "test", None)),
+        ("a/b@v1.0:main:test[:10%]", ("a/b", "main", "test[:10%]", "v1.0")),
+        ("a/b@v1.0::test", ("a/b", None, "test", "v1.0")),
+    ],
+)
+def test_a_hub_name_has_configuration_split_and_revision(name, expected, monkeypatch):
+    asked = []
+
+    def load(path, config, *, split, revision, streaming):
+        asked.append((path, config, split, revision))
+        return Dataset.from_list([{"prompt": "a", "output": "b"}])
+
+    monkeypatch.setattr("lightning_sft.rows.load_dataset", load)
+    open_sources(name, "train_data")
+    assert asked == [expected]
