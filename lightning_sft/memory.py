@@ -25,6 +25,7 @@ from lightning_sft import head, tiles
 from lightning_sft.attention import VARLEN, packed_inputs
 from lightning_sft.batching import Layout
 from lightning_sft.log_probs import score_responses, trust_head
+from lightning_sft.messages import one_line
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -154,7 +155,7 @@ def step_memory(
         whole_gradients: Whether shards keep the whole gradients between microbatches.
 
     Raises:
-        ValueError: If the precision is not known here.
+        ValueError: If the precision is not known here, or the model cannot be run without values.
     """
     stored, autocast = _types(precision)
     with torch.device("meta"):
@@ -178,7 +179,13 @@ def step_memory(
                 group["foreach"] = True
     counted = _LiveBytes()
     with torch.autocast("cpu", autocast) if autocast else nullcontext(), _as_on_cuda(counted, on_cuda):
-        activations = _run_step(model, made, inputs, counted, min(num_microbatches, 2), on_cuda)
+        try:
+            activations = _run_step(model, made, inputs, counted, min(num_microbatches, 2), on_cuda)
+        except (RuntimeError, NotImplementedError) as error:  # it reads values, such as which expert is for a token
+            raise ValueError(
+                f"The memory of {type(model).__name__} under {precision} cannot be found out without running it: "
+                f"{one_line(error, 200)}"
+            ) from error
     # With shards what is measured is what there is beside the state, which is then a share.
     peak = counted.peak + gathered if num_shards == 1 else state.total + gathered + counted.peak_beside
     return StepMemory(state, gathered, activations, peak)

@@ -127,6 +127,13 @@ def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
     assert expected.peak > expected.state.total + 0.5 * expected.activations
 
 
+def test_a_model_that_reads_values_is_refused_in_one_line():
+    model = meta_model()
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output * output.sum().item())
+    with pytest.raises(ValueError, match="memory of LlamaForCausalLM under 32-true cannot be found out without"):
+        step_memory(model, adamw, [5], [2])
+
+
 def test_checkpointing_keeps_less_and_mixed_precision_adds_casts_of_the_weights():
     model = meta_model(hidden_size=64, intermediate_size=128, num_hidden_layers=5)
     plain, again = (
