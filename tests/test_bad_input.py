@@ -986,7 +986,7 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         "more. Set `model` to the one that it was trained from.",
     ),
     "checkpoint of another optimizer": (
-        command({"ckpt_path": "{stock}/good.ckpt", "model.optimizer": "SGD", "model.optimizer.lr": 0.1}),
+        command({"ckpt_path": "{stock}/good.ckpt", "model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1}),
         RefusedError,
         "The checkpoint is of a run with another optimizer: it has no `dampening`, which this run's SGD needs. Set "
         "`optimizer` to the one of that run.",
