@@ -252,11 +252,14 @@ class BatchPlan:
         self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
 
     def totals(self) -> dict[str, int]:
-        """Of a whole epoch, by the names that `StepPlan` has: tokens, response tokens and attended pairs."""
-        lengths = self._lengths.astype(np.int64)
+        """Of an epoch, by the names that `StepPlan` has: tokens, response tokens and attended pairs."""
+        return self._totals(self._order(0))
+
+    def _totals(self, examples: np.ndarray) -> dict[str, int]:
+        lengths = self._lengths[examples].astype(np.int64)  # their squares do not fit into 32 bits
         return {
             "num_tokens": int(lengths.sum()),
-            "num_response_tokens": int(self._num_response_tokens.sum(dtype=np.int64)),
+            "num_response_tokens": int(self._num_response_tokens[examples].sum(dtype=np.int64)),
             "num_attended": int((lengths * (lengths + 1)).sum()) // 2,
         }
 
@@ -291,10 +294,8 @@ class BatchPlan:
         start = step_in_epoch * self._batch_size
         examples = self._order(epoch)[start : start + self._batch_size]
         examples = examples[np.argsort(-self._lengths[examples], kind="stable")]
-
-        lengths = self._lengths[examples].astype(np.int64)  # their squares do not fit into 32 bits
-
-        dealt = [examples[positions] for positions in deal_to_ranks(lengths.tolist(), self._world_size)]
+        lengths = self._lengths[examples].tolist()
+        dealt = [examples[positions] for positions in deal_to_ranks(lengths, self._world_size)]
         cuts = self._cut([self._lengths[on_rank].tolist() for on_rank in dealt], layout)
         ranks = [
             [on_rank[start:end].tolist() for start, end in pairwise(rank_cuts)]
@@ -303,13 +304,7 @@ class BatchPlan:
         most = max(len(microbatches) for microbatches in ranks)
         for microbatches in ranks:
             microbatches.extend([] for _ in range(most - len(microbatches)))
-        return StepPlan(
-            ranks=ranks,
-            num_sequences=examples.size,
-            num_tokens=int(lengths.sum()),
-            num_response_tokens=int(self._num_response_tokens[examples].sum()),
-            num_attended=int((lengths * (lengths + 1)).sum()) // 2,
-        )
+        return StepPlan(ranks=ranks, num_sequences=examples.size, **self._totals(examples))
 
     def _order(self, epoch: int) -> np.ndarray:
         """The examples of one epoch in order; kept until another epoch is asked for."""

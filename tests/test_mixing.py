@@ -149,3 +149,11 @@ def test_a_run_goes_on_in_the_middle_of_a_weighted_epoch_and_not_with_other_weig
     resumed = train(tmp_path / "parts", **options, max_steps=14)
     assert read_log(tmp_path / "parts" / "steps_0.jsonl") == read_log(tmp_path / "straight" / "steps_0.jsonl")
     torch.testing.assert_close(resumed["weights"], straight["weights"], rtol=0, atol=0)
+
+
+def test_totals_of_an_epoch_are_of_the_rows_that_it_takes():
+    """Two rows of 3 tokens, taken once each, and one of 5, taken twice: 6 + 10 tokens, 2 x 6 + 2 x 15 pairs."""
+    plan = BatchPlan([3, 3, 5], [1, 2, 4], batch_size=2, sources=[(2, 2), (1, 2)])
+    assert plan.totals() == {"num_tokens": 16, "num_response_tokens": 11, "num_attended": 42}
+    steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
+    assert all(sum(getattr(step, name) for step in steps) == total for name, total in plan.totals().items())
