@@ -26,6 +26,7 @@ from lightning_sft.attention import VARLEN, packed_inputs
 from lightning_sft.batching import Layout
 from lightning_sft.log_probs import score_responses, trust_head
 from lightning_sft.messages import one_line
+from lightning_sft.pretrained import enable_gradient_checkpointing
 from lightning_sft.tokenization import Example, collate_packed, collate_padded
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -368,8 +369,7 @@ def _prepare(model: PreTrainedModel, gradient_checkpointing: bool, plain_attenti
     model.tie_weights()
     model.train()
     if gradient_checkpointing:
-        new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
-        (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(_UNMASKED if plain_attention else VARLEN)
     trust_head(model)

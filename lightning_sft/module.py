@@ -29,7 +29,7 @@ from lightning_sft.messages import and_more, check_integers, check_type, one_lin
 from lightning_sft.metrics import ResponseMetrics
 from lightning_sft.model_card import run_facts
 from lightning_sft.outcome import StepOutcome
-from lightning_sft.pretrained import build_empty_model, build_model
+from lightning_sft.pretrained import build_empty_model, build_model, enable_gradient_checkpointing
 from lightning_sft.sharding import gradient_sync, is_sharded, load_sharded, shard
 
 Batch = dict[str, Any]
@@ -185,8 +185,7 @@ class SFTModule(L.LightningModule):
             raise ValueError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
         self.model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
         if self.gradient_checkpointing:
-            new_name = getattr(self.model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
-            (new_name or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
+            enable_gradient_checkpointing(self.model)
         self._check_vocabulary()
         self.why_not_packed = enable_packing(self.model)
         if self.why_not_packed:
@@ -203,6 +202,8 @@ class SFTModule(L.LightningModule):
         Args:
             precision: Of the trainer.
         """
+        if not hasattr(self, "_source"):
+            return self._adapt(build_empty_model(self.model.config.to_dict(), {"dtype": self.model.dtype}))
         return self._adapt(build_empty_model(self._source, self._load_options(precision)))
 
     def step_memory(self, *sequences: Sequence[int], **options: Any) -> StepMemory:
@@ -434,8 +435,11 @@ class SFTModule(L.LightningModule):
         """Refuse the weights of another model.
 
         Raises:
-            ValueError: If names or shapes differ.
+            ValueError: If names or shapes differ, or the settings of adapters.
         """
+        saved_lora = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("lora")
+        if saved_lora != self._lora:
+            raise ValueError(f"The checkpoint was trained with `lora` = {saved_lora}, but it is {self._lora} here.")
         self._check_weights(checkpoint.get("state_dict"))
         self._num_skipped = checkpoint.get("num_skipped_steps", 0)
         if "generation_config" in checkpoint:
@@ -493,7 +497,10 @@ class SFTModule(L.LightningModule):
         if self._lora is not None:  # which model the adapters are for
             hyper_parameters["model"] = getattr(self, "_source", None) or self.model.name_or_path or None
             kwargs = self._model_kwargs | {"dtype": str(self.model.dtype).removeprefix("torch.")}
-            hyper_parameters["model_kwargs"] = kwargs
+            hyper_parameters["model_kwargs"] = {  # an object such as `BitsAndBytesConfig` would be pickled
+                name: json.loads(value.to_json_string()) if hasattr(value, "to_json_string") else value
+                for name, value in kwargs.items()
+            }
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
         checkpoint["model_card"] = run_facts(self.trainer)
 

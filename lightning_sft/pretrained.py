@@ -81,6 +81,12 @@ def _cannot_be_built(source: str | dict[str, Any], error: Exception) -> ValueErr
     return ValueError(f"`model` is {shorten(source, 200)}, which cannot be built: {_reason(error)}")
 
 
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Have the model's activations computed again in backward."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
+    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer by name or folder.
 

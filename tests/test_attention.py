@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft.attention import PACKED_KEYS, VARLEN, enable_packing, packed_inputs, varlen_attention
+from lightning_sft.pretrained import enable_gradient_checkpointing
 from lightning_sft.tokenization import Example, collate_packed
 
 LENGTHS = (8, 13, 2, 5)
@@ -160,8 +161,7 @@ def test_gradient_checkpointing_keeps_documents_apart_when_it_computes_again():
         model = build("llama").double().train()
         assert enable_packing(model) is None
         if checkpointing:
-            new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
-            (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            enable_gradient_checkpointing(model)
         model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch)).logits.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, again in zip(*gradients, strict=True):

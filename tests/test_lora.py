@@ -11,12 +11,12 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from peft import PeftModel
 from torch.distributed.checkpoint import FileSystemReader
 from training import ROWS, Processes, StepLog, adamw, read_log, train
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_sft import HuggingFaceExport, LastCheckpoint, SFTDataModule, SFTModule
 from lightning_sft.cli import main
 from lightning_sft.export import load_checkpoint
-from lightning_sft.lora import add_lora, plain_weights
+from lightning_sft.lora import add_lora, is_quantized, plain_weights
 
 MODELS = {
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
@@ -280,3 +280,34 @@ def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_a
     memory = module.step_memory([20], [10], precision="bf16-mixed").state
     assert memory.gradients == adapters
     assert memory.weights == adapters + sum(2 * weight.numel() for weight in build("tied").parameters())
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
+    train(tmp_path, module={"model": build("tied"), "lora": LORA}, max_steps=1)
+    for lora in (LORA | {"lora_alpha": 16}, None):
+        with pytest.raises(
+            ValueError, match=r"The checkpoint was trained with `lora` = .*'lora_alpha': 8.*, but it is"
+        ):
+            train(tmp_path, module={"model": build("tied"), "lora": lora}, max_steps=2)
+
+
+def test_a_quantisation_given_as_an_object_does_not_end_up_in_the_checkpoint(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("untied").save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    module = {"model": str(tmp_path / "base"), "lora": LORA, "model_kwargs": {"quantization_config": quantization}}
+    train(tmp_path / "run", module=module, max_steps=1)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)["hyper_parameters"]["model_kwargs"]
+    assert saved["quantization_config"]["load_in_4bit"] is True
+    assert is_quantized(SFTModule.load_from_checkpoint(path).model)
+
+
+def test_a_model_that_is_there_already_can_be_estimated():
+    model = build("tied", torch.bfloat16)
+    empty = SFTModule(model, lora=LORA).empty_model()
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+    assert empty.dtype == torch.bfloat16
+    assert sum(w.numel() for w in empty.parameters() if not w.requires_grad) == sum(
+        w.numel() for w in model.parameters()
+    )
