@@ -202,7 +202,7 @@ class SFTDataModule(L.LightningDataModule):
         BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
         self.layout = layout
         self._num_workers = num_workers
-        self._streaming, self._shuffle_buffer = streaming, shuffle_buffer
+        self.streaming, self._shuffle_buffer = streaming, shuffle_buffer
         self._streams: list[RowStream] = []
         self._places: dict[int, dict[str, Any]] = {}  # in the stream, by the number of optimizer steps taken
         self._stream_order: dict[str, Any] = {}
@@ -241,7 +241,7 @@ class SFTDataModule(L.LightningDataModule):
                 continue
             if split == "predict":
                 self._rows[split] = self._load_prompts()
-            elif split == "train" and self._streaming and self._data[split] is not None:
+            elif split == "train" and self.streaming and self._data[split] is not None:
                 self._rows[split] = self._open_stream()
             elif self._data[split] is not None:
                 self._rows[split] = self._encode(split)
@@ -360,13 +360,13 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`num_rows` is {num_rows}, expected at least 0.")
         self._load_rows(TrainerFn.FITTING)
         plan = self._plan("train")
-        names = {"train": f"first {_NUM_FIRST_ROWS:,} rows"} if self._streaming else {}
+        names = {"train": f"first {_NUM_FIRST_ROWS:,} rows"} if self.streaming else {}
         splits = {
             names.get(split, split): SplitStatistics(
                 read_numbers(self._rows[split], "num_tokens"),
                 read_numbers(self._rows[split], "num_response_tokens"),
                 *self._num_too_long.get(split, (0, 0)),
-                plan.steps_per_epoch if split == "train" and not self._streaming else None,
+                plan.steps_per_epoch if split == "train" and not self.streaming else None,
                 {str(share): share.num_rows for share in self._shares} if split == "train" else {},
             )
             for split in _SPLITS[TrainerFn.FITTING]
@@ -383,7 +383,7 @@ class SFTDataModule(L.LightningDataModule):
                 if (rows := self._rows.get(split)) is None:
                     continue
                 source = shown_data(self._data[split])
-                if split == "train" and self._streaming:
+                if split == "train" and self.streaming:
                     self._facts["train"] = f"{source}, streamed"
                     continue
                 sizes = {"rows": len(rows)}
@@ -446,11 +446,11 @@ class SFTDataModule(L.LightningDataModule):
             return
         self._restore_trainer()
         limit, num_steps = trainer.limit_train_batches, self._plan("train").steps_per_epoch
-        if self._streaming:
+        if self.streaming:
             num_steps = streamed_steps(trainer)
         limit = limit if isinstance(limit, int) else max(1, int(limit * num_steps))
         shuffle = trainer.overfit_batches == 0  # type: ignore[attr-defined]
-        if self._streaming:
+        if self.streaming:
             anew = limit if isinstance(trainer.limit_train_batches, int) else None
             self._stream_order, num_steps = {"shuffle": shuffle, "steps_per_pass": anew}, limit
         else:
@@ -477,7 +477,7 @@ class SFTDataModule(L.LightningDataModule):
         Without a trainer of one epoch; of a stream, which has none, without an end.
         """
         if self.trainer is None or self._trainer_settings is None:  # to look at
-            return self._loader("train", _ENDLESS if self._streaming else self._plans["train"].steps_per_epoch)
+            return self._loader("train", _ENDLESS if self.streaming else self._plans["train"].steps_per_epoch)
         # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
         max_steps = self.trainer.max_steps
         num_steps = max_steps + 1 if max_steps >= 0 else _ENDLESS
@@ -500,7 +500,7 @@ class SFTDataModule(L.LightningDataModule):
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         how = (rank, pad_token_id(self.tokenizer), self.layout_for(getattr(self.trainer, "lightning_module", None)))
-        if split == "train" and self._streaming:
+        if split == "train" and self.streaming:
             rule = self._batch_rule | {"world_size": self.trainer.world_size if self.trainer else 1}
             order = {"shuffle_buffer": self._shuffle_buffer} | self._stream_order
             steps = StreamedSteps(self._streams, self._encoder, rule, *how, **order)
@@ -528,7 +528,7 @@ class SFTDataModule(L.LightningDataModule):
         """What a run's place in its data depends on, besides its number of optimizer steps."""
         if "train" not in self._rows:
             return {}
-        if self._streaming:
+        if self.streaming:
             step = self.trainer.global_step if self.trainer else 0
             rule = {name: self._batch_rule[name] for name in ("batch_size", "seed")}
             return {"streaming": True, "shuffle_buffer": self._shuffle_buffer, **rule, "last": self._places.get(step)}

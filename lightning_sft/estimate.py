@@ -111,6 +111,8 @@ def estimate_run(
         notes.append(f"The data is not looked at: {one_line(error, 200)} Every token counts as one of a response.")
         lengths, responses, num_microbatches = datamodule.microbatch_limit(devices)
     else:
+        if datamodule.streaming:
+            notes.append("Of streamed data the first rows alone are looked at; longer ones may follow.")
         num_steps = _num_steps(trainer, plan.steps_per_epoch)
         looked_at = min(num_steps or plan.steps_per_epoch, _STEPS_LOOKED_AT)
         lengths, responses, num_microbatches = plan.largest_microbatch(looked_at, layout)
