@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from lightning_sft.demo import word_problems, word_tokenizer
+from lightning_sft import r1_zero_reward
+from lightning_sft.demo import story_questions, word_problems, word_tokenizer
 from lightning_sft.tokenization import encode_examples
 
 OPERATORS = {"+": operator.add, "-": operator.sub}
@@ -123,3 +124,24 @@ def test_batches_hold_what_a_causal_model_takes(tokenizer):
 @pytest.mark.parametrize(("function", "result"), [(word_problems, Dataset), (word_tokenizer, PreTrainedTokenizerFast)])
 def test_return_types_are_classes_that_a_config_can_be_checked_against(function, result):
     assert inspect.signature(function).return_annotation is result
+
+
+def test_answers_to_stories_are_in_the_story_and_rewarded():
+    rows = story_questions(300, seed=1)
+    assert rows[:] == story_questions(300, seed=1)[:]
+    assert len(set(rows["ground_truth"])) > 20
+    asked = {"Who found it?": 0, "What was it?": 1, "Where was it?": 2, "Who did not find it?": 3}
+    for row in rows.select(range(60)):
+        words = re.fullmatch(r" (\w+) found a (\w+) in the (\w+), not (\w+)\. </think> .*", row["output"]).groups()
+        assert all(re.search(rf"\b{word}\b", row["prompt"]) for word in words)
+        (index,) = [index for question, index in asked.items() if f" {question} <think>" in row["prompt"]]
+        assert words[index] == row["ground_truth"]
+        assert r1_zero_reward(row["output"], row["ground_truth"])["reward"] == 1.0
+
+
+def test_the_splits_of_stories_share_no_solution_whatever_is_asked():
+    """7,200 solutions are possible (10 x 9 people, 10 things, 8 places): 8,000 rows would meet many of 2,000 others."""
+    train, validation = story_questions(8000)["output"], story_questions(2000, split="validation")["output"]
+    solutions = [{output.split(" </think>")[0] for output in outputs} for outputs in (train, validation)]
+    assert solutions[0].isdisjoint(solutions[1])
+    assert len(solutions[1]) > 100

@@ -14,6 +14,7 @@ from training import ROWS, Processes, StepLog, adamw, read_log, train
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_sft import HuggingFaceExport, LastCheckpoint, SFTDataModule, SFTModule
+from lightning_sft.attention import enable_packing
 from lightning_sft.cli import main
 from lightning_sft.export import load_checkpoint
 from lightning_sft.lora import add_lora, is_quantized, plain_weights
@@ -269,6 +270,13 @@ def test_what_would_quantise_the_adapters_or_train_quantised_weights_is_refused(
     build("untied").save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="quantised by bitsandbytes, and such weights can only train `lora` adapters"):
         SFTModule(str(tmp_path / "base"), model_kwargs={"quantization_config": quantization}).configure_model()
+
+
+def test_layers_in_float32_beside_half_precision_do_not_prevent_packing():
+    model = build("untied", torch.bfloat16).train()
+    add_lora(model, LORA | {"modules_to_save": ["lm_head"]})
+    assert enable_packing(model) is None
+    assert all(module.training for module in model.modules())
 
 
 def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_alone(tmp_path):
