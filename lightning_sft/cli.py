@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning as L
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli
+from jsonargparse import ActionConfigFile, Namespace, auto_cli
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.batch_sizes import BatchSizes, find_batch_size
 from lightning_sft.callbacks import (
     GenerationMonitor,
     HuggingFaceExport,
@@ -29,12 +25,10 @@ from lightning_sft.callbacks import (
 )
 from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
-from lightning_sft.estimate import estimate_run
-from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
-from lightning_sft.learning_rates import LearningRates, find_lr
-from lightning_sft.messages import one_line
+from lightning_sft.export_command import export
+from lightning_sft.messages import one_line, shown_path
 from lightning_sft.module import SFTModule
-from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.trainer import SFTTrainer
 
 # What these modules raise is about the user's arguments; whatever else goes wrong keeps its traceback.
 _REFUSING = ("lightning_sft.", "lightning.pytorch.trainer.connectors.accelerator_connector")
@@ -74,98 +68,6 @@ class _ConfigByName(ActionConfigFile):
         if isinstance(values, str) and not Path(values).is_file():
             values = str(packaged_configs().get(values, values))
         super().__call__(parser, cfg, values, option_string)
-
-
-class SFTTrainer(L.Trainer):
-    """Lightning's trainer: devices, precision, length of the run, logging.
-
-    Subcommands of a LightningCLI are methods of its trainer, so `preview` and what finds settings are, too.
-    """
-
-    @staticmethod
-    def preview(
-        datamodule: SFTDataModule, num_rows: int = 3, ckpt_path: str | None = None, weights_only: bool | None = None
-    ) -> None:
-        """Print some training rows as the model will see them, and statistics of the data; nothing is trained.
-
-        Args:
-            datamodule: The data.
-            num_rows: How many rows.
-            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
-            weights_only: Likewise.
-        """
-        Console().print(datamodule.preview(num_rows))
-
-    @staticmethod
-    def estimate(
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        trainer_options: dict[str, Any],
-        peak_flops: float | None,
-        mfu: float = 0.4,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Print the memory and time that `fit` would need; no weights are read, no device is used, nothing is trained.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            trainer_options: Of the run's trainer.
-            peak_flops: Of a device.
-            mfu: Share of the devices' arithmetic (`--throughput.peak_flops`) that is assumed to be put to use.
-            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
-            weights_only: Likewise.
-        """
-        Console().print(estimate_run(model, datamodule, trainer_options, mfu, peak_flops))
-
-    @staticmethod
-    def find_lr(
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        trainer_options: dict[str, Any],
-        min_lr: float = 1e-7,
-        max_lr: float = 1e-1,
-        num_steps: int = 100,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> LearningRates:
-        """Print the loss while the learning rate rises, and a rate to begin with; nothing is saved.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            trainer_options: Of the run's trainer.
-            min_lr: Rate of the first optimizer step.
-            max_lr: Rate of the last one, unless the loss is twice its lowest before.
-            num_steps: Optimizer steps.
-            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
-            weights_only: Likewise.
-        """
-        return find_lr(model, datamodule, min_lr, max_lr, num_steps, **trainer_options)
-
-    @staticmethod
-    def find_batch_size(
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        trainer_options: dict[str, Any],
-        memory_gib: float | None = None,
-        margin: float = 0.1,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-    ) -> BatchSizes:
-        """Print the most tokens in a microbatch that there is memory for, found by trying; nothing is saved.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            trainer_options: Of the run's trainer.
-            memory_gib: Memory that the process may take, in GiB. Default: all that is free.
-            margin: Share of the tokens to leave out, for what tries do not show.
-            ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
-            weights_only: Likewise.
-        """
-        return find_batch_size(model, datamodule, memory_gib, margin, **trainer_options)
 
 
 class SFTCLI(LightningCLI):
@@ -242,10 +144,10 @@ class SFTCLI(LightningCLI):
         config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
         if path is None and self.subcommand != "fit":
             raise FileNotFoundError(
-                f"`ckpt_path` is 'last', but there is no complete checkpoint below {_relative(folder)}."
+                f"`ckpt_path` is 'last', but there is no complete checkpoint below {shown_path(folder)}."
             )
         if path is None:
-            rank_zero_info(f"No checkpoint below {_relative(folder)} yet: the run starts from its beginning.")
+            rank_zero_info(f"No checkpoint below {shown_path(folder)} yet: the run starts from its beginning.")
             return
         run = path.parent.parent
         appends = str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")  # others begin their files anew
@@ -334,13 +236,8 @@ class SFTCLI(LightningCLI):
                 places |= {} if callback.folder is None else {"Model": folder / callback.folder}
             elif best := getattr(callback, "best_model_path", ""):
                 places["Best checkpoint"] = Path(best)
-        lines = [f"{name + ':':<17}{_relative(path)}" for name, path in places.items()]
-        print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {_relative(folder.parent)}"]))
-
-
-def _relative(path: Path) -> Path:
-    path, here = path.absolute(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+        lines = [f"{name + ':':<17}{shown_path(path)}" for name, path in places.items()]
+        print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {shown_path(folder.parent)}"]))
 
 
 def _check_writable(folder: str) -> None:
@@ -399,56 +296,6 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
             "epilog": "lightning-sft export: " + _EXPORT_HELP,
         },
     )
-
-
-def export(
-    ckpt_path: str,
-    output: str,
-    tokenizer: str | PreTrainedTokenizerBase | None = None,
-    dtype: ExportDtype | None = None,
-    merge_lora: bool = True,
-    weights_only: bool = True,
-) -> None:
-    """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
-
-    The folder holds safetensors, configuration, tokenizer with chat template, generation configuration and a model card
-    with the run's data, settings and results. The data is not needed.
-
-    Args:
-        ckpt_path: A checkpoint; or `last`: the newest one below `runs`.
-        output: The folder: missing, empty, or an earlier export, which is replaced.
-        tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
-        dtype: To convert weights to. Default: as they are.
-        merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
-        weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
-    """
-    path: Path | None = Path(ckpt_path)
-    if ckpt_path == "last":
-        path = newest_checkpoint(Path("runs"))
-        weights_only = path is not None and path.is_file()
-    if path is None:
-        raise FileNotFoundError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
-    check_export_folder(output)
-    model, facts = load_checkpoint(path, weights_only)
-    if tokenizer is None:
-        tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    export_model(model, output, tokenizer, facts, dtype, merge_lora)
-    print(f"{_relative(path)} is now a model in {_relative(Path(output))}")
-
-
-def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    found = (settings.get("data") or {}).get("tokenizer")
-    if found is None:
-        raise ValueError(f"`tokenizer` is not given, and {_relative(config)} does not name one. Give `--tokenizer`.")
-    parser = ArgumentParser()
-    parser.add_argument("--tokenizer", type=str | PreTrainedTokenizerBase)
-    return parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer
 
 
 def main() -> None:

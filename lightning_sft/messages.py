@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 
 
 def shorten(value: object, limit: int = 40) -> str:
@@ -57,3 +58,9 @@ def check_integers(**arguments: object) -> None:
     for argument, value in arguments.items():
         if value is not None:
             check_type(argument, value, Integral, "a whole number")
+
+
+def shown_path(path: Path) -> Path:
+    """A path as a user would type it: from here, if it is below."""
+    path, here = path.absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -10,11 +10,9 @@ from typing import Any, Literal, cast, get_args
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,6 +29,7 @@ from lightning_sft.model_card import run_facts
 from lightning_sft.outcome import StepOutcome
 from lightning_sft.pretrained import build_empty_model, build_model, enable_gradient_checkpointing
 from lightning_sft.sharding import gradient_sync, is_sharded, load_sharded, shard
+from lightning_sft.trainer_checks import check_trainer
 
 Batch = dict[str, Any]
 NonFinite = Literal["error", "skip"]
@@ -167,10 +166,8 @@ class SFTModule(L.LightningModule):
         Raises:
             ValueError: If the strategy cannot train it.
         """
+        check_trainer(self._trainer)
         strategy = getattr(self._trainer, "strategy", None)
-        _check_strategy(strategy)
-        _check_precision(getattr(self._trainer, "precision_plugin", None))
-        _check_callbacks(self._trainer)
         loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
         if isinstance(strategy, ModelParallelStrategy):
             dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
@@ -234,6 +231,11 @@ class SFTModule(L.LightningModule):
         if self._lora is not None and not has_lora(model):
             add_lora(model, self._lora, self._seed)
         return model
+
+    @property
+    def _base_model(self) -> str | dict[str, Any] | None:
+        """What the adapters are on top of; None if nobody gave it a name."""
+        return getattr(self, "_source", None) or self.model.name_or_path or None
 
     def _check_vocabulary(self) -> None:
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
@@ -437,9 +439,17 @@ class SFTModule(L.LightningModule):
         Raises:
             ValueError: If names or shapes differ, or the settings of adapters.
         """
-        saved_lora = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("lora")
-        if saved_lora != self._lora:
-            raise ValueError(f"The checkpoint was trained with `lora` = {saved_lora}, but it is {self._lora} here.")
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if saved.get("lora") != self._lora:
+            raise ValueError(
+                f"The checkpoint was trained with `lora` = {saved.get('lora')}, but it is {self._lora} here."
+            )
+        base = saved.get("model")  # a name; or the model itself that `load_from_checkpoint` was given
+        if self._lora is not None and isinstance(base, str) and base != self._base_model:
+            rank_zero_warn(
+                f"The checkpoint's adapters are of the model {base!r}, but `model` is {self._base_model!r} here. On "
+                "top of other weights they say nothing."
+            )
         self._check_weights(checkpoint.get("state_dict"))
         self._num_skipped = checkpoint.get("num_skipped_steps", 0)
         if "generation_config" in checkpoint:
@@ -495,7 +505,7 @@ class SFTModule(L.LightningModule):
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
         if self._lora is not None:  # which model the adapters are for
-            hyper_parameters["model"] = getattr(self, "_source", None) or self.model.name_or_path or None
+            hyper_parameters["model"] = self._base_model
             kwargs = self._model_kwargs | {"dtype": str(self.model.dtype).removeprefix("torch.")}
             hyper_parameters["model_kwargs"] = {  # an object such as `BitsAndBytesConfig` would be pickled
                 name: json.loads(value.to_json_string()) if hasattr(value, "to_json_string") else value
@@ -503,46 +513,6 @@ class SFTModule(L.LightningModule):
             }
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
         checkpoint["model_card"] = run_facts(self.trainer)
-
-
-def _check_strategy(strategy: object) -> None:
-    """Refuse what cannot accumulate gradients by hand."""
-    name = type(strategy).__name__
-    if name in ("FSDPStrategy", "DeepSpeedStrategy"):
-        raise ValueError(
-            f"`trainer.strategy` is {name}, which cannot train with manual optimisation. To shard the model add "
-            "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
-        )
-
-
-def _check_precision(plugin: object) -> None:
-    """Refuse what would quantise head and adapters too."""
-    if isinstance(plugin, BitsandbytesPrecision):
-        raise ValueError(
-            "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
-            "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
-        )
-
-
-def _check_callbacks(trainer: Any) -> None:
-    """Refuse averages of weights that would never be made, or not of the whole weights; and what finds nothing here."""
-    for callback in trainer.callbacks if trainer is not None and trainer.state.fn == "fit" else ():
-        for finder, way_out in ((LearningRateFinder, "find_lr"), (BatchSizeFinder, "find_batch_size")):
-            if isinstance(callback, finder):
-                raise ValueError(
-                    f"Lightning's `{finder.__name__}` finds nothing in a module that steps by itself. Use "
-                    f"`lightning_sft.{way_out}(module, datamodule)` or `lightning-sft {way_out}`, and another trainer."
-                )
-        if isinstance(callback, StochasticWeightAveraging):
-            raise ValueError(
-                "`StochasticWeightAveraging` counts epochs, but to the trainer a run is a single one. Use Lightning's "
-                "`WeightAveraging` or `EMAWeightAveraging`, which count optimizer steps."
-            )
-        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "
-                "without an average."
-            )
 
 
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

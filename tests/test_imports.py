@@ -13,15 +13,16 @@ FLOORS = (
     {"tokenization", "tiles", "attention", "losses", "rewards", "sharding", "outcome", "signals", "records"}
     | {"sampling", "lora"},
     {"checkpoint_files", "head", "chat", "batching", "metrics", "gsm8k", "pretrained", "predictions", "preview"}
-    | {"run_length"},
+    | {"run_length", "trainer_checks"},
     {"log_probs", "rows", "step_loader", "export"},
-    {"generation", "dataset", "mixture", "memory"},
+    {"generation", "dataset", "mixture", "memory", "export_command"},
     {"stream"},
     {"datamodule", "module"},
     {"callbacks"},
     {"trial", "estimate"},
     {"learning_rates", "batch_sizes"},
-    {"cli", "demo"},
+    {"trainer", "demo"},
+    {"cli"},
 )
 BELOW = {room: set().union(*FLOORS[:floor]) for floor, rooms in enumerate(FLOORS) for room in rooms}
 BELOW["losses"] = BELOW["tiles"] = BELOW["attention"] = set()

@@ -299,6 +299,15 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
             train(tmp_path, module={"model": build("tied"), "lora": lora}, max_steps=2)
 
 
+def test_adapters_on_top_of_a_model_of_another_name_are_warned_of(tmp_path):
+    for name in ("base", "instruct"):
+        build("tied").save_pretrained(tmp_path / name)
+    train(tmp_path, module={"model": str(tmp_path / "base"), "lora": LORA}, max_steps=1)
+    train(tmp_path, module={"model": str(tmp_path / "base"), "lora": LORA}, max_steps=2)  # says nothing
+    with pytest.warns(UserWarning, match=r"adapters are of the model '.*base', but `model` is '.*instruct' here"):
+        train(tmp_path, module={"model": str(tmp_path / "instruct"), "lora": LORA}, max_steps=3)
+
+
 def test_a_quantisation_given_as_an_object_does_not_end_up_in_the_checkpoint(tmp_path):
     pytest.importorskip("bitsandbytes")
     build("untied").save_pretrained(tmp_path / "base")

@@ -1,0 +1,62 @@
+"""`lightning-sft export`: from a checkpoint to a model for everyone."""
+
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.checkpoint_files import newest_checkpoint
+from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
+from lightning_sft.messages import shown_path
+from lightning_sft.pretrained import load_tokenizer
+
+
+def export(
+    ckpt_path: str,
+    output: str,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    dtype: ExportDtype | None = None,
+    merge_lora: bool = True,
+    weights_only: bool = True,
+) -> None:
+    """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    The folder holds safetensors, configuration, tokenizer with chat template, generation configuration and a model card
+    with the run's data, settings and results. The data is not needed.
+
+    Args:
+        ckpt_path: A checkpoint; or `last`: the newest one below `runs`.
+        output: The folder: missing, empty, or an earlier export, which is replaced.
+        tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
+        dtype: To convert weights to. Default: as they are.
+        merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
+        weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
+    """
+    path: Path | None = Path(ckpt_path)
+    if ckpt_path == "last":
+        path = newest_checkpoint(Path("runs"))
+        weights_only = path is not None and path.is_file()
+    if path is None:
+        raise FileNotFoundError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
+    check_export_folder(output)
+    model, facts = load_checkpoint(path, weights_only)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    export_model(model, output, tokenizer, facts, dtype, merge_lora)
+    print(f"{shown_path(path)} is now a model in {shown_path(Path(output))}")
+
+
+def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    found = (settings.get("data") or {}).get("tokenizer")
+    if found is None:
+        raise ValueError(f"`tokenizer` is not given, and {shown_path(config)} does not name one. Give `--tokenizer`.")
+    parser = ArgumentParser()
+    parser.add_argument("--tokenizer", type=str | PreTrainedTokenizerBase)
+    return parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer
