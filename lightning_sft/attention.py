@@ -57,6 +57,9 @@ def varlen_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} attends with `{name}`. Set `layout: padded`.")
     window = kwargs.get("sliding_window")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as for `sdpa`: rotary embeddings have made float32 of queries and keys
+        query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
@@ -136,11 +139,16 @@ def packed_inputs(model: PreTrainedModel, microbatch: Mapping[str, Any]) -> dict
     return inputs
 
 
-def enable_packing(model: PreTrainedModel) -> str | None:
+def enable_packing(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None:
     """Let the model take packed batches, if it can; nothing else about it changes.
 
     Models with `sdpa` attention get `VARLEN`, and are tried out on two short documents: convolutions and recurrent
     states mix documents without any attention. Flash attention takes packed batches by itself.
+
+    Args:
+        model: On the device that it is to be trained on.
+        dtype: That matrices are to be multiplied in. Kernels for half precision do not take every shape on every
+            device. Default: as the weights are.
 
     Returns:
         None, or why the model cannot.
@@ -153,7 +161,7 @@ def enable_packing(model: PreTrainedModel) -> str | None:
         return f"{name} has no weights yet"
     model.set_attn_implementation(VARLEN)
     try:
-        mixed = _mixes_documents(model)
+        mixed = _mixes_documents(model, dtype)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
         model.set_attn_implementation(attention)
         return f"{name} does not run on packed documents: {error}"
@@ -175,7 +183,7 @@ def why_never_packed(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _mixes_documents(model: PreTrainedModel) -> bool:
+def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
     """Whether a document's logits change with what stands before it in the row."""
     device, length = model.device, 6
     first, second = torch.arange(2 * length, device=device).view(2, length) % model.config.get_text_config().vocab_size
@@ -193,11 +201,12 @@ def _mixes_documents(model: PreTrainedModel) -> bool:
         inputs = packed_inputs(model, {"input_ids": input_ids, **microbatch})
         return model(input_ids=input_ids, use_cache=False, **inputs).logits[0].double()
 
-    half = {weight.dtype for weight in model.parameters() if weight.dtype in (torch.float16, torch.bfloat16)}
+    dtypes = (dtype, *(weight.dtype for weight in model.parameters()))
+    half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:  # autocast, since adapters may be float32 beside half-precision weights
-        with torch.no_grad(), torch.autocast(device.type, next(iter(half), None), enabled=bool(half)):
+        with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
             behind_another, behind_itself = logits(first, second), logits(second, second)
     finally:
         for module, training in modes:

@@ -499,14 +499,15 @@ class SFTDataModule(L.LightningDataModule):
 
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
+        pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         how = (rank, pad_token_id(self.tokenizer), self.layout_for(getattr(self.trainer, "lightning_module", None)))
         if split == "train" and self.streaming:
             rule = self._batch_rule | {"world_size": self.trainer.world_size if self.trainer else 1}
             order = {"shuffle_buffer": self._shuffle_buffer} | self._stream_order
             steps = StreamedSteps(self._streams, self._encoder, rule, *how, **order)
-            return StreamLoader(steps, num_steps, self._num_workers, first_step, self._places, self.tokenizer)
+            return StreamLoader(steps, num_steps, self._num_workers, first_step, self._places, self.tokenizer, pin)
         dataset = StepDataset(self._rows[split], self._plans[split], *how)
-        return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer)
+        return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer, pin)
 
     def layout_for(self, module: object) -> Layout:
         """How the microbatches of a module are laid out.

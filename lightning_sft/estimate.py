@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from lightning_sft.attention import why_never_packed
-from lightning_sft.callbacks.throughput import training_flops
+from lightning_sft.callbacks.throughput import known_peak_flops, training_flops
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.memory import StepMemory, binary, parameter_counts
 from lightning_sft.messages import one_line
@@ -139,8 +138,7 @@ def estimate_run(
     if flops is not None:
         run["useful arithmetic"] = f"{flops:.3g} FLOPs"
         if peak_flops is None and on_cuda and torch.cuda.is_available():
-            kind = torch.bfloat16 if "bf16" in precision else torch.half if "16" in precision else torch.float32
-            peak_flops = get_available_flops(torch.device("cuda"), kind)
+            peak_flops = known_peak_flops(torch.device("cuda"), precision)
         if peak_flops:
             seconds = flops / (peak_flops * devices * mfu)
             run["time"] = f"{_duration(seconds)}, if {mfu:.0%} of {peak_flops:.3g} FLOP/s on each device is put to use"

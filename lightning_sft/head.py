@@ -233,7 +233,12 @@ def _scores_and_gradients(
 
 
 def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """The product; the same tensor, not a copy of the vocabulary's size, where reading the factor costs no waiting."""
+    """The product, without a copy of the vocabulary's size where that is to be had.
+
+    On the CPU the factor is 1 as a rule. Reading it off a device would mean waiting, so there the gradient itself is
+    multiplied; a second backward would be refused by autograd, as a tensor it needs was changed in place.
+    """
     if gradient is None or (factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient
-    return gradient * factor.to(gradient.dtype)
+    factor = factor.to(gradient.dtype)
+    return gradient * factor if factor.device.type == "cpu" else gradient.mul_(factor)

@@ -72,10 +72,13 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
         settings = {"ensure_weight_tying": True} | dict(settings)
     config = lora_config(settings)
     config.base_model_name_or_path = model.name_or_path
-    with torch.random.fork_rng(devices=[]), torch.device(model.device), warnings.catch_warnings():
+    device = (
+        "meta" if model.device.type == "meta" else "cpu"
+    )  # drawn there, the same for every device; `peft` moves them
+    with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it sets it right by itself
         warnings.filterwarnings("ignore", ".*ensure_weight_tying")  # looked at below
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             inject_adapter_in_model(config, model)
         except (TypeError, ValueError) as error:

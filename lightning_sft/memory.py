@@ -319,6 +319,16 @@ def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
     return [value for value in state.values() if isinstance(value, Tensor)]
 
 
+def compute_dtype(precision: str) -> torch.dtype:
+    """What matrices are multiplied in.
+
+    Args:
+        precision: As Lightning spells it.
+    """
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return next((dtype for name, dtype in kinds.items() if name in precision), torch.float32)
+
+
 def _types(precision: str) -> tuple[torch.dtype | None, torch.dtype | None]:
     """What weights are converted to, and what autocast multiplies in."""
     types: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {

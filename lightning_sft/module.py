@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -22,7 +23,7 @@ from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
 from lightning_sft.lora import add_lora, has_lora, is_quantized, lora_config
 from lightning_sft.losses import LossNormalization, loss_constant
-from lightning_sft.memory import StepMemory, parameter_counts, state_memory, step_memory
+from lightning_sft.memory import StepMemory, compute_dtype, parameter_counts, state_memory, step_memory
 from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
 from lightning_sft.metrics import ResponseMetrics
 from lightning_sft.model_card import run_facts
@@ -170,13 +171,16 @@ class SFTModule(L.LightningModule):
         strategy = getattr(self._trainer, "strategy", None)
         loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
         if isinstance(strategy, ModelParallelStrategy):
-            dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+            dtype = torch.bfloat16 if self._precision == "bf16-mixed" else None
             if not loaded:
                 self.model = load_sharded(self._build, strategy.root_device, dtype, self._adapt)
             elif not is_sharded(self.model):
                 shard(self._adapt(self.model), strategy.root_device.type, dtype)
+            _leave_inference_mode(self.trainer)
         else:
             self.model = self._adapt(self.model) if loaded else self._build()
+            if strategy is not None:
+                self.to(strategy.root_device)  # Lightning would do it later; what the model can do is tried out there
         if is_quantized(self.model) and (self._lora is None or is_sharded(self.model)):
             why = "only train `lora` adapters" if self._lora is None else "not be sharded; use the strategy `ddp`"
             raise ValueError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
@@ -184,7 +188,7 @@ class SFTModule(L.LightningModule):
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self._check_vocabulary()
-        self.why_not_packed = enable_packing(self.model)
+        self.why_not_packed = enable_packing(self.model, compute_dtype(self._precision))
         if self.why_not_packed:
             rank_zero_info(f"Batches are padded: {self.why_not_packed}.")
         if self._compile and is_sharded(self.model):
@@ -217,9 +221,12 @@ class SFTModule(L.LightningModule):
         model = self.empty_model(str(options.get("precision", "32-true")))
         return step_memory(model, self._optimizer, *sequences, **(own | options))
 
+    @property
+    def _precision(self) -> str:
+        return str(getattr(self._trainer, "precision", "32-true"))
+
     def _build(self) -> PreTrainedModel:
-        precision = str(getattr(self._trainer, "precision", "32-true"))
-        return self._adapt(build_model(self._source, self._load_options(precision), self._seed))
+        return self._adapt(build_model(self._source, self._load_options(self._precision), self._seed))
 
     def _load_options(self, precision: str) -> dict[str, Any]:
         # Frozen weights in float32 would be no more exact than in the type that they are stored in.
@@ -289,7 +296,7 @@ class SFTModule(L.LightningModule):
             totals[0] += scores["loss"].detach() / self.trainer.world_size
             totals[1] += scores["token_entropy"].sum()
         if self.trainer.world_size > 1:
-            totals = cast(Tensor, self.trainer.strategy.reduce(totals, reduce_op="sum"))
+            dist.all_reduce(totals)  # Lightning's `reduce` would wait for all devices first
         learning_rate = optimizer.param_groups[0]["lr"]
         rows = [row for microbatch in microbatches for row in microbatch.get("rows", ())]
         self._step(optimizer, StepOutcome(self.global_step + 1, rows, totals[0]))
@@ -322,8 +329,10 @@ class SFTModule(L.LightningModule):
         if not (skipped or overflowed):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
         # An error is read off the device one step later: reading it at once would make the host wait in each step.
-        if earlier is not None and self._nonfinite == "error":
-            earlier.check()
+        if self._nonfinite == "error":
+            outcome.send()
+            if earlier is not None:
+                earlier.check()
         if self.device.type == "cpu":
             self._check_latest()
 
@@ -355,16 +364,15 @@ class SFTModule(L.LightningModule):
 
     def _log_step(self, batch: Batch, totals: Tensor, learning_rate: float) -> None:
         self.log("train/loss", totals[0].float(), prog_bar=True)
-        skipped = {"train/skipped_steps": float(self._num_skipped)} if self._nonfinite == "skip" else {}
-        self.log_dict(
-            skipped
-            | {
-                "train/token_entropy": (totals[1] / batch["num_response_tokens"]).float(),
-                "train/grad_norm": self._grad_norm.float(),
-                "train/learning_rate": learning_rate,
-                "step": float(self.global_step),  # the x-axis of every logger: optimizer steps done
-            }
-        )
+        numbers = {"train/learning_rate": learning_rate, "step": self.global_step}  # `step` is every logger's x-axis
+        if self._nonfinite == "skip":
+            numbers["train/skipped_steps"] = self._num_skipped
+        on_device = {
+            "train/token_entropy": (totals[1] / batch["num_response_tokens"]).float(),
+            "train/grad_norm": self._grad_norm.float(),
+        }
+        # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
+        self.log_dict(on_device | {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()})
 
     # -- validation and test -------------------------------------------------------------------------------------
 
@@ -513,6 +521,13 @@ class SFTModule(L.LightningModule):
             }
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
         checkpoint["model_card"] = run_facts(self.trainer)
+
+
+def _leave_inference_mode(trainer: L.Trainer) -> None:
+    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
 
 
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

@@ -1,10 +1,26 @@
 """What an optimizer step came to: a loss and a gradient norm that have to be finite numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+class OnItsWay:
+    """A tensor that is copied to the host once it is computed. Reading it waits for that, not for what comes after."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.detach().to("cpu", non_blocking=True)  # from CUDA: to pinned memory
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
 
 
 @dataclass
@@ -22,15 +38,23 @@ class StepOutcome:
     rows: Sequence[str]
     loss: Tensor
     grad_norm: Tensor | None = None
+    _sent: OnItsWay | None = field(default=None, init=False)
+
+    def send(self) -> None:
+        """Copy the numbers to the host when they are there."""
+        self._sent = OnItsWay(self._numbers())
+
+    def _numbers(self) -> Tensor:
+        return self.loss if self.grad_norm is None else torch.stack([self.loss, self.grad_norm.to(self.loss.dtype)])
 
     @property
     def is_finite(self) -> bool:
-        """Waits for the device."""
-        norm = self.loss if self.grad_norm is None else self.grad_norm
-        return bool(torch.isfinite(self.loss) & torch.isfinite(norm))
+        """Waits for the device, or for the numbers alone if they were sent before."""
+        numbers = self._numbers() if self._sent is None else self._sent.read()
+        return bool(numbers.isfinite().all())
 
     def check(self) -> None:
-        """Waits for the device.
+        """Waits as `is_finite` does.
 
         Raises:
             FloatingPointError: If a number is not finite.

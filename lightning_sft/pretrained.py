@@ -18,7 +18,9 @@ from lightning_sft.messages import and_more, is_missing_path, one_line, shorten
 
 
 def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed: int) -> PreTrainedModel:
-    """Load a pretrained model, or initialise one.
+    """Load a pretrained model, or initialise one, in main memory whatever the default device.
+
+    Weights that are drawn then are the same on every kind of device. (Quantised ones are where bitsandbytes puts them.)
 
     Args:
         source: Name or folder; or the settings of a configuration with `model_type`.
@@ -31,10 +33,11 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
     # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
     if isinstance(source, str):
-        return _load(source, options)
+        with torch.device("cpu"):
+            return _load(source, options)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
             return AutoModelForCausalLM.from_config(_config(source), **options)
     except Exception as error:
         raise _cannot_be_built(source, error) from error

@@ -79,9 +79,10 @@ class StepLoader:
         num_workers: int,
         first_step: Callable[[], int] = lambda: 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        pin_memory: bool = False,
     ) -> None:
         self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
-        self._first_step, self._tokenizer = first_step, tokenizer
+        self._first_step, self._tokenizer, self._pin_memory = first_step, tokenizer, pin_memory
 
     def __len__(self) -> int:
         return self._num_steps
@@ -100,7 +101,7 @@ class StepLoader:
             sampler=range(self._first_step(), self._num_steps),
             batch_size=None,
             num_workers=self._num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin_memory,
         )
         for batch in loader:
             yield StepBatch(batch, self._tokenizer)  # here, so that no worker has to pass the tokenizer on

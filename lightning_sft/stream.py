@@ -301,6 +301,7 @@ class StreamLoader(StepLoader):
         first_step: Called when iteration begins: the steps already taken.
         places: By the number of steps taken, the place of the last of them; the latest two are kept here.
         tokenizer: For batches to show themselves.
+        pin_memory: As for `StepLoader`.
     """
 
     def __init__(
@@ -311,16 +312,15 @@ class StreamLoader(StepLoader):
         first_step: Callable[[], int],
         places: dict[int, dict[str, Any]],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        super().__init__(dataset, num_steps, num_workers, first_step, tokenizer)
+        super().__init__(dataset, num_steps, num_workers, first_step, tokenizer, pin_memory)
         self._places = places
 
     def __iter__(self) -> Iterator[StepBatch]:
         first = self._first_step()
         self._dataset.begin_at(first, self._places.get(first))
-        loader = DataLoader(
-            self._dataset, batch_size=None, num_workers=self._num_workers, pin_memory=torch.cuda.is_available()
-        )
+        loader = DataLoader(self._dataset, batch_size=None, num_workers=self._num_workers, pin_memory=self._pin_memory)
         for step, batch in zip(range(first, self._num_steps), loader, strict=False):
             if isinstance(batch, ValueError):
                 raise batch

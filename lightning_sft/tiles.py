@@ -5,6 +5,9 @@ grouping property of the entropy, `H = H(share) + sum_t share_t H_t`, with `shar
 no digits cancel in it.
 """
 
+import os
+import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -75,7 +78,12 @@ def float32_or_more(tensor: Tensor) -> Tensor:
 @cache
 def tile_function(device_type: str) -> Callable[..., Tile]:
     """On CUDA a tile's elementwise passes are fused into one; on CPU they stay in cache."""
-    return torch.compile(score_tile, dynamic=True) if device_type == "cuda" else score_tile
+    if device_type != "cuda":
+        return score_tile
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        warnings.warn("There is no C compiler, which `torch.compile` needs: the head takes longer.", stacklevel=2)
+        return score_tile
+    return torch.compile(score_tile, dynamic=True)
 
 
 def tile_shape(device_type: str) -> tuple[int, int]:
@@ -99,7 +107,7 @@ def score_tiles(
     for where, weight_tile in weight_tiles(weight, rule):
         bias_tile = None if bias is None else bias[where]
         parts = [
-            score(rows @ weight_tile.t(), bias_tile, row_labels - where.start, rule)
+            (score if len(rows) > 1 else score_tile)(rows @ weight_tile.t(), bias_tile, row_labels - where.start, rule)
             for rows, row_labels in zip(hidden.split(num_rows), labels.split(num_rows), strict=True)
         ]
         yield where, weight_tile, parts[0] if len(parts) == 1 else Tile(*map(torch.cat, zip(*parts, strict=True)))

@@ -26,6 +26,10 @@ def check_trainer(trainer: Any) -> None:
             f"`trainer.strategy` is {strategy}, which cannot train with manual optimisation. To shard the model add "
             "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
         )
+    if trainer.strategy.root_device.type == "mps":
+        raise ValueError(
+            "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."
+        )
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
         raise ValueError(
             "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "

@@ -6,6 +6,7 @@ from conftest import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_sft import attention
 from lightning_sft.attention import PACKED_KEYS, VARLEN, enable_packing, packed_inputs, varlen_attention
 from lightning_sft.pretrained import enable_gradient_checkpointing
 from lightning_sft.tokenization import Example, collate_packed
@@ -79,6 +80,38 @@ def test_half_precision_on_cpu_stays_as_close_as_half_precision_can(name, longes
     for exact, given in zip(*results, strict=True):
         assert given.dtype == torch.bfloat16
         assert (given - exact).norm() < 0.01 * exact.norm()
+
+
+def test_mixed_precision_attends_in_half_precision(monkeypatch):
+    """Rotary embeddings make float32 of queries and keys; kernels for half precision would be passed by."""
+    model, batch = build("qwen2", num_key_value_heads=2).float(), packed(documents())
+    assert enable_packing(model, torch.bfloat16) is None
+    inputs = packed_inputs(model, batch)
+    exact = model(batch["input_ids"], use_cache=False, **inputs).logits
+    seen, original = [], attention._attend_each
+
+    def watched(*states):
+        seen.extend(state.dtype for state in states[:3])
+        return original(*states)
+
+    monkeypatch.setattr(attention, "_attend_each", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = model(batch["input_ids"], use_cache=False, **inputs).logits
+    assert seen == [torch.bfloat16] * 6
+    assert (given - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_shape_that_the_kernel_for_half_precision_does_not_take_is_found_out(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("head sizes above 256 are not supported")
+
+    monkeypatch.setattr(attention, "_attend_by_products", refuse)
+    model = build("qwen2", num_key_value_heads=2).float()
+    assert enable_packing(model, torch.bfloat16).endswith(
+        "does not run on packed documents: head sizes above 256 are not supported"
+    )
+    assert model.config._attn_implementation == "sdpa"
+    assert enable_packing(model) is None
 
 
 def test_a_pretrained_checkpoint_reads_packed_stories_as_each_alone(shared_data):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import warnings
 
 import lightning as L
 import pytest
@@ -25,7 +26,7 @@ from lightning_sft import (
 )
 from lightning_sft.callbacks import generation_monitor
 from lightning_sft.callbacks.generation_logs import log_records, markdown_table, print_records
-from lightning_sft.callbacks.throughput import training_flops
+from lightning_sft.callbacks.throughput import known_peak_flops, training_flops
 from lightning_sft.records import GenerationRecord
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
@@ -313,6 +314,15 @@ def test_the_progress_bar_reads_numbers_at_logging_steps_only(tmp_path):
 def test_a_bad_peak_is_named():
     with pytest.raises(ValueError, match="`peak_flops` is 0, expected a positive number"):
         TokenThroughput(peak_flops=0)
+
+
+def test_peaks_are_those_that_lightning_knows_for_sure(monkeypatch):
+    known = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None, "NVIDIA Unheard-of": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, peak in known.items():
+            monkeypatch.setattr("torch.cuda.get_device_name", lambda device, name=name: name)
+            assert known_peak_flops(torch.device("cuda"), "bf16-mixed") == peak
 
 
 @pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "max_tokens_per_batch"])

@@ -1,8 +1,10 @@
 """What depends on the device: on the CPU, and on a GPU where there is one (`pytest -m gpu -n 0`)."""
 
+import math
+
 import pytest
 import torch
-from training import train
+from training import read_log, train
 
 from lightning_sft.head import Head, score_labels
 
@@ -54,3 +56,6 @@ def test_a_run_learns_what_float32_on_the_cpu_does(tmp_path, device, exact, prec
     losses, expected = (torch.tensor(run["losses"]) for run in (result, exact))
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)
     assert expected[-1] < 0.8 * expected[0]
+    rates = [line["train/learning_rate"] for line in read_log(tmp_path / "steps_0.jsonl")]
+    cosine = [0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates == pytest.approx([0.0, 0.005, *cosine], rel=1e-9)  # two steps of warmup; not rounded to half precision

@@ -7,7 +7,9 @@ from conftest import tiny_model
 from training import ROWS, adamw, read_log, train
 
 from lightning_sft import SFTModule
+from lightning_sft.module import _leave_inference_mode
 from lightning_sft.outcome import StepOutcome
+from lightning_sft.trainer_checks import check_trainer
 
 # Every "z" is a NaN: the only row with one stands in line 12.
 POISONED = [*ROWS[:11], {"prompt": "z", "output": "zzz"}, *ROWS[11:22]]
@@ -100,6 +102,25 @@ def test_strategies_that_cannot_train_are_refused_with_the_way_out(name):
     module._trainer = type("Trainer", (), {"strategy": type(name, (), {})()})()
     with pytest.raises(ValueError, match=rf"`trainer.strategy` is {name}, which cannot .* `--config fsdp`"):
         module.configure_model()
+
+
+def test_a_device_without_float64_is_refused():
+    strategy = type("SingleDeviceStrategy", (), {"root_device": torch.device("mps")})()
+    with pytest.raises(ValueError, match=r"`trainer.accelerator` is MPS, which has no float64.* Set it to 'cpu'"):
+        check_trainer(type("Trainer", (), {"strategy": strategy, "precision_plugin": None})())
+
+
+def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
+    seen = []
+
+    class Module(L.LightningModule):
+        def validation_step(self, batch, batch_idx):
+            seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    _leave_inference_mode(trainer)
+    trainer.validate(Module(), [0], verbose=False)
+    assert seen == [(False, False)]
 
 
 def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):

@@ -223,6 +223,23 @@ def test_compiled_tiles_as_on_cuda_say_the_same(monkeypatch, softcap):
         torch.testing.assert_close(one, other)
 
 
+def test_a_single_row_is_not_compiled_for_and_without_a_compiler_nothing_is(monkeypatch):
+    hidden, weight, _, labels, _ = make(rows=36)  # of which the last tile has one
+    seen = []
+
+    def watched(products, *args):
+        seen.append(len(products))
+        return tiles_module.score_tile(products, *args)
+
+    monkeypatch.setattr(tiles_module, "tile_function", lambda device: watched)
+    score_labels(hidden, Head(weight), labels)
+    assert set(seen) == {5}
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="There is no C compiler"):
+        assert tiles_module.tile_function.__wrapped__("cuda") is tiles_module.score_tile
+
+
 def test_memory_is_that_of_tiles_not_of_logits():
     """The largest tensor ever made, watched as torch makes them."""
     largest = 0

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
+from lightning_sft.lora import add_lora
+from lightning_sft.pretrained import build_model
 
 WORDS = ["tree", "a", "stone river", "of", "light and day", "to", "grass", "sun moon star", "w", "seas"]
 ROWS = [{"prompt": f"{i}:" + "p" * (i % 4), "output": WORDS[i % 10] * (1 + i % 3)} for i in range(22)]
@@ -231,6 +233,18 @@ def test_gradient_checkpointing_recomputes_the_blocks_and_changes_nothing(tmp_pa
 
     assert run(checkpointing=True) == pytest.approx(run(checkpointing=False), rel=1e-6)
     assert calls == [4, 2]
+
+
+def test_models_are_made_in_main_memory_whatever_the_default_device(tmp_path):
+    """Lightning makes the training device the default one, where other numbers would be drawn for the same seed."""
+    tiny_model().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        drawn, loaded = build_model(tiny_config(), {}, seed=1), build_model(str(tmp_path), {}, seed=1)
+    lora = build_model(tiny_config(), {}, seed=1)
+    with torch.device("meta"):
+        add_lora(lora, {"r": 2})
+    assert {weight.device.type for model in (drawn, loaded, lora) for weight in model.parameters()} == {"cpu"}
+    torch.testing.assert_close(drawn.state_dict(), build_model(tiny_config(), {}, seed=1).state_dict())
 
 
 def test_weights_from_a_configuration_follow_from_the_seed_and_disturb_no_other_randomness():

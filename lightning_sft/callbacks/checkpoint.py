@@ -11,9 +11,9 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_sft.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link, remove_partial
+from lightning_sft.outcome import OnItsWay
 from lightning_sft.signals import DeferredSignals
 
 
@@ -38,7 +38,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_step: int | None = None
         self._signals = DeferredSignals()
-        self._asked: Tensor | None = None  # the signal that any device had received at the step before
+        self._asked: OnItsWay | None = None  # the signal that any device had received at the step before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """A new run has saved nothing yet."""
@@ -104,10 +104,11 @@ class LastCheckpoint(Checkpoint):
         """
         if trainer.world_size == 1:
             return self._signals.received
-        asked, received = self._asked, self._signals.received or 0
-        self._asked = torch.tensor(received, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(self._asked, torch.distributed.ReduceOp.MAX)
-        return signal.Signals(int(asked)) if asked is not None and int(asked) else None
+        earlier = 0 if self._asked is None else int(self._asked.read())
+        received = torch.full((), self._signals.received or 0, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        self._asked = OnItsWay(received)
+        return signal.Signals(earlier) if earlier else None
 
     def _obey_signals(self, trainer: L.Trainer) -> None:
         number = self._agreed_signal(trainer)

@@ -10,6 +10,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_sft.memory import compute_dtype
+
 _TOTALS = ("num_tokens", "num_response_tokens", "num_attended")
 
 
@@ -29,7 +31,7 @@ class TokenThroughput(L.Callback):
 
     Args:
         peak_flops: Multiplications and additions per second that one device could do at most. By default what Lightning
-            knows of CUDA devices; elsewhere `train/mfu` needs it.
+            knows of CUDA devices, newer ones not among them; elsewhere `train/mfu` needs it.
 
     Raises:
         ValueError: If `peak_flops` is not positive.
@@ -45,9 +47,7 @@ class TokenThroughput(L.Callback):
         """Find out what the devices could do."""
         device = pl_module.device
         if self._peak_flops is None and device.type == "cuda":
-            precision = str(trainer.precision)
-            dtype = torch.bfloat16 if "bf16" in precision else torch.half if "16" in precision else torch.float32
-            self._peak_flops = get_available_flops(device, dtype)
+            self._peak_flops = known_peak_flops(device, str(trainer.precision))
         self._restart()
 
     def _restart(self) -> None:
@@ -86,6 +86,13 @@ class TokenThroughput(L.Callback):
             if flops is not None:
                 rates["train/mfu"] = flops / self._seconds / (self._peak_flops * trainer.world_size)
         pl_module.log_dict(rates)
+
+
+def known_peak_flops(device: torch.device, precision: str) -> float | None:
+    """What a CUDA device could do at most, if Lightning knows it."""
+    if "L40" in torch.cuda.get_device_name(device):  # taken for an L4
+        return None
+    return get_available_flops(device, compute_dtype(precision))
 
 
 def peak_memory(device: torch.device) -> int | None:
