@@ -48,7 +48,7 @@ class BatchSizes:
         tried: What was tried: tokens, and the peak in bytes, or None where memory ran out.
         memory: Bytes that there are.
         longest: Tokens of the longest row, as the model sees it.
-        num_rows: Of the data.
+        num_rows: Of the data; None if it is streamed, and only its first rows were looked at.
         margin: Share that is left free.
     """
 
@@ -58,7 +58,7 @@ class BatchSizes:
     tried: list[tuple[int, float | None]]
     memory: float
     longest: int
-    num_rows: int
+    num_rows: int | None
     margin: float
 
     def __str__(self) -> str:
@@ -115,8 +115,7 @@ def find_batch_size(
         raise ValueError(f"`memory_gib` is {memory_gib}, expected a positive number.")
     if not 0 <= margin < 1:
         raise ValueError(f"`margin` is {margin}, expected a share: at least 0, below 1.")
-    num_tokens = datamodule.preview(0).splits["train"].num_tokens
-    lengths = sorted((max(int(number) - 1, 1) for number in num_tokens), reverse=True)
+    lengths = datamodule.row_lengths()
     search = _Search(datamodule, lengths[0], sum(lengths), memory_gib)
     options = trainer_options | {"limit_train_batches": None, "overfit_batches": 0.0, "enable_progress_bar": False}
     try:
@@ -140,7 +139,7 @@ def find_batch_size(
         tried=search.tried,
         memory=search.memory,
         longest=lengths[0],
-        num_rows=len(lengths),
+        num_rows=None if datamodule.streaming else len(lengths),
         margin=margin,
     )
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import lightning as L
 from jsonargparse import ActionConfigFile, Namespace, auto_cli
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -70,8 +70,19 @@ class _ConfigByName(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Saves a run's settings; those of an evaluation in the same folder do not take their place."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename  # `log_dir` is a collective
+        if stage == "fit" or not trainer.strategy.broadcast(path.is_file()):
+            super().setup(trainer, pl_module, stage)
+
+
 class SFTCLI(LightningCLI):
     """LightningCLI with the callbacks that a fine-tuning run wants, and values given once where two need them."""
+
+    _version_of_last: str | None = None  # of the run that `last` found; empty: the logger begins a new one
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with a `--config` that also takes the names of the package's configurations."""
@@ -150,9 +161,10 @@ class SFTCLI(LightningCLI):
             rank_zero_info(f"No checkpoint below {shown_path(folder)} yet: the run starts from its beginning.")
             return
         run = path.parent.parent
+        self._version_of_last = ""
         appends = str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")  # others begin their files anew
         if self.subcommand == "fit" and appends and options.version is None and run != folder:
-            options.version = run.name  # the curves go on where they stopped
+            options.version = self._version_of_last = run.name  # the curves go on where they stopped
             config.trainer.logger = logger
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
 
@@ -221,7 +233,21 @@ class SFTCLI(LightningCLI):
         # Before the user's, which may put a model's own weights back that generations are to be made without.
         given = config.get("callbacks") or []
         config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
-        return self._instantiate_trainer(config, [])
+        trainer = self._instantiate_trainer(config, [])
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SaveConfigCallback):
+                callback.config = self._without_place(callback.config)
+        return trainer
+
+    def _without_place(self, config: Namespace) -> Namespace:
+        """The settings of a run without where `last` found it, or whatever is done with them would be done there."""
+        if self._version_of_last is not None:
+            config = config.clone()
+            config.ckpt_path = config.weights_only = None
+            if self._version_of_last:
+                logger = config.trainer.logger
+                (logger[0] if isinstance(logger, list) else logger).init_args.version = None
+        return config
 
     def after_fit(self) -> None:
         """Say where everything is."""
@@ -286,6 +312,7 @@ def build(args: list[str] | dict[str, Any] | None = None, run: bool = True) -> S
         run=run,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # they are the module's
+        save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False},
         parser_class=SFTArgumentParser,

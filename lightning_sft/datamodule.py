@@ -251,10 +251,10 @@ class SFTDataModule(L.LightningDataModule):
                     raise ValueError(
                         f"`val_fraction` is {self._val_fraction}, but `train_data` has one row, which cannot be split."
                     )
-                parts = rows.train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
-                self._rows["train"], self._rows["val"] = parts["train"], parts["test"]
-                if self._shares:
-                    self._rows["train"] = self._by_source(parts["train"])
+                numbers = Dataset.from_dict({"row": range(len(rows))})
+                parts = numbers.train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
+                self._rows["val"] = rows.select(read_numbers(parts["test"], "row"))
+                self._rows["train"] = rows.select(self._by_source(read_numbers(parts["train"], "row")))
             elif split != "val" or stage == TrainerFn.VALIDATING:
                 command = TrainerFn(stage).value
                 raise ValueError(
@@ -289,12 +289,14 @@ class SFTDataModule(L.LightningDataModule):
             )
         return rows
 
-    def _by_source(self, rows: Dataset) -> Dataset:
-        """What is left for training after a split, in the order of the sources again, and counted anew."""
+    def _by_source(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the rows left for training after a split; with weights by source again, and counted anew."""
+        if not self._shares:
+            return rows
         bounds = np.cumsum([share.num_rows for share in self._shares])
-        source = np.searchsorted(bounds, rows._indices.column(0).to_numpy(), side="right")
+        source = np.searchsorted(bounds, rows, side="right")
         self._shares = shares(self._weights, np.bincount(source, minlength=len(bounds)).tolist(), "train_data")
-        return rows.select(np.argsort(source, kind="stable"))
+        return rows[np.argsort(source, kind="stable")]
 
     def _report(self, split: str, sources: list[Source], rows: EncodedRows) -> None:
         kept, limit = len(rows.dataset), self._length_limit
@@ -415,6 +417,17 @@ class SFTDataModule(L.LightningDataModule):
         """
         self._load_rows(TrainerFn.FITTING)
         return self._plan("train", world_size=world_size)
+
+    def row_lengths(self) -> list[int]:
+        """Tokens of the training rows as the model sees them, the longest first.
+
+        Of a stream those of its first rows; where `max_length` bounds the others, the longest counts as so long.
+        """
+        self._load_rows(TrainerFn.FITTING)
+        lengths = np.sort(np.maximum(read_numbers(self._rows["train"], "num_tokens") - 1, 1))[::-1].tolist()
+        if self.streaming and (limit := self._encode_options["max_length"]) is not None:
+            lengths[0] = max(limit - 1, 1)
+        return lengths
 
     def microbatch_limit(self, world_size: int) -> tuple[list[int], list[int], int]:
         """As `BatchPlan.largest_microbatch` gives it, but the most that the settings allow, whatever the data.

@@ -21,6 +21,7 @@ from lightning_sft.checkpoint_files import check_checkpoint, take_place
 from lightning_sft.lora import (
     adapter_weights,
     add_lora,
+    changes_base,
     has_lora,
     is_quantized,
     lora_settings,
@@ -31,6 +32,10 @@ from lightning_sft.model_card import TAG, write_card
 from lightning_sft.pretrained import build_model
 from lightning_sft.sharding import is_sharded
 
+ADAPTERS_ALONE = (
+    "`merge_lora` is false, but `lora.init_lora_weights` has changed the base model's weights too: its adapters say "
+    "nothing without these. Export the merged model."
+)
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -65,6 +70,8 @@ def export_model(
     folder = Path(folder).absolute()
     if not merge_lora and not has_lora(model):
         raise ValueError("`merge_lora` is false, but the model has no adapters.")
+    if not merge_lora and changes_base(lora_settings(model)):
+        raise ValueError(ADAPTERS_ALONE)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found = get_model_state_dict(model, options=options) if is_sharded(model) else model.state_dict()
     weights = cast("dict[str, Tensor]", found)
@@ -156,7 +163,8 @@ def _with_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreT
 def _give_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], strict: bool = True) -> None:
     """Put weights into a model without any, as they are: no copies, no other dtype."""
     model.load_state_dict(weights, strict=strict, assign=True)
-    model.tie_weights()
+    if not has_lora(model):  # whose own copies are tied to one another
+        model.tie_weights()
 
 
 # -- from checkpoints --------------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
     settings, lora = hyper_parameters.get("model"), hyper_parameters.get("lora")
     if lora is not None:
         model = _load_base(path, hyper_parameters)
-        add_lora(model, lora)
+        add_lora(model, lora, hyper_parameters.get("seed", 0))
     elif isinstance(settings, dict):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))

@@ -6,6 +6,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.chat import read_chat_template, with_chat_template
 from lightning_sft.checkpoint_files import newest_checkpoint
 from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
 from lightning_sft.messages import shown_path
@@ -52,11 +53,14 @@ def export(
     print(f"{shown_path(path)} is now a model in {shown_path(Path(output))}")
 
 
-def _tokenizer_of_run(config: Path) -> str | PreTrainedTokenizerBase:
+def _tokenizer_of_run(config: Path) -> PreTrainedTokenizerBase:
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    found = (settings.get("data") or {}).get("tokenizer")
+    data = settings.get("data") or {}
+    found, chat_template = data.get("tokenizer"), data.get("chat_template")
     if found is None:
         raise ValueError(f"`tokenizer` is not given, and {shown_path(config)} does not name one. Give `--tokenizer`.")
     parser = ArgumentParser()
     parser.add_argument("--tokenizer", type=str | PreTrainedTokenizerBase)
-    return parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer
+    tokenizer = parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return tokenizer if chat_template is None else with_chat_template(tokenizer, read_chat_template(chat_template))

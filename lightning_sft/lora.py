@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.messages import one_line, shorten
 
+_NOT_SET = {"peft_type", "auto_mapping", "task_type", "inference_mode"}  # always those of training a causal model
 _DEFAULTS: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -32,10 +33,10 @@ def lora_config(settings: Mapping[str, Any]) -> Any:
         from peft import LoraConfig
     except ImportError:
         raise ImportError("`lora` needs the package `peft`: pip install 'lightning-sft[lora]'") from None
-    known = set(inspect.signature(LoraConfig).parameters) - {"peft_type", "auto_mapping"}
+    known = set(inspect.signature(LoraConfig).parameters) - _NOT_SET
     for name in settings:
         if name not in known:
-            raise ValueError(f"`lora` has `{name}`, which `peft.LoraConfig` does not know. It knows {_listed(known)}.")
+            raise ValueError(f"`lora` has `{name}`, which cannot be set. These can: {_listed(known)}.")
     rank = settings.get("r", 8)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"`lora.r` is {rank!r}, expected a rank of at least 1.")
@@ -67,17 +68,16 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     quantized: Any = model  # `peft` asks for these; whoever quantised the model need not have set them
     quantized.is_loaded_in_4bit = any(type(weight).__name__ == "Params4bit" for weight in model.parameters())
     quantized.is_loaded_in_8bit = any(type(weight).__name__ == "Int8Params" for weight in model.parameters())
-    tied = _is_tied(model)
+    tied, given = _is_tied(model), dict(settings)
     if tied and settings.get("modules_to_save"):
         settings = {"ensure_weight_tying": True} | dict(settings)
     config = lora_config(settings)
     config.base_model_name_or_path = model.name_or_path
-    device = (
-        "meta" if model.device.type == "meta" else "cpu"
-    )  # drawn there, the same for every device; `peft` moves them
+    device = "meta" if model.device.type == "meta" else "cpu"  # numbers drawn there are the same for every device
     with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it sets it right by itself
         warnings.filterwarnings("ignore", ".*ensure_weight_tying")  # looked at below
+        warnings.filterwarnings("ignore", ".*`lora_bias=True`")  # likewise
         torch.default_generator.manual_seed(seed)
         try:
             inject_adapter_in_model(config, model)
@@ -90,8 +90,16 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     if tied and not _is_tied(model):
         raise ValueError(
             f"`lora` would adapt one of {type(model).__name__}'s embeddings and head, which share their weights. Leave "
-            "both out of `target_modules`, or put the embeddings, by their full name, into `modules_to_save`."
+            "both out of `target_modules`, or put one of them, by its full name, into `modules_to_save`: of "
+            "`model.embed_tokens` and `lm_head` that which this architecture does not tie to the other."
         )
+    without_bias = [name for name, each in model.named_modules() if _has_bias_for_none(each)]
+    if without_bias:
+        raise ValueError(
+            f"`lora.lora_bias` is true, but `{without_bias[0]}` has no bias that its own could be merged into. Leave "
+            "it out, or name only layers with a bias in `target_modules`."
+        )
+    model.lora_settings = given  # type: ignore[assignment]
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype.itemsize < 4:
             weight.data = weight.data.float()  # half precision would lose small steps
@@ -101,6 +109,10 @@ def _is_tied(model: PreTrainedModel) -> bool:
     layers = [trained_layer(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
     adapted = any(hasattr(layer, "base_layer") for layer in layers)
     return not adapted and layers[0].weight is getattr(layers[1], "weight", None)
+
+
+def _has_bias_for_none(module: Any) -> bool:
+    return bool(getattr(module, "lora_bias", {}).get("default")) and module.base_layer.bias is None
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -115,6 +127,30 @@ def trained_layer(layer: Any) -> Any:
 def has_lora(model: nn.Module) -> bool:
     """Whether there are adapters in a model."""
     return bool(getattr(model, "peft_config", None))
+
+
+def check_settings(model: nn.Module, settings: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with adapters of other settings than those that are asked for.
+
+    Args:
+        model: With adapters, or without.
+        settings: As for `add_lora`; None: nothing is asked for, and adapters that somebody else put in may stay.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = getattr(model, "lora_settings", None if settings is None else "settings of somebody else")
+    if has_lora(model) and found != settings:
+        raise ValueError(
+            f"`model` has adapters by {shorten(found, 200)} in it already, but `lora` is {shorten(settings, 200)}. "
+            "Load the model anew."
+        )
+
+
+def changes_base(settings: Mapping[str, Any]) -> bool:
+    """Whether the adapters' initialisation changes the frozen weights too, so that alone they are of no use."""
+    kind = settings.get("init_lora_weights", True)
+    return isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -148,7 +184,7 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def lora_settings(model: Any) -> dict[str, Any]:
     """The settings of a model's adapters, as `add_lora` takes them."""
     config = model.peft_config["default"]
-    known = set(inspect.signature(type(config)).parameters) - {"peft_type", "auto_mapping"}
+    known = set(inspect.signature(type(config)).parameters) - _NOT_SET
     return {name: value for name, value in vars(config).items() if name in known}
 
 
@@ -162,7 +198,8 @@ def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(model, dict(weights), save_embedding_layers=False)
-    return {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in found.items()}
+    # Copies, since tied weights share their memory, which safetensors does not take.
+    return {f"base_model.model.{name}": weight.detach().cpu().clone() for name, weight in found.items()}
 
 
 def save_adapter(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -35,11 +35,12 @@ class ResponseMetrics(Metric):
 
     def update(self, log_probs: Tensor, token_entropy: Tensor, is_top1: Tensor, num_sequences: int) -> None:
         """Add the response tokens of some sequences; all tensors `(num_response_tokens,)`."""
-        self.nll -= log_probs.sum()
-        self.entropy += token_entropy.sum()
-        self.num_top1 += is_top1.sum()
-        self.num_tokens += len(log_probs)
-        self.num_sequences += num_sequences
+        # Not in place: tensors of an evaluation in inference mode could not be changed outside of it.
+        self.nll = self.nll - log_probs.sum()
+        self.entropy = self.entropy + token_entropy.sum()
+        self.num_top1 = self.num_top1 + is_top1.sum()
+        self.num_tokens = self.num_tokens + len(log_probs)
+        self.num_sequences = self.num_sequences + num_sequences
 
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices."""

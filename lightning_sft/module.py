@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_sft.attention import enable_packing, packed_inputs
 from lightning_sft.log_probs import score_responses
-from lightning_sft.lora import add_lora, has_lora, is_quantized, lora_config
+from lightning_sft.lora import add_lora, check_settings, has_lora, is_quantized, lora_config
 from lightning_sft.losses import LossNormalization, loss_constant
 from lightning_sft.memory import StepMemory, compute_dtype, parameter_counts, state_memory, step_memory
 from lightning_sft.messages import and_more, check_integers, check_type, one_line, shorten
@@ -148,6 +148,7 @@ class SFTModule(L.LightningModule):
         self._nonfinite = nonfinite
         self._sync_every_microbatch = sync_every_microbatch
         self._num_skipped = 0
+        self._num_steps = 0
         self._unchecked: StepOutcome | None = None
         self._model_kwargs = model_kwargs or {}
         self._lora = lora
@@ -160,6 +161,11 @@ class SFTModule(L.LightningModule):
         self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
         if isinstance(model, PreTrainedModel):
             self.model = model
+
+    def setup(self, stage: str) -> None:
+        """A new run has skipped nothing yet."""
+        if stage == "fit":
+            self._num_skipped = 0
 
     def configure_model(self) -> None:
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
@@ -235,6 +241,7 @@ class SFTModule(L.LightningModule):
 
     def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with adapters, if it is to have some and has none yet."""
+        check_settings(model, self._lora)
         if self._lora is not None and not has_lora(model):
             add_lora(model, self._lora, self._seed)
         return model
@@ -270,6 +277,11 @@ class SFTModule(L.LightningModule):
             if converted.dtype != torch.float32:
                 setattr(module, name, buffer.to(converted.device))
         return self
+
+    @property
+    def num_steps_taken(self) -> int:
+        """Optimizer steps that have made these weights, also where they are only evaluated."""
+        return self.global_step if self.trainer.state.fn == "fit" else self._num_steps
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own output."""
@@ -320,6 +332,7 @@ class SFTModule(L.LightningModule):
         scale = scaler.get_scale() if scaler is not None else None
         earlier, self._unchecked = self._unchecked, outcome
         optimizer.step()
+        self._num_steps = self.global_step
         overflowed = scaler is not None and scaler.get_scale() < cast(float, scale)  # 16-mixed: half the scale, again
         if overflowed:
             outcome.grad_norm = None
@@ -403,7 +416,7 @@ class SFTModule(L.LightningModule):
             # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
             self.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
         if stage == "val":
-            self.log("step", float(self.global_step), sync_dist=True)
+            self.log("step", float(self.num_steps_taken), sync_dist=True)
         metrics.reset()
 
     # -- prediction ----------------------------------------------------------------------------------------------
@@ -434,6 +447,10 @@ class SFTModule(L.LightningModule):
                 "`max_steps` or `max_epochs`, or choose `constant` or `constant_with_warmup` with a number of steps."
             )
         num_warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+        if name == "reduce_lr_on_plateau":
+            raise ValueError(
+                "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
+            )
         try:
             scheduler = get_scheduler(name, optimizer, num_warmup_steps, max(num_steps, 1), kwargs)
         except (ValueError, TypeError) as error:
@@ -460,6 +477,7 @@ class SFTModule(L.LightningModule):
             )
         self._check_weights(checkpoint.get("state_dict"))
         self._num_skipped = checkpoint.get("num_skipped_steps", 0)
+        self._num_steps = checkpoint.get("global_step", 0)
         if "generation_config" in checkpoint:
             self.model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
         states = checkpoint.get("optimizer_states") or [{}]

@@ -88,14 +88,14 @@ def run_trial(
     bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []
     trainer = L.Trainer(**(options | {"callbacks": [trial, *bar]}))
     trial.check(trainer)
-    states, found = _collect_rng_states(include_cuda=False), (module._nonfinite, module._num_skipped)
+    states, found = _collect_rng_states(include_cuda=False), (module._nonfinite, module._num_skipped, module._num_steps)
     owners = module._trainer, getattr(datamodule, "trainer", None)
     module._nonfinite = "skip"
     try:
         trainer.fit(module, loader, None if loader is None else [], datamodule)  # no validation: Lightning would warn
     finally:
         trial.restore(module)
-        module._nonfinite, module._num_skipped = found
+        module._nonfinite, module._num_skipped, module._num_steps = found
         module._unchecked, module._trainer = None, owners[0]
         if datamodule is not None:
             datamodule.trainer = owners[1]

@@ -831,6 +831,11 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         ValueError,
         "`lr_scheduler` is 'cosin': cosin is not a valid SchedulerType, please select one of ['linear', ...",
     ),
+    "schedule of a metric": (
+        fit(tiny_config(), lr_scheduler="reduce_lr_on_plateau"),
+        ValueError,
+        "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps.",
+    ),
     "unknown argument of the schedule": (
         fit(tiny_config(), lr_scheduler_kwargs={"cycles": 2}),
         ValueError,

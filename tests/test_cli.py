@@ -120,6 +120,8 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     assert validated["val/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
     tested = build(["test", *saved]).trainer.callback_metrics
     assert tested["test/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
+    for version, name in (("version_1", "step_8"), ("version_2", "test_step_8")):  # of the weights, not the trainer
+        assert (run.with_name(version) / "generations" / f"{name}.jsonl").is_file()
     for _ in range(2):  # the second time nothing is left to do
         cli = build(["predict", *saved, "--data.predict_data", str(inputs / "prompts.jsonl")])
         assert not cli.trainer.predict_loop.predictions
@@ -330,6 +332,13 @@ def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog
     build(command)
     assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 5]
     assert not (runs / "version_2").exists()
+    saved = (runs / "version_1" / "config.yaml").read_text()
+    assert "ckpt_path: null" in saved  # or what is done with this file would be done in that folder, from that place
+    assert logger == "true" or "version: null" in saved
+    if logger == "TensorBoardLogger":  # an evaluation in the run's own folder
+        words = ["--config", f"{runs}/version_1/config.yaml", "--trainer.logger.init_args.version", "version_1"]
+        build(["validate", *words, "--ckpt_path", f"{runs}/version_1/checkpoints/last.ckpt"])
+        assert (runs / "version_1" / "config.yaml").read_text() == saved
     (runs / "version_1" / "checkpoints" / "last.ckpt").write_bytes(b"PK torn")
     build(command)
     assert steps_of(runs / "version_0") == 5  # the newest that is whole

@@ -214,3 +214,14 @@ def test_a_checkpoint_without_a_tokenizer_or_a_model_is_refused(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="there is no complete checkpoint below `runs`"):
         export_command(monkeypatch, "--ckpt_path", "last", *words)
+
+
+def test_the_chat_template_of_a_run_goes_with_its_exported_checkpoint(tmp_path, monkeypatch):
+    character_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    train(tmp_path, max_steps=1)
+    template = tmp_path / "chat.jinja"
+    template.write_text(chat_tokenizer().chat_template)
+    settings = {"data": {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": str(template)}}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    export_command(monkeypatch, "--ckpt_path", tmp_path / "checkpoints" / "last.ckpt", "--output", tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == chat_tokenizer().chat_template

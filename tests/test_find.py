@@ -1,5 +1,6 @@
 """Settings found by trial runs, which leave no trace."""
 
+import json
 import random
 
 import lightning as L
@@ -109,6 +110,15 @@ def test_a_run_after_finding_is_the_run_without(find, tmp_path, monkeypatch):
     assert metrics == expected[0]
     assert all(torch.equal(weight, other) for weight, other in zip(weights, expected[1], strict=True))
     assert "train/skipped_steps" not in metrics  # again an error
+
+
+def test_sizes_are_found_for_streamed_rows_of_which_longer_ones_may_follow(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = SFTDataModule(character_tokenizer(), str(path), streaming=True, max_length=64, batch_size=8)
+    found = find_batch_size(module(), data, **QUIET)
+    assert found.longest == 63
+    assert "All of the data" not in str(found)
 
 
 @pytest.mark.parametrize(

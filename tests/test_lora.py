@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from lightning_sft import HuggingFaceExport, LastCheckpoint, SFTDataModule, SFTModule
 from lightning_sft.attention import enable_packing
 from lightning_sft.cli import main
-from lightning_sft.export import load_checkpoint
+from lightning_sft.export import export_model, load_checkpoint
 from lightning_sft.lora import add_lora, is_quantized, plain_weights
 
 MODELS = {
@@ -184,7 +184,12 @@ def test_an_adapter_alone_is_for_peft_and_gives_the_same_logits(tmp_path, monkey
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"rank": 8}, "`lora` has `rank`, which `peft.LoraConfig` does not know. It knows `r`, `lora_alpha`"),
+        ({"rank": 8}, "`lora` has `rank`, which cannot be set. These can: `r`, `lora_alpha`"),
+        ({"r": 4, "inference_mode": True}, "`lora` has `inference_mode`, which cannot be set"),
+        (
+            {"r": 4, "target_modules": ["o_proj"], "lora_bias": True},
+            "lora_bias` is true, but `model.layers.0.self_attn.o",
+        ),
         ({"r": 0}, "`lora.r` is 0, expected a rank of at least 1"),
         ({"r": 4, "target_modules": ["query"]}, "does not fit Qwen2ForCausalLM.*Its linear layers are down_proj"),
         ({"r": 4, "target_modules": ["lm_head"]}, "share their weights. Leave both out of `target_modules`"),
@@ -194,6 +199,50 @@ def test_an_adapter_alone_is_for_peft_and_gives_the_same_logits(tmp_path, monkey
 def test_settings_that_do_not_fit_are_refused(lora, message):
     with pytest.raises(ValueError, match=message):
         SFTModule(build("tied"), lora=lora).configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")  # by peft
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by peft
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tied", {"modules_to_save": ["model.embed_tokens"]}),
+        ("gpt2", {"modules_to_save": ["lm_head"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("untied", {"init_lora_weights": "pissa_niter_4"}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_exported_with_what_was_trained_beside_its_adapters(tmp_path, name, settings):
+    """Tied weights share memory; PiSSA changes the frozen weights by random numbers."""
+    build(name).save_pretrained(tmp_path / "base")
+    module = {"model": str(tmp_path / "base"), "lora": LORA | settings, "seed": 3}
+    alone = "init_lora_weights" not in settings
+    train(tmp_path, module=module, max_steps=3, callbacks=[HuggingFaceExport("live", merge_lora=not alone)])
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    expected = logits(SFTModule.load_from_checkpoint(path).model)
+    assert (expected - logits(build(name))).abs().max() > 0.01
+    export_model(load_checkpoint(path)[0], tmp_path / "merged")
+    folders = ["merged"] if alone else ["merged", "live"]
+    for merged in folders:
+        given = logits(AutoModelForCausalLM.from_pretrained(tmp_path / merged))
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+    if not alone:
+        with pytest.raises(ValueError, match=r"`lora.init_lora_weights` has changed the base model's weights too"):
+            export_model(load_checkpoint(path)[0], tmp_path / "alone", merge_lora=False)
+        return
+    export_model(load_checkpoint(path)[0], tmp_path / "alone", merge_lora=False)
+    for adapter in ("live", "alone"):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / adapter)), expected)
+
+
+def test_adapters_that_are_there_already_are_not_taken_for_others():
+    model = build("tied")
+    SFTModule(model, lora=LORA).configure_model()
+    SFTModule(model, lora=LORA).configure_model()
+    for lora in (LORA | {"r": 2}, None):
+        with pytest.raises(ValueError, match=r"`model` has adapters by \{'r': 4.* already, but `lora` is .* Load the"):
+            SFTModule(model, lora=lora).configure_model()
 
 
 def test_adapters_without_peft_are_refused_with_the_way_to_get_it(monkeypatch):

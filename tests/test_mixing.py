@@ -106,6 +106,23 @@ def test_validation_rows_are_those_without_weights_and_come_once(sources):
     assert flat(epoch_of(data)) == expected
 
 
+def test_a_split_may_leave_rows_that_stand_together(sources):
+    """Of two sources of two rows each one is left, next to the other or not; a source without rows is refused."""
+    for name in "xy":
+        rows = [{"prompt": f"{name}{i}", "output": "x"} for i in range(2)]
+        (sources / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    left = set()
+    for seed in range(20):
+        try:
+            data = prepared({"x.jsonl": 3, "y.jsonl": 1}, val_fraction=0.5, seed=seed)
+        except ValueError:  # a source has no rows left
+            continue
+        x, y = ({f"{name}{i}" for i in range(2)} - set(data._rows["val"]["prompt"]) for name in "xy")
+        assert flat(epoch_of(data)) == {x.pop(): 3, y.pop(): 1}
+        left.add(tuple(sorted(flat(epoch_of(data)))))
+    assert left == {("x0", "y0"), ("x0", "y1"), ("x1", "y0"), ("x1", "y1")}
+
+
 def test_what_is_dropped_is_counted_for_each_source_and_before_its_weight(sources, caplog):
     """`max_length` 6: prompt of 2 characters, then 1, 4, 7, ... of output and the EOS: one row of each is left."""
     data = prepared({"a.jsonl": 3, "b.jsonl": 2}, max_length=6, too_long="drop")

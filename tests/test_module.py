@@ -235,6 +235,21 @@ def test_gradient_checkpointing_recomputes_the_blocks_and_changes_nothing(tmp_pa
     assert calls == [4, 2]
 
 
+def test_a_model_is_trained_after_it_was_evaluated(tmp_path):
+    """Evaluations are in inference mode, whose tensors cannot be changed outside of it."""
+    module, data = (
+        SFTModule(tiny_config(), optimizer=sgd),
+        SFTDataModule(character_tokenizer(), ROWS, val_data=ROWS[:4]),
+    )
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 2}
+    before = L.Trainer(**options, accelerator="cpu").validate(module, data, verbose=False)
+    trainer = L.Trainer(**options, accelerator="cpu")
+    trainer.fit(module, data)
+    after = L.Trainer(**options, accelerator="cpu").validate(module, data, verbose=False)
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(after[0]["val/loss"], abs=1e-6)
+    assert after[0]["val/loss"] < before[0]["val/loss"]
+
+
 def test_models_are_made_in_main_memory_whatever_the_default_device(tmp_path):
     """Lightning makes the training device the default one, where other numbers would be drawn for the same seed."""
     tiny_model().save_pretrained(tmp_path)

@@ -1,12 +1,13 @@
 """`HuggingFaceExport`: what a run leaves for everyone else."""
 
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_sft.export import ExportDtype, check_export_folder, export_model
+from lightning_sft.export import ADAPTERS_ALONE, ExportDtype, check_export_folder, export_model
+from lightning_sft.lora import changes_base
 from lightning_sft.model_card import run_facts
 from lightning_sft.module import SFTModule
 
@@ -55,8 +56,11 @@ class HuggingFaceExport(Checkpoint):
         folder = self.exported_to(trainer)
         if stage == "fit" and folder is not None:
             check_export_folder(folder)
-            if not self.merge_lora and not pl_module.hparams.get("lora"):
+            lora: dict[str, Any] = pl_module.hparams.get("lora") or {}
+            if not self.merge_lora and not lora:
                 raise ValueError("`merge_lora` is false, but the model has no adapters. Set `model.lora`, or leave it.")
+            if not self.merge_lora and changes_base(lora):
+                raise ValueError(ADAPTERS_ALONE)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the weights that the run ends with."""

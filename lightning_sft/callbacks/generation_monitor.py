@@ -145,7 +145,7 @@ class GenerationMonitor(L.Callback):
 
     def _generate_and_log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> dict[str, float]:
         """Generate over all devices, show and keep the records, and return what they add up to."""
-        step, start = trainer.global_step, time.perf_counter()
+        step, start = getattr(pl_module, "num_steps_taken", trainer.global_step), time.perf_counter()
         if self._latest is not None and self._latest[0] == step:
             return self._latest[1]
         limit = None if stage == "test" else self.num_prompts
@@ -170,7 +170,7 @@ class GenerationMonitor(L.Callback):
             self._seconds += cost["generation_seconds"]
             cost["generation_share"] = self._seconds / (time.perf_counter() - self._began)
         if trainer.is_global_zero:
-            self._show(trainer, stage, records, summary, cost)
+            self._show(trainer, stage, step, records, summary, cost)
         if writes:
             whole = [record.to_json() for record in records[:_KEPT_WHOLE]]
             title = f"{'Test at s' if stage == 'test' else 'S'}tep {step}"
@@ -183,11 +183,11 @@ class GenerationMonitor(L.Callback):
         self,
         trainer: L.Trainer,
         stage: str,
+        step: int,
         records: GenerationRecords,
         summary: dict[str, float],
         cost: dict[str, float],
     ) -> None:
-        step = trainer.global_step
         names = ("answer_reward", "format_reward", "response_length", "response_entropy")
         parts = [f"{name} {summary[name]:.{1 if name == 'response_length' else 3}f}" for name in names]
         time_taken = f"{cost['generation_seconds']:.1f} s"
