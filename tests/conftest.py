@@ -19,6 +19,14 @@ torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+_LONGEST = ["test_resume", "test_cli", "test_splits", "test_notebooks", "test_module", "test_lora"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: otherwise one of the two workers is left with one of them in the end."""
+    items.sort(key=lambda item: [*_LONGEST, item.path.stem].index(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep cached data sets out of the user's home."""

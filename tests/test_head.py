@@ -73,7 +73,7 @@ def test_scores_and_gradients_equal_those_of_full_logits(bias, scale, softcap, k
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_both_modes_pass_gradcheck(softcap):
-    hidden, weight, bias, labels, weights = make(bias=True, rows=12)
+    hidden, weight, bias, labels, weights = make(bias=True, rows=7)
 
     def log_probs(*inputs):
         return score_labels(inputs[0], Head(*inputs[1:], 0.7, softcap), labels)["log_probs"]
