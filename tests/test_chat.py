@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 from lightning_sft.chat import ChatTemplate, end_of_turn_id, read_conversation, with_chat_template
 from lightning_sft.dataset import content_hash, encode_rows
-from lightning_sft.rows import RowFormat, open_sources
+from lightning_sft.rows import RowFormat, open_sources, own_keys
 from lightning_sft.step_loader import StepDataset
+from lightning_sft.stream import open_streams
 from lightning_sft.tokenization import encode_prompts
 
 # -- the public formats, in short --------------------------------------------------------------------------------------
@@ -178,6 +179,37 @@ def test_tool_calls_are_learnt_and_tool_results_are_not():
     (call,) = encode([{"messages": WITH_TOOLS[:2], "tools": [TOOL]}], tokenizer)
     assert responses(call, tokenizer) == [CALLED]
     assert call["ground_truth"] == call["output"] == CALLED.removesuffix("<|im_end|>")
+
+
+def test_no_row_of_a_table_gets_the_arguments_of_another_ones_tool_calls(tmp_path):
+    """Arrow unites their keys. A None within a list is the row's own."""
+    tokenizer = chat_tokenizer("{{ date }}:" + QWEN)
+
+    def row(name, arguments, **more):
+        tool = {"function": {"name": name, "parameters": {"enum": ["a", None], **dict.fromkeys(arguments, "x")}}}
+        call = {"function": {"name": name, "arguments": arguments}}
+        messages = [user("?"), assistant(None, tool_calls=[call])]
+        return {"messages": messages, "tools": [tool], "chat_template_kwargs": more}
+
+    rows = [
+        row("weather", {"city": "Rome"}, mood="good"),
+        row("add", {"a": 1, "b": {"c": 2}}, date="now"),
+        row("f", {}),
+    ]
+    expected = encode(rows, tokenizer, chat_template_kwargs={"date": "one"})
+    assert '"arguments": {"city": "Rome"}}' in expected["output"][0]
+    table = datasets.Dataset.from_list(rows)
+    path = str(tmp_path / "rows.parquet")
+    table.to_parquet(path)
+    streamed = [row for _, row in open_streams(path, "train_data")[0].read()]
+    for source in (table, path, streamed):
+        assert encode(source, tokenizer, chat_template_kwargs={"date": "one"})["input_ids"] == expected["input_ids"]
+
+
+def test_a_none_stays_where_it_is_the_rows_own_and_where_no_template_writes_it():
+    row = {"tools": [{"default": None}], "meta": {"source": None}, "system": None}
+    assert own_keys(row, datasets.Features({"tools": [datasets.Json()]})) == row
+    assert own_keys(row, None) == {**row, "tools": [{}]}
 
 
 def test_sharegpt_and_text_parts_are_other_spellings_of_the_same():
