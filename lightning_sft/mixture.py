@@ -44,8 +44,8 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
     for name, weight in data.items():
         if isinstance(weight, Dataset | IterableDataset):
             raise TypeError(
-                f"`{argument}` has the data sets {shorten(list(map(str, data)), 200)}, expected one. Choose one of them, "
-                f'such as `{argument}["{name}"]`.'
+                f"`{argument}` has the data sets {shorten(list(map(str, data)), 200)}, expected one. Choose one of "
+                f'them, such as `{argument}["{name}"]`.'
             )
         check_type(f"{argument}", name, (str, Path), "a file or a data set's name before each weight")
         check_type(
