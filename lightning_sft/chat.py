@@ -42,7 +42,8 @@ class Conversation:
     """Messages as templates expect them, and what else a template is given.
 
     Attributes:
-        messages: Each with `role` and `content`; some with `tool_calls` and whatever else their template knows.
+        messages: Each with `role` and `content`; some with `tool_calls` and whatever else their template knows. One
+            with the `weight` 0 is not learnt.
         num_prompt_messages: This many at the start are a prompt: nothing of them is learnt.
         tools: The schemas of the tools that the assistant may call.
         variables: More that the template can use, by name.
@@ -79,14 +80,17 @@ def read_conversation(
     """The conversation of a row.
 
     Args:
-        row: Has the columns, and may have `tools` and `chat_template_kwargs`, too, as objects or as JSON text.
+        row: Has the columns, and may have `tools` and `chat_template_kwargs`, too, as objects or as JSON text, and
+            `system`, the text of a first turn, from which turns are counted then.
         columns: The name of one column for all messages, or of two: one for a prompt, and one for what follows, which
-            may be missing. Each holds a list of messages in OpenAI's spelling (`role`, `content`) or ShareGPT's
-            (`from`, `value`), or such a list as JSON text. Of two, one may hold plain text.
+            may be missing. Each holds a list of messages in OpenAI's spelling (`role`, `content`, for a turn that is
+            not to be learnt `weight` 0) or ShareGPT's (`from`, `value`), or such a list as JSON text. Of two, one may
+            hold plain text.
         variables: For the template; the row's own `chat_template_kwargs` come first.
 
     Raises:
-        ValueError: If there is no message, or one is not of this form; the message names column and turn.
+        ValueError: If there is no message, or one is not of this form; the message names column and turn. Or if
+            `system` is no text, or not that of the system turn that is there already.
     """
     parts: list[list[dict[str, Any]]] = []
     for column, role in zip(columns, ("user", "assistant"), strict=False):
@@ -95,10 +99,26 @@ def read_conversation(
             parts.append([{"role": role, "content": value}])
         elif value is not None or not parts:
             parts.append(_read_messages(column, value))
+    parts[0][:0] = _read_system(row.get("system"), parts[0][0])
     tools = _from_json("tools", row.get("tools"), list, "a list of tools") or None
     own = _from_json("chat_template_kwargs", row.get("chat_template_kwargs"), dict, "an object") or {}
     num_prompt_messages = len(parts[0]) if len(columns) == 2 else 0
     return Conversation([*chain(*parts)], num_prompt_messages, tools, {**(variables or {}), **own})
+
+
+def _read_system(system: object, first: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turn that the column `system` puts before the first one."""
+    if system is None or system == "":
+        return []
+    if not isinstance(system, str):
+        raise ValueError(f"`system` is {shorten(system)} of type {type(system).__name__}, expected a string.")
+    if first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}]
+    if first["content"] != system:
+        raise ValueError(
+            f"`system` is {shorten(system)}, but turn 1 ({first['role']}) is {shorten(first['content'])}. Remove one."
+        )
+    return []
 
 
 def _read_messages(column: str, value: object) -> list[dict[str, Any]]:
@@ -124,6 +144,11 @@ def _read_message(place: str, message: object) -> dict[str, Any]:
         content = "" if content is None else content
     if not isinstance(content, str):
         raise ValueError(f"{place} ({role}) has the content {shorten(content)}, expected a string.")
+    if rest.get("weight", 1) not in (0, 1):
+        raise ValueError(
+            f"{place} ({role}) has the `weight` {shorten(rest['weight'])}, expected 1, or 0 for a turn that is not to "
+            "be learnt."
+        )
     return {"role": _ROLES[role], "content": content, **rest}
 
 
@@ -183,8 +208,12 @@ class ChatTemplate:
             for index, message in enumerate(messages)
             if message["role"] == "assistant" and index >= conversation.num_prompt_messages
         ]
-        if not turns:
-            raise ValueError(f"no turn of the assistant to learn from among {len(messages)} messages. Remove the row.")
+        if self._train_on_turns == "last":
+            turns = turns[-1:]
+        weighted = [index for index in turns if messages[index].get("weight") != 0]
+        if not weighted:
+            raise ValueError(self._nothing_to_learn(conversation, turns))
+        turns = weighted
         text = self._apply(conversation, messages)
         try:
             text.encode()
@@ -192,12 +221,29 @@ class ChatTemplate:
             around = text[max(error.start - 20, 0) : error.start + 20]
             raise ValueError(f"the messages hold a lone surrogate, which is not text: {around!a}.") from None
         marked, closing = [], 0
-        for index in turns if self._train_on_turns == "all" else turns[-1:]:
+        for index in turns:
             start = self._start(conversation, index, text)
             closing, end = self._end(conversation, index, text, start)
             marked.append((index + 1, start, end))
         output = text[start:closing]
         return WrittenConversation(text, marked, text[:start], output, messages[turns[-1]]["content"] or output)
+
+    def _nothing_to_learn(self, conversation: Conversation, unweighted: Sequence[int]) -> str:
+        messages = conversation.messages
+        if unweighted and self._train_on_turns == "last":
+            return (
+                f"turn {unweighted[0] + 1} (assistant), the last one, has the `weight` 0, but `train_on_turns` is "
+                '"last". Remove the turn, or set `train_on_turns` to "all".'
+            )
+        if unweighted:
+            return f"all {len(unweighted)} turns of the assistant have the `weight` 0. Remove the row."
+        if any(message["role"] == "assistant" for message in messages[: conversation.num_prompt_messages]):
+            return (
+                f"no turn of the assistant to learn from: all {len(messages)} messages are in `prompt_field`, and a "
+                "prompt is not learnt. Rename a column of whole conversations to `messages`, and leave out "
+                "`prompt_field`."
+            )
+        return f"no turn of the assistant to learn from among {len(messages)} messages. Remove the row."
 
     def write_prompt(self, conversation: Conversation) -> tuple[str, str | None]:
         """The text for the model to go on from, and what an assistant's turn at the end says (None if there is none).

@@ -8,6 +8,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
+
 from lightning_sft.messages import check_type, shorten
 from lightning_sft.model_card import shown_path
 from lightning_sft.rows import Source, open_sources
@@ -34,12 +36,17 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
     """The names of sources and their weights.
 
     Raises:
-        TypeError: If a name is no text or path, or a weight no number.
+        TypeError: If a name is no text or path, or a weight no number, such as the data set of a `DatasetDict`.
         ValueError: If there is no source, or a weight is not positive or not finite.
     """
     if not data:
         raise ValueError(f"`{argument}` is {{}}; expected at least one source with its weight.")
     for name, weight in data.items():
+        if isinstance(weight, Dataset | IterableDataset):
+            raise TypeError(
+                f"`{argument}` has the data sets {shorten(list(map(str, data)), 200)}, expected one. Choose one of "
+                f'them, such as `{argument}["{name}"]`.'
+            )
         check_type(f"{argument}", name, (str, Path), "a file or a data set's name before each weight")
         check_type(
             f"{argument}[{str(name)!r}]", weight, Real, "a weight: how many times an epoch goes through its rows"

@@ -195,7 +195,35 @@ class Source:
         for offset, index in enumerate(indices):
             row = {column: values[offset] for column, values in batch.items()}
             place = row["place"] if self.is_json else f"row {index + 1}"
-            yield f"{place} of {self.name}", _parse(row["json"], place) if self.is_json else row
+            row = _parse(row["json"], place) if self.is_json else own_keys(row, self.rows.features)
+            yield f"{place} of {self.name}", row
+
+
+_JSON: Any = getattr(datasets, "Json", ())  # which older versions do not have
+
+
+def own_keys(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
+    """A row of Arrow data without the keys that only other rows have in what its chat template may write.
+
+    Arrow gives each object the keys of all others in its place, as None, which a template would write as arguments of
+    a tool call. In a column that `datasets` keeps as JSON, None is the row's own word.
+    """
+    return _own_keys(row, features, written=False)
+
+
+def _own_keys(value: Any, feature: Any, written: bool) -> Any:
+    if isinstance(feature, _JSON):
+        return value
+    if isinstance(value, list):
+        return [_own_keys(item, getattr(feature, "feature", None), written) for item in value]
+    if not isinstance(value, dict):
+        return value
+    features = feature if isinstance(feature, dict) else {}
+    return {
+        key: _own_keys(item, features.get(key), written or key in ("tools", "tool_calls", "chat_template_kwargs"))
+        for key, item in value.items()
+        if item is not None or not written
+    }
 
 
 def open_sources(data: Data, argument: str) -> list[Source]:

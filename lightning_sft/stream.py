@@ -22,7 +22,7 @@ from lightning_sft.batching import Layout
 from lightning_sft.dataset import RowEncoder, rows_in_memory
 from lightning_sft.messages import located, one_line, shorten
 from lightning_sft.preview import StepBatch
-from lightning_sft.rows import Row, find_files, load_named, read_file
+from lightning_sft.rows import Row, find_files, load_named, own_keys, read_file
 from lightning_sft.step_loader import StepLoader, collate_rows, plan_steps, step_batch
 from lightning_sft.tokenization import Example
 
@@ -66,7 +66,7 @@ class RowStream:
                     self._current.load_state_dict(state)
                 for row in self._current:
                     self._num_read += 1
-                    yield f"row {self._num_read} of {self.name}", row
+                    yield f"row {self._num_read} of {self.name}", own_keys(row, self._dataset.features)
         except Exception as error:
             problem = one_line(error.__cause__ or error)
             raise ValueError(f"`{self._argument}`: cannot read {self.name}: {problem}") from error

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 from lightning_sft.chat import ChatTemplate, end_of_turn_id, read_conversation, with_chat_template
 from lightning_sft.dataset import content_hash, encode_rows
-from lightning_sft.rows import RowFormat, open_sources
+from lightning_sft.rows import RowFormat, open_sources, own_keys
 from lightning_sft.step_loader import StepDataset
+from lightning_sft.stream import open_streams
 from lightning_sft.tokenization import encode_prompts
 
 # -- the public formats, in short --------------------------------------------------------------------------------------
@@ -180,6 +181,37 @@ def test_tool_calls_are_learnt_and_tool_results_are_not():
     assert call["ground_truth"] == call["output"] == CALLED.removesuffix("<|im_end|>")
 
 
+def test_no_row_of_a_table_gets_the_arguments_of_another_ones_tool_calls(tmp_path):
+    """Arrow unites their keys. A None within a list is the row's own."""
+    tokenizer = chat_tokenizer("{{ date }}:" + QWEN)
+
+    def row(name, arguments, **more):
+        tool = {"function": {"name": name, "parameters": {"enum": ["a", None], **dict.fromkeys(arguments, "x")}}}
+        call = {"function": {"name": name, "arguments": arguments}}
+        messages = [user("?"), assistant(None, tool_calls=[call])]
+        return {"messages": messages, "tools": [tool], "chat_template_kwargs": more}
+
+    rows = [
+        row("weather", {"city": "Rome"}, mood="good"),
+        row("add", {"a": 1, "b": {"c": 2}}, date="now"),
+        row("f", {}),
+    ]
+    expected = encode(rows, tokenizer, chat_template_kwargs={"date": "one"})
+    assert '"arguments": {"city": "Rome"}}' in expected["output"][0]
+    table = datasets.Dataset.from_list(rows)
+    path = str(tmp_path / "rows.parquet")
+    table.to_parquet(path)
+    streamed = [row for _, row in open_streams(path, "train_data")[0].read()]
+    for source in (table, path, streamed):
+        assert encode(source, tokenizer, chat_template_kwargs={"date": "one"})["input_ids"] == expected["input_ids"]
+
+
+def test_a_none_stays_where_it_is_the_rows_own_and_where_no_template_writes_it():
+    row = {"tools": [{"default": None}], "meta": {"source": None}, "system": None}
+    assert own_keys(row, datasets.Features({"tools": [datasets.Json()]})) == row
+    assert own_keys(row, None) == {**row, "tools": [{}]}
+
+
 def test_sharegpt_and_text_parts_are_other_spellings_of_the_same():
     tokenizer = chat_tokenizer(QWEN)
     sharegpt = [
@@ -216,6 +248,54 @@ def test_of_a_prompt_and_a_completion_only_the_completion_is_learnt():
     assert responses(plain, tokenizer) == ["4.<eos>"]  # no message anywhere: no conversation
     (last,) = encode(rows[:1], tokenizer, train_on_turns="last")
     assert responses(last, tokenizer) == ["!<|eot_id|>"]
+
+
+def test_a_column_of_its_own_may_hold_the_system_turn():
+    tokenizer = chat_tokenizer(CHATML)
+    sharegpt = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4."}]
+    rows = [
+        {"messages": [SYSTEM, *LONG[:2]]},
+        {"conversations": sharegpt, "system": "Be brief."},
+        {"messages": [SYSTEM, *LONG[:2]], "system": "Be brief."},
+        {"prompt": LONG[:1], "completion": LONG[1:2], "system": "Be brief."},
+    ]
+    expected, *others = encode(rows, tokenizer)
+    for other in others:
+        assert (other["input_ids"], other["gaps"]) == (expected["input_ids"], expected["gaps"])
+        assert other["num_prompt_tokens"] == expected["num_prompt_tokens"]
+    without, empty = encode([{"conversations": sharegpt}, {"conversations": sharegpt, "system": ""}], tokenizer)
+    assert without["input_ids"] == empty["input_ids"] != expected["input_ids"]
+
+    with pytest.raises(
+        ValueError, match=r"row 1 .*`system` is 'Be long.', but turn 1 \(system\) is 'Be brief.'. Remove"
+    ):
+        encode([{**rows[0], "system": "Be long."}], tokenizer)
+    with pytest.raises(ValueError, match=r"row 1 .*`system` is 3 of type int, expected a string."):
+        encode([{**rows[0], "system": 3}], tokenizer)
+
+
+def test_a_turn_of_weight_0_is_not_learnt():
+    tokenizer = chat_tokenizer(CHATML)
+    bad, good = assistant("4.", weight=0), assistant("6!", weight=1)
+    first, last = encode(
+        [{"messages": [LONG[0], bad, LONG[2], good]}, {"messages": [LONG[0], good, LONG[2], bad]}], tokenizer
+    )
+    assert responses(first, tokenizer) == responses(last, tokenizer) == ["6!<|im_end|>"]
+    assert first["input_ids"] == tokenizer.apply_chat_template(LONG)["input_ids"]
+    assert last["output"] == last["ground_truth"] == "6!"
+    assert learnt([LONG[0], bad, LONG[2], good], CHATML, train_on_turns="last") == ["6!<|im_end|>"]
+    words = (
+        "row 1 of `train_data`: turn 4 (assistant), the last one, has the `weight` 0, but `train_on_turns` is "
+        '"last". Remove the turn, or set `train_on_turns` to "all".'
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        learnt([LONG[0], good, LONG[2], bad], CHATML, train_on_turns="last")
+
+
+def test_whole_conversations_named_as_prompts_are_told_their_place():
+    words = "row 1 of .* all 4 messages are in `prompt_field`, .* Rename a column of whole conversations to `messages`"
+    with pytest.raises(ValueError, match=words):
+        encode([{"dialog": LONG}], chat_tokenizer(CHATML), prompt_field="dialog")
 
 
 def test_messages_are_left_alone_where_columns_are_named():
@@ -333,6 +413,14 @@ BAD_MESSAGES = {
     "arguments that are no JSON": (
         [user("a"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
         "`messages`, turn 2, arguments is '{', which is not JSON",
+    ),
+    "a share of a turn": (
+        [user("a"), assistant("b", weight=0.5)],
+        "`messages`, turn 2 (assistant) has the `weight` 0.5, expected 1, or 0 for a turn that is not to be learnt.",
+    ),
+    "no weight anywhere": (
+        [user("a"), assistant("b", weight=0), assistant("c", weight=0)],
+        "all 2 turns of the assistant have the `weight` 0. Remove the row.",
     ),
     "the assistant first": ([assistant("a"), user("b")], "turn 1 (assistant) has nothing before it"),
     "a lone surrogate": ([user("a\ud800"), assistant("b")], "the messages hold a lone surrogate, which is not text"),

@@ -1,12 +1,14 @@
 """Several sources with weights: how often each row comes, in which order, and on whom that depends."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import character_tokenizer
+from datasets import Dataset, DatasetDict
 from training import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
@@ -174,3 +176,10 @@ def test_totals_of_an_epoch_are_of_the_rows_that_it_takes():
     assert plan.totals() == {"num_tokens": 16, "num_response_tokens": 11, "num_attended": 42}
     steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
     assert all(sum(getattr(step, name) for step in steps) == total for name, total in plan.totals().items())
+
+
+def test_of_a_data_set_with_several_splits_one_must_be_chosen():
+    rows = Dataset.from_list(ROWS[:2])
+    words = "`train_data` has the data sets ['train', 'test'], expected one. Choose one of them, such as "
+    with pytest.raises(TypeError, match=re.escape(words + '`train_data["train"]`.')):
+        SFTDataModule(character_tokenizer(), DatasetDict(train=rows, test=rows))
