@@ -26,7 +26,7 @@ from lightning_sft.callbacks import (
 from lightning_sft.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.export_command import export
-from lightning_sft.messages import one_line, shown_path
+from lightning_sft.messages import one_line, path_from_here
 from lightning_sft.module import SFTModule
 from lightning_sft.trainer import SFTTrainer
 
@@ -155,10 +155,10 @@ class SFTCLI(LightningCLI):
         config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
         if path is None and self.subcommand != "fit":
             raise FileNotFoundError(
-                f"`ckpt_path` is 'last', but there is no complete checkpoint below {shown_path(folder)}."
+                f"`ckpt_path` is 'last', but there is no complete checkpoint below {path_from_here(folder)}."
             )
         if path is None:
-            rank_zero_info(f"No checkpoint below {shown_path(folder)} yet: the run starts from its beginning.")
+            rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from its beginning.")
             return
         run = path.parent.parent
         self._version_of_last = ""
@@ -262,8 +262,8 @@ class SFTCLI(LightningCLI):
                 places |= {} if callback.folder is None else {"Model": folder / callback.folder}
             elif best := getattr(callback, "best_model_path", ""):
                 places["Best checkpoint"] = Path(best)
-        lines = [f"{name + ':':<17}{shown_path(path)}" for name, path in places.items()]
-        print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {shown_path(folder.parent)}"]))
+        lines = [f"{name + ':':<17}{path_from_here(path)}" for name, path in places.items()]
+        print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {path_from_here(folder.parent)}"]))
 
 
 def _check_writable(folder: str) -> None:

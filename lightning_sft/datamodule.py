@@ -60,8 +60,9 @@ class SFTDataModule(L.LightningDataModule):
     into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
 
     Rows with `messages` or `conversations`, or with lists of messages as prompt and output (or `completion`), are
-    written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it has them. The
-    response is the assistant's turns, each with the token that ends it.
+    written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it has them. A column
+    `system` beside them is their first turn. The response is the assistant's turns, each with the token that ends it; a
+    turn with the `weight` 0 is not part of it.
 
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.

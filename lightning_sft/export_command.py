@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.chat import read_chat_template, with_chat_template
 from lightning_sft.checkpoint_files import newest_checkpoint
 from lightning_sft.export import ExportDtype, check_export_folder, export_model, load_checkpoint
-from lightning_sft.messages import shown_path
+from lightning_sft.messages import path_from_here
 from lightning_sft.pretrained import load_tokenizer
 
 
@@ -50,7 +50,7 @@ def export(
         tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     export_model(model, output, tokenizer, facts, dtype, merge_lora)
-    print(f"{shown_path(path)} is now a model in {shown_path(Path(output))}")
+    print(f"{path_from_here(path)} is now a model in {path_from_here(Path(output))}")
 
 
 def _tokenizer_of_run(config: Path) -> PreTrainedTokenizerBase:
@@ -58,7 +58,9 @@ def _tokenizer_of_run(config: Path) -> PreTrainedTokenizerBase:
     data = settings.get("data") or {}
     found, chat_template = data.get("tokenizer"), data.get("chat_template")
     if found is None:
-        raise ValueError(f"`tokenizer` is not given, and {shown_path(config)} does not name one. Give `--tokenizer`.")
+        raise ValueError(
+            f"`tokenizer` is not given, and {path_from_here(config)} does not name one. Give `--tokenizer`."
+        )
     parser = ArgumentParser()
     parser.add_argument("--tokenizer", type=str | PreTrainedTokenizerBase)
     tokenizer = parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer

@@ -60,7 +60,7 @@ def check_integers(**arguments: object) -> None:
             check_type(argument, value, Integral, "a whole number")
 
 
-def shown_path(path: Path) -> Path:
+def path_from_here(path: Path) -> Path:
     """A path as a user would type it: from here, if it is below."""
     path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

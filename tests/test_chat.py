@@ -208,7 +208,8 @@ def test_no_row_of_a_table_gets_the_arguments_of_another_ones_tool_calls(tmp_pat
 
 def test_a_none_stays_where_it_is_the_rows_own_and_where_no_template_writes_it():
     row = {"tools": [{"default": None}], "meta": {"source": None}, "system": None}
-    assert own_keys(row, datasets.Features({"tools": [datasets.Json()]})) == row
+    if hasattr(datasets, "Json"):  # younger than the oldest version allowed
+        assert own_keys(row, datasets.Features({"tools": [datasets.Json()]})) == row
     assert own_keys(row, None) == {**row, "tools": [{}]}
 
 
