@@ -26,7 +26,7 @@ from lightning_sft import (
 )
 from lightning_sft.callbacks import generation_monitor
 from lightning_sft.callbacks.generation_logs import log_records, markdown_table, print_records
-from lightning_sft.callbacks.throughput import known_peak_flops, training_flops
+from lightning_sft.callbacks.throughput import _now, _seconds, known_peak_flops, training_flops
 from lightning_sft.records import GenerationRecord
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
@@ -280,6 +280,31 @@ def test_throughput_is_averaged_from_one_logging_step_to_the_next(tmp_path, monk
     pairs = sum(sum(length) * (sum(length) + 1) // 2 for length in lengths)
     flops = 6 * 2 * (4 * 16 * 16 + 3 * 16 * 32) * tokens + 6 * 131 * 16 * responses + 12 * 2 * 16 * pairs
     assert float(rows[0]["train/mfu"]) == pytest.approx(flops / 6 / 1e6, rel=1e-5)
+
+
+def test_on_cuda_the_device_tells_the_time_and_is_waited_for_once(monkeypatch):
+    waited, clock = [], iter([100.0, 350.0, 1000.0, 1750.0])  # milliseconds
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.time = next(clock)
+
+        def synchronize(self):
+            waited.append(self.time)
+
+        def elapsed_time(self, end):
+            assert waited
+            return end.time - self.time
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    device = torch.device("cuda")
+    spans = [(_now(device), _now(device)) for _ in range(2)]
+    assert _seconds(spans) == pytest.approx(0.25 + 0.75)
+    assert waited == [1750.0]
 
 
 def test_without_a_known_device_there_is_no_utilisation(tmp_path):

@@ -26,8 +26,8 @@ class TokenThroughput(L.Callback):
       and backward, every token through the body, every response token through the head, and causal attention counted
       once; neither padding nor what is computed twice to save memory. Not for mixtures of experts.
 
-    The time is that of the optimizer steps alone; the device is waited for only at logging steps. Put it before
-    callbacks that do long work after a step.
+    The time is that of the optimizer steps alone, on CUDA by the device's own clock, which is waited for only at logging
+    steps. Put it before callbacks that do long work after a step.
 
     Args:
         peak_flops: Multiplications and additions per second that one device could do at most. By default what Lightning
@@ -51,41 +51,58 @@ class TokenThroughput(L.Callback):
         self._restart()
 
     def _restart(self) -> None:
-        self._seconds = 0.0
+        self._spans: list[tuple[Any, Any]] = []  # when each step began and ended
         self._sums = dict.fromkeys(_TOTALS, 0)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock."""
-        self._start = time.perf_counter()
+        self._start = _now(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop the clock; at a logging step, log."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every > 0 and trainer.global_step % every == 0
-        if due and pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        self._seconds += time.perf_counter() - self._start
+        if every <= 0:
+            return
+        self._spans.append((self._start, _now(pl_module.device)))
         for name in _TOTALS:
             self._sums[name] += batch[name]
-        if due:
+        if trainer.global_step % every == 0:
             self._log(trainer, pl_module)
             self._restart()
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log("train/tokens_per_second", self._sums["num_tokens"] / self._seconds, prog_bar=True)
-        rates = {"train/response_tokens_per_second": self._sums["num_response_tokens"] / self._seconds}
+        seconds = _seconds(self._spans)
+        pl_module.log("train/tokens_per_second", self._sums["num_tokens"] / seconds, prog_bar=True)
+        rates = {"train/response_tokens_per_second": self._sums["num_response_tokens"] / seconds}
         if (peak := peak_memory(pl_module.device)) is not None:
             rates["train/peak_memory_gib"] = peak / 2**30
         model = getattr(pl_module, "model", None)
         if self._peak_flops is not None and isinstance(model, PreTrainedModel):
             flops = training_flops(model, **self._sums)
             if flops is not None:
-                rates["train/mfu"] = flops / self._seconds / (self._peak_flops * trainer.world_size)
+                rates["train/mfu"] = flops / seconds / (self._peak_flops * trainer.world_size)
         pl_module.log_dict(rates)
+
+
+def _now(device: torch.device) -> Any:
+    """On CUDA when the device gets here, which may be long after the host: an event."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(spans: list[tuple[Any, Any]]) -> float:
+    last = spans[-1][1]
+    if not hasattr(last, "elapsed_time"):
+        return sum(end - start for start, end in spans)
+    last.synchronize()
+    return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
 
 def known_peak_flops(device: torch.device, precision: str) -> float | None:
