@@ -163,6 +163,7 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"`val_fraction` is {val_fraction}, expected a share of the rows: at least 0, below 1.")
         if val_fraction and val_data is not None:
             raise ValueError("Both `val_data` and `val_fraction` are given; the validation rows come from one of them.")
+        self._weights = read_weights(train_data, "train_data") if isinstance(train_data, Mapping) else {}
         if streaming and (val_fraction or isinstance(train_data, Mapping)):
             given = f"`val_fraction` is {val_fraction}" if val_fraction else "`train_data` has weights"
             raise ValueError(
@@ -176,12 +177,12 @@ class SFTDataModule(L.LightningDataModule):
         if max_length is not None and max_length < 2:
             raise ValueError(f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token.")
         self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-        self._weights = read_weights(train_data, "train_data") if isinstance(train_data, Mapping) else {}
         self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
         for split in ("val", "test", "predict"):
-            if isinstance(self._data[split], Mapping):
+            if isinstance(data := self._data[split], Mapping):
+                read_weights(data, f"{split}_data")  # refuses a `DatasetDict` in its own words
                 raise TypeError(
-                    f"`{split}_data` is {shorten(self._data[split])}, but weights are for `train_data` alone. "
+                    f"`{split}_data` is {shorten(data)}, but weights are for `train_data` alone. "
                     "Give a list of the sources."
                 )
         columns, chat = (prompt_field, output_field, ground_truth_field), (train_on_turns, chat_template_kwargs)

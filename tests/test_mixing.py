@@ -183,3 +183,5 @@ def test_of_a_data_set_with_several_splits_one_must_be_chosen():
     words = "`train_data` has the data sets ['train', 'test'], expected one. Choose one of them, such as "
     with pytest.raises(TypeError, match=re.escape(words + '`train_data["train"]`.')):
         SFTDataModule(character_tokenizer(), DatasetDict(train=rows, test=rows))
+    with pytest.raises(TypeError, match=r"`val_data` has the data sets .* such as `val_data\[\"train\"\]`"):
+        SFTDataModule(character_tokenizer(), rows, val_data=DatasetDict(train=rows, test=rows))

@@ -26,8 +26,8 @@ class TokenThroughput(L.Callback):
       and backward, every token through the body, every response token through the head, and causal attention counted
       once; neither padding nor what is computed twice to save memory. Not for mixtures of experts.
 
-    The time is that of the optimizer steps alone, on CUDA by the device's own clock, which is waited for only at logging
-    steps. Put it before callbacks that do long work after a step.
+    The time is that of the optimizer steps alone, on CUDA by the device's own clock; the device is waited for only at
+    logging steps. Put it before callbacks that do long work after a step.
 
     Args:
         peak_flops: Multiplications and additions per second that one device could do at most. By default what Lightning
