@@ -26,15 +26,6 @@ def check_trainer(trainer: Any) -> None:
             f"`trainer.strategy` is {strategy}, which cannot train with manual optimisation. To shard the model add "
             "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
         )
-    if trainer.strategy.root_device.type == "mps":
-        raise ValueError(
-            "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."
-        )
-    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-        raise ValueError(
-            "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
-            "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
-        )
     for callback in trainer.callbacks if trainer.state.fn == "fit" else ():
         for finder, way_out in _FINDERS.items():
             if isinstance(callback, finder):
@@ -52,3 +43,12 @@ def check_trainer(trainer: Any) -> None:
                 f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "
                 "without an average."
             )
+    if trainer.strategy.root_device.type == "mps":
+        raise ValueError(
+            "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."
+        )
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise ValueError(
+            "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
+            "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
+        )

@@ -1,5 +1,7 @@
 """Steps that are no numbers, strategies that cannot train, runs that have to be the same."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -107,7 +109,9 @@ def test_strategies_that_cannot_train_are_refused_with_the_way_out(name):
 def test_a_device_without_float64_is_refused():
     strategy = type("SingleDeviceStrategy", (), {"root_device": torch.device("mps")})()
     with pytest.raises(ValueError, match=r"`trainer.accelerator` is MPS, which has no float64.* Set it to 'cpu'"):
-        check_trainer(type("Trainer", (), {"strategy": strategy, "precision_plugin": None})())
+        check_trainer(
+            SimpleNamespace(strategy=strategy, precision_plugin=None, callbacks=[], state=SimpleNamespace(fn="fit"))
+        )
 
 
 def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
