@@ -1,28 +1,62 @@
-"""Supervised fine-tuning of causal language models with PyTorch Lightning."""
+"""Supervised fine-tuning of causal language models with PyTorch Lightning.
 
-from importlib.metadata import version
+Names are imported when they are first used, so that a helper brings torch and `transformers`, but not Lightning.
+"""
 
-from lightning_sft.batch_sizes import find_batch_size
-from lightning_sft.callbacks import (
-    GenerationMonitor,
-    HuggingFaceExport,
-    LastCheckpoint,
-    StepProgressBar,
-    TokenThroughput,
-)
-from lightning_sft.datamodule import SFTDataModule
-from lightning_sft.export import export_model
-from lightning_sft.generation import log_generations
-from lightning_sft.learning_rates import find_lr
-from lightning_sft.log_probs import compute_entropy, get_response_log_probs
-from lightning_sft.losses import masked_normalize, sft_loss, sft_microbatch_train_step
-from lightning_sft.module import SFTModule
-from lightning_sft.records import GenerationRecord
-from lightning_sft.rewards import boxed_answer_reward, exact_match_reward, numeric_match_reward, r1_zero_reward
-from lightning_sft.sampling import Sampling
-from lightning_sft.tokenization import tokenize_prompt_and_output
+import importlib
+from typing import TYPE_CHECKING
 
-__version__ = version("lightning-sft")
+if TYPE_CHECKING:
+    from lightning_sft.callbacks import (
+        GenerationMonitor,
+        HuggingFaceExport,
+        LastCheckpoint,
+        StepProgressBar,
+        TokenThroughput,
+    )
+    from lightning_sft.data.datamodule import SFTDataModule
+    from lightning_sft.data.tokenization import tokenize_prompt_and_output
+    from lightning_sft.export.huggingface import export_model
+    from lightning_sft.generation.generate import log_generations
+    from lightning_sft.generation.records import GenerationRecord
+    from lightning_sft.generation.sampling import Sampling
+    from lightning_sft.model.log_probs import compute_entropy, get_response_log_probs
+    from lightning_sft.planning.batch_sizes import find_batch_size
+    from lightning_sft.planning.learning_rates import find_lr
+    from lightning_sft.rewards.functions import (
+        boxed_answer_reward,
+        exact_match_reward,
+        numeric_match_reward,
+        r1_zero_reward,
+    )
+    from lightning_sft.training.losses import masked_normalize, sft_loss, sft_microbatch_train_step
+    from lightning_sft.training.module import SFTModule
+
+    __version__: str
+
+_MODULES = {
+    "callbacks": (
+        "GenerationMonitor",
+        "HuggingFaceExport",
+        "LastCheckpoint",
+        "StepProgressBar",
+        "TokenThroughput",
+    ),
+    "data.datamodule": ("SFTDataModule",),
+    "data.tokenization": ("tokenize_prompt_and_output",),
+    "errors": ("SettingsError",),
+    "export.huggingface": ("export_model",),
+    "generation.generate": ("log_generations",),
+    "generation.records": ("GenerationRecord",),
+    "generation.sampling": ("Sampling",),
+    "model.log_probs": ("compute_entropy", "get_response_log_probs"),
+    "planning.batch_sizes": ("find_batch_size",),
+    "planning.learning_rates": ("find_lr",),
+    "rewards.functions": ("boxed_answer_reward", "exact_match_reward", "numeric_match_reward", "r1_zero_reward"),
+    "training.losses": ("masked_normalize", "sft_loss", "sft_microbatch_train_step"),
+    "training.module": ("SFTModule",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "GenerationMonitor",
@@ -32,6 +66,7 @@ __all__ = [
     "SFTDataModule",
     "SFTModule",
     "Sampling",
+    "SettingsError",
     "StepProgressBar",
     "TokenThroughput",
     "boxed_answer_reward",
@@ -49,3 +84,21 @@ __all__ = [
     "sft_microbatch_train_step",
     "tokenize_prompt_and_output",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: object = version("lightning-sft")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"lightning_sft.{_MODULE_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'lightning_sft' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,6 +1,6 @@
 """`python -m lightning_sft`."""
 
-from lightning_sft.cli import main
+from lightning_sft.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ import head
 import measure
 import train
 
-from lightning_sft.callbacks.throughput import training_flops
+from lightning_sft.model.flops import training_flops
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

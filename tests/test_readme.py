@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import character_tokenizer, tiny_model
+from support.models import character_tokenizer, tiny_model
 
-from lightning_sft.cli import build
+from lightning_sft.cli.app import build
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,14 +11,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sft.callbacks.generation_logs import log_records, print_records
-from lightning_sft.generation import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, RewardFn, log_generations
-from lightning_sft.messages import check_integers, check_type, shorten
-from lightning_sft.page import update_index, write_page
-from lightning_sft.predictions import PredictionFile, prediction_run
-from lightning_sft.records import GenerationRecords, bootstrap_interval, summarize, write_records
-from lightning_sft.rewards import r1_zero_reward
-from lightning_sft.sampling import Sampling
+from lightning_sft.checks import check_integer, check_type
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
+from lightning_sft.generation.generate import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, RewardFn, log_generations
+from lightning_sft.generation.predictions import PredictionFile, prediction_run
+from lightning_sft.generation.records import GenerationRecords, bootstrap_interval, summarize, write_records
+from lightning_sft.generation.report.loggers import log_records, print_records
+from lightning_sft.generation.report.page import update_index, write_page
+from lightning_sft.generation.sampling import Sampling
+from lightning_sft.rewards.functions import r1_zero_reward
 
 Rows = Sequence[dict[str, Any]]
 _AT_ONCE = 1024  # prompts
@@ -71,22 +72,24 @@ class GenerationMonitor(L.Callback):
         predict_path: str | Path | None = None,
     ) -> None:
         if not callable(reward_fn):
-            raise TypeError(f"`reward_fn` is {shorten(reward_fn)}, expected a function of response and ground truth.")
+            raise SettingsTypeError(
+                f"`reward_fn` is {shorten(reward_fn)}, expected a function of response and ground truth."
+            )
         check_type("sampling", sampling, Sampling, "a `Sampling`")
         if predict_path is not None:
             check_type("predict_path", predict_path, (str, Path), "the path of a file")
         if reward_seconds is not None:
             check_type("reward_seconds", reward_seconds, Real, "a number of seconds, or none")
             if not 0 < reward_seconds < math.inf:
-                raise ValueError(f"`reward_seconds` is {reward_seconds}, expected a positive number, or none.")
+                raise SettingsError(f"`reward_seconds` is {reward_seconds}, expected a positive number, or none.")
         for name, value in {
             "num_prompts": num_prompts,
             "every_n_steps": every_n_steps,
             "max_tokens_per_batch": max_tokens_per_batch,
         }.items():
-            check_integers(**{name: value})
+            check_integer(name, value, optional=True)
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, expected at least 1.")
+                raise SettingsError(f"`{name}` is {value}, expected at least 1.")
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps
         self.sampling = sampling
@@ -105,7 +108,9 @@ class GenerationMonitor(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make sure that there are prompts and a tokenizer."""
         if not hasattr(getattr(trainer, "datamodule", None), "prompts"):
-            raise ValueError("`GenerationMonitor` takes its prompts from an `SFTDataModule`; pass one to the trainer.")
+            raise SettingsError(
+                "`GenerationMonitor` takes its prompts from an `SFTDataModule`; pass one to the trainer."
+            )
         self._latest = None
 
     # -- when ----------------------------------------------------------------------------------------------------
@@ -242,7 +247,7 @@ class GenerationMonitor(L.Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             try:
                 found = self._file.resume(keep=trainer.predict_loop.return_predictions)
-            except (ValueError, OSError) as error:  # for the others, too, which wait for this
+            except (SettingsError, OSError) as error:  # for the others, too, which wait for this
                 found = error
         found = trainer.strategy.broadcast(found)
         if isinstance(found, Exception):

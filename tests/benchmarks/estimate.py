@@ -64,7 +64,7 @@ def parts(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Module, data and the trainer's settings; rows of 67 to 547 tokens, about a third of them of responses."""
     from lightning_sft import SFTDataModule, SFTModule
-    from lightning_sft.demo import word_problems, word_tokenizer
+    from lightning_sft.examples.demo import word_problems, word_tokenizer
 
     problems = word_problems(2 * batch_size)
     rows = [
@@ -95,7 +95,7 @@ def measured(sender: Any, settings: dict[str, Any]) -> None:
 
 
 def compare(name: str) -> list[str]:
-    from lightning_sft.estimate import estimate_run
+    from lightning_sft.planning.estimate import estimate_run
 
     module, data, options = parts(**CONTESTS[name])
     estimate = estimate_run(module, data, options)

@@ -110,7 +110,7 @@ class Watch(L.Callback):
 
 def long_run(folder: Path, num_steps: int) -> Numbers:
     """Training with all that the command line adds: generations every 100 steps, validation and checkpoints."""
-    from lightning_sft.demo import word_problems
+    from lightning_sft.examples.demo import word_problems
 
     watch = Watch()
     datamodule, module = _datamodule(folder, train_data=word_problems(20_000), val_data=word_problems(64, 1)), _module()
@@ -133,15 +133,15 @@ def long_run(folder: Path, num_steps: int) -> Numbers:
 def _datamodule(folder: Path, **options: Any) -> Any:
     import datasets
 
-    from lightning_sft.datamodule import SFTDataModule
-    from lightning_sft.demo import word_tokenizer
+    from lightning_sft.data.datamodule import SFTDataModule
+    from lightning_sft.examples.demo import word_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     return SFTDataModule(word_tokenizer(), batch_size=BATCH_SIZE, **options)
 
 
 def _module() -> Any:
-    from lightning_sft.module import SFTModule
+    from lightning_sft.training.module import SFTModule
 
     torch.set_num_threads(1)
     return SFTModule(MODEL, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
@@ -151,7 +151,7 @@ def _trainer(folder: Path, num_steps: int, callbacks: list[L.Callback], **option
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from lightning_sft.callbacks import GenerationMonitor, LastCheckpoint, StepProgressBar, TokenThroughput
-    from lightning_sft.sampling import Sampling
+    from lightning_sft.generation.sampling import Sampling
 
     monitor = GenerationMonitor(every_n_steps=100, num_prompts=32, sampling=Sampling(max_new_tokens=20))
     return L.Trainer(
@@ -171,7 +171,7 @@ def _trainer(folder: Path, num_steps: int, callbacks: list[L.Callback], **option
 
 def write_rows(path: Path, num_rows: int, at_a_time: int = 10_000) -> None:
     """Word problems, one JSON object a line; every hundredth is several times as long as the others."""
-    from lightning_sft.demo import word_problems
+    from lightning_sft.examples.demo import word_problems
 
     with open(path, "w") as file:
         for seed, start in enumerate(range(0, num_rows, at_a_time)):
@@ -186,7 +186,7 @@ def many_rows(folder: Path, num_rows: int) -> Numbers:
     One row in a hundred is too long, and dropped; the validation rows are split off, so that every row is found
     through a selection.
     """
-    from lightning_sft.rows import open_sources
+    from lightning_sft.data.rows import open_sources
 
     path = folder / f"{num_rows}.jsonl"
     folder = folder / f"{num_rows}"
@@ -217,7 +217,7 @@ def many_rows(folder: Path, num_rows: int) -> Numbers:
 
 def long_plan(num_rows: int, **_: Any) -> Numbers:
     """Plan an epoch's first step, one in its middle, and the next epoch's first."""
-    from lightning_sft.batching import BatchPlan
+    from lightning_sft.data.plan import BatchPlan
 
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 2000, num_rows, dtype=np.int32)

@@ -89,7 +89,7 @@ def build_tokenizer(vocab_size: int, rows: list[dict[str, str]], folder: Path) -
 def read_rows(data: Path) -> list[dict[str, str]]:
     import yaml
 
-    from lightning_sft.gsm8k import r1_zero_row
+    from lightning_sft.examples.gsm8k import r1_zero_row
 
     config = Path(__file__).parents[2] / "configs" / "gsm8k.yaml"
     template = yaml.safe_load(config.read_text())["data"]["prompt_template"]
@@ -325,8 +325,8 @@ def prepare(case: str, data: Path, folder: Path, num_steps: int) -> list[dict[st
     """Rows, tokenizer and, in the order of our steps, the token ids."""
     from transformers import AutoTokenizer
 
-    from lightning_sft.batching import BatchPlan
-    from lightning_sft.tokenization import encode_examples
+    from lightning_sft.data.plan import BatchPlan
+    from lightning_sft.data.tokenization import encode_examples
 
     rows = read_rows(data)
     (folder / "qwen2_tokenizer").symlink_to((data.parents[1] / "qwen2_tokenizer").resolve())

@@ -1,0 +1,77 @@
+"""`HuggingFaceExport`: what a run leaves for everyone else."""
+
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_sft.errors import SettingsError
+from lightning_sft.export.huggingface import ADAPTERS_ALONE, ExportDtype, check_export_folder, export_model
+from lightning_sft.model.lora import changes_base
+from lightning_sft.training.module import SFTModule
+from lightning_sft.training.run_facts import run_facts
+
+
+class HuggingFaceExport(Checkpoint):
+    """At the end of training, writes the model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    It holds safetensors, configuration, tokenizer with chat template, generation configuration and a model card. From
+    any checkpoint, such as the best, `lightning-sft export` writes the same.
+
+    Args:
+        folder: Where; a relative path begins in the run's folder, `<log_dir>`. None: nothing is written.
+        dtype: To convert weights to. Default: as they are: float32 unless the run said otherwise, also under
+            `bf16-mixed`.
+        merge_lora: Add adapters (`SFTModule`'s `lora`) to the weights they belong to. False: write them alone, a folder
+            for `peft.PeftModel.from_pretrained(base_model, folder)`.
+
+    Raises:
+        ValueError: If `dtype` is no dtype, or the folder holds something other than an earlier export.
+    """
+
+    def __init__(
+        self, folder: str | None = "huggingface", dtype: ExportDtype | None = None, merge_lora: bool = True
+    ) -> None:
+        super().__init__()
+        if dtype is not None and dtype not in get_args(ExportDtype):
+            raise SettingsError(f"`dtype` is {dtype!r}, expected one of {', '.join(get_args(ExportDtype))}.")
+        self.folder = folder
+        self.dtype = dtype
+        self.merge_lora = merge_lora
+
+    def exported_to(self, trainer: L.Trainer) -> Path | None:
+        """The folder of a run's export; every process has to ask.
+
+        Args:
+            trainer: The run's trainer.
+
+        Returns:
+            The folder, or None where nothing is exported.
+        """
+        root = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` is a collective
+        return None if self.folder is None or trainer.fast_dev_run else root / self.folder  # type: ignore[attr-defined]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a folder with something else in it before anything is trained."""
+        folder = self.exported_to(trainer)
+        if stage == "fit" and folder is not None:
+            check_export_folder(folder)
+            lora: dict[str, Any] = pl_module.hparams.get("lora") or {}
+            if not self.merge_lora and not lora:
+                raise SettingsError(
+                    "`merge_lora` is false, but the model has no adapters. Set `model.lora`, or leave it."
+                )
+            if not self.merge_lora and changes_base(lora):
+                raise SettingsError(ADAPTERS_ALONE)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export the weights that the run ends with."""
+        folder = self.exported_to(trainer)
+        if folder is None:
+            return
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        export_model(
+            cast(SFTModule, pl_module).model, folder, tokenizer, run_facts(trainer), self.dtype, self.merge_lora
+        )
+        trainer.strategy.barrier("HuggingFaceExport")

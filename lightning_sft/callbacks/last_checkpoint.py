@@ -1,0 +1,142 @@
+"""`LastCheckpoint`: where an interrupted run continues."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.callbacks.signals import DeferredSignals
+from lightning_sft.errors import SettingsError
+from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link, remove_partial
+from lightning_sft.training.outcome import OnItsWay
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves `<log_dir>/checkpoints/last.ckpt` at each validation, at the end, every so many steps, and before it stops.
+
+    SIGTERM and Ctrl-C are obeyed at the end of the optimizer step, on all devices at the same one: the run is saved and
+    the process exits with 128 plus the signal's number. A second Ctrl-C stops it at once. SLURM's signal to requeue is
+    handed to Lightning there too. A checkpoint takes the place of the one before only once it is complete. Where
+    Lightning saves a sharded model to a folder, `last.ckpt` is a link to that.
+
+    Lightning's `ModelCheckpoint(monitor=..., save_last=True)` keeps the best as the last, and misses the final step.
+
+    Args:
+        every_n_steps: Also save every so many optimizer steps.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        super().__init__()
+        if every_n_steps is not None and every_n_steps < 1:
+            raise SettingsError(f"`every_n_steps` is {every_n_steps}, expected at least 1.")
+        self.every_n_steps = every_n_steps
+        self._saved_step: int | None = None
+        self._signals = DeferredSignals()
+        self._asked: OnItsWay | None = None  # the signal that any device had received at the step before
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """A new run has saved nothing yet."""
+        self._saved_step = None
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit":
+            folder = self._folder(trainer)
+            if trainer.is_global_zero:
+                remove_partial(folder)
+
+    # -- when ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over from Lightning's handlers, which would save and exit in the middle of a step."""
+        numbers = {signal.SIGTERM, signal.SIGINT}
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            numbers.add(environment.requeue_signal or signal.SIGUSR1)
+        self._asked = None
+        self._signals.catch(numbers)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every `every_n_steps` optimizer steps; stop if a signal says so."""
+        step = trainer.global_step
+        # Where a validation follows, saving before it would leave it out when the run is resumed.
+        interval = trainer.val_check_batch if trainer.enable_validation else None
+        if (
+            self.every_n_steps is not None
+            and step % self.every_n_steps == 0
+            and not (interval and step % interval == 0)
+        ):
+            self._save(trainer)
+        self._obey_signals(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after each validation of a training run."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+            self._obey_signals(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save where the run ended: later Lightning's `WeightAveraging` replaces the weights by their average."""
+        self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save a run that has trained nothing, and give the signals back."""
+        self._save(trainer)
+        self._signals.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._signals.release()
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _agreed_signal(self, trainer: L.Trainer) -> signal.Signals | None:
+        """The signal that all devices obey at this step: the one that any of them had received at the step before.
+
+        Asking about the step before makes no device wait for its host.
+        """
+        if trainer.world_size == 1:
+            return self._signals.received
+        earlier = 0 if self._asked is None else int(self._asked.read())
+        received = torch.full((), self._signals.received or 0, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        self._asked = OnItsWay(received)
+        return signal.Signals(earlier) if earlier else None
+
+    def _obey_signals(self, trainer: L.Trainer) -> None:
+        number = self._agreed_signal(trainer)
+        if number is None:
+            return
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self._asked = None
+            self._signals.hand_on(number)
+            return
+        self._save(trainer)
+        rank_zero_info(f"{number.name}: stopped after optimizer step {trainer.global_step}, which is saved.")
+        raise SystemExit(128 + number)
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # `log_dir` is a collective
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self._folder(trainer) / "last.ckpt"
+        if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
+            return
+        self._saved_step = trainer.global_step
+        strategy = trainer.strategy
+        if not (isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint):
+            trainer.save_checkpoint(path, weights_only=False)
+            return
+        partial = path.with_name(f".step_{trainer.global_step}.partial")
+        trainer.save_checkpoint(partial, weights_only=False)
+        if trainer.is_global_zero:
+            put_folder_behind_link(partial, path.with_name(f"step_{trainer.global_step}"), link=path)
+        strategy.barrier("LastCheckpoint")

@@ -1,0 +1,68 @@
+"""`lightning-sft export`: from a checkpoint to a model for everyone."""
+
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.chat import read_chat_template, with_chat_template
+from lightning_sft.data.tokenizer import load_tokenizer
+from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
+from lightning_sft.export.huggingface import ExportDtype, check_export_folder, export_model, load_checkpoint
+from lightning_sft.training.checkpoint_files import newest_checkpoint
+
+
+def export(
+    ckpt_path: str,
+    output: str,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    dtype: ExportDtype | None = None,
+    merge_lora: bool = True,
+    weights_only: bool = True,
+) -> None:
+    """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    The folder holds safetensors, configuration, tokenizer with chat template, generation configuration and a model card
+    with the run's data, settings and results. The data is not needed.
+
+    Args:
+        ckpt_path: A checkpoint; or `last`: the newest one below `runs`.
+        output: The folder: missing, empty, or an earlier export, which is replaced.
+        tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
+        dtype: To convert weights to. Default: as they are.
+        merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
+        weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
+    """
+    path: Path | None = Path(ckpt_path)
+    if ckpt_path == "last":
+        path = newest_checkpoint(Path("runs"))
+        weights_only = path is not None and path.is_file()
+    if path is None:
+        raise MissingFileError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
+    check_export_folder(output)
+    model, facts = load_checkpoint(path, weights_only)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    export_model(model, output, tokenizer, facts, dtype, merge_lora)
+    print(f"{path_from_here(path)} is now a model in {path_from_here(Path(output))}")
+
+
+def _tokenizer_of_run(config: Path) -> PreTrainedTokenizerBase:
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    data = settings.get("data") or {}
+    found, chat_template = data.get("tokenizer"), data.get("chat_template")
+    if found is None:
+        raise SettingsError(
+            f"`tokenizer` is not given, and {path_from_here(config)} does not name one. Give `--tokenizer`."
+        )
+    parser = ArgumentParser()
+    parser.add_argument("--tokenizer", type=str | PreTrainedTokenizerBase)
+    tokenizer = parser.instantiate_classes(parser.parse_object({"tokenizer": found})).tokenizer
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return tokenizer if chat_template is None else with_chat_template(tokenizer, read_chat_template(chat_template))

@@ -1,0 +1,121 @@
+"""What one rank needs for each optimizer step of a plan, in order, from any position on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import ArrayLike
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.plan import BatchPlan, Layout, StepPlan
+from lightning_sft.data.preview import StepBatch
+from lightning_sft.data.tokenization import Example, collate_packed, collate_padded
+
+
+def plan_steps(num_tokens: ArrayLike, num_response_tokens: ArrayLike, **options: Any) -> BatchPlan:
+    """The plan of the optimizer steps over rows of so many tokens; options as `BatchPlan` takes them."""
+    num_inputs = np.asarray(num_tokens) - 1  # the last token is only a label
+    return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **options)
+
+
+def step_batch(plan: StepPlan, microbatches: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one rank needs for an optimizer step: its microbatches, and the totals over all ranks."""
+    totals = ("num_sequences", "num_tokens", "num_response_tokens", "num_attended")
+    return {"microbatches": microbatches} | {name: getattr(plan, name) for name in totals}
+
+
+def collate_rows(examples: Sequence[Example], places: list[str], pad_id: int, layout: Layout) -> dict[str, Any]:
+    """Rows, with their places in the data, as one microbatch."""
+    # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
+    stand_in = [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
+    microbatch: dict[str, Any] = (collate_packed if layout == "packed" else collate_padded)(
+        examples or stand_in, pad_id
+    )
+    # Found here, so that no device has to be waited for to learn how many there are.
+    microbatch["response_positions"] = microbatch["response_mask"].flatten().nonzero().squeeze(-1)
+    microbatch["num_sequences"] = len(examples)
+    microbatch["rows"] = places
+    return microbatch
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """What one rank needs for each optimizer step of a plan."""
+
+    def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int, layout: Layout = "padded") -> None:
+        self._columns = ["input_ids", "num_prompt_tokens"]
+        if any(len(chunk.flatten()) for chunk in rows.data.column("gaps").chunks):
+            self._columns.append("gaps")  # a list for each row takes its time to read, and few data sets have any
+        self._rows = rows.select_columns([*self._columns, "where"]).with_format("numpy")
+        self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        plan = self._plan.step(step, self._layout)
+        return step_batch(plan, [self.collate(indices) for indices in plan.ranks[self._rank]])
+
+    def collate(self, indices: list[int]) -> dict[str, Any]:
+        """The rows at these indices as one microbatch."""
+        examples: list[Example] = []
+        rows: list[str] = []
+        if indices:
+            batch = self._rows[indices]
+            examples = [
+                cast(Example, dict(zip(self._columns, values, strict=True)))
+                for values in zip(*(batch[name] for name in self._columns), strict=True)
+            ]
+            rows = batch["where"].tolist()
+        return collate_rows(examples, rows, self._pad_id, self._layout)
+
+
+class StepLoader:
+    """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        num_steps: int,
+        num_workers: int,
+        first_step: Callable[[], int] = lambda: 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._dataset, self._num_steps, self._num_workers = dataset, num_steps, num_workers
+        self._first_step, self._tokenizer, self._pin_memory = first_step, tokenizer, pin_memory
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: a run's step says where to begin. Having it tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore here."""
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        # The body of a generator runs at the first `next`: after a checkpoint's number of steps was restored.
+        loader = DataLoader(
+            self._dataset,
+            sampler=range(self._first_step(), self._num_steps),
+            batch_size=None,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+        )
+        for batch in loader:
+            yield StepBatch(batch, self._tokenizer)  # here, so that no worker has to pass the tokenizer on
+
+
+class PromptLoader:
+    """Iterates over prompts, several at a time, in their order. All devices get the same ones, to share them out."""
+
+    def __init__(self, rows: list[dict[str, Any]], batch_size: int) -> None:
+        self._rows, self._batch_size = rows, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for start in range(0, len(self._rows), self._batch_size):
+            yield self._rows[start : start + self._batch_size]

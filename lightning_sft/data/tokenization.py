@@ -1,0 +1,273 @@
+"""From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, takewhile
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
+
+
+class Example(TypedDict):
+    """One tokenised row: the prompt's ids followed by the response's ids.
+
+    `gaps` are the stretches after the prompt that are no response, as where a user speaks between two turns:
+    `[start, end, start, end, ...]`, ascending, each end exclusive.
+    """
+
+    input_ids: list[int]
+    num_prompt_tokens: int
+    gaps: NotRequired[Sequence[int]]
+
+
+def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before a text of its own accord, such as a BOS; usually none or one."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded positions: the pad token, or else EOS, or else 0. No mask is ever read off this id."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    return 0
+
+
+def encode_prompts(
+    prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, as_written: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt, with the tokenizer's own prefix and without a suffix such as EOS.
+
+    A prompt that already spells the prefix out does not get it twice.
+
+    Args:
+        prompt_strs: The texts.
+        tokenizer: Any Hugging Face tokenizer.
+        as_written: For each prompt, whether it is whole, such as one that a chat template wrote, and gets no prefix
+            even where it has none. None: no prompt is.
+
+    Raises:
+        TypeError: If `prompt_strs` is one string, or holds anything else than strings.
+        ValueError: If a prompt is not text: a lone surrogate cannot be encoded.
+    """
+    if not prompt_strs:
+        return []
+    encoded = _encode(prompt_strs, tokenizer, "prompt")
+    prefix = prompt_prefix(tokenizer)
+    return [
+        ids if whole or ids[: len(prefix)] == prefix else prefix + ids
+        for ids, whole in zip(encoded, as_written or [False] * len(encoded), strict=True)
+    ]
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str) -> list[list[int]]:
+    if isinstance(texts, str):
+        raise SettingsTypeError(
+            f"Expected a list of {kind}s, but got one string, {shorten(texts)}. Put it into a list."
+        )
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise SettingsTypeError(
+                f"{kind} {index} is {shorten(text)} of type {type(text).__name__}, expected a string."
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(f"{kind} {index} holds a lone surrogate, which is not text: {shorten(text)}.") from None
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_examples(
+    prompt_strs: Sequence[str],
+    output_strs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool = False,
+) -> list[Example]:
+    """Tokenise prompts and outputs apart and join each pair. The response never gains a BOS.
+
+    Args:
+        prompt_strs: The texts before. An empty one is the tokenizer's prefix alone.
+        output_strs: The texts after, one for each prompt.
+        tokenizer: Any Hugging Face tokenizer.
+        append_eos: Whether each response ends in the tokenizer's EOS.
+
+    Raises:
+        TypeError: If either is one string, or holds anything else than strings.
+        ValueError: If the numbers of prompts and outputs differ, a text holds a lone surrogate, or EOS is wanted and
+            the tokenizer has none.
+    """
+    if len(prompt_strs) != len(output_strs):
+        raise SettingsError(
+            f"`prompt_strs` and `output_strs` must pair up, but there are {len(prompt_strs)} prompts "
+            f"and {len(output_strs)} outputs."
+        )
+    if append_eos and tokenizer.eos_token_id is None:
+        raise SettingsError(
+            "`append_eos` is True, but the tokenizer has no EOS token. Set `tokenizer.eos_token`, or pass "
+            "`append_eos=False` (the model then never learns to stop)."
+        )
+    if not output_strs:
+        return []
+    prompts = encode_prompts(prompt_strs, tokenizer)
+    outputs = _encode(output_strs, tokenizer, "output")
+    eos = [tokenizer.eos_token_id] if append_eos else []
+    return [
+        Example(input_ids=prompt + output + eos, num_prompt_tokens=len(prompt))
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special tokens included.
+
+    Where a character is made of several tokens, the one that completes it has it whole and those before have "".
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        ids: Token ids of one text, or of any part of it.
+
+    Returns:
+        One piece for each id. Joined they are
+        `tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)`.
+    """
+    ids = [int(token_id) for token_id in ids]
+
+    def decode(length: int) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(ids[:length], **options))
+
+    whole = decode(len(ids))
+    pieces = _streamed(tokenizer, ids)
+    if not whole.startswith("".join(pieces)) or not pieces:  # slower, by decoding again from the start for each token
+        ends = [0]
+        for length in range(1, len(ids) + 1):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, decode(length), strict=False))
+            ends.append(max(ends[-1], sum(1 for _ in same)))
+        pieces = [whole[start:end] for start, end in pairwise(ends)]
+    if pieces:
+        pieces[-1] += whole[len("".join(pieces)) :]  # bytes that complete no character
+    return pieces
+
+
+def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The pieces as far as complete characters go; none if the tokenizer cannot tell them one by one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    stream = DecodeStream(skip_special_tokens=False)
+    try:
+        return [stream.step(backend, token_id) or "" for token_id in ids]
+    except Exception:  # its only type; where byte tokens are no UTF-8, a text's start can change with what follows
+        return []
+
+
+def num_response_labels(num_tokens: int, num_prompt_tokens: int, gaps: Sequence[int] = ()) -> int:
+    """Labels of one example that count in the loss: its response tokens, less one that has nothing before it."""
+    bounds = [min(bound, num_tokens) for bound in gaps]
+    return max(num_tokens - max(num_prompt_tokens, 1), 0) - sum(bounds[1::2]) + sum(bounds[::2])
+
+
+def _response_labels(example: Example) -> Iterator[tuple[int, int]]:
+    """Start and end of each stretch of response tokens, as labels: label `i` is token `i + 1`."""
+    bounds = [max(example["num_prompt_tokens"], 1), *example.get("gaps", ()), len(example["input_ids"])]
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+        yield start - 1, max(end - 1, 0)  # an example may have no token at all
+
+
+def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
+    """Right-pad examples to the longest and shift by one.
+
+    With `t` an example's tokens and `r` True on its response tokens: `input_ids = t[:-1]`, `labels = t[1:]`,
+    `response_mask = r[1:]`, so that position `i` of the mask says whether the *label* at `i` counts.
+
+    Args:
+        examples: At least one tokenised row.
+        pad_id: Fills `input_ids` and `labels` after each example's end.
+
+    Returns:
+        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(batch_size, max(num_tokens) - 1)`.
+    """
+    width = max(1, *(len(example["input_ids"]) for example in examples))
+    tokens = torch.full((len(examples), width), pad_id, dtype=torch.int64)
+    response = torch.zeros((len(examples), width - 1), dtype=torch.bool)
+    for row, example in enumerate(examples):
+        length = len(example["input_ids"])
+        tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
+        for start, end in _response_labels(example):
+            response[row, start:end] = True
+    # Cloned, or writing to `labels` would change `input_ids`.
+    return {"input_ids": tokens[:, :-1].clone(), "labels": tokens[:, 1:].clone(), "response_mask": response}
+
+
+def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Any]:
+    """Put examples one after another into a single row, each shifted by one on its own; nothing is padded.
+
+    Args:
+        examples: Tokenised rows.
+        pad_id: The single token of a row without any example.
+
+    Returns:
+        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(1, num_tokens)`; and what models need to keep
+        the documents apart, by the names that `transformers` gives it: `position_ids`, `(1, num_tokens)`, from 0 in
+        each document; `cu_seq_lens_q` and `cu_seq_lens_k`, `(num_documents + 1,)`, int32, where documents begin and
+        end; `max_length_q` and `max_length_k`, the longest.
+    """
+    rows = [example for example in examples if len(example["input_ids"]) > 1]
+    rows = rows or [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
+    tokens = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    lengths = torch.tensor([len(row) - 1 for row in tokens])
+    positions = [torch.arange(length) for length in lengths.tolist()]
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    response = torch.zeros((1, int(bounds[-1])), dtype=torch.bool)
+    for row, offset in zip(rows, bounds.tolist(), strict=False):
+        for start, end in _response_labels(row):
+            response[0, offset + start : offset + end] = True
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
+        "labels": torch.cat([row[1:] for row in tokens]).unsqueeze(0),
+        "response_mask": response,
+        "position_ids": torch.cat(positions).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def tokenize_prompt_and_output(
+    prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Tokenise prompts and outputs apart, join each pair, right-pad, and mark the response.
+
+    The prompt keeps the tokenizer's own prefix (such as BOS); the output gets no special token. The mask is True
+    where the *label* is a response token. Without any prompt token the first response token is no label: nothing
+    stands before it.
+
+    Args:
+        prompt_strs: The texts before.
+        output_strs: The texts after, one for each prompt.
+        tokenizer: Any Hugging Face tokenizer, with or without a pad token.
+
+    Returns:
+        `input_ids`, `labels` and `response_mask`, each `(batch_size, max(prompt_and_output_lens) - 1)`.
+
+    Raises:
+        TypeError: If either is one string, or holds anything else than strings.
+        ValueError: If there is no pair, the numbers of prompts and outputs differ, or a text holds a lone surrogate.
+
+    Source: Stanford CS336, assignment 5, "SFT helper methods".
+    """
+    examples = encode_examples(prompt_strs, output_strs, tokenizer)
+    if not examples:
+        raise SettingsError("`prompt_strs` and `output_strs` are empty; expected at least one pair.")
+    return collate_padded(examples, pad_token_id(tokenizer))

@@ -1,0 +1,59 @@
+"""Errors that the user can mend, and what their messages are made of."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class SettingsError(ValueError):
+    """Something that the user has given does not work, and the message says what to give instead.
+
+    The command line shows the message in one line. Any other exception is a mistake of this package, or of a function
+    that the user wrote, and keeps its traceback.
+    """
+
+
+class SettingsTypeError(SettingsError, TypeError):
+    """An argument is of another type than expected."""
+
+
+class MissingFileError(SettingsError, FileNotFoundError):
+    """A file that the user has named is not there."""
+
+
+def shorten(value: object, limit: int = 40) -> str:
+    """A value as a message can show it."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def one_line(error: object, limit: int = 400) -> str:
+    """A foreign message on one line, cut off where it gets long; an exception without words is called by its name."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begin the message of a `SettingsError` with where it happened, such as a file's line."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error.__cause__
+
+
+def and_more(items: Sequence[object]) -> str:
+    """What follows the first of several in a message that names only that."""
+    return f", and {len(items) - 1} more" if len(items) > 1 else ""
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether this can only be meant as a path, not as a name on a hub, and nothing is there."""
+    return (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.exists(name)
+
+
+def path_from_here(path: Path) -> Path:
+    """A path as a user would type it: from here, if it is below."""
+    path, here = path.absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,1 @@
+"""Models for everyone else: Hugging Face folders."""

@@ -1,0 +1,121 @@
+"""The file that `predict` writes: each response once, whatever interrupts it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import reduce
+from operator import xor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.generation.records import GenerationRecord, GenerationRecords, write_records
+from lightning_sft.generation.sampling import Sampling
+from lightning_sft.model.sharding import is_sharded
+
+
+class PredictionFile:
+    """Records of a series of prompts, in their order, appended as they come.
+
+    Args:
+        path: Of the file, one JSON object a line.
+        run: What the responses depend on (`prediction_run`); stands in each line.
+        num_samples: Responses to each prompt.
+    """
+
+    def __init__(self, path: Path, run: str, num_samples: int = 1) -> None:
+        self.path, self._run, self._num_samples = path, run, num_samples
+
+    def resume(self, keep: bool = False) -> tuple[int, GenerationRecords]:
+        """Find out where an earlier run stopped; what it left unfinished at the end of the file is removed.
+
+        Args:
+            keep: Whether to return the records too.
+
+        Returns:
+            The number of prompts that are done, and their records.
+
+        Raises:
+            ValueError: If the file holds anything else than the records of this run.
+        """
+        num_lines = end = whole = 0
+        records = GenerationRecords()
+        if not self.path.exists():
+            return 0, records
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n") and self._is_beginning(line):
+                    break
+                record = self._parse(line, num_lines)
+                if keep:
+                    records.append(record)
+                num_lines, end = num_lines + 1, end + len(line)
+                if num_lines % self._num_samples == 0:
+                    whole = end
+        os.truncate(self.path, whole)
+        done = num_lines // self._num_samples
+        return done, GenerationRecords(records[: done * self._num_samples])
+
+    def _is_beginning(self, line: bytes) -> bool:
+        """Whether a line that was broken off may be one of ours: nothing else is ever removed."""
+        head = json.dumps({"run": self._run})[:-1].encode()
+        return line[: len(head)] == head[: len(line)]
+
+    def _parse(self, line: bytes, number: int) -> GenerationRecord:
+        try:
+            fields = json.loads(line)
+            run = fields.pop("run")
+            record = GenerationRecord(**fields)
+        except (ValueError, TypeError, AttributeError, KeyError):
+            found = f"line {number + 1} is {shorten(line.decode(errors='replace'))}"
+        else:
+            place = divmod(number, self._num_samples)
+            if run == self._run and (record.index, record.sample) == place:
+                return record
+            found = "it holds those of other prompts, weights, rewards or sampling"
+            if run == self._run:
+                found = f"line {number + 1} is of prompt {record.index}, expected {place[0]}"
+        raise SettingsError(
+            f"`predict_path` is {str(self.path)!r}, where the records of this run cannot be continued: {found}. "
+            "Give another path, or remove the file."
+        )
+
+    def append(self, records: GenerationRecords) -> None:
+        """Write records to the end of the file and to the disk."""
+        write_records(self.path, records, "a", run=self._run)
+
+
+def prediction_run(
+    model: nn.Module, rows: Iterable[dict[str, Any]], sampling: Sampling, reward_fn: Callable[..., Any]
+) -> str:
+    """Twelve hexadecimal digits that change with whatever responses and rewards depend on.
+
+    Args:
+        model: Its weights count. If it is sharded, all processes call this.
+        rows: With `prompt` and `ground_truth`.
+        sampling: How responses are drawn.
+        reward_fn: Counts by its name.
+    """
+    hasher = hashlib.blake2b(digest_size=6)
+    names = [getattr(reward_fn, name, "") for name in ("__module__", "__qualname__")]
+    hasher.update(json.dumps([asdict(sampling), names, _hash_weights(model)]).encode())
+    for row in rows:
+        hasher.update(json.dumps([row["prompt"], row["ground_truth"]]).encode())
+    return hasher.hexdigest()
+
+
+def _hash_weights(model: nn.Module) -> list[int]:
+    """The bits of each weight's numbers, exclusive-ored: as good over the shares of several processes as over all."""
+    local = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
+    hashes = [int(torch.hash_tensor(weight.detach()).view(torch.int64)) if weight.numel() else 0 for weight in local]
+    if not is_sharded(model):
+        return hashes
+    parts = [hashes] * dist.get_world_size()
+    dist.all_gather_object(parts, hashes)
+    return [reduce(xor, each) for each in zip(*parts, strict=True)]

@@ -1,0 +1,178 @@
+"""What a model made of its prompts: records, what they add up to, and the lines they are kept in."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_sft.generation.report.page import records_table
+
+_DECIMALS = 4  # of values of single tokens in files
+
+
+@dataclass
+class GenerationRecord:
+    """One prompt and one response of the model to it.
+
+    Args:
+        prompt: The text the model was given.
+        response: The text it generated, without EOS.
+        ground_truth: The reference answer, if there is one.
+        format_reward: Whether the response has the wanted form. None without ground truth.
+        answer_reward: Whether its answer is right. None without ground truth.
+        reward: The total. None without ground truth.
+        token_entropy: Mean entropy of the next-token distribution over the response, in nats.
+        response_length: Tokens generated, EOS included.
+        stop_reason: `eos`, `stop` (a stop string), `length` (also where a prompt leaves the model no room), or
+            `empty prompt` (without a single token there is nothing to continue).
+        reward_error: What the reward function raised, or that it took too long; its rewards then count as 0.
+        index: Number of the prompt, from 0.
+        sample: Number of the response among those to the same prompt, from 0.
+        token_ids: The response's tokens, EOS included, `response_length` of them.
+        tokens: Their texts. Joined they are the response, and EOS; of a character that is made of several tokens only
+            the last one has a text.
+        token_log_probs: Log-probability of each under the model, in nats, whatever the temperature it was drawn at.
+        token_entropies: Entropy of the distribution at each, in nats, likewise.
+    """
+
+    prompt: str
+    response: str
+    ground_truth: str | None
+    format_reward: float | None
+    answer_reward: float | None
+    reward: float | None
+    token_entropy: float
+    response_length: int
+    stop_reason: str
+    reward_error: str | None = None
+    index: int = 0
+    sample: int = 0
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    tokens: list[str] = field(default_factory=list, repr=False)
+    token_log_probs: list[float] = field(default_factory=list, repr=False)
+    token_entropies: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the answer earned anything."""
+        return (self.answer_reward or 0.0) > 0
+
+    def drop_tokens(self) -> None:
+        """Free most of the memory."""
+        self.token_ids, self.tokens, self.token_log_probs, self.token_entropies = [], [], [], []
+
+    def to_json(self) -> dict[str, Any]:
+        """Its line in a file: values of single tokens to four decimals, None for what is no finite number."""
+        fields = {name: _finite(value) for name, value in vars(self).items()}
+        for name in ("token_log_probs", "token_entropies"):
+            fields[name] = [_finite(round(value, _DECIMALS)) for value in fields[name]]
+        return fields
+
+    def _repr_html_(self) -> str:
+        return records_table([self.to_json()])
+
+
+class GenerationRecords(list[GenerationRecord]):
+    """A list of records that notebooks show as a table, tokens coloured by their entropy."""
+
+    def _repr_html_(self) -> str:
+        return records_table([record.to_json() for record in self])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summarize(records: Sequence[GenerationRecord]) -> dict[str, float]:
+    """Averages over records; a mean over nothing is NaN.
+
+    Returns:
+        `reward`, `answer_reward`, `format_reward`, `response_length`, `response_length_correct` and
+        `response_length_incorrect` (of responses whose `answer_reward` is positive, or not), `response_entropy`
+        (nats, mean of the records' means), and `reward_failures`, a count. Where every prompt has n > 1 responses also
+        `pass_at_<k>` for k = 1, 2, 4, ... and n: the chance that k of them, drawn without replacement, hold a correct
+        one, averaged over the prompts.
+
+    Source: of `pass_at_<k>`, Chen et al. 2021 (arXiv:2107.03374), equation 1.
+    """
+    scored = [record for record in records if record.answer_reward is not None]
+    correct = [record for record in scored if record.is_correct]
+    incorrect = [record for record in scored if not record.is_correct]
+
+    def mean(group: Sequence[GenerationRecord], name: str) -> float:
+        return sum(getattr(record, name) for record in group) / len(group) if group else math.nan
+
+    return {
+        "reward": mean(scored, "reward"),
+        "answer_reward": mean(scored, "answer_reward"),
+        "format_reward": mean(scored, "format_reward"),
+        "response_length": mean(records, "response_length"),
+        "response_length_correct": mean(correct, "response_length"),
+        "response_length_incorrect": mean(incorrect, "response_length"),
+        "response_entropy": mean(records, "token_entropy"),
+        "reward_failures": float(sum(record.reward_error is not None for record in records)),
+        **_pass_at(scored),
+    }
+
+
+def _pass_at(scored: Sequence[GenerationRecord]) -> dict[str, float]:
+    samples = list(_by_prompt(scored).values())
+    n = len(samples[0]) if samples else 0
+    if n < 2 or any(len(group) != n for group in samples):
+        return {}
+    num_correct = [sum(record.is_correct for record in group) for group in samples]
+    ks = sorted({2**power for power in range(n.bit_length()) if 2**power <= n} | {n})
+    return {
+        f"pass_at_{k}": sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in num_correct) / len(samples) for k in ks
+    }
+
+
+def _by_prompt(records: Sequence[GenerationRecord]) -> dict[int, list[GenerationRecord]]:
+    groups: dict[int, list[GenerationRecord]] = {}
+    for record in records:
+        groups.setdefault(record.index, []).append(record)
+    return groups
+
+
+def bootstrap_interval(
+    records: Sequence[GenerationRecord], *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean `answer_reward`: prompts are drawn with replacement, each with all of
+    its responses.
+
+    Args:
+        records: Those that are not scored are left out.
+        confidence: How often such an interval holds the mean over all prompts there could be.
+        num_resamples: Means that are drawn.
+        seed: Of the draws.
+
+    Returns:
+        Lower and upper bound; NaN and NaN if no record is scored.
+    """
+    groups = _by_prompt([record for record in records if record.answer_reward is not None])
+    means = [sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups.values()]
+    if not means:
+        return math.nan, math.nan
+    # How often each distinct value is drawn is multinomial: as exact as drawing prompts, and no slower for many.
+    values, counts = np.unique(means, return_counts=True)
+    rng, n = np.random.default_rng(seed), len(means)
+    drawn = [rng.multinomial(n, counts / n) @ values / n for _ in range(num_resamples)]
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def write_records(
+    path: Path, records: Sequence[GenerationRecord], mode: Literal["w", "a"] = "w", **fields: object
+) -> None:
+    """Write one JSON object a line; `fields` come first in each. The folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode, encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(fields | record.to_json(), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""Generation records as people see them: pages, tables, loggers."""

@@ -1,0 +1,103 @@
+"""Where generation records are shown: terminal, TensorBoard, and whatever table a logger has."""
+
+import math
+from collections.abc import Sequence
+
+import rich
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from rich.box import HORIZONTALS
+from rich.table import Table
+from rich.text import Text
+
+from lightning_sft.generation.records import GenerationRecord
+
+_COLUMNS = ("prompt", "response", "ground_truth", "reward", "format_reward", "answer_reward", "response_length")
+
+
+def log_records(logger: Logger, step: int, records: Sequence[GenerationRecord], num_rows: int) -> None:
+    """Show records in a logger: TensorBoard gets a table and histograms, others a table if they have such a thing.
+
+    Args:
+        logger: Any of Lightning's.
+        step: Optimizer steps done.
+        records: All of the step's.
+        num_rows: Of the table.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text("generations", markdown_table(records[:num_rows]), step)
+        for name, values in _distributions(records).items():
+            finite = [value for value in values if math.isfinite(value)]
+            if finite:
+                logger.experiment.add_histogram(f"generations/{name}", torch.tensor(finite), step)
+    elif hasattr(logger, "log_table"):  # Weights & Biases
+        data = [[getattr(record, name) for name in _COLUMNS] for record in records[:num_rows]]
+        logger.log_table("generations", columns=list(_COLUMNS), data=data, step=step)
+
+
+def _distributions(records: Sequence[GenerationRecord]) -> dict[str, list[float]]:
+    scored = [record for record in records if record.answer_reward is not None]
+    return {
+        "response_length_correct": [record.response_length for record in scored if record.is_correct],
+        "response_length_incorrect": [record.response_length for record in scored if not record.is_correct],
+        "token_entropy": [value for record in records for value in record.token_entropies],
+        "token_log_prob": [value for record in records for value in record.token_log_probs],
+    }
+
+
+def print_records(records: Sequence[GenerationRecord]) -> None:
+    """A few records as a small table in the terminal; nothing where standard output is something else.
+
+    Of a long prompt it has the end, of a long response the beginning.
+    """
+    console = rich.get_console()  # the progress bar's, which stays below
+    if not console.is_terminal:
+        return
+    table = Table(box=HORIZONTALS, expand=True)
+    for name, ratio in {"prompt": 2, "response": 3, "expected": None, "reward": None, "tokens": None}.items():
+        table.add_column(name, ratio=ratio, no_wrap=ratio is None, overflow="fold")
+    for record in records:
+        colour = "" if record.answer_reward is None else "green" if record.is_correct else "red"
+        table.add_row(
+            Text(_end(" ".join(record.prompt.split()), 80), style="dim"),
+            Text(_beginning(" ".join(record.response.split()), 160)),
+            Text(_beginning(record.ground_truth or "", 12)),
+            Text("" if record.reward is None else f"{record.reward:g}", style=colour),
+            Text(str(record.response_length)),
+        )
+    console.print(table)
+
+
+def _end(text: str, limit: int) -> str:
+    return text if len(text) <= limit else "… " + text[-limit:]
+
+
+def _beginning(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str:
+    """Records as a table for TensorBoard's text tab: texts escaped, long prompts cut in front, responses at the end.
+
+    All numbers share one column: TensorBoard squeezes narrow ones until their words break.
+    """
+    lines = ["| prompt | response | result |", "|---|---|---|"]
+    for record in records:
+        parts = [
+            f"{record.response_length} tokens",
+            f"{record.token_entropy:.3f} nats",
+            f"ended by {record.stop_reason}",
+        ]
+        if record.reward is not None:
+            shares = f"format {record.format_reward:g}, answer {record.answer_reward:g}"
+            parts = [f"reward {record.reward:g} ({shares})", f"expected {record.ground_truth}", *parts]
+        texts = (_end(record.prompt, limit), _beginning(record.response, limit), "; ".join(parts))
+        lines.append("| " + " | ".join(_cell(text) for text in texts) + " |")
+    return "\n" + "\n".join(lines)
+
+
+_ESCAPES = {ord(char): f"&#{ord(char)};" for char in "\\|`*_[]<>&#~!"} | {ord("\n"): "<br>", ord("\r"): ""}
+
+
+def _cell(text: str) -> str:
+    return text.translate(_ESCAPES) or " "

@@ -1,0 +1,1 @@
+"""Language models: loading, attention, head, log-probabilities, adapters, sharding."""

@@ -1,0 +1,221 @@
+"""Attention of packed batches: documents one after another in a single row, each attending to itself alone.
+
+Registered with `transformers` under the name in `VARLEN`. A batch is packed if the model is called with
+`cu_seq_lens_q`, as for flash attention; any other call is `sdpa`, to the letter, masks included.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lightning_sft.errors import SettingsError
+
+VARLEN = "lightning_sft_varlen"
+_LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
+PACKED_KEYS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document of a packed row.
+
+    Args:
+        module: The layer.
+        query: `(1, num_heads, num_tokens, head_size)`.
+        key: `(1, num_key_value_heads, num_tokens, head_size)`.
+        value: Likewise.
+        attention_mask: None when packed.
+        scaling: Multiplies the scores; None: `head_size ** -0.5`.
+        dropout: Probability.
+        **kwargs: `cu_seq_lens_q`, where documents begin and end; `max_length_q`; `sliding_window`, the most tokens
+            that a token attends to, itself included; what else `sdpa` takes.
+
+    Returns:
+        `(1, num_tokens, num_heads, head_size)`, and None for the attention weights.
+
+    Raises:
+        ValueError: If the layer asks for something that packed attention does not have.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise SettingsError(f"{type(module).__name__} attends with `{name}`. Set `layout: padded`.")
+    window = kwargs.get("sliding_window")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as for `sdpa`: rotary embeddings have made float32 of queries and keys
+        query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+        longest = kwargs["max_length_q"]
+        q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+        sizes = (-1 if window is None else window - 1, 0)
+        attended = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sizes, enable_gqa=True
+        )
+        return cast(Tensor, attended).unsqueeze(0), None
+    return _attend_each(query, key, value, bounds, scaling, dropout, window), None
+
+
+@torch.compiler.disable  # the number of documents is data
+def _attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> Tensor:
+    """One document after another."""
+    lengths = bounds.diff().tolist()  # waits for a CUDA device; half precision goes another way there
+    half_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
+    documents = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    attended = []
+    for length, (q, k, v) in zip(lengths, documents, strict=True):
+        mask = None
+        by_products = half_on_cpu and length <= _LONGEST_BY_PRODUCTS
+        if by_products or (window is not None and length > window):
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+            mask = mask if window is None else mask.triu(1 - window)
+        if by_products:
+            attended.append(_attend_by_products(q, k, v, cast(Tensor, mask), dropout, scaling))
+        else:
+            attended.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+                )
+            )
+    return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention in plain matrix products, keeping the `length ** 2` probabilities of each head for backward.
+
+    On CPU torch's kernel is no faster in half precision than in float32, its backward even slower; these products are.
+    """
+    (_, num_groups, length, size), group_size = key.shape, query.shape[1] // key.shape[1]
+    scaled = query * (size**-0.5 if scaling is None else scaling)
+    scores = torch.bmm(scaled.reshape(num_groups, group_size * length, size), key.squeeze(0).transpose(1, 2))
+    scores = scores.view(num_groups, group_size, length, length)
+    scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)
+    if dropout:
+        probabilities = F.dropout(probabilities, dropout)
+    attended = torch.bmm(probabilities.view(num_groups, group_size * length, length), value.squeeze(0))
+    return attended.view(1, num_groups * group_size, length, -1)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+def packed_inputs(model: PreTrainedModel, microbatch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is to be called with besides `input_ids`: nothing for a padded microbatch.
+
+    Under `VARLEN` a mask of one element keeps `transformers` from building one of `num_tokens ** 2`.
+    """
+    inputs = {key: microbatch[key] for key in PACKED_KEYS if key in microbatch}
+    if inputs and model.config._attn_implementation == VARLEN:
+        inputs["attention_mask"] = microbatch["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
+    return inputs
+
+
+def enable_packing(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None:
+    """Let the model take packed batches, if it can; nothing else about it changes.
+
+    Models with `sdpa` attention get `VARLEN`, and are tried out on two short documents: convolutions and recurrent
+    states mix documents without any attention. Flash attention takes packed batches by itself.
+
+    Args:
+        model: On the device that it is to be trained on.
+        dtype: That matrices are to be multiplied in. Kernels for half precision do not take every shape on every
+            device. Default: as the weights are.
+
+    Returns:
+        None, or why the model cannot.
+    """
+    attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
+    why_not = why_never_packed(model)
+    if why_not or attention != "sdpa":
+        return why_not
+    if next(model.parameters()).is_meta:
+        return f"{name} has no weights yet"
+    model.set_attn_implementation(VARLEN)
+    try:
+        mixed = _mixes_documents(model, dtype)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+        model.set_attn_implementation(attention)
+        return f"{name} does not run on packed documents: {error}"
+    if mixed:
+        model.set_attn_implementation(attention)
+        return f"{name} lets packed documents see each other"
+    return None
+
+
+def why_never_packed(model: PreTrainedModel) -> str | None:
+    """Why the model cannot take packed batches, as far as can be told without running it."""
+    attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
+    if attention == VARLEN or (attention or "").startswith("flash_attention"):
+        return None
+    if attention != "sdpa":
+        return f"{name} attends by `{attention}`"
+    if not model._supports_flash_attn or not model._can_set_attn_implementation():
+        return f"{name} does not attend by plain causal attention"
+    return None
+
+
+def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
+    """Whether a document's logits change with what stands before it in the row."""
+    device, length = model.device, 6
+    first, second = torch.arange(2 * length, device=device).view(2, length) % model.config.get_text_config().vocab_size
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
+    microbatch = {
+        "position_ids": torch.arange(length, device=device).repeat(2).unsqueeze(0),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
+
+    def logits(*documents: Tensor) -> Tensor:
+        input_ids = torch.cat(documents).unsqueeze(0)
+        inputs = packed_inputs(model, {"input_ids": input_ids, **microbatch})
+        return model(input_ids=input_ids, use_cache=False, **inputs).logits[0].double()
+
+    dtypes = (dtype, *(weight.dtype for weight in model.parameters()))
+    half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:  # autocast, since adapters may be float32 beside half-precision weights
+        with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+            behind_another, behind_itself = logits(first, second), logits(second, second)
+    finally:
+        for module, training in modes:
+            module.training = training
+    alone = behind_itself[:length]  # nothing stands before it
+    tolerance = 2e-2 if half else 1e-4
+    return any(
+        (found[length:] - alone).norm() > tolerance * (alone - alone.mean()).norm()
+        for found in (behind_another, behind_itself)
+    )

@@ -1,0 +1,39 @@
+"""How much there is to multiply and to add."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def training_flops(
+    model: PreTrainedModel, num_tokens: int, num_response_tokens: int, num_attended: int
+) -> float | None:
+    """Multiplications and additions that training on some sequences takes, forward and backward.
+
+    A matrix of `n` weights takes `2 n` for each token that goes through it and as many for the gradient of its input;
+    trained, as many again for its own. A pair of tokens in attention takes `4 num_heads * head_size` in each layer, and
+    twice that in backward.
+
+    Args:
+        model: A dense causal language model.
+        num_tokens: That go through the body.
+        num_response_tokens: That go through the head.
+        num_attended: Pairs of a token and one that it attends to, itself included.
+
+    Returns:
+        The number, or None for a mixture of experts, where it depends on the routing.
+    """
+    config = model.config.get_text_config()
+    if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return None
+    head = model.get_output_embeddings()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    body = [
+        weight
+        for weight in model.parameters()
+        if weight.ndim == 2 and id(weight) not in looked_up and (head is None or weight is not head.weight)
+    ]
+    flops = float(num_tokens * sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in body))
+    if head is not None:
+        flops += num_response_tokens * head.weight.numel() * (6 if head.weight.requires_grad else 4)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flops + 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * num_attended

@@ -1,0 +1,1 @@
+"""What a run needs, and which settings suit it, found out before it starts."""

@@ -1,0 +1,159 @@
+"""`find_lr`: what the loss does while the learning rate rises."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import lightning as L
+
+from lightning_sft.checks import check_integer, check_type
+from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.errors import SettingsError
+from lightning_sft.planning.trial import Trial, run_trial
+from lightning_sft.training.module import SFTModule
+
+_SMOOTHING = 0.9  # Lightning's 0.98 looks 50 of 100 steps back: in its curves losses are those of far lower rates
+_DIVERGED = 2.0  # times the lowest; a loss in nats is a logarithm, and four times the lowest may be out of its reach
+_BELOW_LOWEST = 5.0
+_LINES, _WIDTH = 25, 40  # of the text
+
+
+def smooth(losses: Sequence[float], smoothing: float = _SMOOTHING) -> list[float]:
+    """Exponential moving average, corrected for its start: the first value is the first loss.
+
+    Value `n` is `sum(smoothing**(n - i) * losses[i]) / sum(smoothing**(n - i))` over all `i <= n`.
+    """
+    smoothed, total, weight = [], 0.0, 0.0
+    for loss in losses:
+        total, weight = smoothing * total + loss, smoothing * weight + 1.0
+        smoothed.append(total / weight)
+    return smoothed
+
+
+@dataclass(frozen=True, repr=False)
+class LearningRates:
+    """A learning-rate range test; `print` it.
+
+    Args:
+        lrs: Of each optimizer step, rising.
+        losses: Of the step after it: the first that shows what it did.
+    """
+
+    lrs: list[float]
+    losses: list[float]
+
+    @property
+    def smoothed(self) -> list[float]:
+        """The losses, smoothed."""
+        return smooth(self.losses)
+
+    @property
+    def suggestion(self) -> float | None:
+        """A fifth of the rate at the lowest smoothed loss, to two digits; None if no loss is lower than the first."""
+        smoothed = self.smoothed
+        lowest = smoothed.index(min(smoothed)) if smoothed else 0
+        return float(f"{self.lrs[lowest] / _BELOW_LOWEST:.1e}") if lowest else None
+
+    def __str__(self) -> str:
+        smoothed = self.smoothed
+        if not smoothed:
+            return "No optimizer step left a loss that is a finite number. Lower `min_lr`, or look at the data."
+        lowest, worst = smoothed.index(min(smoothed)), max(smoothed)
+        every = -(-len(smoothed) // _LINES)
+        shown = {*range(0, len(smoothed), every), lowest, len(smoothed) - 1}
+        lines = [f"{'learning rate':>13}  {'loss':>7}"]
+        for step in sorted(shown):
+            bar = "█" * max(1, round(_WIDTH * smoothed[step] / worst))
+            mark = " lowest" if step == lowest else ""
+            lines.append(f"{self.lrs[step]:>13.1e}  {smoothed[step]:>7.3f}  {bar}{mark}")
+        if self.suggestion is None:
+            return "\n".join(
+                [*lines, "The loss does not fall at any of these rates: lower `min_lr`, or raise `max_lr`."]
+            )
+        if lowest == len(smoothed) - 1:
+            lines.append("The loss still falls at the highest rate: raise `max_lr`.")
+        return "\n".join([*lines, f"--model.optimizer.lr {_shortest(self.suggestion)}"])
+
+    __repr__ = __str__
+
+
+def _shortest(number: float) -> str:
+    """Such as 2.5e-4."""
+    digits, exponent = f"{number:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+class _RangeTest(Trial):
+    """Sets the rate of each step, and stops where the loss has left its lowest far behind."""
+
+    def __init__(self, lrs: list[float]) -> None:
+        self._lrs = lrs
+        self.losses: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the rate, whatever the schedule says; those of several groups keep their ratios."""
+        groups = trainer.optimizers[0].param_groups
+        lr = self._lrs[min(batch_idx, len(self._lrs) - 1)]
+        for group in groups:
+            group["lr"] = lr * group["initial_lr"] / groups[0]["initial_lr"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss, which is that of all devices, so that they stop together."""
+        loss = trainer.callback_metrics["train/loss"].item()
+        finite = math.isfinite(loss) and not trainer.callback_metrics["train/skipped_steps"]
+        if finite and batch_idx:
+            self.losses.append(loss)
+        smoothed = smooth(self.losses)
+        if not finite or (smoothed and smoothed[-1] > _DIVERGED * min(smoothed)):
+            trainer.should_stop = True
+
+
+def find_lr(
+    module: SFTModule,
+    datamodule: SFTDataModule,
+    min_lr: float = 1e-7,
+    max_lr: float = 1e-1,
+    num_steps: int = 100,
+    **trainer_options: Any,
+) -> LearningRates:
+    """Train for some steps while the learning rate rises exponentially; see where the loss falls, and where it leaves.
+
+    The steps are those that a run with these settings begins with, but for their rate. They end early once the smoothed
+    loss is twice its lowest, or no finite number. Afterwards module and data are as before, but for the model, which is
+    loaded: a run gives what it would have given without.
+
+    Args:
+        module: The model, with the optimizer of the run.
+        datamodule: The data.
+        min_lr: Rate of the first step.
+        max_lr: Rate of the last step.
+        num_steps: Optimizer steps.
+        **trainer_options: Of the run's trainer, such as `precision`, `devices` and `strategy`. Its callbacks and
+            loggers take no part.
+
+    Returns:
+        Rates, losses and a `suggestion`. A long run, or one that should keep what a model knows, may want a lower rate.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If an argument is out of range, or the strategy trains in processes whose results are lost.
+    """
+    for name, value in {"min_lr": min_lr, "max_lr": max_lr}.items():
+        check_type(name, value, Real, "a learning rate")
+    check_integer("num_steps", num_steps, optional=True)
+    if not 0 < min_lr < max_lr < math.inf:
+        raise SettingsError(
+            f"`min_lr` is {min_lr} and `max_lr` {max_lr}, expected positive numbers, the second larger."
+        )
+    if num_steps < 2:
+        raise SettingsError(f"`num_steps` is {num_steps}, expected at least 2.")
+    lrs = [min_lr * (max_lr / min_lr) ** (step / (num_steps - 1)) for step in range(num_steps)]
+    test = _RangeTest(lrs)
+    run_trial(test, module, num_steps + 1, trainer_options, datamodule=datamodule)
+    return LearningRates(lrs[: len(test.losses)], test.losses)

@@ -1,0 +1,104 @@
+"""Trial runs: training steps on a trainer of their own, after which the module is as it was."""
+
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor
+
+from lightning_sft.callbacks import StepProgressBar
+from lightning_sft.data.datamodule import SFTDataModule
+
+# No files, no validation, and its own length, whatever the run itself is to have.
+from lightning_sft.errors import SettingsError
+from lightning_sft.training.module import SFTModule
+
+_OWN_OPTIONS: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+    "val_check_interval": None,
+    "check_val_every_n_epoch": 1,
+    "max_epochs": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "fast_dev_run": False,
+    "barebones": False,
+}
+
+
+class Trial(L.Callback):
+    """What happens in a trial run. It remembers what the run changes in the module."""
+
+    saved: dict[str, Tensor]
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse a trainer that the trial cannot run on."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise SettingsError(
+                "`strategy` trains in processes that take what they find with them. Use one device, or `ddp` in a "
+                "script or on the command line."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy trainable weights and buffers to main memory."""
+        self.saved = {name: tensor.to("cpu", copy=True) for name, tensor in _changing(pl_module).items()}
+
+    def restore(self, module: L.LightningModule) -> None:
+        """Put them back, and drop gradients."""
+        tensors = _changing(module)
+        for name, value in getattr(self, "saved", {}).items():
+            tensors[name].copy_(value)
+        module.zero_grad()
+
+
+def _changing(module: L.LightningModule) -> dict[str, Tensor]:
+    weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    tensors = weights | dict(module.named_buffers())
+    return {name: (each.to_local() if hasattr(each, "to_local") else each).detach() for name, each in tensors.items()}
+
+
+def run_trial(
+    trial: Trial,
+    module: SFTModule,
+    num_steps: int,
+    trainer_options: dict[str, Any],
+    *,
+    datamodule: SFTDataModule | None = None,
+    loader: Any = None,
+) -> None:
+    """Train for some steps and put everything back: weights, buffers, random states, and whose trainer it is.
+
+    Optimizer and schedule are made anew in every run. Steps that are no finite numbers are skipped.
+
+    Args:
+        trial: What to do in it.
+        module: What is trained.
+        num_steps: Optimizer steps.
+        trainer_options: Of the run itself; what writes files or validates is turned off, and its callbacks stay out.
+        datamodule: The data; or
+        loader: Batches.
+
+    Raises:
+        ValueError: If the strategy trains in processes whose results are lost.
+    """
+    options = trainer_options | _OWN_OPTIONS | {"max_steps": num_steps}
+    bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []
+    trainer = L.Trainer(**(options | {"callbacks": [trial, *bar]}))
+    trial.check(trainer)
+    states, found = _collect_rng_states(include_cuda=False), (module._nonfinite, module._num_skipped, module._num_steps)
+    owners = module._trainer, getattr(datamodule, "trainer", None)
+    module._nonfinite = "skip"
+    try:
+        trainer.fit(module, loader, None if loader is None else [], datamodule)  # no validation: Lightning would warn
+    finally:
+        trial.restore(module)
+        module._nonfinite, module._num_skipped, module._num_steps = found
+        module._unchecked, module._trainer = None, owners[0]
+        if datamodule is not None:
+            datamodule.trainer = owners[1]
+        _set_rng_states(states)  # of CUDA, each step sets its own

@@ -1,0 +1,1 @@
+"""Reward functions: a response and its reference answer in, three numbers out."""

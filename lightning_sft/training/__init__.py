@@ -1,0 +1,1 @@
+"""`SFTModule`: the loss, the optimizer step, checkpoints."""

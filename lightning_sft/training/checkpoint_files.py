@@ -1,0 +1,169 @@
+"""Checkpoints on disk: complete or not there at all, and looked at before anything is loaded from them."""
+
+import errno
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lightning_sft.errors import MissingFileError, SettingsError, one_line
+
+_PARTIAL = ".partial"
+
+
+class CheckpointWriteError(SettingsError, OSError):
+    """A checkpoint cannot be written."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, and takes its place only once everything is on the disk.
+
+    Lightning's own writes to the system's temporary folder; killed while moving from there, it leaves half a file, and
+    where it may not write it says nothing (pytorch-lightning#19970, #21800).
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint to a file.
+
+        Raises:
+            OSError: If the file cannot be written; what was there before is still there.
+        """
+        path = Path(path)
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}{_PARTIAL}")
+        try:
+            with _explained(path), open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            take_place(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
+        reason = os.strerror(cause.errno) if cause is not None and cause.errno else str(error).splitlines()[0]
+        raise CheckpointWriteError(
+            cause.errno if cause is not None else errno.EIO,
+            f"The checkpoint {path} cannot be written: {reason} ({free / 2**30:.2f} GiB free). The one before is still "
+            "there. Make room, or choose another folder with `trainer.logger` or `trainer.default_root_dir`",
+        ) from error
+
+
+def take_place(partial: Path, path: Path) -> None:
+    """Put something complete where others look for it, in one step that a crash cannot cut in half."""
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def put_folder_behind_link(partial: Path, folder: Path, link: Path) -> None:
+    """Give a complete folder its name, let a link point to it, and remove the folder that it pointed to before."""
+    earlier = link.resolve() if link.is_symlink() else None
+    if folder.is_dir():  # saved by a run that was killed before it could move the link
+        shutil.rmtree(partial)
+    else:
+        take_place(partial, folder)
+    new_link = link.with_name(f".{link.name}{_PARTIAL}")
+    new_link.unlink(missing_ok=True)
+    new_link.symlink_to(folder.name)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    take_place(new_link, link)
+    if earlier is not None and earlier != folder.resolve():
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Clear away what a killed run has left half-written."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether there is a whole checkpoint: one file, or the folder that a sharded model is saved to."""
+    if path.is_dir():
+        return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def newest_checkpoint(runs: Path) -> Path | None:
+    """The last checkpoint of the run in a folder, or of that run below it which saved one most recently."""
+    found = [path for pattern in ("", "*/", "*/*/") for path in runs.glob(f"{pattern}checkpoints/last.ckpt")]
+    return max(filter(is_complete, found), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def check_checkpoint(path: str, resume: bool) -> None:
+    """Refuse what Lightning could not load, or not without running code from it.
+
+    Tensors are mapped, not read, so the size does not matter.
+
+    Args:
+        path: The file.
+        resume: Whether a training is to go on from it, which takes more than weights.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, or not whole, or holds what could run code.
+    """
+    came = f"`ckpt_path` is {path!r}"
+    if not os.path.exists(path):
+        raise MissingFileError(f"{came}, but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.")
+    if os.path.isfile(os.path.join(path, ".metadata")):
+        raise SettingsError(
+            f"{came}, a sharded checkpoint. Torch unpickles those, so loading it could run code from it. If you trust "
+            "whoever made it, set `weights_only` to false."
+        )
+    if os.path.isdir(path):
+        raise SettingsError(
+            f"{came}, a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt."
+        )
+    if not zipfile.is_zipfile(path):
+        raise SettingsError(
+            f"{came}, which is no whole checkpoint ({os.path.getsize(path)} bytes): it is cut short, or something "
+            "else. Take another one, such as the best."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SettingsError(
+            f"{came}, which holds {_what(error)}, not tensors and plain values alone. Loading it could run code, so it "
+            "is not loaded. If you trust whoever made it, set `weights_only` to false."
+        ) from None
+    except Exception as error:
+        raise SettingsError(f"{came}, which cannot be read: {one_line(error)} Take another one.") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        raise SettingsError(
+            f"{came}, which is no checkpoint of a run: it has no `state_dict` beside a Lightning version. "
+            "To start from weights, set `model` to a folder that `save_pretrained` made."
+        )
+    if resume and not {"loops", "optimizer_states"} <= checkpoint.keys():
+        raise SettingsError(f"{came}, which has weights alone. To continue a training, take one with the optimizer.")
+
+
+def _what(error: pickle.UnpicklingError) -> str:
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f"`{found[1]}`" if found else "objects"

@@ -1,0 +1,52 @@
+"""Metrics over response tokens, exact over batches and devices."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_sft.training.losses import LossNormalization, loss_constant
+
+
+class ResponseMetrics(Metric):
+    """Loss, perplexity, accuracy and entropy over response tokens: sums and counts, divided once.
+
+    Args:
+        loss_normalization: What `loss` is divided by, as in training; the other metrics are always per token.
+        normalize_constant: Likewise.
+    """
+
+    full_state_update = False
+    nll: Tensor
+    entropy: Tensor
+    num_top1: Tensor
+    num_tokens: Tensor
+    num_sequences: Tensor
+
+    def __init__(self, loss_normalization: LossNormalization = "token", normalize_constant: float = 1.0) -> None:
+        super().__init__()
+        self._options: dict[str, Any] = {
+            "loss_normalization": loss_normalization,
+            "normalize_constant": normalize_constant,
+        }
+        for name in ("nll", "entropy", "num_top1", "num_tokens", "num_sequences"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, log_probs: Tensor, token_entropy: Tensor, is_top1: Tensor, num_sequences: int) -> None:
+        """Add the response tokens of some sequences; all tensors `(num_response_tokens,)`."""
+        # Not in place: tensors of an evaluation in inference mode could not be changed outside of it.
+        self.nll = self.nll - log_probs.sum()
+        self.entropy = self.entropy + token_entropy.sum()
+        self.num_top1 = self.num_top1 + is_top1.sum()
+        self.num_tokens = self.num_tokens + len(log_probs)
+        self.num_sequences = self.num_sequences + num_sequences
+
+    def compute(self) -> dict[str, Tensor]:
+        """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices."""
+        return {
+            "loss": self.nll / loss_constant(self.num_tokens, self.num_sequences, **self._options),
+            "perplexity": (self.nll / self.num_tokens).exp(),
+            "token_accuracy": self.num_top1 / self.num_tokens,
+            "token_entropy": self.entropy / self.num_tokens,
+        }

@@ -1,0 +1,87 @@
+"""What a model holds from step to step: parameters, gradients and optimizer state."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def binary(size: float) -> str:
+    """Bytes in words."""
+    power = min(max(int(size).bit_length() - 1, 0) // 10, 3)
+    return f"{size / 2 ** (10 * power):,.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def parameter_counts(parameters: Iterable[Tensor]) -> str:
+    """How many there are, and how many of them are trained; of sharded ones, over all devices."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    share = "all of them trained" if trained == total else f"{trained:,} ({trained / total:.2%}) of them trained"
+    return f"{total:,} parameters, {share}"
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes that are held from step to step on one device.
+
+    Attributes:
+        weights: Frozen ones too.
+        gradients: Of what is trained.
+        optimizer: Its state; None if it cannot be found out without values.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + (self.optimizer or 0)
+
+    def share(self, num_shards: int) -> "StateMemory":
+        """What one of so many devices holds."""
+        optimizer = None if self.optimizer is None else -(-self.optimizer // num_shards)
+        return StateMemory(-(-self.weights // num_shards), -(-self.gradients // num_shards), optimizer)
+
+    def __str__(self) -> str:
+        what = "weights and gradients" if self.optimizer is None else "weights, gradients and optimizer"
+        return f"{what}: {binary(self.total)} on each device"
+
+
+def state_memory(parameters: Iterable[Tensor], optimizer: OptimizerFactory) -> StateMemory:
+    """What weights, gradients and optimizer state take; of sharded weights, this process's share.
+
+    The optimizer takes a step on one parameter of each shape, without values. `requires_grad` says what is trained.
+    """
+    weights, trained = 0, Counter[tuple[torch.Size, torch.dtype]]()
+    for parameter in parameters:
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        weights += storage_size(local)
+        trained[local.shape, local.dtype] += parameter.requires_grad
+    trained = +trained
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tried = {nn.Parameter(torch.empty(shape, dtype=dtype)): count for (shape, dtype), count in trained.items()}
+        for parameter in tried:
+            parameter.grad = torch.empty_like(parameter)
+    gradients = sum(storage_size(parameter) * count for parameter, count in tried.items())
+    try:
+        (made := optimizer(tried)).step()
+    except Exception:  # whatever an optimizer raises that reads values
+        return StateMemory(weights, gradients, None)
+    states = {parameter: sum(map(storage_size, state_tensors(made.state.get(parameter, {})))) for parameter in tried}
+    return StateMemory(weights, gradients, sum(states[parameter] * count for parameter, count in tried.items()))
+
+
+def storage_size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def state_tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]

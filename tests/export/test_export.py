@@ -1,0 +1,227 @@
+"""Exported folders: loaded by `transformers` alone, they are the model of the run, to the last bit."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.models import character_tokenizer, tiny_config
+from support.runs import ROWS, Processes, train
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lightning_sft import HuggingFaceExport, SFTModule, export_model
+from lightning_sft.cli.app import main
+from lightning_sft.model.attention import VARLEN, enable_packing
+
+MODELS = {
+    "tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "gpt2": {"model_type": "gpt2"},
+}
+IDS = torch.arange(40).view(2, 20)
+
+
+def build(name, dtype=torch.float32):
+    torch.manual_seed(3)
+    config = tiny_config(num_key_value_heads=1, bos_token_id=None, eos_token_id=128, pad_token_id=128) | MODELS[name]
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def chat_tokenizer():
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    return tokenizer
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def export_command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "export", *map(str, words)])
+    main()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_loads_by_itself_and_gives_the_same_logits(tmp_path, name, dtype):
+    model = build(name, dtype)
+    assert enable_packing(model) is None
+    model.generation_config.temperature = 0.5  # without `do_sample`: published ones are like that
+    config = model.config.to_dict()
+    export_model(model, tmp_path / "out", chat_tokenizer())
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == VARLEN
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded) is type(model)
+    assert loaded.dtype == dtype
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.generation_config.temperature == 0.5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+    assert VARLEN not in (tmp_path / "out" / "config.json").read_text()
+    assert files(tmp_path) == {"out"}
+
+
+def test_weights_are_converted_on_request(tmp_path):
+    model = build("tied")
+    export_model(model, tmp_path / "whole")
+    export_model(model, tmp_path / "out", dtype="bfloat16")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(converted))
+    assert model.dtype == torch.float32
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")  # tied: once
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_run_ends_with_a_folder_and_its_checkpoint_makes_the_same(tmp_path, monkeypatch, precision):
+    run = tmp_path / "run"
+    data = {"val_data": ROWS[:5], "max_length": 60, "prompt_template": "Say {prompt}"}
+    model = build("tied")
+    model.generation_config.top_k = 7
+    result = train(
+        run,
+        data=data,
+        module={"model": model},
+        callbacks=[HuggingFaceExport()],
+        max_steps=3,
+        val_check_interval=3,
+        precision=precision,
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(run / "huggingface")
+    assert loaded.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    for name, weight in loaded.named_parameters():
+        assert torch.equal(weight, result["weights"][name]), name
+    assert torch.equal(logits(loaded), logits(model))
+
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"tokenizer": str(run / "huggingface")}}))
+    export_command(monkeypatch, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--output", tmp_path / "again")
+    assert files(tmp_path / "again") == files(run / "huggingface")
+    for path in set((run / "huggingface").iterdir()) - set((run / "huggingface").glob("tokenizer*")):
+        text = path.read_bytes().replace(b"# huggingface", b"# again")
+        assert text == (tmp_path / "again" / path.name).read_bytes(), path.name
+    restored = SFTModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert restored.model.generation_config.top_k == 7
+
+    card = (run / "huggingface" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lightning-sft"],
+    }
+    cells = [line.strip("| ").split(" | ") for line in card.splitlines()]
+    table = dict(pair for pair in cells if len(pair) == 2)
+    prompts = [f"Say {row['prompt']}" for row in ROWS]
+    assert int(table["train rows"]) == 43
+    assert int(table["train response tokens"].replace(",", "")) == sum(len(row["output"]) + 1 for row in ROWS)
+    assert int(table["train tokens"].replace(",", "")) == sum(map(len, prompts)) + int(
+        table["train response tokens"].replace(",", "")
+    )
+    assert (table["optimizer steps"], table["batch_size"], table["max_length"]) == ("3", "8", "60")
+    assert (table["optimizer"], table["lr"], table["lr_scheduler"]) == ("AdamW", "0.01", "cosine")
+    assert (table["loss_normalization"], table["precision"]) == ("token", precision)
+    (validation,) = map(json.loads, (run / "validations_0.jsonl").read_text().splitlines())
+    for name in ("val/loss", "val/token_accuracy"):
+        assert float(table[name]) == pytest.approx(validation[name], rel=1e-5)
+    assert "Say {prompt}" in card
+
+
+def train_both(folder):
+    for strategy in ("ddp", "fsdp"):
+        module = {"model": build("tied")}
+        train(folder / strategy, module=module, strategy=strategy, max_steps=2, callbacks=[HuggingFaceExport()])
+
+
+def test_two_processes_export_the_whole_model(tmp_path, monkeypatch):
+    assert Processes(train_both, tmp_path, world_size=2).wait() == [0, 0]
+    for strategy in ("ddp", "fsdp"):
+        run = tmp_path / strategy
+        trained = torch.load(run / "result.pt")["weights"]
+        loaded = AutoModelForCausalLM.from_pretrained(run / "huggingface")
+        for name, weight in loaded.named_parameters():
+            assert torch.equal(weight, trained[name]), name
+        assert json.loads((run / "huggingface" / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    words = ["--ckpt_path", run / "checkpoints" / "last.ckpt", "--output", tmp_path / "again"]
+    words += ["--tokenizer", run / "huggingface"]
+    with pytest.raises(SystemExit, match="a sharded checkpoint"):
+        export_command(monkeypatch, *words)
+    export_command(monkeypatch, *words, "--weights_only", "false")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (run / "huggingface" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_nothing_but_an_earlier_export_is_written_over(tmp_path):
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface" / "README.md").write_text("---\ntags:\n- mine\n---\nNotes\n---\ntags:\n- lightning-sft\n")
+    with pytest.raises(ValueError, match="holds something other than an earlier export"):
+        export_model(build("tied"), tmp_path / "huggingface")
+    with pytest.raises(ValueError, match="holds something other than an earlier export"):
+        train(tmp_path, callbacks=[HuggingFaceExport()])
+    assert not (tmp_path / "checkpoints").exists()  # refused before training
+    assert files(tmp_path / "huggingface") == {"README.md"}
+    with pytest.raises(ValueError, match="which is a file"):
+        export_model(build("tied"), tmp_path / "huggingface" / "README.md")
+
+
+def test_an_export_that_stops_half_way_leaves_the_one_before(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    tokenizer, tied, untied = chat_tokenizer(), build("tied"), build("untied")
+
+    def stop(*args):
+        assert files(tmp_path) == {"out", ".out.partial"}
+        raise KeyboardInterrupt
+
+    export_model(tied, folder, tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "save_pretrained", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export_model(untied, folder, tokenizer)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(tied))
+    for name in (".out.partial", ".out.earlier.partial"):  # of one that was killed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model-00001-of-00002.safetensors").touch()
+    export_model(untied, folder, tokenizer)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(untied))
+    assert files(tmp_path) == {"out"}
+    assert "model.safetensors" in files(folder)
+    assert "model-00001-of-00002.safetensors" not in files(folder)
+
+
+def test_a_checkpoint_without_a_tokenizer_or_a_model_is_refused(tmp_path, monkeypatch):
+    train(tmp_path, max_steps=1)
+    last, words = tmp_path / "checkpoints" / "last.ckpt", ["--output", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=r"config\.yaml does not name one\. Give `--tokenizer`"):
+        export_command(monkeypatch, "--ckpt_path", last, *words)
+    (tmp_path / "config.yaml").write_text("data: {tokenizer: {class_path: lightning_sft.examples.demo.word_tokenizer}}")
+    export_command(monkeypatch, "--ckpt_path", last, *words)
+    assert " Finn" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    checkpoint = torch.load(last)
+    del checkpoint["hyper_parameters"]
+    torch.save(checkpoint, last)
+    with pytest.raises(SystemExit, match="says nothing of its model"):
+        export_command(monkeypatch, "--ckpt_path", last, *words)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="there is no complete checkpoint below `runs`"):
+        export_command(monkeypatch, "--ckpt_path", "last", *words)
+
+
+def test_the_chat_template_of_a_run_goes_with_its_exported_checkpoint(tmp_path, monkeypatch):
+    character_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    train(tmp_path, max_steps=1)
+    template = tmp_path / "chat.jinja"
+    template.write_text(chat_tokenizer().chat_template)
+    settings = {"data": {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": str(template)}}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    export_command(monkeypatch, "--ckpt_path", tmp_path / "checkpoints" / "last.ckpt", "--output", tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == chat_tokenizer().chat_template

@@ -1,0 +1,93 @@
+"""FSDP2 on two processes against the model in one piece."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.models import character_tokenizer, tiny_config
+from support.runs import Processes, whole
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_sft import Sampling, log_generations
+from lightning_sft.model.attention import enable_packing
+from lightning_sft.model.log_probs import score_responses
+from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded
+
+MODELS = {
+    "tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "gpt2": {"model_type": "gpt2", "embd_pdrop": 0, "resid_pdrop": 0, "attn_pdrop": 0},
+    "soft-capped": {"model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 8},
+}
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    config = tiny_config(num_key_value_heads=1, bos_token_id=None, eos_token_id=128, pad_token_id=128) | MODELS[name]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+
+
+def score(model, rank, microbatch):
+    ids = torch.arange(12).view(1, 12) + 5 * rank + microbatch
+    return score_responses(model, ids, ids + 1, torch.arange(4, 12), normalize_constant=8.0)["loss"]
+
+
+def compare(folder):
+    """Every process: the same numbers as the whole model, though only the first one has ever held it."""
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for name in MODELS:
+        reference = build(name)
+        model = load_sharded(lambda name=name: build(name, seed=rank), torch.device("cpu"))
+        assert is_sharded(model)
+        assert not is_sharded(reference)
+        for (key, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+            assert torch.equal(whole(ours), theirs), key
+            assert ours.to_local().numel() < theirs.numel(), key
+        for (key, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
+            assert torch.equal(ours, theirs), key
+        assert enable_packing(model) == enable_packing(reference)
+        for microbatch in range(2):
+            with gradient_sync(model, enabled=microbatch == 1):
+                score(model, rank, microbatch).backward()
+            exchanged = [weight.grad is not None for weight in model.parameters()]
+            assert all(exchanged) if microbatch == 1 else not any(exchanged)
+            for each in range(world_size):
+                (score(reference, each, microbatch) / world_size).backward()
+        for (key, ours), theirs in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+            torch.testing.assert_close(whole(ours.grad), theirs[1].grad, msg=lambda text, key=key: f"{key}: {text}")
+        # Three prompts for two processes, one of them with room for four tokens only: as many calls on both, each
+        # until the last response is done.
+        prompts, sampling = ["ab", "abcdef", "a" * 60], Sampling(max_new_tokens=5, temperature=1.0, num_samples=2)
+        arguments = character_tokenizer(), prompts, [None] * len(prompts)
+        alone, _ = log_generations(reference, *arguments, sampling=sampling)
+        for found, _ in (
+            log_generations(model, *arguments, sampling=sampling, max_tokens_per_batch=1),
+            log_generations(reference, *arguments, sampling=sampling, distributed=True),
+        ):
+            for ours, theirs in zip(found, alone, strict=True):
+                assert (ours.index, ours.sample, ours.response) == (theirs.index, theirs.sample, theirs.response)
+                assert ours.stop_reason == theirs.stop_reason
+                assert ours.token_log_probs == pytest.approx(theirs.token_log_probs, rel=1e-4, abs=1e-5)
+    (folder / f"done_{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_the_whole_model(tmp_path):
+    assert Processes(compare, tmp_path, world_size=2).wait() == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def refuse(folder):
+    dist.init_process_group("gloo")
+
+    def build_nothing():
+        raise ValueError("`model` is 'none', which cannot be loaded")
+
+    with pytest.raises(ValueError, match="`model` is 'none'"):
+        load_sharded(build_nothing, torch.device("cpu"))
+    (folder / f"done_{dist.get_rank()}").touch()
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_on_every_process(tmp_path):
+    assert Processes(refuse, tmp_path, world_size=2).wait() == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 2

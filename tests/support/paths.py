@@ -1,0 +1,7 @@
+"""Where things lie in the checkout, and beside it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "lightning_sft"
+SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -1,0 +1,166 @@
+"""Small runs whose every step can be compared; in this process, or in others that can be killed."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from lightning_sft import GenerationMonitor, LastCheckpoint, Sampling, SFTDataModule, SFTModule
+from support.models import character_tokenizer, tiny_config
+
+WORDS = ["tree", "a", "stone river", "of", "light and day", "to", "grass", "sun moon star", "w", "seas"]
+ROWS = [{"prompt": f"{i}:" + "p" * (i % 4), "output": WORDS[i % 10] * (1 + i % 3)} for i in range(43)]
+
+
+SHARDED = {
+    "fsdp": ModelParallelStrategy,
+    "fsdp, one file": partial(ModelParallelStrategy, save_distributed_checkpoint=False),
+}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+class StepLog(L.Callback):
+    """A line for each optimizer step: numbers to the last digit, and which rows this process had."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        rows = [row for microbatch in batch["microbatches"] for row in microbatch["rows"]]
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": trainer.global_step, "rows": sorted(rows), **metrics}) + "\n")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        # Means over correct responses alone stay as they were where this validation has none.
+        shown = (name for name in trainer.callback_metrics if name.startswith("val/") and not name.endswith("correct"))
+        metrics = {name: trainer.callback_metrics[name].item() for name in shown}
+        with open(self.path.with_name(self.path.name.replace("steps", "validations")), "a") as file:
+            file.write(json.dumps({"step": trainer.global_step, **metrics}) + "\n")
+
+
+class FirstGradients(L.Callback):
+    gradients: dict[str, Tensor] | None = None
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.gradients is None:
+            named = pl_module.model.named_parameters()
+            self.gradients = {name: whole(weight.grad) for name, weight in named if weight.requires_grad}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: a process may be killed while it writes one."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def longer_length(response: str, ground_truth: str) -> dict[str, float]:
+    return dict.fromkeys(("format_reward", "answer_reward", "reward"), float(len(response) > 2))
+
+
+def train(
+    folder: Path,
+    *,
+    data: dict[str, Any] | None = None,
+    module: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    strategy: str = "auto",
+    every_n_steps: int | None = None,
+    generate: bool = False,
+    callbacks: list[L.Callback] | None = None,
+    **trainer_options: Any,
+) -> dict[str, Any]:
+    """One run of AdamW with a schedule and clipping; continues from the folder's last checkpoint if there is one."""
+    torch.set_num_threads(1)
+    log, first = StepLog(folder / f"steps_{os.environ.get('RANK', 0)}.jsonl"), FirstGradients()
+    folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"optimizer": adamw, "warmup_steps": 2, "model_kwargs": {"dtype": getattr(torch, dtype)}}
+    sft = SFTModule(**({"model": tiny_config(**(config or {}))} | options | (module or {})))
+    sampling = Sampling(max_new_tokens=4, temperature=1.0)
+    monitor = [GenerationMonitor(longer_length, num_prompts=3, every_n_steps=5, sampling=sampling)] if generate else []
+    trainer = L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": int(os.environ.get("WORLD_SIZE", 1)),
+            "strategy": SHARDED[strategy]() if strategy in SHARDED else strategy,
+            "max_steps": 20,
+            "default_root_dir": folder,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "callbacks": [log, first, *monitor, LastCheckpoint(every_n_steps), *(callbacks or ())],
+        }
+        | trainer_options
+    )
+    rows = SFTDataModule(character_tokenizer(), **({"train_data": ROWS, "batch_size": 8} | (data or {})))
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(sft, rows, ckpt_path=last if last.exists() else None)
+    result = {
+        "losses": [line["train/loss"] for line in read_log(log.path)],
+        "gradients": first.gradients,
+        "weights": {name: whole(weight) for name, weight in sft.model.named_parameters()},
+    }
+    if trainer.is_global_zero:
+        torch.save(result, folder / "result.pt")
+    return result
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
+
+
+# -- in processes of their own -----------------------------------------------------------------------------------
+
+
+class Processes:
+    """The same function in one process for each rank, as a launcher would start them; on loopback only."""
+
+    def __init__(self, function: Any, *args: Any, world_size: int = 1, **kwargs: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["lightning_sft.cli.app"])  # imported once
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.ranks = []
+        for rank in range(world_size):
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+            environment |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
+            environment |= {"TORCHELASTIC_RUN_ID": "test"}  # a launcher is there already
+            environment = environment if world_size > 1 else {}
+            self.ranks.append(context.Process(target=_call, args=(environment, function, args, kwargs)))
+            self.ranks[-1].start()
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """Exit codes; whoever is late is ended."""
+        for process in self.ranks:
+            process.join(timeout)
+        self.kill()
+        return [process.exitcode for process in self.ranks]
+
+    def kill(self) -> None:
+        """At once, their workers too: each leads a group of its own."""
+        for process in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+
+
+def _call(environment: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that a user starts
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    function(*args, **kwargs)

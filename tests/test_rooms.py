@@ -1,0 +1,59 @@
+"""The rooms of the package: imports run one way, and importing does nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+
+import lightning_sft
+
+
+def run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_imports_run_one_way():
+    """The contract is in pyproject.toml."""
+    pytest.importorskip("importlinter")
+    subprocess.run(["lint-imports"], check=True, timeout=120)
+
+
+def test_importing_starts_no_device_and_no_verifier():
+    run(
+        "import sys, torch, lightning_sft\n"
+        "for name in lightning_sft.__all__:\n"
+        "    getattr(lightning_sft, name)\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'math_verify' not in sys.modules\n"
+    )
+
+
+def test_every_public_name_can_be_imported_and_listed():
+    assert set(lightning_sft.__all__) <= set(dir(lightning_sft))
+    assert all(getattr(lightning_sft, name).__name__ == name for name in lightning_sft.__all__)
+
+
+@pytest.mark.parametrize("name", ["lightning_sft.no_such_name", "lightning_sft.Sampler"])
+def test_a_name_that_is_not_there_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match="has no attribute"):
+        getattr(lightning_sft, name.rpartition(".")[2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenize_prompt_and_output",
+        "compute_entropy",
+        "get_response_log_probs",
+        "masked_normalize",
+        "sft_microbatch_train_step",
+        "log_generations",
+        "r1_zero_reward",
+    ],
+)
+def test_helpers_bring_neither_lightning_nor_datasets(name):
+    run(
+        f"import sys\nfrom lightning_sft import {name}\n"
+        "brought = {'lightning', 'pytorch_lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
+        "assert not brought, brought"
+    )

@@ -1,0 +1,133 @@
+"""Steps that are no numbers, strategies that cannot train, runs that have to be the same."""
+
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from support.models import tiny_model
+from support.runs import ROWS, adamw, read_log, train
+
+from lightning_sft import SFTModule
+from lightning_sft.training.module import _leave_inference_mode
+from lightning_sft.training.outcome import StepOutcome
+from lightning_sft.training.trainer_checks import check_trainer
+
+# Every "z" is a NaN: the only row with one stands in line 12.
+POISONED = [*ROWS[:11], {"prompt": "z", "output": "zzz"}, *ROWS[11:22]]
+
+
+def poisoned_model():
+    torch.manual_seed(0)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ord("z")] = torch.nan
+    return model
+
+
+def poisoned(folder, **options):
+    module = {"model": poisoned_model()} | options.pop("module", {})
+    return train(folder, data={"train_data": POISONED}, module=module, **options)
+
+
+def test_a_step_that_is_no_number_stops_the_run_names_its_rows_and_is_never_saved(tmp_path):
+    with pytest.raises(FloatingPointError) as error_info:
+        poisoned(tmp_path, every_n_steps=1)
+    log = read_log(tmp_path / "steps_0.jsonl")
+    message = str(error_info.value)
+    assert message.startswith(f"Optimizer step {len(log) + 1} has the loss nan and the gradient norm nan; its rows")
+    assert "row 12" in message
+    assert not any("row 12" in step["rows"] for step in log)
+    if log:
+        checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt")
+        assert checkpoint["global_step"] == len(log)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_train_end", "on_save_checkpoint"])
+def test_what_is_still_on_the_device_is_read_before_anything_relies_on_it(hook):
+    """On CUDA a step is looked at one step later, but no checkpoint, validation or end comes in between."""
+    module = SFTModule(tiny_model())
+    module._unchecked = StepOutcome(3, ["row 1"], loss=torch.tensor(torch.nan))
+    with pytest.raises(FloatingPointError, match="Optimizer step 3 has the loss nan; its rows on this device: row 1"):
+        getattr(module, hook)(*([{}] if hook == "on_save_checkpoint" else []))
+
+
+def test_an_infinite_gradient_norm_stops_the_run_too(tmp_path):
+    class Explode(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 3:
+                next(pl_module.parameters()).grad.fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError, match=r"step 4 has the loss .* and the gradient norm inf; its rows"):
+        train(tmp_path, callbacks=[Explode()])
+
+
+def test_skipped_steps_leave_weights_optimizer_and_schedule_alone_and_are_counted(tmp_path):
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = self.snapshot(pl_module)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rows = [row for microbatch in batch["microbatches"] for row in microbatch["rows"]]
+            unchanged = [torch.equal(a, b) for a, b in zip(self.before, self.snapshot(pl_module), strict=True)]
+            seen.append(("row 12" in rows, all(unchanged), trainer.callback_metrics["train/skipped_steps"].item()))
+
+        @staticmethod
+        def snapshot(module):
+            weights = [weight.detach().nan_to_num(7.0) for weight in module.parameters()]
+            states = [state["exp_avg"] for state in module.optimizers().state.values()]
+            states += [torch.zeros_like(weights[i]) for i in range(len(states), len(weights))]
+            return [t.clone() for t in (*weights, *states, torch.tensor(module.lr_schedulers().last_epoch))]
+
+    poisoned(tmp_path, module={"nonfinite": "skip"}, callbacks=[Watch()], max_steps=6)
+    assert [unchanged for _, unchanged, _ in seen] == [bad for bad, _, _ in seen]
+    assert [bad for bad, _, _ in seen].count(True) == 2  # once in each epoch of 3 steps
+    counts = [count for _, _, count in seen]
+    assert counts == [sum(bad for bad, _, _ in seen[: i + 1]) for i in range(6)]
+    again = poisoned(tmp_path, module={"nonfinite": "skip"}, max_steps=9)  # goes on from the checkpoint
+    assert read_log(tmp_path / "steps_0.jsonl")[-1]["train/skipped_steps"] == 3
+    assert len(again["losses"]) == 9
+
+
+def test_deterministic_runs_are_equal_to_the_last_bit(tmp_path):
+    runs = [train(tmp_path / name, config={"attention_dropout": 0.3}, deterministic=True) for name in "ab"]
+    torch.use_deterministic_algorithms(False)  # Lightning leaves it on
+    for one, other in zip(*(run["weights"].values() for run in runs), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_cannot_train_are_refused_with_the_way_out(name):
+    module = SFTModule(tiny_model(), optimizer=adamw)
+    module._trainer = type("Trainer", (), {"strategy": type(name, (), {})()})()
+    with pytest.raises(ValueError, match=rf"`trainer.strategy` is {name}, which cannot .* `--config fsdp`"):
+        module.configure_model()
+
+
+def test_a_device_without_float64_is_refused():
+    strategy = type("SingleDeviceStrategy", (), {"root_device": torch.device("mps")})()
+    with pytest.raises(ValueError, match=r"`trainer.accelerator` is MPS, which has no float64.* Set it to 'cpu'"):
+        check_trainer(
+            SimpleNamespace(strategy=strategy, precision_plugin=None, callbacks=[], state=SimpleNamespace(fn="fit"))
+        )
+
+
+def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
+    seen = []
+
+    class Module(L.LightningModule):
+        def validation_step(self, batch, batch_idx):
+            seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    _leave_inference_mode(trainer)
+    trainer.validate(Module(), [0], verbose=False)
+    assert seen == [(False, False)]
+
+
+def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):
+    monkeypatch.setattr("lightning_sft.training.module.is_sharded", lambda module: True)
+    with pytest.raises(ValueError, match="`compile` is true, but the model is sharded"):
+        SFTModule(tiny_model(), compile=True).configure_model()

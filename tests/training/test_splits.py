@@ -1,0 +1,123 @@
+"""How a step is split over microbatches, layouts and processes changes nothing."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from support.runs import Processes, read_log, train
+
+# 43 rows in steps of 8: the last step of an epoch has 3 rows, and of these longest first, one process gets 1 of them.
+NORMALIZATIONS = {"token": {}, "sequence": {"loss_normalization": "sequence", "normalize_constant": 7.0}}
+TOLERANCES = {"float32": {"rtol": 1e-4, "atol": 2e-6}, "float64": {"rtol": 1e-10, "atol": 1e-13}}
+CASES = list(product(NORMALIZATIONS, TOLERANCES))
+SPLITS = {
+    "8 microbatches": {"gradient_accumulation_steps": 8},
+    "by tokens": {"max_tokens_per_microbatch": 70},
+    "padded": {"layout": "padded"},
+    "padded, by tokens": {"layout": "padded", "max_tokens_per_microbatch": 70},
+    "workers": {"num_workers": 1, "gradient_accumulation_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def whole_steps(tmp_path_factory):
+    """The reference: every step in one piece, on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        (normalization, dtype): train(
+            folder / f"{normalization}_{dtype}", module=NORMALIZATIONS[normalization], dtype=dtype
+        )
+        for normalization, dtype in CASES
+    }
+
+
+def assert_same(result, reference, dtype):
+    tolerance = TOLERANCES[dtype]
+    assert len(result["losses"]) == 20
+    torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(reference["losses"]), rtol=1e-5, atol=0)
+    for kind in ("gradients", "weights"):
+        assert result[kind].keys() == reference[kind].keys()
+        for name, tensor in result[kind].items():
+            torch.testing.assert_close(
+                tensor, reference[kind][name], **tolerance, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_step_in_pieces_is_the_step_in_one_piece(tmp_path, whole_steps, split):
+    for normalization, dtype in CASES:
+        folder = tmp_path / f"{normalization}_{dtype}"
+        result = train(folder, data=SPLITS[split], module=NORMALIZATIONS[normalization], dtype=dtype)
+        assert_same(result, whole_steps[normalization, dtype], dtype)
+
+
+class CountReductions(L.Callback):
+    """Counts how often DDP averages gradients; a tiny model's are all in one bucket."""
+
+    calls = 0
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.strategy.model.register_comm_hook(None, self.average)
+
+    def average(self, state, bucket):
+        self.calls += 1
+        gradient = bucket.buffer() / torch.distributed.get_world_size()
+        work = torch.distributed.all_reduce(gradient, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def on_train_end(self, trainer, pl_module):
+        Path(trainer.default_root_dir, f"reductions_{trainer.global_rank}").write_text(str(self.calls))
+
+
+def train_all(folder, module=None, **options):
+    """All cases one after another in one process group; what `train` returns is in each case's folder."""
+    for normalization, dtype in CASES:
+        callbacks = [CountReductions()] if options["strategy"] == "ddp" else []
+        settings = NORMALIZATIONS[normalization] | (module or {})
+        train(folder / f"{normalization}_{dtype}", module=settings, dtype=dtype, callbacks=callbacks, **options)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("ddp", {"data": {"max_tokens_per_microbatch": 60}}),
+        ("fsdp", {"data": {"max_tokens_per_microbatch": 60}}),
+        ("fsdp", {"data": {"gradient_accumulation_steps": 3}, "module": {"sync_every_microbatch": False}}),
+    ],
+    ids=["ddp", "fsdp", "fsdp, gradients exchanged once"],
+)
+def test_two_processes_are_one(tmp_path, whole_steps, strategy, options):
+    processes = Processes(train_all, tmp_path, strategy=strategy, **options, world_size=2)
+    assert processes.wait(timeout=240) == [0, 0]
+    for normalization, dtype in CASES:
+        folder = tmp_path / f"{normalization}_{dtype}"
+        assert_same(torch.load(folder / "result.pt"), whole_steps[normalization, dtype], dtype)
+        logs = [read_log(folder / f"steps_{rank}.jsonl") for rank in (0, 1)]
+        assert sorted(len(step["rows"]) for log in logs for step in log[5:6]) == [1, 2]
+        if strategy == "ddp":
+            assert [(folder / f"reductions_{rank}").read_text() for rank in (0, 1)] == ["20", "20"]
+
+
+def test_a_process_without_a_row_takes_part(tmp_path):
+    """Steps of 6 of 43 rows: the last has one row, which only one of the processes gets."""
+    data = {"batch_size": 6, "gradient_accumulation_steps": 2}
+    one = train(tmp_path / "one", data=data)
+    for strategy in ("ddp", "fsdp"):
+        assert Processes(train, tmp_path / strategy, data=data, strategy=strategy, world_size=2).wait() == [0, 0]
+        assert_same(torch.load(tmp_path / strategy / "result.pt"), one, "float32")
+        rows = [read_log(tmp_path / strategy / f"steps_{rank}.jsonl")[7]["rows"] for rank in (0, 1)]
+        assert sorted(map(len, rows)) == [0, 1], json.dumps(rows)
+
+
+def test_a_sharded_model_in_half_precision_stays_close(tmp_path, whole_steps):
+    """Blocks are gathered in bfloat16; weights, sums of gradients and the optimizer stay in float32."""
+    processes = Processes(train, tmp_path, strategy="fsdp", precision="bf16-mixed", world_size=2)
+    assert processes.wait() == [0, 0]
+    result, reference = torch.load(tmp_path / "result.pt"), whole_steps["token", "float32"]
+    assert result["losses"] == pytest.approx(reference["losses"], rel=0.02)
+    assert result["losses"] != pytest.approx(reference["losses"], rel=1e-6)
+    for kind in ("gradients", "weights"):
+        assert {tensor.dtype for tensor in result[kind].values()} == {torch.float32}
