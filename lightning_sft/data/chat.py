@@ -20,7 +20,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_type
-from lightning_sft.data.tokenization import Example
+from lightning_sft.data.example import Example
 from lightning_sft.errors import MissingFileError, SettingsError, one_line, shorten
 
 TrainOnTurns = Literal["all", "last"]
@@ -342,8 +342,8 @@ class ChatTemplate:
             apart = [next(piece_ids) for _ in range(len(bounds) - 1)]
             whole = list(chain(*apart)) == ids
             first, *rest = accumulate(map(len, apart[:-1])) if whole else self._ends(each, ids)
-            gaps = [*rest, len(ids)] if rest[-1] < len(ids) else rest[:-1]
-            yield Example(input_ids=ids, num_prompt_tokens=first, gaps=gaps)
+            spans = [*rest, len(ids)] if rest[-1] < len(ids) else rest[:-1]
+            yield Example(input_ids=ids, num_prompt_tokens=first, excluded_spans=spans)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
@@ -412,4 +412,4 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         (encoded,) = template.encode([template.write(Conversation(example))])
     except SettingsError:  # no template, or one for other conversations: nothing was learnt with it
         return None
-    return encoded["input_ids"][min([*encoded.get("gaps", ()), len(encoded["input_ids"])]) - 1]
+    return encoded.input_ids[min([*encoded.excluded_spans, len(encoded.input_ids)]) - 1]

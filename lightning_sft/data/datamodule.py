@@ -18,6 +18,7 @@ from lightning_sft.checks import check_integer, check_type
 from lightning_sft.data.chat import TrainOnTurns, read_chat_template, with_chat_template
 from lightning_sft.data.encoding import (
     EncodedRows,
+    Encoding,
     RowEncoder,
     TooLong,
     content_hash,
@@ -26,7 +27,7 @@ from lightning_sft.data.encoding import (
     render_prompts,
 )
 from lightning_sft.data.mixture import Share, open_weighted, read_weights, shares
-from lightning_sft.data.plan import BatchPlan, Layout
+from lightning_sft.data.plan import BatchPlan, Layout, StepRule
 from lightning_sft.data.preview import Preview, SplitStatistics, marked_rows
 from lightning_sft.data.rows import Data, Row, RowFormat, Source, open_sources
 from lightning_sft.data.shown import shown_data
@@ -148,18 +149,14 @@ class SFTDataModule(L.LightningDataModule):
             raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
         check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
         check_type("val_fraction", val_fraction, Real, "a share of the rows")
-        check_type("append_eos", append_eos, bool, "true or false")
         check_type("streaming", streaming, bool, "true or false")
         check_type("shuffle_buffer", shuffle_buffer, Integral, "a whole number")
-        check_integer("max_length", max_length, optional=True)
         check_integer("num_workers", num_workers, optional=True)
         check_integer("num_proc", num_proc, optional=True)
         counts = (("num_workers", num_workers, 0), ("num_proc", num_proc, 1), ("shuffle_buffer", shuffle_buffer, 1))
         for name, value, least in counts:
             if value is not None and value < least:
                 raise SettingsError(f"`{name}` is {value}, expected at least {least}.")
-        if too_long not in get_args(TooLong):
-            raise SettingsError(f"`too_long` is {too_long!r}, expected one of {', '.join(get_args(TooLong))}.")
         if layout is not None and layout not in get_args(Layout):
             raise SettingsError(f"`layout` is {layout!r}, expected one of {', '.join(get_args(Layout))}.")
         if not 0.0 <= val_fraction < 1.0:
@@ -179,10 +176,6 @@ class SFTDataModule(L.LightningDataModule):
             raise SettingsError(
                 f"`num_workers` is {num_workers}, expected 0 or 1 with `streaming`, which reads one row after another."
             )
-        if max_length is not None and max_length < 2:
-            raise SettingsError(
-                f"`max_length` is {max_length}, expected at least 2: a prompt token and a response token."
-            )
         self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self._data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
         for split in ("val", "test", "predict"):
@@ -195,20 +188,10 @@ class SFTDataModule(L.LightningDataModule):
         columns, chat = (prompt_field, output_field, ground_truth_field), (train_on_turns, chat_template_kwargs)
         self._row_format = RowFormat(*columns, prompt_template, row_transform, *chat)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
-        self._encode_options: dict[str, Any] = {
-            "max_length": max_length,
-            "too_long": too_long,
-            "append_eos": append_eos,
-        }
+        self._encoding = Encoding(max_length, too_long, append_eos)
         self._num_proc = num_proc
         self._val_fraction = val_fraction
-        self._batch_rule: dict[str, Any] = {
-            "batch_size": batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "max_tokens_per_microbatch": max_tokens_per_microbatch,
-            "seed": seed,
-        }
-        BatchPlan([1], [1], **self._batch_rule)  # refuses bad rules now rather than after tokenising
+        self._rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)
         self.layout = layout
         self._num_workers = num_workers
         self.streaming, self._shuffle_buffer = streaming, shuffle_buffer
@@ -261,7 +244,7 @@ class SFTDataModule(L.LightningDataModule):
                         f"`val_fraction` is {self._val_fraction}, but `train_data` has one row, which cannot be split."
                     )
                 numbers = Dataset.from_dict({"row": range(len(rows))})
-                parts = numbers.train_test_split(self._val_fraction, seed=self._batch_rule["seed"])
+                parts = numbers.train_test_split(self._val_fraction, seed=self._rule.seed)
                 self._rows["val"] = rows.select(read_numbers(parts["test"], "row"))
                 self._rows["train"] = rows.select(self._by_source(read_numbers(parts["train"], "row")))
             elif split != "val" or stage == TrainerFn.VALIDATING:
@@ -276,7 +259,7 @@ class SFTDataModule(L.LightningDataModule):
             sources, counts = open_weighted(weights, argument)
         else:
             sources = open_sources(cast(Data, self._data[split]), argument)
-        rows = encode_rows(sources, self._row_format, self.tokenizer, num_proc=self._num_proc, **self._encode_options)
+        rows = encode_rows(sources, self._row_format, self.tokenizer, self._encoding, self._num_proc)
         self._report(split, sources, rows)
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
             bounds = pairwise([0, *accumulate(counts)])
@@ -285,7 +268,7 @@ class SFTDataModule(L.LightningDataModule):
 
     @property
     def _encoder(self) -> RowEncoder:
-        return RowEncoder(self._row_format, self.tokenizer, **self._encode_options)
+        return RowEncoder(self._row_format, self.tokenizer, self._encoding)
 
     def _open_stream(self) -> Dataset:
         """The first rows: they are shown, prompt the model where there are no others, and tell of errors early."""
@@ -327,7 +310,7 @@ class SFTDataModule(L.LightningDataModule):
 
     @property
     def _length_limit(self) -> str:
-        return f"longer than `max_length` = {self._encode_options['max_length']} tokens"
+        return f"longer than `max_length` = {self._encoding.max_length} tokens"
 
     def _load_prompts(self) -> Dataset:
         if self._data["predict"] is None:
@@ -401,7 +384,7 @@ class SFTDataModule(L.LightningDataModule):
                 for name, column in (("tokens", "num_tokens"), ("response tokens", "num_response_tokens")):
                     sizes[name] = int(read_numbers(rows, column).sum())
                 self._facts |= {split: source, **{f"{split} {name}": size for name, size in sizes.items()}}
-        options = self._batch_rule | self._encode_options
+        options = vars(self._rule) | vars(self._encoding)
         return {
             "data": dict(self._facts),
             "settings": {name: options[name] for name in ("batch_size", "max_length", "too_long", "seed")},
@@ -412,11 +395,13 @@ class SFTDataModule(L.LightningDataModule):
 
     def _plan(self, split: str, **options: Any) -> BatchPlan:
         world_size = self.trainer.world_size if self.trainer else 1
-        rule = self._batch_rule | {"world_size": world_size} | options
+        options = {"world_size": world_size} | options
         if split == "train" and self._shares:
-            rule["sources"] = [(share.num_rows, share.num_taken) for share in self._shares]
-        counts = (read_numbers(self._rows[split], column) for column in ("num_tokens", "num_response_tokens"))
-        return plan_steps(*counts, **rule)
+            options["sources"] = [(share.num_rows, share.num_taken) for share in self._shares]
+        num_tokens, num_response_tokens = (
+            read_numbers(self._rows[split], column) for column in ("num_tokens", "num_response_tokens")
+        )
+        return plan_steps(num_tokens, num_response_tokens, self._rule, **options)
 
     def training_plan(self, world_size: int) -> BatchPlan:
         """The optimizer steps of training; the rows are read if they are not yet.
@@ -434,7 +419,7 @@ class SFTDataModule(L.LightningDataModule):
         """
         self._load_rows(TrainerFn.FITTING)
         lengths = np.sort(np.maximum(read_numbers(self._rows["train"], "num_tokens") - 1, 1))[::-1].tolist()
-        if self.streaming and (limit := self._encode_options["max_length"]) is not None:
+        if self.streaming and (limit := self._encoding.max_length) is not None:
             lengths[0] = max(limit - 1, 1)
         return lengths
 
@@ -447,18 +432,17 @@ class SFTDataModule(L.LightningDataModule):
         Raises:
             ValueError: If they allow anything.
         """
-        budget, longest = self._batch_rule["max_tokens_per_microbatch"], self._encode_options["max_length"]
+        budget, longest = self._rule.max_tokens_per_microbatch, self._encoding.max_length
         if budget is None and longest is None:
             raise SettingsError(
                 "Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`, or `max_length`."
             )
-        length = min(longest - 1 if longest else budget, budget or longest)
-        most = -(
-            -self._batch_rule["batch_size"] // (world_size * (self._batch_rule["gradient_accumulation_steps"] or 1))
-        )
+        limits = [limit for limit in (budget, None if longest is None else longest - 1) if limit is not None]
+        length, num_microbatches = min(limits), self._rule.gradient_accumulation_steps or 1
+        most = -(-self._rule.batch_size // (world_size * num_microbatches))
         num_sequences = most if budget is None else min(budget // length, most)
         lengths = [length] * num_sequences
-        is_split = budget is not None or (self._batch_rule["gradient_accumulation_steps"] or 1) > 1
+        is_split = budget is not None or num_microbatches > 1
         return lengths, lengths, 2 if is_split else 1
 
     def _plan_training(self) -> None:
@@ -517,16 +501,16 @@ class SFTDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> PromptLoader:
         """Lists of rows with `index`, `prompt`, `ground_truth` and `is_chat`: the same ones on every device."""
         world_size = self.trainer.world_size if self.trainer else 1
-        return PromptLoader(self.prompts("predict"), self._batch_rule["batch_size"] * world_size)
+        return PromptLoader(self.prompts("predict"), self._rule.batch_size * world_size)
 
     def _loader(self, split: str, num_steps: int, first_step: Callable[[], int] = lambda: 0) -> StepLoader:
         rank = self.trainer.global_rank if self.trainer else 0
         pin = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         how = (rank, pad_token_id(self.tokenizer), self.layout_for(getattr(self.trainer, "lightning_module", None)))
         if split == "train" and self.streaming:
-            rule = self._batch_rule | {"world_size": self.trainer.world_size if self.trainer else 1}
+            world_size = self.trainer.world_size if self.trainer else 1
             order = {"shuffle_buffer": self._shuffle_buffer} | self._stream_order
-            steps = StreamedSteps(self._streams, self._encoder, rule, *how, **order)
+            steps = StreamedSteps(self._streams, self._encoder, self._rule, world_size, *how, **order)
             return StreamLoader(steps, num_steps, self._num_workers, first_step, self._places, self.tokenizer, pin)
         dataset = StepDataset(self._rows[split], self._plans[split], *how)
         return StepLoader(dataset, num_steps, self._num_workers, first_step, self.tokenizer, pin)
@@ -553,12 +537,12 @@ class SFTDataModule(L.LightningDataModule):
             return {}
         if self.streaming:
             step = self.trainer.global_step if self.trainer else 0
-            rule = {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+            rule = {name: getattr(self._rule, name) for name in ("batch_size", "seed")}
             return {"streaming": True, "shuffle_buffer": self._shuffle_buffer, **rule, "last": self._places.get(step)}
         if not self._identity:
             rows = self._rows["train"]
             self._identity = {"num_rows": len(rows), "rows": content_hash(rows)}
-            self._identity |= {name: self._batch_rule[name] for name in ("batch_size", "seed")}
+            self._identity |= {name: getattr(self._rule, name) for name in ("batch_size", "seed")}
             if self._shares:
                 self._identity["weights"] = [[share.num_rows, share.num_taken] for share in self._shares]
         return self._identity

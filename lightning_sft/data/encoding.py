@@ -13,13 +13,43 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data import chat, rows, tokenization
+from lightning_sft.checks import check_choice, check_integer, check_type
+from lightning_sft.data import chat, example, rows, tokenization
 from lightning_sft.data.chat import ChatTemplate
+from lightning_sft.data.example import Example
 from lightning_sft.data.rows import Row, RowFormat, Source, cache_folder
-from lightning_sft.data.tokenization import encode_examples, num_response_labels
+from lightning_sft.data.tokenization import encode_examples
 from lightning_sft.errors import SettingsError, located, shorten
 
 TooLong = Literal["error", "drop", "truncate"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become token ids.
+
+    Args:
+        max_length: The most tokens of prompt and response together, EOS included; no limit if None.
+        too_long: What happens to longer rows: an error, or they are dropped, or cut at the end (losing their EOS). A
+            row whose prompt alone leaves no room for a response is dropped under `truncate` too.
+        append_eos: Whether each response ends in EOS. Conversations end as the chat template has it.
+
+    Raises:
+        SettingsError: If an argument is of another type or out of range.
+    """
+
+    max_length: int | None = None
+    too_long: TooLong = "error"
+    append_eos: bool = True
+
+    def __post_init__(self) -> None:
+        check_integer("max_length", self.max_length, optional=True)
+        if self.max_length is not None and self.max_length < 2:
+            raise SettingsError(
+                f"`max_length` is {self.max_length}, expected at least 2: a prompt token and a response token."
+            )
+        check_choice("too_long", self.too_long, TooLong)
+        check_type("append_eos", self.append_eos, bool, "true or false")
 
 
 @dataclass(frozen=True)
@@ -27,9 +57,10 @@ class EncodedRows:
     """Tokenised rows and what became of the over-long ones.
 
     `dataset` has the columns `prompt`, `output`, `ground_truth` (text), `is_chat`, `input_ids`, `num_prompt_tokens`,
-    `gaps` (`Example`), `num_tokens`, `num_response_tokens` (labels that count in the loss) and `where` (`line 3`, or of
-    several sources `line 3 of b.jsonl`). Of a conversation, `prompt` is all up to the assistant's last turn that is
-    learnt, `output` this turn and `ground_truth` what it says. `sizes` are the numbers of rows of each source in it.
+    `excluded_spans` (`Example`), `num_tokens`, `num_response_tokens` (labels that count in the loss) and `location`
+    (`line 3`, or of several sources `line 3 of b.jsonl`). Of a conversation, `prompt` is all up to the assistant's last
+    turn that is learnt, `output` this turn and `ground_truth` what it says. `sizes` are the numbers of rows of each
+    source in it.
     """
 
     dataset: Dataset
@@ -42,10 +73,7 @@ def encode_rows(
     sources: Sequence[Source],
     row_format: RowFormat,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None = None,
-    too_long: TooLong = "error",
-    append_eos: bool = True,
+    encoding: Encoding = Encoding(),
     num_proc: int | None = None,
 ) -> EncodedRows:
     """Tokenise all rows; results are cached on disk by the content of everything they depend on.
@@ -54,16 +82,13 @@ def encode_rows(
         sources: From `open_sources`.
         row_format: Which columns are what.
         tokenizer: Any Hugging Face tokenizer.
-        max_length: Most tokens of prompt and response together, EOS included; no limit if None.
-        too_long: What happens to longer rows: an error, or they are dropped, or cut at the end (losing their EOS).
-            A row whose prompt alone leaves no room for a response is dropped under `"truncate"` too.
-        append_eos: Whether each response ends in EOS. Conversations end as the chat template has it.
+        encoding: How rows become token ids.
         num_proc: Worker processes; one for each 20,000 rows, at most 8, if None.
 
     Raises:
         ValueError: If a row is malformed, has no response token, or is too long; the message names file and row.
     """
-    encode = RowEncoder(row_format, tokenizer, max_length, too_long, append_eos)
+    encode = RowEncoder(row_format, tokenizer, encoding)
     key = encode.fingerprint()
     cache_folder().mkdir(parents=True, exist_ok=True)
     parts = []
@@ -125,10 +150,12 @@ def render_prompts(sources: Sequence[Source], row_format: RowFormat, tokenizer: 
 def content_hash(dataset: Dataset) -> str:
     """Of all token ids in order, and where prompts end: what a run's place in its data depends on."""
     hasher = hashlib.blake2b(digest_size=8)
-    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "gaps", "num_tokens"]).with_format("arrow")
+    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "excluded_spans", "num_tokens"]).with_format(
+        "arrow"
+    )
     for table in columns.iter(batch_size=10_000):
-        ids, gaps = (table[name].combine_chunks().flatten() for name in ("input_ids", "gaps"))
-        for column in (ids, table["num_prompt_tokens"], gaps, table["num_tokens"]):
+        ids, spans = (table[name].combine_chunks().flatten() for name in ("input_ids", "excluded_spans"))
+        for column in (ids, table["num_prompt_tokens"], spans, table["num_tokens"]):
             hasher.update(column.to_numpy())
     return hasher.hexdigest()
 
@@ -151,10 +178,10 @@ _ENCODED_FEATURES = Features(
         "is_chat": Value("bool"),
         "input_ids": [Value("int32")],
         "num_prompt_tokens": Value("int32"),
-        "gaps": [Value("int32")],
+        "excluded_spans": [Value("int32")],
         "num_tokens": Value("int32"),
         "num_response_tokens": Value("int32"),
-        "where": Value("string"),
+        "location": Value("string"),
         "is_truncated": Value("bool"),
     }
 )
@@ -162,20 +189,18 @@ _ENCODED_FEATURES = Features(
 
 @dataclass
 class RowEncoder:
-    """Turns rows into token ids, by the arguments of `encode_rows`; called by `datasets` with batches of rows."""
+    """Turns rows into token ids; called by `datasets` with batches of rows."""
 
     row_format: RowFormat
     tokenizer: PreTrainedTokenizerBase
-    max_length: int | None
-    too_long: TooLong
-    append_eos: bool
+    encoding: Encoding
 
     def __call__(
         self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool
     ) -> dict[str, list[Any]]:
         columns = self.encode(source.decode(batch, indices))
         if not keep_name:
-            columns["where"] = [where.removesuffix(f" of {source.name}") for where in columns["where"]]
+            columns["location"] = [where.removesuffix(f" of {source.name}") for where in columns["location"]]
         return columns
 
     def encode(self, rows: Iterable[tuple[str, Row]]) -> dict[str, list[Any]]:
@@ -201,31 +226,31 @@ class RowEncoder:
             places.append(where)
         plain = [text for text in texts if "chat" not in text]
         prompts, outputs = [text["prompt"] for text in plain], [text["output"] for text in plain]
-        examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.append_eos))
+        examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.encoding.append_eos))
         chats = template.encode([text["chat"] for text in texts if "chat" in text])
 
         encoded = []
         for where, text in zip(places, texts, strict=True):
             with located(where):
                 example = next(chats if "chat" in text else examples)
-            ids, num_prompt_tokens, gaps = example["input_ids"], example["num_prompt_tokens"], example.get("gaps", [])
-            if not num_response_labels(len(ids), num_prompt_tokens, gaps):
+            ids, num_prompt_tokens = example.input_ids, example.num_prompt_tokens
+            if not example.num_response_labels:
                 raise SettingsError(
                     f"{where}: no response token to learn from; `{self.row_format.output_field}` is "
                     f"{shorten(text['output'])}. Remove the row, or set `append_eos=True`."
                 )
-            over = self.max_length is not None and len(ids) > self.max_length
-            if over and self.too_long == "error":
+            over = self.encoding.max_length is not None and len(ids) > self.encoding.max_length
+            if over and self.encoding.too_long == "error":
                 raise SettingsError(
                     f"{where}: {len(ids)} tokens ({num_prompt_tokens} of the prompt) exceed `max_length` = "
-                    f'{self.max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
+                    f'{self.encoding.max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
                 )
-            ids = ids[: self.max_length]
-            gaps = [min(bound, len(ids)) for bound in gaps]
-            num_labels = num_response_labels(len(ids), num_prompt_tokens, gaps)
-            if not (over and (self.too_long == "drop" or not num_labels)):
+            ids = ids[: self.encoding.max_length]
+            spans = [min(bound, len(ids)) for bound in example.excluded_spans]
+            num_labels = Example(ids, num_prompt_tokens, spans).num_response_labels
+            if not (over and (self.encoding.too_long == "drop" or not num_labels)):
                 words = (text["prompt"], text["output"], text["ground_truth"], "chat" in text)
-                encoded.append((*words, ids, num_prompt_tokens, gaps, len(ids), num_labels, where, over))
+                encoded.append((*words, ids, num_prompt_tokens, spans, len(ids), num_labels, where, over))
         columns = map(list, zip(*encoded, strict=True)) if encoded else ([] for _ in _ENCODED_FEATURES)
         return dict(zip(_ENCODED_FEATURES, columns, strict=True))
 
@@ -240,7 +265,11 @@ class RowEncoder:
         template = (tokenizer.chat_template, tokenizer.special_tokens_map)
         # A function of a module is hashed by its name alone, so the module's code is added.
         module = sys.modules.get(getattr(getattr(transform, "func", transform), "__module__", ""))
-        files = [*(m.__file__ for m in (chat, rows, tokenization)), __file__, getattr(module, "__file__", None)]
+        files = [
+            *(m.__file__ for m in (chat, example, rows, tokenization)),
+            __file__,
+            getattr(module, "__file__", None),
+        ]
         code = [Path(file).read_bytes() for file in files if file]
-        options = (self.row_format, self.max_length, self.too_long, self.append_eos)
+        options = (self.row_format, self.encoding)
         return Hasher.hash([code, content, special, template, options])

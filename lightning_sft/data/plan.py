@@ -12,9 +12,41 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lightning_sft.checks import check_integer
-from lightning_sft.errors import SettingsError, SettingsTypeError
+from lightning_sft.errors import SettingsError
 
 Layout = Literal["packed", "padded"]
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How sequences are put into optimizer steps, and steps into microbatches.
+
+    Args:
+        batch_size: Sequences per optimizer step, over all ranks. The last step of an epoch may have fewer.
+        gradient_accumulation_steps: Microbatches per rank and step; fewer where a step has not enough sequences.
+        max_tokens_per_microbatch: Split by memory instead: the most tokens, padding included, in a microbatch. If
+            neither is given, a step is one microbatch on each rank.
+        seed: Of the order.
+
+    Raises:
+        SettingsError: If a number is of another type or too small, or both rules for microbatches are given.
+    """
+
+    batch_size: int = 32
+    gradient_accumulation_steps: int | None = None
+    max_tokens_per_microbatch: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("batch_size", self.batch_size, at_least=1)
+        check_integer("gradient_accumulation_steps", self.gradient_accumulation_steps, at_least=1, optional=True)
+        check_integer("max_tokens_per_microbatch", self.max_tokens_per_microbatch, at_least=1, optional=True)
+        check_integer("seed", self.seed, at_least=0)
+        if self.gradient_accumulation_steps is not None and self.max_tokens_per_microbatch is not None:
+            raise SettingsError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps} and `max_tokens_per_microbatch` "
+                f"is {self.max_tokens_per_microbatch}, but each alone decides the microbatches. Give one of them."
+            )
 
 
 @dataclass(frozen=True)
@@ -173,11 +205,8 @@ class BatchPlan:
     Args:
         lengths: Tokens of each example as the model sees it, `(num_examples,)`.
         num_response_tokens: Labels of each example that count in the loss, `(num_examples,)`.
-        batch_size: Sequences per optimizer step, over all ranks. The last step of an epoch may have fewer.
+        rule: How they are put into steps and microbatches.
         world_size: Number of ranks.
-        gradient_accumulation_steps: Microbatches per rank and step; fewer where a step has not enough sequences.
-        max_tokens_per_microbatch: Split by memory instead: the most tokens, padding included, in a microbatch.
-        seed: Of the order.
         shuffle: Whether each epoch has an order of its own. If not, it is the order of the data.
         limit_steps_per_epoch: Take only this many steps of each epoch's order; all if None.
         sources: Where examples come from several sources, one after another: of each, how many it has and how many of
@@ -196,34 +225,15 @@ class BatchPlan:
         self,
         lengths: ArrayLike,
         num_response_tokens: ArrayLike,
+        rule: StepRule,
         *,
-        batch_size: int,
         world_size: int = 1,
-        gradient_accumulation_steps: int | None = None,
-        max_tokens_per_microbatch: int | None = None,
-        seed: int = 0,
         shuffle: bool = True,
         limit_steps_per_epoch: int | None = None,
         sources: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("world_size", world_size, 1),
-            ("gradient_accumulation_steps", gradient_accumulation_steps, 1),
-            ("max_tokens_per_microbatch", max_tokens_per_microbatch, 1),
-            ("seed", seed, 0),
-            ("limit_steps_per_epoch", limit_steps_per_epoch, 1),
-        ):
-            if value is None and name in ("batch_size", "world_size", "seed"):
-                raise SettingsTypeError(f"`{name}` is None, expected a whole number.")
-            check_integer(name, value, optional=True)
-            if value is not None and value < least:
-                raise SettingsError(f"`{name}` must be at least {least}, but it is {value}.")
-        if gradient_accumulation_steps is not None and max_tokens_per_microbatch is not None:
-            raise SettingsError(
-                f"`gradient_accumulation_steps` is {gradient_accumulation_steps} and `max_tokens_per_microbatch` is "
-                f"{max_tokens_per_microbatch}, but each alone decides the microbatches. Give one of them."
-            )
+        check_integer("world_size", world_size, at_least=1)
+        check_integer("limit_steps_per_epoch", limit_steps_per_epoch, at_least=1, optional=True)
         self._lengths = np.array(lengths, dtype=np.int32)  # kept for every example of a data set: small numbers
         self._num_response_tokens = np.array(num_response_tokens, dtype=np.int32)
         if self._lengths.shape != self._num_response_tokens.shape or self._lengths.ndim != 1:
@@ -234,20 +244,17 @@ class BatchPlan:
         if self._lengths.size == 0:
             raise SettingsError("`lengths` is empty; expected at least one example. Check the training data.")
         longest = int(self._lengths.argmax())
-        if max_tokens_per_microbatch is not None and self._lengths[longest] > max_tokens_per_microbatch:
+        budget = rule.max_tokens_per_microbatch
+        if budget is not None and self._lengths[longest] > budget:
             raise SettingsError(
-                f"`max_tokens_per_microbatch` is {max_tokens_per_microbatch}, but example {longest} has "
+                f"`max_tokens_per_microbatch` is {budget}, but example {longest} has "
                 f"{self._lengths[longest]} tokens. Raise `max_tokens_per_microbatch` to at least that, "
                 "or lower `max_length`."
             )
-        self._batch_size = batch_size
-        self._world_size = world_size
-        self._count = gradient_accumulation_steps or 1
-        self._budget = max_tokens_per_microbatch
-        self._seed = seed
+        self._rule, self._world_size = rule, world_size
         self._shuffle = shuffle
         self._sources = sources or [(self._lengths.size, self._lengths.size)]
-        self.steps_per_epoch = -(-sum(taken for _, taken in self._sources) // batch_size)
+        self.steps_per_epoch = -(-sum(taken for _, taken in self._sources) // rule.batch_size)
         if limit_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
         self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
@@ -292,8 +299,8 @@ class BatchPlan:
         if index < 0:
             raise SettingsError(f"`index` counts optimizer steps from 0, but it is {index}.")
         epoch, step_in_epoch = divmod(index, self.steps_per_epoch)
-        start = step_in_epoch * self._batch_size
-        examples = self._order(epoch)[start : start + self._batch_size]
+        start = step_in_epoch * self._rule.batch_size
+        examples = self._order(epoch)[start : start + self._rule.batch_size]
         examples = examples[np.argsort(-self._lengths[examples], kind="stable")]
         lengths = self._lengths[examples].tolist()
         dealt = [examples[positions] for positions in deal_to_ranks(lengths, self._world_size)]
@@ -311,15 +318,16 @@ class BatchPlan:
         """The examples of one epoch in order; kept until another epoch is asked for."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = None  # not two orders at once
-            order = epoch_order(self._sources, self._seed if self._shuffle else None, epoch)
+            order = epoch_order(self._sources, self._rule.seed if self._shuffle else None, epoch)
             self._latest = epoch, order
         return self._latest[1]
 
     def _cut(self, ranks: list[list[int]], layout: Layout) -> list[list[int]]:
         """The cuts of each rank's lengths, by the rule, into as many microbatches on every rank as can be."""
-        if self._budget is None:
-            return [cut_by_count(lengths, self._count, layout) for lengths in ranks]
-        cuts = [cut_by_cost(lengths, self._budget, layout) for lengths in ranks]
+        budget = self._rule.max_tokens_per_microbatch
+        if budget is None:
+            return [cut_by_count(lengths, self._rule.gradient_accumulation_steps or 1, layout) for lengths in ranks]
+        cuts = [cut_by_cost(lengths, budget, layout) for lengths in ranks]
         most = max(len(rank_cuts) for rank_cuts in cuts) - 1
         return [
             rank_cuts if len(rank_cuts) - 1 == most else cut_by_count(lengths, most, layout)

@@ -1,7 +1,7 @@
 """What one rank needs for each optimizer step of a plan, in order, from any position on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,15 +10,16 @@ from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.plan import BatchPlan, Layout, StepPlan
+from lightning_sft.data.collation import collate_packed, collate_padded
+from lightning_sft.data.example import Example
+from lightning_sft.data.plan import BatchPlan, Layout, StepPlan, StepRule
 from lightning_sft.data.preview import StepBatch
-from lightning_sft.data.tokenization import Example, collate_packed, collate_padded
 
 
-def plan_steps(num_tokens: ArrayLike, num_response_tokens: ArrayLike, **options: Any) -> BatchPlan:
+def plan_steps(num_tokens: ArrayLike, num_response_tokens: ArrayLike, rule: StepRule, **options: Any) -> BatchPlan:
     """The plan of the optimizer steps over rows of so many tokens; options as `BatchPlan` takes them."""
     num_inputs = np.asarray(num_tokens) - 1  # the last token is only a label
-    return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, **options)
+    return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, rule, **options)
 
 
 def step_batch(plan: StepPlan, microbatches: list[dict[str, Any]]) -> dict[str, Any]:
@@ -46,9 +47,11 @@ class StepDataset(torch.utils.data.Dataset):
 
     def __init__(self, rows: Dataset, plan: BatchPlan, rank: int, pad_id: int, layout: Layout = "padded") -> None:
         self._columns = ["input_ids", "num_prompt_tokens"]
-        if any(len(chunk.flatten()) for chunk in rows.data.column("gaps").chunks):
-            self._columns.append("gaps")  # a list for each row takes its time to read, and few data sets have any
-        self._rows = rows.select_columns([*self._columns, "where"]).with_format("numpy")
+        if any(len(chunk.flatten()) for chunk in rows.data.column("excluded_spans").chunks):
+            self._columns.append(
+                "excluded_spans"
+            )  # a list for each row takes its time to read, and few data sets have any
+        self._rows = rows.select_columns([*self._columns, "location"]).with_format("numpy")
         self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -62,10 +65,10 @@ class StepDataset(torch.utils.data.Dataset):
         if indices:
             batch = self._rows[indices]
             examples = [
-                cast(Example, dict(zip(self._columns, values, strict=True)))
+                Example(**dict(zip(self._columns, values, strict=True)))
                 for values in zip(*(batch[name] for name in self._columns), strict=True)
             ]
-            rows = batch["where"].tolist()
+            rows = batch["location"].tolist()
         return collate_rows(examples, rows, self._pad_id, self._layout)
 
 

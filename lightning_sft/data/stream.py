@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.encoding import RowEncoder, rows_in_memory
-from lightning_sft.data.plan import Layout
+from lightning_sft.data.example import Example
+from lightning_sft.data.plan import Layout, StepRule
 from lightning_sft.data.preview import StepBatch
 from lightning_sft.data.rows import Row, find_files, load_named, own_keys, read_file
 from lightning_sft.data.step_loader import StepLoader, collate_rows, plan_steps, step_batch
-from lightning_sft.data.tokenization import Example
 from lightning_sft.errors import SettingsError, SettingsTypeError, located, one_line, shorten
 
 # Where the next row is read: the pass over the data, from 0; in it a block, from 0, which begins at a position of a
@@ -155,13 +155,13 @@ def first_rows(streams: Sequence[RowStream], number: int, encoder: RowEncoder) -
     """The first rows of the data, tokenised; how many of them were dropped, and how many truncated."""
     rows = list(islice((item for stream in streams for item in stream.read()), number))
     columns = _encode(streams, encoder, rows)
-    return rows_in_memory(columns), len(rows) - len(columns["where"]), sum(columns["is_truncated"])
+    return rows_in_memory(columns), len(rows) - len(columns["location"]), sum(columns["is_truncated"])
 
 
 def _encode(streams: Sequence[RowStream], encoder: RowEncoder, rows: list[tuple[str, Row]]) -> dict[str, list[Any]]:
     columns = encoder.encode(rows)
     if len(streams) == 1:
-        columns["where"] = [where.removesuffix(f" of {streams[0].name}") for where in columns["where"]]
+        columns["location"] = [where.removesuffix(f" of {streams[0].name}") for where in columns["location"]]
     return columns
 
 
@@ -170,7 +170,7 @@ def _hash(columns: dict[str, list[Any]]) -> str:
     hasher = hashlib.blake2b(digest_size=8)
     for name in ("num_tokens", "num_prompt_tokens"):
         hasher.update(np.array(columns[name], np.int32).tobytes())
-    for name in ("input_ids", "gaps"):
+    for name in ("input_ids", "excluded_spans"):
         hasher.update(np.fromiter(chain.from_iterable(columns[name]), np.int32).tobytes())
     return hasher.hexdigest()
 
@@ -184,7 +184,8 @@ class StreamedSteps(torch.utils.data.IterableDataset):
     Args:
         streams: The sources.
         encoder: Tokenises rows, and drops some.
-        rule: Arguments of `BatchPlan`: how steps are split.
+        rule: How rows are put into steps.
+        world_size: Number of processes.
         rank: Of this process.
         pad_id: Fills padded positions.
         layout: Of the microbatches.
@@ -197,7 +198,8 @@ class StreamedSteps(torch.utils.data.IterableDataset):
         self,
         streams: Sequence[RowStream],
         encoder: RowEncoder,
-        rule: dict[str, Any],
+        rule: StepRule,
+        world_size: int,
         rank: int,
         pad_id: int,
         layout: Layout,
@@ -206,9 +208,9 @@ class StreamedSteps(torch.utils.data.IterableDataset):
         shuffle: bool = True,
         steps_per_pass: int | None = None,
     ) -> None:
-        self._streams, self._encoder, self._rule = streams, encoder, rule
+        self._streams, self._encoder, self._rule, self._world_size = streams, encoder, rule, world_size
         self._rank, self._pad_id, self._layout = rank, pad_id, layout
-        self._order = (shuffle_buffer, rule["seed"] if shuffle else None)
+        self._order = (shuffle_buffer, rule.seed if shuffle else None)
         self._steps_per_pass = steps_per_pass
         self.begin_at(0, None)
 
@@ -257,12 +259,12 @@ class StreamedSteps(torch.utils.data.IterableDataset):
 
     def _batch(self, columns: dict[str, list[Any]]) -> dict[str, Any]:
         """This rank's part of a step, of which these are all rows."""
-        where, counts = columns["where"], (columns["num_tokens"], columns["num_response_tokens"])
+        where, counts = columns["location"], (columns["num_tokens"], columns["num_response_tokens"])
         with located(where[int(np.argmax(counts[0]))]):  # whatever is too long, this one is
-            plan = plan_steps(*counts, **self._rule, shuffle=False).step(0, self._layout)
-        names = ("input_ids", "num_prompt_tokens", "gaps")
+            plan = plan_steps(*counts, self._rule, world_size=self._world_size, shuffle=False).step(0, self._layout)
+        names = ("input_ids", "num_prompt_tokens", "excluded_spans")
         examples = [
-            cast(Example, dict(zip(names, values, strict=True)))
+            Example(**dict(zip(names, values, strict=True)))
             for values in zip(*(columns[name] for name in names), strict=True)
         ]
         microbatches = [
@@ -273,20 +275,20 @@ class StreamedSteps(torch.utils.data.IterableDataset):
 
     def _take(self, rows: Iterator[tuple[Place, str, Row]], place: Place) -> tuple[dict[str, list[Any]], Place]:
         """The rows of a step, tokenised, and the place after the last. Each dropped row is made up for by the next."""
-        columns: dict[str, list[Any]] = {"where": []}
+        columns: dict[str, list[Any]] = {"location": []}
         last_kept = place["pass"]
-        while missing := self._rule["batch_size"] - len(columns["where"]):
+        while missing := self._rule.batch_size - len(columns["location"]):
             taken = list(islice(rows, missing))
             place = taken[-1][0]
             encoded = _encode(self._streams, self._encoder, [(where, row) for _, where, row in taken])
             for name, values in encoded.items():
                 columns.setdefault(name, []).extend(values)
-            if encoded["where"]:
+            if encoded["location"]:
                 last_kept = place["pass"]
             elif place["pass"] > last_kept + 1:
                 raise SettingsError(
-                    f"`train_data`: all rows are longer than `max_length` = {self._encoder.max_length} tokens. "
-                    "Raise `max_length`."
+                    f"`train_data`: all rows are longer than `max_length` = {self._encoder.encoding.max_length} "
+                    "tokens. Raise `max_length`."
                 )
         return columns, place
 

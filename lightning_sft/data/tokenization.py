@@ -1,27 +1,15 @@
 """From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, takewhile
-from typing import Any, NotRequired, TypedDict
 
-import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.collation import collate_padded
+from lightning_sft.data.example import Example
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
-
-
-class Example(TypedDict):
-    """One tokenised row: the prompt's ids followed by the response's ids.
-
-    `gaps` are the stretches after the prompt that are no response, as where a user speaks between two turns:
-    `[start, end, start, end, ...]`, ascending, each end exclusive.
-    """
-
-    input_ids: list[int]
-    num_prompt_tokens: int
-    gaps: NotRequired[Sequence[int]]
 
 
 def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -168,80 +156,6 @@ def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         return [stream.step(backend, token_id) or "" for token_id in ids]
     except Exception:  # its only type; where byte tokens are no UTF-8, a text's start can change with what follows
         return []
-
-
-def num_response_labels(num_tokens: int, num_prompt_tokens: int, gaps: Sequence[int] = ()) -> int:
-    """Labels of one example that count in the loss: its response tokens, less one that has nothing before it."""
-    bounds = [min(bound, num_tokens) for bound in gaps]
-    return max(num_tokens - max(num_prompt_tokens, 1), 0) - sum(bounds[1::2]) + sum(bounds[::2])
-
-
-def _response_labels(example: Example) -> Iterator[tuple[int, int]]:
-    """Start and end of each stretch of response tokens, as labels: label `i` is token `i + 1`."""
-    bounds = [max(example["num_prompt_tokens"], 1), *example.get("gaps", ()), len(example["input_ids"])]
-    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
-        yield start - 1, max(end - 1, 0)  # an example may have no token at all
-
-
-def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
-    """Right-pad examples to the longest and shift by one.
-
-    With `t` an example's tokens and `r` True on its response tokens: `input_ids = t[:-1]`, `labels = t[1:]`,
-    `response_mask = r[1:]`, so that position `i` of the mask says whether the *label* at `i` counts.
-
-    Args:
-        examples: At least one tokenised row.
-        pad_id: Fills `input_ids` and `labels` after each example's end.
-
-    Returns:
-        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(batch_size, max(num_tokens) - 1)`.
-    """
-    width = max(1, *(len(example["input_ids"]) for example in examples))
-    tokens = torch.full((len(examples), width), pad_id, dtype=torch.int64)
-    response = torch.zeros((len(examples), width - 1), dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        tokens[row, :length] = torch.tensor(example["input_ids"], dtype=torch.int64)
-        for start, end in _response_labels(example):
-            response[row, start:end] = True
-    # Cloned, or writing to `labels` would change `input_ids`.
-    return {"input_ids": tokens[:, :-1].clone(), "labels": tokens[:, 1:].clone(), "response_mask": response}
-
-
-def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Any]:
-    """Put examples one after another into a single row, each shifted by one on its own; nothing is padded.
-
-    Args:
-        examples: Tokenised rows.
-        pad_id: The single token of a row without any example.
-
-    Returns:
-        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(1, num_tokens)`; and what models need to keep
-        the documents apart, by the names that `transformers` gives it: `position_ids`, `(1, num_tokens)`, from 0 in
-        each document; `cu_seq_lens_q` and `cu_seq_lens_k`, `(num_documents + 1,)`, int32, where documents begin and
-        end; `max_length_q` and `max_length_k`, the longest.
-    """
-    rows = [example for example in examples if len(example["input_ids"]) > 1]
-    rows = rows or [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
-    tokens = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
-    lengths = torch.tensor([len(row) - 1 for row in tokens])
-    positions = [torch.arange(length) for length in lengths.tolist()]
-    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    response = torch.zeros((1, int(bounds[-1])), dtype=torch.bool)
-    for row, offset in zip(rows, bounds.tolist(), strict=False):
-        for start, end in _response_labels(row):
-            response[0, offset + start : offset + end] = True
-    longest = int(lengths.max())
-    return {
-        "input_ids": torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
-        "labels": torch.cat([row[1:] for row in tokens]).unsqueeze(0),
-        "response_mask": response,
-        "position_ids": torch.cat(positions).unsqueeze(0),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 def tokenize_prompt_and_output(

@@ -20,7 +20,9 @@ from transformers import (
 )
 
 from lightning_sft.data.chat import end_of_turn_id
-from lightning_sft.data.tokenization import Example, collate_padded, encode_prompts, pad_token_id, token_texts
+from lightning_sft.data.collation import collate_padded
+from lightning_sft.data.example import Example
+from lightning_sft.data.tokenization import encode_prompts, pad_token_id, token_texts
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.records import GenerationRecord, GenerationRecords, summarize, write_records
 from lightning_sft.generation.sampling import Sampling

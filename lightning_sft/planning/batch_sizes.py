@@ -23,7 +23,7 @@ from torch import nn
 from lightning_sft.callbacks.throughput import peak_memory
 from lightning_sft.checks import check_type
 from lightning_sft.data.datamodule import SFTDataModule
-from lightning_sft.data.plan import BatchPlan, Layout, microbatch_cost
+from lightning_sft.data.plan import BatchPlan, Layout, StepRule, microbatch_cost
 from lightning_sft.data.step_loader import StepDataset
 from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
@@ -185,10 +185,10 @@ class _Search(Trial):
         columns = {
             "input_ids": [random.integers(vocab_size, size=length + 1) for length in lengths],
             "num_prompt_tokens": [1] * num_rows,
-            "gaps": [[]] * num_rows,
-            "where": ["made up"] * num_rows,
+            "excluded_spans": [[]] * num_rows,
+            "location": ["made up"] * num_rows,
         }
-        plan = BatchPlan(lengths, lengths, batch_size=num_rows)
+        plan = BatchPlan(lengths, lengths, StepRule(batch_size=num_rows))
         batch = StepDataset(Dataset.from_dict(columns), plan, 0, 0, self.layout)[0]
         # Forward through the second finds the gradients of the first, which a step of one alone never does.
         return batch | {"microbatches": 2 * batch["microbatches"]}

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lightning_sft.data.collation import collate_packed, collate_padded
+from lightning_sft.data.example import Example
 from lightning_sft.data.plan import Layout
-from lightning_sft.data.tokenization import Example, collate_packed, collate_padded
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model import head, tiles
 from lightning_sft.model.attention import VARLEN, packed_inputs

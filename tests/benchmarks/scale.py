@@ -217,16 +217,16 @@ def many_rows(folder: Path, num_rows: int) -> Numbers:
 
 def long_plan(num_rows: int, **_: Any) -> Numbers:
     """Plan an epoch's first step, one in its middle, and the next epoch's first."""
-    from lightning_sft.data.plan import BatchPlan
+    from lightning_sft.data.plan import BatchPlan, StepRule
 
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 2000, num_rows, dtype=np.int32)
     num_response_tokens = lengths // 2
-    BatchPlan([1], [1], batch_size=BATCH_SIZE).step(0)
+    BatchPlan([1], [1], StepRule(BATCH_SIZE)).step(0)
     stages, before = Stages(), resident("RssAnon")
     with stages("construct"):
         plan = BatchPlan(
-            lengths, num_response_tokens, batch_size=BATCH_SIZE, world_size=8, max_tokens_per_microbatch=4096
+            lengths, num_response_tokens, StepRule(BATCH_SIZE, max_tokens_per_microbatch=4096), world_size=8
         )
     for name, index in {
         "first step": 0,

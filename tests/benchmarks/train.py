@@ -325,7 +325,7 @@ def prepare(case: str, data: Path, folder: Path, num_steps: int) -> list[dict[st
     """Rows, tokenizer and, in the order of our steps, the token ids."""
     from transformers import AutoTokenizer
 
-    from lightning_sft.data.plan import BatchPlan
+    from lightning_sft.data.plan import BatchPlan, StepRule
     from lightning_sft.data.tokenization import encode_examples
 
     rows = read_rows(data)
@@ -336,7 +336,7 @@ def prepare(case: str, data: Path, folder: Path, num_steps: int) -> list[dict[st
     tokenizer = AutoTokenizer.from_pretrained(folder / "case" / "tokenizer")
     prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
     examples = encode_examples(prompts, outputs, tokenizer, append_eos=True)
-    plan = BatchPlan([1] * len(rows), [1] * len(rows), batch_size=BATCH_SIZE)
+    plan = BatchPlan([1] * len(rows), [1] * len(rows), StepRule(BATCH_SIZE))
     order = [index for step in range(num_steps) for index in plan.step(step).ranks[0][0]]
     chosen = [
         {

@@ -1133,7 +1133,7 @@ def told(provoke: Provoke, folders: Folders, error: type[Exception], capsys: pyt
     """The message, from the exception or from the program's last line."""
     with pytest.raises(error) as caught:
         provoke(folders)
-    assert caught.type is error
+    assert issubclass(caught.type, error)
     if error is not RefusedError:
         return str(caught.value)
     said = capsys.readouterr().err if caught.value.args == (2,) else str(caught.value)

@@ -104,7 +104,7 @@ def encode(rows, tokenizer, **options):
 
 def responses(row, tokenizer) -> list[str]:
     """The text of each stretch of tokens that is learnt."""
-    bounds = [row["num_prompt_tokens"], *row["gaps"], len(row["input_ids"])]
+    bounds = [row["num_prompt_tokens"], *row["excluded_spans"], len(row["input_ids"])]
     texts = [
         tokenizer.decode(row["input_ids"][start:end]) for start, end in zip(bounds[::2], bounds[1::2], strict=True)
     ]
@@ -150,7 +150,7 @@ def test_ids_and_bounds_of_two_turns_spelled_by_hand():
     second = [*b"\n", *question, *b"c", end, *b"\n", *answer, *b"d", end]
     assert row["input_ids"] == [*first, *second, *b"\n"]
     assert row["num_prompt_tokens"] == len(first) - 2
-    assert row["gaps"] == [len(first), len(first + second) - 2, len(first + second), len(first + second) + 1]
+    assert row["excluded_spans"] == [len(first), len(first + second) - 2, len(first + second), len(first + second) + 1]
     assert (row["num_tokens"], row["num_response_tokens"]) == (len(first + second) + 1, 4)
 
 
@@ -262,7 +262,7 @@ def test_a_column_of_its_own_may_hold_the_system_turn():
     ]
     expected, *others = encode(rows, tokenizer)
     for other in others:
-        assert (other["input_ids"], other["gaps"]) == (expected["input_ids"], expected["gaps"])
+        assert (other["input_ids"], other["excluded_spans"]) == (expected["input_ids"], expected["excluded_spans"])
         assert other["num_prompt_tokens"] == expected["num_prompt_tokens"]
     without, empty = encode([{"conversations": sharegpt}, {"conversations": sharegpt, "system": ""}], tokenizer)
     assert without["input_ids"] == empty["input_ids"] != expected["input_ids"]
@@ -454,7 +454,7 @@ def test_a_tokenizer_that_marks_the_start_of_a_text_is_asked_for_the_text_up_to_
     template = with_chat_template(tokenizer, MISTRAL.replace(" {{ m.content }}{{ eos", "{{ m.content }}{{ eos"))
     (row,) = encode([{"messages": LONG}], template)
     assert row["input_ids"] == template.apply_chat_template(LONG)["input_ids"]
-    bounds = [row["num_prompt_tokens"], *row["gaps"]]
+    bounds = [row["num_prompt_tokens"], *row["excluded_spans"]]
     (before,) = encode([{"messages": LONG[:2]}], template)
     assert bounds[1] == before["num_tokens"]
     assert responses(row, template) == ["4.</s>", "6!</s>"]
@@ -514,13 +514,13 @@ def test_a_prompt_of_the_template_gets_no_bos_that_the_training_rows_do_not_have
     tokenizer = chat_tokenizer(CHATML, bos=True)
     (row,) = encode([{"messages": LONG}], tokenizer)
     prompts = encode_prompts([row["prompt"], row["prompt"]], tokenizer, as_written=[True, False])
-    assert prompts[0] == row["input_ids"][: row["gaps"][1]]
+    assert prompts[0] == row["input_ids"][: row["excluded_spans"][1]]
     assert prompts[1] == [tokenizer.bos_token_id, *prompts[0]]
 
     tokenizer = chat_tokenizer(LLAMA3, bos=True)
     (row,) = encode([{"messages": LONG}], tokenizer)
     assert row["input_ids"].count(tokenizer.bos_token_id) == 1
-    assert encode_prompts([row["prompt"]], tokenizer) == [row["input_ids"][: row["gaps"][1]]]
+    assert encode_prompts([row["prompt"]], tokenizer) == [row["input_ids"][: row["excluded_spans"][1]]]
 
 
 def test_rows_are_tokenised_again_when_the_template_changes_and_only_then(monkeypatch):
@@ -546,7 +546,7 @@ def test_the_hash_of_the_data_changes_with_the_turns_that_are_learnt():
     rows = [{"prompt": LONG[:1], "output": LONG[1:]}]
     tokenizer = chat_tokenizer(CHATML)
     both = encode(rows, tokenizer)
-    first = both.map(lambda row: {"gaps": [row["gaps"][0], len(row["input_ids"])]})
+    first = both.map(lambda row: {"excluded_spans": [row["excluded_spans"][0], len(row["input_ids"])]})
     assert content_hash(both) != content_hash(first)
 
 

@@ -38,7 +38,7 @@ def encode(data: object, tokenizer: PreTrainedTokenizerFast | None = None, **opt
 def refusal(data: object, error: type[Exception] = ValueError, **options: object) -> str:
     with pytest.raises(error) as caught:
         encode(data, **options)
-    assert caught.type is error
+    assert issubclass(caught.type, error)
     return str(caught.value)
 
 
@@ -82,7 +82,7 @@ ENCODED = {
     ],
     "is_chat": [False, False, False],
     "num_prompt_tokens": [3, 5, 2],
-    "gaps": [[], [], []],
+    "excluded_spans": [[], [], []],
     "num_tokens": [7, 8, 13],
     "num_response_tokens": [4, 3, 11],
 }
@@ -90,7 +90,7 @@ ENCODED = {
 
 def encoded(rows: object) -> dict[str, list]:
     """The columns but for `where`, which differs with the kind of file."""
-    return {name: values for name, values in rows.dataset[:].items() if name != "where"}
+    return {name: values for name, values in rows.dataset[:].items() if name != "location"}
 
 
 def jsonl_with_blank_lines(folder: Path) -> str:
@@ -601,8 +601,8 @@ def test_without_eos_there_is_one_token_less():
 def test_each_row_keeps_its_place_and_of_several_files_its_file(tmp_path):
     first = write(tmp_path / "a.jsonl", "\n".join(["", json.dumps(ROWS[0]), "", json.dumps(ROWS[1])]))
     second = write_csv(tmp_path / "b.csv", ROWS[2])
-    assert encode(first).dataset["where"][:] == ["line 2", "line 4"]
-    assert encode([first, second]).dataset["where"][:] == [
+    assert encode(first).dataset["location"][:] == ["line 2", "line 4"]
+    assert encode([first, second]).dataset["location"][:] == [
         f"line 2 of {first}",
         f"line 4 of {first}",
         f"row 1 of {second}",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sft.data.plan import BatchPlan, StepPlan, cut_by_count
+from lightning_sft.data.plan import BatchPlan, StepPlan, StepRule, cut_by_count
 
 untimed = settings(deadline=None)  # a busy machine is no failure of the plan
 
@@ -32,7 +32,12 @@ def runs(draw, rule: str | None = None) -> tuple[list[int], dict[str, int]]:
 
 def plan_of(lengths: list[int], **arguments) -> BatchPlan:
     """A plan in which a third of each example's tokens, rounded down, are labels that count."""
-    return BatchPlan(lengths, [length // 3 for length in lengths], **arguments)
+    return make_plan(lengths, [length // 3 for length in lengths], **arguments)
+
+
+def make_plan(lengths, num_response_tokens, **arguments) -> BatchPlan:
+    rule = {name: arguments.pop(name) for name in [*arguments] if name in StepRule.__dataclass_fields__}
+    return BatchPlan(lengths, num_response_tokens, StepRule(**rule), **arguments)
 
 
 def epoch_of(plan: BatchPlan, epoch: int) -> list[StepPlan]:
@@ -264,7 +269,7 @@ def test_epochs_and_seeds_differ_in_their_order():
 
 def test_the_plan_neither_writes_into_its_arrays_nor_follows_later_changes_of_them():
     lengths, num_response_tokens = np.array([5, 3, 8], dtype=np.int64), np.array([1, 2, 3], dtype=np.int64)
-    plan = BatchPlan(lengths, num_response_tokens, batch_size=3)
+    plan = make_plan(lengths, num_response_tokens, batch_size=3)
     before = plan.step(0)
     assert (lengths.tolist(), num_response_tokens.tolist()) == ([5, 3, 8], [1, 2, 3])
     lengths[:], num_response_tokens[:] = 1, 1
@@ -276,7 +281,7 @@ def test_a_plan_takes_few_bytes_of_each_example_and_only_one_epochs_order():
     lengths = np.full(num_examples, 7, dtype=np.int32)
     tracemalloc.start()
     try:
-        plan = BatchPlan(lengths, lengths, batch_size=10)
+        plan = make_plan(lengths, lengths, batch_size=10)
         for epoch in range(3):
             plan.step(epoch * plan.steps_per_epoch)
         _, peak = tracemalloc.get_traced_memory()
@@ -286,11 +291,11 @@ def test_a_plan_takes_few_bytes_of_each_example_and_only_one_epochs_order():
 
 
 def test_attention_over_long_sequences_is_counted_without_overflow():
-    assert BatchPlan([100_000] * 3, [1] * 3, batch_size=3).step(0).num_attended == 3 * 100_000 * 100_001 // 2
+    assert make_plan([100_000] * 3, [1] * 3, batch_size=3).step(0).num_attended == 3 * 100_000 * 100_001 // 2
 
 
 def test_a_plan_holds_plain_integers_so_that_it_can_be_saved_as_json():
-    step = BatchPlan(np.array([5, 3]), np.array([1, 2]), batch_size=2).step(0)
+    step = make_plan(np.array([5, 3]), np.array([1, 2]), batch_size=2).step(0)
     numbers = [*examples_in(step), step.num_sequences, step.num_tokens, step.num_response_tokens]
     assert {type(number) for number in numbers} == {int}
 
@@ -328,9 +333,9 @@ def test_two_rules_at_once_are_refused():
 
 def test_arrays_that_do_not_pair_up_are_refused():
     with pytest.raises(ValueError, match=r"`lengths` and `num_response_tokens` must .* \(3,\) and \(2,\)"):
-        BatchPlan([3, 4, 5], [1, 1], batch_size=2)
+        make_plan([3, 4, 5], [1, 1], batch_size=2)
 
 
 def test_no_examples_are_refused():
     with pytest.raises(ValueError, match="`lengths` is empty; expected at least one example"):
-        BatchPlan([], [], batch_size=2)
+        make_plan([], [], batch_size=2)

@@ -17,8 +17,10 @@ from support.models import character_tokenizer
 from transformers import AutoTokenizer
 
 from lightning_sft import SFTDataModule
+from lightning_sft.data.collation import collate_packed, collate_padded
+from lightning_sft.data.example import Example
 from lightning_sft.data.preview import MarkedRow, StepBatch, marked_rows
-from lightning_sft.data.tokenization import Example, collate_packed, collate_padded, encode_examples
+from lightning_sft.data.tokenization import encode_examples
 
 COLLATE = {"padded": collate_padded, "packed": collate_packed}
 TEXTS = ["ab", "c"], ["<x>\n", "y z"]

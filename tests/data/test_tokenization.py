@@ -12,13 +12,11 @@ from tokenizers import processors
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
+from lightning_sft.data.collation import collate_packed, collate_padded
+from lightning_sft.data.example import Example
 from lightning_sft.data.tokenization import (
-    Example,
-    collate_packed,
-    collate_padded,
     encode_examples,
     encode_prompts,
-    num_response_labels,
     pad_token_id,
     prompt_prefix,
     token_texts,
@@ -295,7 +293,7 @@ def test_num_response_labels_counts_what_the_mask_marks(num_prompt_tokens, num_o
         Example(input_ids=[A] * 9, num_prompt_tokens=9),  # for padding beside it
     ]
     marked = collate_padded(examples)["response_mask"]
-    assert num_response_labels(num_tokens, num_prompt_tokens) == marked[0].sum()
+    assert examples[0].num_response_labels == marked[0].sum()
 
 
 def test_packed_rows_stand_one_after_another_each_shifted_on_its_own():

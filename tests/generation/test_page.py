@@ -7,8 +7,8 @@ import os
 import threading
 from functools import partial
 
-import browser as browser_module
 import pytest
+import support.browser as browser_module
 from support.browser import Browser
 
 from lightning_sft.generation.report.page import records_table, update_index, write_page

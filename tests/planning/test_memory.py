@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.cli.app import build, main
-from lightning_sft.data.plan import BatchPlan
-from lightning_sft.data.tokenization import Example, collate_packed
+from lightning_sft.data.collation import collate_packed
+from lightning_sft.data.example import Example
+from lightning_sft.data.plan import BatchPlan, StepRule
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.pretrained import build_empty_model
@@ -235,7 +236,7 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
 
 
 def test_the_largest_microbatch_is_found_over_ranks_and_steps():
-    plan = BatchPlan([5, 9, 3, 3, 7, 1], [1, 2, 3, 4, 5, 6], batch_size=3, shuffle=False, max_tokens_per_microbatch=12)
+    plan = BatchPlan([5, 9, 3, 3, 7, 1], [1, 2, 3, 4, 5, 6], StepRule(3, max_tokens_per_microbatch=12), shuffle=False)
     assert plan.largest_microbatch(2, "packed") == ([7, 3, 1], [5, 4, 6], 1)
     assert plan.largest_microbatch(2, "padded") == ([5, 3], [1, 3], 2)
 
