@@ -96,7 +96,11 @@ def test_the_wheel_holds_code_types_pages_and_configs_and_the_sdist_builds_the_s
         if path.is_file() and path.parent.name != "__pycache__"
     }
     configs = {f"lightning_sft/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
-    assert {"lightning_sft/py.typed", "lightning_sft/page.html", "lightning_sft/page.css"} <= package
+    assert {
+        "lightning_sft/py.typed",
+        "lightning_sft/generation/report/page.html",
+        "lightning_sft/generation/report/page.css",
+    } <= package
     assert {name for name in held if ".dist-info/" not in name} == package | configs
 
     (sdist,) = tmp_path.glob("*.tar.gz")

@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sft.errors import SettingsError
-
 
 def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a GSM8K answer into a response that continues `<think>`; a `row_transform` of the datamodule.
@@ -25,7 +23,7 @@ def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
     answer = row.get("answer")
     reasoning, mark, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
     if not mark:
-        raise SettingsError(f"`answer` is {answer!r:.60}, expected GSM8K's reasoning with '#### <answer>' at its end.")
+        raise ValueError(f"`answer` is {answer!r:.60}, expected GSM8K's reasoning with '#### <answer>' at its end.")
     reasoning = re.sub(r"<<[^>]*>>", "", reasoning).strip()
     ground_truth = final.strip().replace(",", "")
     output = f" {reasoning} </think> <answer> {ground_truth} </answer>"

@@ -661,7 +661,7 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         TypeError,
         "`max_length` is '512' of type str, expected a whole number.",
     ),
-    "batch_size of 0": (data(batch_size=0), ValueError, "`batch_size` must be at least 1, but it is 0."),
+    "batch_size of 0": (data(batch_size=0), ValueError, "`batch_size` is 0, expected at least 1."),
     "batch_size of a half": (
         data(batch_size=4.5),
         TypeError,
@@ -710,7 +710,7 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         TypeError,
         "`append_eos` is 'no' of type str, expected true or false.",
     ),
-    "negative seed": (data(seed=-1), ValueError, "`seed` must be at least 0, but it is -1."),
+    "negative seed": (data(seed=-1), ValueError, "`seed` is -1, expected at least 0."),
     "num_proc of 0": (data(num_proc=0), ValueError, "`num_proc` is 0, expected at least 1."),
     "negative num_workers": (data(num_workers=-1), ValueError, "`num_workers` is -1, expected at least 0."),
     # models

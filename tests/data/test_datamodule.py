@@ -152,8 +152,8 @@ def test_missing_data_is_named(stage, name):
     ("arguments", "message"),
     [
         ({"tokenizer": None}, "`tokenizer` is missing"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` is 0, expected at least 1"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0, expected at least 1"),
         ({"gradient_accumulation_steps": 2, "max_tokens_per_microbatch": 9}, "Give one of them"),
         ({"too_long": "cut"}, "`too_long` is 'cut', expected one of error, drop, truncate"),
         ({"val_fraction": 1.0}, "`val_fraction` is 1.0"),

@@ -315,12 +315,12 @@ def test_an_example_longer_than_the_budget_is_refused_at_once():
     ["batch_size", "world_size", "gradient_accumulation_steps", "max_tokens_per_microbatch", "limit_steps_per_epoch"],
 )
 def test_numbers_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, but it is 0"):
+    with pytest.raises(ValueError, match=f"`{name}` is 0, expected at least 1"):
         plan_of([3, 4], **{"batch_size": 2, name: 0})
 
 
 def test_negative_seeds_and_steps_are_refused():
-    with pytest.raises(ValueError, match="`seed` must be at least 0, but it is -1"):
+    with pytest.raises(ValueError, match="`seed` is -1, expected at least 0"):
         plan_of([3, 4], batch_size=2, seed=-1)
     with pytest.raises(ValueError, match="`index` counts optimizer steps from 0, but it is -1"):
         plan_of([3, 4], batch_size=2).step(-1)

@@ -1,6 +1,7 @@
 """Rows read while training: the steps of rows prepared before, the same on any number of processes, and resumed."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -10,6 +11,7 @@ from support.models import character_tokenizer
 from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
+from lightning_sft.data.encoding import Encoding
 from lightning_sft.data.stream import BEGINNING, open_streams, ordered_rows
 
 LONG = {"prompt": "long", "output": "x" * 100}
@@ -48,7 +50,8 @@ def test_ranks_share_the_step_that_one_rank_has(tmp_path):
     def steps(rank, world_size):
         data = streamed(write(tmp_path / "rows.jsonl", [*ROWS, LONG]), max_length=40, too_long="drop", shuffle_buffer=9)
         dataset = data.train_dataloader()._dataset
-        dataset._rule = dataset._rule | {"world_size": world_size, "max_tokens_per_microbatch": 40}
+        dataset._rule = replace(dataset._rule, max_tokens_per_microbatch=40)
+        dataset._world_size = world_size
         dataset._rank, dataset._layout = rank, "packed"
         return list(islice(dataset, 12))
 
@@ -196,6 +199,6 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
 
 def test_when_all_later_rows_are_too_long_it_is_an_error_and_not_an_endless_search(tmp_path):
     loader = streamed(write(tmp_path / "a.jsonl", ROWS), too_long="drop", max_length=90).train_dataloader()
-    loader._dataset._encoder.max_length = 4
+    loader._dataset._encoder.encoding = Encoding(max_length=4, too_long="drop")
     with pytest.raises(ValueError, match="`train_data`: all rows are longer than `max_length` = 4 tokens"):
         next(iter(loader))
