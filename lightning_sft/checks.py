@@ -42,7 +42,7 @@ def check_integer(argument: str, value: object, at_least: int | None = None, *, 
     """
     if optional and value is None:
         return
-    check_type(argument, value, Integral, "a whole number, or none" if optional else "a whole number")
+    check_type(argument, value, Integral, "a whole number")
     if at_least is not None and value < at_least:  # type: ignore[operator]
         raise SettingsError(f"`{argument}` is {value}, expected at least {at_least}.")
 

@@ -145,6 +145,8 @@ def every_cell_ran_in_order_and_only_the_run_is_left(run: Run) -> None:
 
 def no_warning_is_shown(run: Run) -> None:
     outputs = [output for cell in run.notebook.cells for output in cell.get("outputs", [])]
+    # On processors with bfloat16 arithmetic bitsandbytes says, when it is imported, that it has no kernel for them.
+    outputs = [output for output in outputs if "kernels-community" not in output.get("text", "")]
     assert [output for output in outputs if output.get("name") == "stderr" or "Warning" in str(output)] == []
 
 

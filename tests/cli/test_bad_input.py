@@ -38,6 +38,7 @@ from lightning_sft import (
     tokenize_prompt_and_output,
 )
 from lightning_sft.cli.app import SFTCLI, main
+from lightning_sft.errors import SettingsError
 
 ROWS = [{"prompt": f"q{i}", "output": "abc"} for i in range(4)]
 GOOD = b'{"prompt": "a", "output": "b"}\n'
@@ -667,7 +668,11 @@ BAD: dict[str, tuple[Provoke, type[Exception], str]] = {
         TypeError,
         "`batch_size` is 4.5 of type float, expected a whole number.",
     ),
-    "batch_size of none": (data(batch_size=None), TypeError, "`batch_size` is None, expected a whole number."),
+    "batch_size of none": (
+        data(batch_size=None),
+        TypeError,
+        "`batch_size` is None of type NoneType, expected a whole number.",
+    ),
     "batch_size of true": (
         data(batch_size=True),
         TypeError,
@@ -1233,7 +1238,7 @@ def marked(
 
 def assert_clear(error: Exception, *places: str) -> None:
     """One line, of a kind that users are told, which names where the trouble is."""
-    assert type(error) in (ValueError, TypeError, FileNotFoundError), error
+    assert isinstance(error, SettingsError), error
     message = str(error)
     assert message
     assert len(message.splitlines()) == 1, message

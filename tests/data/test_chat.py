@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 from lightning_sft.data.chat import ChatTemplate, end_of_turn_id, read_conversation, with_chat_template
-from lightning_sft.data.encoding import content_hash, encode_rows
+from lightning_sft.data.encoding import Encoding, content_hash, encode_rows
 from lightning_sft.data.rows import RowFormat, open_sources, own_keys
 from lightning_sft.data.step_loader import StepDataset
 from lightning_sft.data.stream import open_streams
@@ -99,7 +99,7 @@ LONG = [user("2+2?"), assistant("4."), user("3+3?"), assistant("6!")]
 def encode(rows, tokenizer, **options):
     names = [name for name in RowFormat.__dataclass_fields__ if name in options]
     row_format = RowFormat(**{name: options.pop(name) for name in names})
-    return encode_rows(open_sources(rows, "train_data"), row_format, tokenizer, **options).dataset
+    return encode_rows(open_sources(rows, "train_data"), row_format, tokenizer, Encoding(**options)).dataset
 
 
 def responses(row, tokenizer) -> list[str]:

@@ -25,14 +25,16 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lightning_sft.data import encoding as dataset
 from lightning_sft.data import rows
-from lightning_sft.data.encoding import EncodedRows, encode_rows, read_numbers
+from lightning_sft.data.encoding import EncodedRows, Encoding, encode_rows, read_numbers
 from lightning_sft.data.rows import RowFormat, open_sources
 from lightning_sft.data.tokenization import encode_examples
 
 
 def encode(data: object, tokenizer: PreTrainedTokenizerFast | None = None, **options: object) -> EncodedRows:
     row_format = RowFormat(**{name: options.pop(name) for name in RowFormat.__dataclass_fields__ if name in options})
-    return encode_rows(open_sources(data, "train_data"), row_format, tokenizer or character_tokenizer(), **options)
+    num_proc = options.pop("num_proc", None)
+    tokenizer = tokenizer or character_tokenizer()
+    return encode_rows(open_sources(data, "train_data"), row_format, tokenizer, Encoding(**options), num_proc)
 
 
 def refusal(data: object, error: type[Exception] = ValueError, **options: object) -> str:

@@ -264,13 +264,13 @@ def test_pad_token_id_of_zero_is_a_pad_token_like_any_other():
 def test_encode_examples_ends_each_response_in_eos_if_asked():
     examples = encode_examples(["ab", ""], ["x", ""], character_tokenizer(bos=True), append_eos=True)
     assert examples == [
-        {"input_ids": [BOS, A, B, X, EOS], "num_prompt_tokens": 3},
-        {"input_ids": [BOS, EOS], "num_prompt_tokens": 1},
+        Example(input_ids=[BOS, A, B, X, EOS], num_prompt_tokens=3),
+        Example(input_ids=[BOS, EOS], num_prompt_tokens=1),
     ]
 
 
 def test_encode_examples_appends_no_eos_unless_asked():
-    assert encode_examples(["a"], ["x"], character_tokenizer()) == [{"input_ids": [A, X], "num_prompt_tokens": 1}]
+    assert encode_examples(["a"], ["x"], character_tokenizer()) == [Example(input_ids=[A, X], num_prompt_tokens=1)]
 
 
 def test_encode_examples_refuses_an_eos_that_the_tokenizer_does_not_have():

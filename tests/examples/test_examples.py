@@ -108,8 +108,8 @@ def test_library_tokenisation_is_that_of_the_whole_text_and_the_response_decodes
     prompts, outputs = problems["prompt"], problems["output"]
     examples = encode_examples(prompts, outputs, tokenizer, append_eos=True)
     for prompt, output, example in list(zip(prompts, outputs, examples, strict=True))[:100]:
-        assert example["input_ids"] == [*tokenizer(prompt + output)["input_ids"], tokenizer.eos_token_id]
-        response = example["input_ids"][example["num_prompt_tokens"] :] + [tokenizer.pad_token_id] * 3
+        assert example.input_ids == [*tokenizer(prompt + output)["input_ids"], tokenizer.eos_token_id]
+        response = example.input_ids[example.num_prompt_tokens :] + [tokenizer.pad_token_id] * 3
         assert tokenizer.decode(response, skip_special_tokens=True) == output
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from peft import PeftModel
-from support.models import character_tokenizer, tiny_config
+from support.models import character_tokenizer, skip_without_4_bit_training, tiny_config
 from support.runs import ROWS, Processes, StepLog, adamw, read_log, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -280,7 +280,7 @@ def test_an_average_of_adapters_goes_on_too(tmp_path):
 
 
 def test_quantised_weights_stay_and_their_adapters_learn(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    skip_without_4_bit_training()
     base, run = tmp_path / "base", tmp_path / "run"
     torch.manual_seed(3)
     config = tiny_config(hidden_size=64, intermediate_size=64) | MODELS["untied"]
@@ -359,7 +359,7 @@ def test_adapters_on_top_of_a_model_of_another_name_are_warned_of(tmp_path):
 
 
 def test_a_quantisation_given_as_an_object_does_not_end_up_in_the_checkpoint(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    skip_without_4_bit_training()
     build("untied").save_pretrained(tmp_path / "base")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     module = {"model": str(tmp_path / "base"), "lora": LORA, "model_kwargs": {"quantization_config": quantization}}

@@ -7,7 +7,7 @@ from support.models import character_tokenizer, tiny_config
 from support.runs import Processes, whole
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_sft import Sampling, log_generations
+from lightning_sft import Sampling, SettingsError, log_generations
 from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded
@@ -81,7 +81,7 @@ def refuse(folder):
     dist.init_process_group("gloo")
 
     def build_nothing():
-        raise ValueError("`model` is 'none', which cannot be loaded")
+        raise SettingsError("`model` is 'none', which cannot be loaded")
 
     with pytest.raises(ValueError, match="`model` is 'none'"):
         load_sharded(build_nothing, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """Tiny models and tokenizers, built in process."""
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,3 +39,10 @@ def tiny_model(**changes: object) -> LlamaForCausalLM:
     config = tiny_config(**changes)
     del config["model_type"]
     return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def skip_without_4_bit_training() -> None:
+    """Skip where bitsandbytes is missing, or has kernels without a gradient for this processor."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if functional.has_avx512bf16():
+        pytest.skip("on CPUs with bfloat16 arithmetic bitsandbytes takes kernels that have no gradient")
