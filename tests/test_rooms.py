@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import lightning_sft
+from lightning_sft.cli.main import COMMANDS, overview
 
 
 def run(code: str) -> None:
@@ -57,3 +58,21 @@ def test_helpers_bring_neither_lightning_nor_datasets(name):
         "brought = {'lightning', 'pytorch_lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
         "assert not brought, brought"
     )
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help", "-h"])
+def test_version_and_overview_are_answered_without_torch(flag):
+    run(
+        "import sys\n"
+        f"sys.argv = ['lightning-sft', {flag!r}]\n"
+        "from lightning_sft.cli.main import main\n"
+        "main()\n"
+        "assert not {'torch', 'transformers', 'lightning', 'jsonargparse'} & set(sys.modules)\n"
+    )
+
+
+def test_the_overview_names_every_command():
+    from lightning_sft.cli.app import SFTCLI
+
+    assert {*SFTCLI.subcommands(), "export"} == set(COMMANDS)
+    assert all(f"  {name} " in overview() for name in COMMANDS)

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import traceback
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +29,6 @@ from lightning_sft.errors import MissingFileError, SettingsError, one_line, path
 from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.training.module import SFTModule
 
-# What these modules raise is about the user's arguments; whatever else goes wrong keeps its traceback.
-_REFUSING = ("lightning_sft.", "lightning.pytorch.trainer.connectors.accelerator_connector")
 _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
     ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
@@ -192,6 +189,12 @@ class SFTCLI(LightningCLI):
         self.datamodule, self.model = built.data, built.get("model")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            self._run_command(subcommand)
+        except MisconfigurationException as error:  # what Lightning refuses when a run begins
+            raise SettingsError(one_line(error, 2000)) from error
+
+    def _run_command(self, subcommand: str) -> None:
         if subcommand == "preview":
             SFTTrainer.preview(self.datamodule, self.config.preview.num_rows)
         elif subcommand == "estimate":
@@ -233,7 +236,10 @@ class SFTCLI(LightningCLI):
         # Before the user's, which may put a model's own weights back that generations are to be made without.
         given = config.get("callbacks") or []
         config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])
-        trainer = self._instantiate_trainer(config, [])
+        try:
+            trainer = self._instantiate_trainer(config, [])
+        except (MisconfigurationException, ValueError) as error:  # Lightning refuses settings by both
+            raise SettingsError(one_line(error, 2000)) from error
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback):
                 callback.config = self._without_place(callback.config)
@@ -330,7 +336,7 @@ def main() -> None:
     `find_lr` and `find_batch_size` find settings for it; with nothing but `--ckpt_path last`, `fit` continues the run
     below `runs` that saved a checkpoint most recently.
 
-    What this package or the trainer refuses ends in one line; any other exception keeps its traceback.
+    A `SettingsError` ends in one line; any other exception keeps its traceback.
     """
     if sys.argv[1:] in (["fit"], ["preview"], ["estimate"], *([name] for name in _FINDING)):
         sys.argv += ["--config", str(packaged_configs()["quickstart"])]
@@ -350,9 +356,5 @@ def main() -> None:
             build()
     except UnicodeDecodeError as error:  # data and templates have messages of their own
         sys.exit(f"lightning-sft: error: a configuration is not UTF-8 text ({error.reason}). Save the file as UTF-8.")
-    except (ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(_REFUSING) and not isinstance(error, MisconfigurationException):
-            raise
+    except SettingsError as error:
         sys.exit(f"lightning-sft: error: {one_line(error, 2000)}")

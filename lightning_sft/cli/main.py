@@ -1,8 +1,45 @@
-"""The program `lightning-sft`."""
+"""The program `lightning-sft`: `--version` and the overview of commands are answered before imports that take long."""
+
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "fit": "Train a model; without arguments the quickstart.",
+    "validate": "Evaluate a checkpoint on the validation rows.",
+    "test": "Evaluate a checkpoint on the test rows, and answer all of their prompts.",
+    "predict": "Write responses to prompts into a file.",
+    "preview": "Show some training rows as the model will see them, and statistics of the data.",
+    "estimate": "Say what memory and time `fit` would need.",
+    "find_lr": "Try rising learning rates, and suggest one to begin with.",
+    "find_batch_size": "Try how many tokens of a microbatch fit into memory.",
+    "export": "Write a checkpoint's model to a folder that `from_pretrained` loads.",
+}
 
 
 def main() -> None:
     """Entry point."""
-    from lightning_sft.cli.app import main as run
+    if sys.argv[1:] == ["--version"]:
+        print(f"lightning-sft {version('lightning-sft')}")
+    elif sys.argv[1:] in (["--help"], ["-h"]):
+        print(overview())
+    else:
+        from lightning_sft.cli.app import main as run
 
-    run()
+        run()
+
+
+def overview() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<17}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning-sft COMMAND [--config NAME_OR_FILE] [--SETTING VALUE ...]",
+            "",
+            "Supervised fine-tuning of causal language models.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Settings are explained by `lightning-sft COMMAND --help`.",
+        ]
+    )
