@@ -443,8 +443,8 @@ def test_the_real_qwen2_tokenizer(shared_data):
     messages = [user("Wie spät ist es?"), assistant("  Fünf — 五点.\n"), *WITH_TOOLS]
     template, conversation = ChatTemplate(tokenizer), read_conversation({"m": messages, "tools": [TOOL]}, ["m"])
     (row,) = template.encode([template.write(conversation)])
-    assert row["input_ids"] == tokenizer.apply_chat_template(messages, tools=[TOOL])["input_ids"]
-    assert responses(row, tokenizer) == ["  Fünf — 五点.\n<|im_end|>", CALLED, "It is 3.<|im_end|>"]
+    assert row.input_ids == tokenizer.apply_chat_template(messages, tools=[TOOL])["input_ids"]
+    assert responses(vars(row), tokenizer) == ["  Fünf — 五点.\n<|im_end|>", CALLED, "It is 3.<|im_end|>"]
     assert tokenizer.decode(end_of_turn_id(tokenizer)) == "<|im_end|>"
 
 
