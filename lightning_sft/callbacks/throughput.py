@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.flops import training_flops
-from lightning_sft.model.precision import compute_dtype
+from lightning_sft.model.precision import Precision
 
 _TOTALS = ("num_tokens", "num_response_tokens", "num_attended")
 
@@ -48,7 +48,7 @@ class TokenThroughput(L.Callback):
         """Find out what the devices could do."""
         device = pl_module.device
         if self._peak_flops is None and device.type == "cuda":
-            self._peak_flops = known_peak_flops(device, str(trainer.precision))
+            self._peak_flops = known_peak_flops(device, Precision.of(trainer.precision))
         self._restart()
 
     def _restart(self) -> None:
@@ -106,11 +106,11 @@ def _seconds(spans: list[tuple[Any, Any]]) -> float:
     return sum(start.elapsed_time(end) for start, end in spans) / 1000
 
 
-def known_peak_flops(device: torch.device, precision: str) -> float | None:
+def known_peak_flops(device: torch.device, precision: Precision) -> float | None:
     """What a CUDA device could do at most, if Lightning knows it."""
     if "L40" in torch.cuda.get_device_name(device):  # taken for an L4
         return None
-    return get_available_flops(device, compute_dtype(precision))
+    return get_available_flops(device, precision.compute_dtype)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -1,30 +1,66 @@
-"""Lightning's words for a precision, and the types that they stand for."""
+"""What Lightning's words for a precision mean."""
+
+from dataclasses import dataclass
 
 import torch
 
 from lightning_sft.errors import SettingsError
 
+_HALF = (torch.float16, torch.bfloat16)
+_MEANINGS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
+    "32-true": (None, None),
+    "64-true": (torch.float64, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (None, torch.bfloat16),
+    "16-mixed": (None, torch.float16),
+    "transformer-engine": (torch.bfloat16, None),
+    "transformer-engine-float16": (torch.float16, None),
+}
+_ALIASES = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """What matrices are multiplied in.
 
-    Args:
-        precision: As Lightning spells it.
+@dataclass(frozen=True)
+class Precision:
+    """What a trainer's `precision` means for weights and for products of matrices.
+
+    Attributes:
+        word: As Lightning spells it in full, such as `bf16-mixed`.
+        stored: The type that all weights are converted to; None: they stay in the type that they are loaded in.
+        autocast: The type that autocast multiplies matrices in; None: there is no autocast.
     """
-    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-    return next((dtype for name, dtype in kinds.items() if name in precision), torch.float32)
+
+    word: str = "32-true"
+    stored: torch.dtype | None = None
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, word: object) -> "Precision":
+        """The meaning of a word that Lightning's trainer takes.
+
+        Args:
+            word: Such as `bf16-mixed`; also the short forms `32`, `64`, `16` and `bf16`, and None for the default.
+
+        Raises:
+            SettingsError: If there is no such precision.
+        """
+        name = _ALIASES.get(str(word), str(word))
+        if name not in _MEANINGS:
+            raise SettingsError(f"`precision` is {word!r}, expected one of {', '.join(_MEANINGS)}.")
+        return cls(name, *_MEANINGS[name])
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrices are multiplied in."""
+        return self.autocast or self.stored or torch.float32
+
+    @property
+    def is_half(self) -> bool:
+        """Whether matrices are multiplied in 16 bits."""
+        return self.compute_dtype in _HALF
+
+    def __str__(self) -> str:
+        return self.word
 
 
-def precision_types(precision: str) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """What weights are converted to, and what autocast multiplies in."""
-    types: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
-        "64-true": (torch.float64, None),
-        "32-true": (None, None),
-        "bf16-true": (torch.bfloat16, None),
-        "16-true": (torch.float16, None),
-        "bf16-mixed": (None, torch.bfloat16),
-        "16-mixed": (None, torch.float16),
-    }
-    if precision not in types:
-        raise SettingsError(f"`precision` is {precision!r}; memory is only estimated for {', '.join(types)}.")
-    return types[precision]
+FLOAT32 = Precision()

@@ -13,12 +13,12 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.attention import why_never_packed
 from lightning_sft.model.flops import training_flops
+from lightning_sft.model.precision import Precision
 from lightning_sft.planning.step_memory import StepMemory, module_step_memory
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.state_memory import binary, parameter_counts
 
 _STEPS_LOOKED_AT = 1000
-_PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 _UNCOUNTED = (
     "Not counted: the CUDA context, what the allocator cannot use, what kernels need inside, generation, and what "
     "`compile` saves."
@@ -96,8 +96,7 @@ def estimate_run(
     """
     if not 0 < mfu <= 1:
         raise SettingsError(f"`mfu` is {mfu}, expected a share above 0, at most 1.")
-    precision = str(trainer.get("precision"))
-    precision = _PRECISIONS.get(precision, precision)
+    precision = _precision(trainer)
     on_cuda, devices = _device_type(trainer) == "cuda", _num_devices(trainer)
     sharded = "modelparallel" in _strategy(trainer).replace("_", "").lower()
     notes = [f"For {devices} {'CUDA' if on_cuda else 'CPU'} device{'s' if devices > 1 else ''}, {precision}."]
@@ -148,6 +147,13 @@ def estimate_run(
             notes.append("For a time give the device's FLOP/s as `--throughput.peak_flops`.")
     notes.append(_UNCOUNTED)
     return Estimate(parameter_counts(model.parameters()), memory, module.gradient_checkpointing, run, notes)
+
+
+def _precision(trainer: Mapping[str, Any]) -> Precision:
+    precision = Precision.of(trainer.get("precision"))
+    if precision.word.startswith("transformer-engine"):
+        raise SettingsError(f"`precision` is '{precision}', whose copies in 8 bits are not estimated.")
+    return precision
 
 
 def _device_type(trainer: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ types but no values, and every storage is counted from its first use until it is
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model import head, tiles
 from lightning_sft.model.attention import VARLEN, packed_inputs
 from lightning_sft.model.log_probs import score_responses, trust_head
-from lightning_sft.model.precision import precision_types
+from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.state_memory import OptimizerFactory, StateMemory, state_memory, state_tensors, storage_size
@@ -63,7 +63,7 @@ def step_memory(
     *,
     layout: Layout = "packed",
     num_microbatches: int = 1,
-    precision: str = "32-true",
+    precision: Precision = FLOAT32,
     gradient_checkpointing: bool = False,
     on_cuda: bool = False,
     num_copies: int = 1,
@@ -83,7 +83,7 @@ def step_memory(
         num_response_tokens: Of each sequence.
         layout: Of the microbatch.
         num_microbatches: Of the step; from the second on the gradients of those before are there.
-        precision: As Lightning spells it.
+        precision: Of the trainer.
         gradient_checkpointing: Whether activations are computed again.
         on_cuda: Whether tiles are those of CUDA, and attention has a kernel for half precision.
         num_copies: Devices under `ddp`.
@@ -91,18 +91,17 @@ def step_memory(
         whole_gradients: Whether shards keep the whole gradients between microbatches.
 
     Raises:
-        ValueError: If the precision is not known here, or the model cannot be run without values.
+        ValueError: If the model cannot be run without values.
     """
-    stored, autocast = precision_types(precision)
     with torch.device("meta"):
         model = copy.deepcopy(model)
-    if stored is not None:
-        cast(nn.Module, model).to(dtype=stored)
+    if precision.stored is not None:
+        cast(nn.Module, model).to(dtype=precision.stored)
     state = state_memory(model.parameters(), optimizer)
     gathered = state.gradients if num_copies > 1 else 0  # the reducer's buckets
     if num_shards > 1:
-        if autocast == torch.bfloat16:
-            cast(nn.Module, model).to(dtype=autocast)
+        if precision.autocast is not None:
+            cast(nn.Module, model).to(dtype=precision.autocast)
         gathered = _gathered(model) + (state.gradients if whole_gradients else 0)
         state = state.share(num_shards)
     inputs = _inputs(lengths, num_response_tokens, layout)
@@ -114,7 +113,8 @@ def step_memory(
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True
     counted = _LiveBytes()
-    with torch.autocast("cpu", autocast) if autocast else nullcontext(), _as_on_cuda(counted, on_cuda):
+    autocast = torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None)
+    with autocast, _as_on_cuda(counted, on_cuda):
         try:
             activations = _run_step(model, made, inputs, counted, min(num_microbatches, 2), on_cuda)
         except (RuntimeError, NotImplementedError) as error:  # it reads values, such as which expert is for a token
@@ -139,7 +139,7 @@ def module_step_memory(module: SFTModule, *sequences: Sequence[int], **options: 
         "gradient_checkpointing": module.gradient_checkpointing,
         "whole_gradients": module._sync_every_microbatch is False,
     }
-    model = module.empty_model(str(options.get("precision", "32-true")))
+    model = module.empty_model(options.get("precision", FLOAT32))
     return step_memory(model, module._optimizer, *sequences, **(own | options))
 
 

@@ -24,7 +24,7 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, and_more, one
 from lightning_sft.model.attention import enable_packing, packed_inputs
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.lora import add_lora, check_settings, has_lora, is_quantized, lora_config
-from lightning_sft.model.precision import compute_dtype
+from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model, enable_gradient_checkpointing
 from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded, shard
 from lightning_sft.training.losses import LossNormalization, loss_constant
@@ -179,7 +179,7 @@ class SFTModule(L.LightningModule):
         strategy = getattr(self._trainer, "strategy", None)
         loaded = isinstance(getattr(self, "model", None), PreTrainedModel)
         if isinstance(strategy, ModelParallelStrategy):
-            dtype = torch.bfloat16 if self._precision == "bf16-mixed" else None
+            dtype = self._precision.autocast
             if not loaded:
                 self.model = load_sharded(self._build, strategy.root_device, dtype, self._adapt)
             elif not is_sharded(self.model):
@@ -196,7 +196,7 @@ class SFTModule(L.LightningModule):
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self._check_vocabulary()
-        self.why_not_packed = enable_packing(self.model, compute_dtype(self._precision))
+        self.why_not_packed = enable_packing(self.model, self._precision.compute_dtype)
         if self.why_not_packed:
             rank_zero_info(f"Batches are padded: {self.why_not_packed}.")
         if self._compile and is_sharded(self.model):
@@ -205,7 +205,7 @@ class SFTModule(L.LightningModule):
             self.model.base_model.compile(dynamic=True)
             self._compile = False  # it is, from now on
 
-    def empty_model(self, precision: str = "32-true") -> PreTrainedModel:
+    def empty_model(self, precision: Precision = FLOAT32) -> PreTrainedModel:
         """The model that is to be trained, on `meta`: shapes and types, no values; nothing of its weights is read.
 
         Args:
@@ -216,15 +216,15 @@ class SFTModule(L.LightningModule):
         return self._adapt(build_empty_model(self._source, self._load_options(precision)))
 
     @property
-    def _precision(self) -> str:
-        return str(getattr(self._trainer, "precision", "32-true"))
+    def _precision(self) -> Precision:
+        return Precision.of(getattr(self._trainer, "precision", None))
 
     def _build(self) -> PreTrainedModel:
         return self._adapt(build_model(self._source, self._load_options(self._precision), self._seed))
 
-    def _load_options(self, precision: str) -> dict[str, Any]:
+    def _load_options(self, precision: Precision) -> dict[str, Any]:
         # Frozen weights in float32 would be no more exact than in the type that they are stored in.
-        as_stored = self._lora is not None and isinstance(self._source, str) and "16" in precision
+        as_stored = self._lora is not None and isinstance(self._source, str) and precision.is_half
         return ({"dtype": "auto"} if as_stored else {}) | self._model_kwargs
 
     def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:

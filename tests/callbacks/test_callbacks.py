@@ -29,6 +29,7 @@ from lightning_sft.callbacks.throughput import _now, _seconds, known_peak_flops
 from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.generation.report.loggers import log_records, markdown_table, print_records
 from lightning_sft.model.flops import training_flops
+from lightning_sft.model.precision import Precision
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
 KEYS = {"step", "prompt", "response", "ground_truth", "format_reward", "answer_reward", "reward", "token_entropy"}
@@ -348,7 +349,7 @@ def test_peaks_are_those_that_lightning_knows_for_sure(monkeypatch):
         warnings.simplefilter("ignore")
         for name, peak in known.items():
             monkeypatch.setattr("torch.cuda.get_device_name", lambda device, name=name: name)
-            assert known_peak_flops(torch.device("cuda"), "bf16-mixed") == peak
+            assert known_peak_flops(torch.device("cuda"), Precision.of("bf16-mixed")) == peak
 
 
 @pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "max_tokens_per_batch"])

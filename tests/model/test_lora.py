@@ -18,6 +18,7 @@ from lightning_sft.cli.app import main
 from lightning_sft.export.huggingface import export_model, load_checkpoint
 from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.lora import add_lora, is_quantized, plain_weights
+from lightning_sft.model.precision import Precision
 from lightning_sft.planning.step_memory import module_step_memory
 
 MODELS = {
@@ -332,10 +333,10 @@ def test_layers_in_float32_beside_half_precision_do_not_prevent_packing():
 def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_alone(tmp_path):
     build("tied", torch.bfloat16).save_pretrained(tmp_path)
     module = SFTModule(str(tmp_path), lora=LORA)
-    model = module.empty_model("bf16-mixed")
+    model = module.empty_model(Precision.of("bf16-mixed"))
     assert model.dtype == torch.bfloat16
     adapters = sum(4 * weight.numel() for weight in model.parameters() if weight.requires_grad)
-    memory = module_step_memory(module, [20], [10], precision="bf16-mixed").state
+    memory = module_step_memory(module, [20], [10], precision=Precision.of("bf16-mixed")).state
     assert memory.gradients == adapters
     assert memory.weights == adapters + sum(2 * weight.numel() for weight in build("tied").parameters())
 

@@ -16,6 +16,7 @@ from lightning_sft.data.example import Example
 from lightning_sft.data.plan import BatchPlan, StepRule
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.log_probs import score_responses
+from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import build_empty_model
 from lightning_sft.planning.estimate import estimate_run
 from lightning_sft.planning.step_memory import _as_on_cuda, _LiveBytes, step_memory
@@ -147,11 +148,11 @@ def test_checkpointing_keeps_less_and_mixed_precision_adds_casts_of_the_weights(
     assert again.state == plain.state
     body = sum(weight.numel() for name, weight in model.named_parameters() if "proj" in name)
     few = {
-        precision: step_memory(model, adamw, [2], [1], precision=precision) for precision in ("32-true", "bf16-mixed")
+        word: step_memory(model, adamw, [2], [1], precision=Precision.of(word)) for word in ("32-true", "bf16-mixed")
     }
     assert few["bf16-mixed"].state == few["32-true"].state
     assert few["bf16-mixed"].activations - few["32-true"].activations == pytest.approx(2 * body, rel=0.1)
-    half = step_memory(model, adamw, [2], [1], precision="bf16-true").state
+    half = step_memory(model, adamw, [2], [1], precision=Precision.of("bf16-true")).state
     assert half.weights == few["32-true"].state.weights / 2
 
 
