@@ -20,6 +20,7 @@ from lightning_sft.generation.report.loggers import log_records, print_records
 from lightning_sft.generation.report.page import update_index, write_page
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.rewards.functions import r1_zero_reward
+from lightning_sft.training.run_folder import run_folder
 
 Rows = Sequence[dict[str, Any]]
 _AT_ONCE = 1024  # prompts
@@ -155,7 +156,7 @@ class GenerationMonitor(L.Callback):
             return self._latest[1]
         limit = None if stage == "test" else self.num_prompts
         rows = trainer.datamodule.prompts(stage, limit)  # type: ignore[attr-defined]
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "generations"  # `log_dir` is a collective
+        folder = run_folder(trainer) / "generations"
         name = f"test_step_{step}" if stage == "test" else f"step_{step}"
         writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         records = GenerationRecords()

@@ -11,6 +11,7 @@ from lightning_sft.export.huggingface import ADAPTERS_ALONE, ExportDtype, check_
 from lightning_sft.model.lora import changes_base
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.run_facts import run_facts
+from lightning_sft.training.run_folder import run_folder
 
 
 class HuggingFaceExport(Checkpoint):
@@ -49,7 +50,7 @@ class HuggingFaceExport(Checkpoint):
         Returns:
             The folder, or None where nothing is exported.
         """
-        root = Path(trainer.log_dir or trainer.default_root_dir)  # `log_dir` is a collective
+        root = run_folder(trainer)
         return None if self.folder is None or trainer.fast_dev_run else root / self.folder  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -16,6 +16,7 @@ from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.errors import SettingsError
 from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link, remove_partial
 from lightning_sft.training.outcome import OnItsWay
+from lightning_sft.training.run_folder import run_folder
 
 
 class LastCheckpoint(Checkpoint):
@@ -124,7 +125,7 @@ class LastCheckpoint(Checkpoint):
         raise SystemExit(128 + number)
 
     def _folder(self, trainer: L.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"  # `log_dir` is a collective
+        return run_folder(trainer) / "checkpoints"
 
     def _save(self, trainer: L.Trainer) -> None:
         path = self._folder(trainer) / "last.ckpt"

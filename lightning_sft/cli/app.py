@@ -28,6 +28,7 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import MissingFileError, SettingsError, one_line, path_from_here
 from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
 from lightning_sft.training.module import SFTModule
+from lightning_sft.training.run_folder import run_folder
 
 _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
@@ -71,7 +72,7 @@ class _SaveConfig(SaveConfigCallback):
     """Saves a run's settings; those of an evaluation in the same folder do not take their place."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename  # `log_dir` is a collective
+        path = run_folder(trainer) / self.config_filename
         if stage == "fit" or not trainer.strategy.broadcast(path.is_file()):
             super().setup(trainer, pl_module, stage)
 
@@ -257,7 +258,7 @@ class SFTCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is."""
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # `log_dir` is a collective
+        folder = run_folder(self.trainer)
         if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         places = {"Run": folder, "Generations": folder / "generations" / "index.html"}
