@@ -6,12 +6,15 @@ import re
 import pytest
 
 import lightning_sft
+import lightning_sft.examples
+
+PUBLIC = [(room, name) for room in (lightning_sft, lightning_sft.examples) for name in room.__all__]
 
 
 def own_callables():
     """Everything exported, and what its classes add to their bases: Lightning explains its own hooks."""
-    for name in lightning_sft.__all__:
-        exported = getattr(lightning_sft, name)
+    for room, name in PUBLIC:
+        exported = getattr(room, name)
         if not inspect.isclass(exported):
             yield name, exported
             continue
@@ -33,9 +36,9 @@ def test_every_parameter_is_explained_and_no_other(name, value):
     assert explained == parameters
 
 
-@pytest.mark.parametrize("name", lightning_sft.__all__)
-def test_every_public_name_and_member_has_a_docstring(name):
-    exported = getattr(lightning_sft, name)
+@pytest.mark.parametrize(("room", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
+def test_every_public_name_and_member_has_a_docstring(room, name):
+    exported = getattr(room, name)
     assert exported.__doc__
     for member, value in vars(exported).items() if inspect.isclass(exported) else ():
         if not member.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):

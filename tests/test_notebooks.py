@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import Sampling, SFTModule, log_generations
-from lightning_sft.examples.demo import word_problems, word_tokenizer
+from lightning_sft.examples import word_problems, word_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMETERS = {

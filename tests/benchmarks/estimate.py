@@ -64,7 +64,7 @@ def parts(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Module, data and the trainer's settings; rows of 67 to 547 tokens, about a third of them of responses."""
     from lightning_sft import SFTDataModule, SFTModule
-    from lightning_sft.examples.demo import word_problems, word_tokenizer
+    from lightning_sft.examples import word_problems, word_tokenizer
 
     problems = word_problems(2 * batch_size)
     rows = [

@@ -110,7 +110,7 @@ class Watch(L.Callback):
 
 def long_run(folder: Path, num_steps: int) -> Numbers:
     """Training with all that the command line adds: generations every 100 steps, validation and checkpoints."""
-    from lightning_sft.examples.demo import word_problems
+    from lightning_sft.examples import word_problems
 
     watch = Watch()
     datamodule, module = _datamodule(folder, train_data=word_problems(20_000), val_data=word_problems(64, 1)), _module()
@@ -134,7 +134,7 @@ def _datamodule(folder: Path, **options: Any) -> Any:
     import datasets
 
     from lightning_sft.data.datamodule import SFTDataModule
-    from lightning_sft.examples.demo import word_tokenizer
+    from lightning_sft.examples import word_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     return SFTDataModule(word_tokenizer(), batch_size=BATCH_SIZE, **options)
@@ -171,7 +171,7 @@ def _trainer(folder: Path, num_steps: int, callbacks: list[L.Callback], **option
 
 def write_rows(path: Path, num_rows: int, at_a_time: int = 10_000) -> None:
     """Word problems, one JSON object a line; every hundredth is several times as long as the others."""
-    from lightning_sft.examples.demo import word_problems
+    from lightning_sft.examples import word_problems
 
     with open(path, "w") as file:
         for seed, start in enumerate(range(0, num_rows, at_a_time)):

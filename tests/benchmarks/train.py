@@ -89,7 +89,7 @@ def build_tokenizer(vocab_size: int, rows: list[dict[str, str]], folder: Path) -
 def read_rows(data: Path) -> list[dict[str, str]]:
     import yaml
 
-    from lightning_sft.examples.gsm8k import r1_zero_row
+    from lightning_sft.examples import r1_zero_row
 
     config = Path(__file__).parents[2] / "configs" / "gsm8k.yaml"
     template = yaml.safe_load(config.read_text())["data"]["prompt_template"]

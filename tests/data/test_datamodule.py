@@ -185,7 +185,7 @@ def test_a_tokenizer_without_eos_is_named():
 
 
 def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
-    from lightning_sft.examples.gsm8k import r1_zero_row
+    from lightning_sft.examples import r1_zero_row
 
     row = {"question": "How many?", "answer": "2*3 = <<2*3=6>>6\nso 1,000+6\n#### 1,006"}
     path = tmp_path / "train.jsonl"
@@ -202,7 +202,7 @@ def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
 
 
 def test_a_gsm8k_row_without_its_mark_is_located(tmp_path):
-    from lightning_sft.examples.gsm8k import r1_zero_row
+    from lightning_sft.examples import r1_zero_row
 
     with pytest.raises(
         ValueError,

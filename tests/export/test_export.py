@@ -203,7 +203,7 @@ def test_a_checkpoint_without_a_tokenizer_or_a_model_is_refused(tmp_path, monkey
     last, words = tmp_path / "checkpoints" / "last.ckpt", ["--output", tmp_path / "out"]
     with pytest.raises(SystemExit, match=r"config\.yaml does not name one\. Give `--tokenizer`"):
         export_command(monkeypatch, "--ckpt_path", last, *words)
-    (tmp_path / "config.yaml").write_text("data: {tokenizer: {class_path: lightning_sft.examples.demo.word_tokenizer}}")
+    (tmp_path / "config.yaml").write_text("data: {tokenizer: {class_path: lightning_sft.examples.word_tokenizer}}")
     export_command(monkeypatch, "--ckpt_path", last, *words)
     assert " Finn" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     checkpoint = torch.load(last)
