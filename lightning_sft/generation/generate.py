@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +26,7 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.generation.records import GenerationRecord, GenerationRecords, summarize, write_records
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.log_probs import get_response_log_probs
+from lightning_sft.model.modes import evaluating
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.rewards.functions import checked_reward, r1_zero_reward
 from lightning_sft.rewards.time_limit import TimeLimitError, call_within
@@ -100,7 +100,7 @@ def log_generations(
         for sample in range(sampling.num_samples)
     ]
     batches = list(_batches(drafts, max_tokens_per_batch, world_size))
-    with _evaluating(model):
+    with evaluating(model):
         for done, batch in enumerate(batches):
             share = batch[rank::world_size]
             if share or is_sharded(model):  # whose processes all take part
@@ -176,19 +176,6 @@ def _batches(drafts: list[_Draft], max_tokens: int, world_size: int) -> Iterator
 
 def _part_of(progress: Callable[[float], None] | None, done: int, parts: int) -> Callable[[float], None]:
     return lambda share: progress((done + share) / parts) if progress else None
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every submodule is back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _respond(

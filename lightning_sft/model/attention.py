@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lightning_sft.errors import SettingsError
+from lightning_sft.model.modes import evaluating
 
 VARLEN = "lightning_sft_varlen"
 _LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
@@ -205,14 +206,9 @@ def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
 
     dtypes = (dtype, *(weight.dtype for weight in model.parameters()))
     half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:  # autocast, since adapters may be float32 beside half-precision weights
-        with torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
-            behind_another, behind_itself = logits(first, second), logits(second, second)
-    finally:
-        for module, training in modes:
-            module.training = training
+    # Autocast, since adapters may be float32 beside half-precision weights.
+    with evaluating(model), torch.autocast(device.type, half, enabled=half is not None):
+        behind_another, behind_itself = logits(first, second), logits(second, second)
     alone = behind_itself[:length]  # nothing stands before it
     tolerance = 2e-2 if half else 1e-4
     return any(

@@ -16,18 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_sft.errors import SettingsError
 
 
-def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype | None = None) -> None:
-    """Shard a model over all processes, each of its transformer blocks by itself.
-
-    A block is gathered when it is needed. Embeddings and head stay gathered from the forward to the backward pass.
-
-    Args:
-        model: The same on every process, or without data (on `meta`).
-        device_type: Of the devices: `cuda` or `cpu`.
-        compute_dtype: That blocks are gathered and multiplied in; gradients are summed in float32. None: as they are.
+def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's transformer blocks, each of which is sharded by itself.
 
     Raises:
-        ValueError: If the model does not say what its blocks are.
+        SettingsError: If the model does not say what its blocks are.
     """
     names = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
@@ -36,11 +29,31 @@ def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype |
             f"{type(model).__name__} does not say what its blocks are (`_no_split_modules`), so it cannot be sharded. "
             "Use the strategy `ddp`."
         )
-    options: dict[str, Any] = {"mesh": init_device_mesh(device_type, (dist.get_world_size(),))}
+    return blocks
+
+
+def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype | None = None) -> None:
+    """Shard a model over all processes, each of its transformer blocks by itself.
+
+    A block's weights are gathered when it runs. Embeddings and head stay gathered from the forward to the backward
+    pass.
+
+    Args:
+        model: The same on every process, or without data (on `meta`).
+        device_type: Of the devices: `cuda` or `cpu`.
+        compute_dtype: Type in which weights are gathered and matrices multiplied; gradients are then summed in
+            float32. None: the type of the weights, for both.
+
+    Raises:
+        SettingsError: If the model does not say what its blocks are.
+    """
+    blocks = transformer_blocks(model)
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy()
     if compute_dtype is not None:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for module in (*blocks, model):
-        fully_shard(module, **options)
+        fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 def load_sharded(

@@ -29,6 +29,7 @@ from lightning_sft.model.attention import VARLEN, packed_inputs
 from lightning_sft.model.log_probs import score_responses, trust_head
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
+from lightning_sft.model.sharding import transformer_blocks
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.state_memory import OptimizerFactory, StateMemory, state_memory, state_tensors, storage_size
 
@@ -264,8 +265,7 @@ def _as_on_cuda(counted: _LiveBytes, on_cuda: bool) -> Iterator[None]:
 
 def _gathered(model: PreTrainedModel) -> int:
     """What FSDP2 holds beside the shares: whole embeddings and head with gradients, two blocks, a block's gradients."""
-    names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = transformer_blocks(model)
     sizes = [sum(map(storage_size, block.parameters())) for block in blocks]
     within = {weight for block in blocks for weight in block.parameters()}
     outside = [weight for weight in model.parameters() if weight not in within]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_sft import Sampling, SettingsError, log_generations
 from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.log_probs import score_responses
-from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded
+from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded, transformer_blocks
 
 MODELS = {
     "tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -91,3 +91,11 @@ def refuse(folder):
 def test_a_model_that_cannot_be_loaded_is_refused_on_every_process(tmp_path):
     assert Processes(refuse, tmp_path, world_size=2).wait() == [0, 0]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_that_does_not_name_its_blocks_is_refused(monkeypatch):
+    model = build("untied")
+    assert transformer_blocks(model) == list(model.model.layers)
+    monkeypatch.setattr(model, "_no_split_modules", None)
+    with pytest.raises(SettingsError, match="LlamaForCausalLM does not say what its blocks are"):
+        transformer_blocks(model)
