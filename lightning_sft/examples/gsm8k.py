@@ -6,9 +6,9 @@ from typing import Any
 
 
 def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a GSM8K answer into a response that continues `<think>`; a `row_transform` of the datamodule.
+    r"""Turn a GSM8K answer into a response that continues `<think>`; a `row_transform` of the datamodule.
 
-    `"4 + 4 = <<4+4=8>>8\\n#### 8"` becomes `" 4 + 4 = 8 </think> <answer> 8 </answer>"`: the calculator's marks go,
+    `"4 + 4 = <<4+4=8>>8\n#### 8"` becomes `" 4 + 4 = 8 </think> <answer> 8 </answer>"`: the calculator's marks go,
     the final answer moves between the tags, without thousands separators.
 
     Args:
