@@ -90,13 +90,13 @@ class SFTTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> BatchSizes:
-        """Print the most tokens in a microbatch that there is memory for, found by trying; nothing is saved.
+        """Print the most tokens in a microbatch that a CUDA device has memory for, found by trying; nothing is saved.
 
         Args:
             model: The model.
             datamodule: The data.
             trainer_options: Of the run's trainer.
-            memory_gib: Memory that the process may take, in GiB. Default: all that is free.
+            memory_gib: Memory that the process may take of its CUDA device, in GiB. Default: all that is free.
             margin: Share of the tokens to leave out, for what tries do not show.
             ckpt_path: Not used, but allowed, since the `config.yaml` of a run has it.
             weights_only: Likewise.

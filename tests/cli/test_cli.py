@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.cuda import take_cpu_for_cuda
 from support.models import character_tokenizer, tiny_model
 
 import lightning_sft
@@ -136,7 +137,8 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
         ("find_batch_size", ["--margin", "0"], "--data.max_tokens_per_microbatch 122"),  # all of the data
     ],
 )
-def test_settings_are_found_and_nothing_is_saved(inputs, capsys, command, options, flag):
+def test_settings_are_found_and_nothing_is_saved(inputs, capsys, monkeypatch, command, options, flag):
+    take_cpu_for_cuda(monkeypatch)
     build([*arguments(inputs, command), *options])
     assert re.fullmatch(flag, next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--")))
     assert not list(Path.cwd().iterdir())

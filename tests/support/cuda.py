@@ -1,0 +1,14 @@
+"""Where there is no CUDA device, the CPU in its place."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+def take_cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, peak: Callable[[], int] = lambda: 1) -> None:
+    """Have `find_batch_size` take the CPU for a CUDA device with 64 GiB, and `peak` for what a step holds at most."""
+    monkeypatch.setattr("lightning_sft.planning.batch_sizes._DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak())
