@@ -1,0 +1,70 @@
+"""Settings of the `GenerationMonitor` that cannot be used, and a reward that hangs in a run."""
+
+import time
+
+import lightning as L
+import pytest
+from support.models import character_tokenizer, tiny_config
+from support.refusals import ROWS, Refusal, each
+
+from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
+from lightning_sft.errors import SettingsTypeError
+
+REFUSED = {
+    "num_prompts of 0": Refusal(
+        lambda folder: GenerationMonitor(num_prompts=0), "`num_prompts` is 0, expected at least 1."
+    ),
+    "every_n_steps of a half": Refusal(
+        lambda folder: GenerationMonitor(every_n_steps=0.5),
+        "`every_n_steps` is 0.5 of type float, expected a whole number.",
+        SettingsTypeError,
+    ),
+    "sampling of a dictionary": Refusal(
+        lambda folder: GenerationMonitor(sampling={"temperature": 1}),
+        "`sampling` is {'temperature': 1} of type dict, expected a `Sampling`.",
+        SettingsTypeError,
+    ),
+    "no time for rewards": Refusal(
+        lambda folder: GenerationMonitor(reward_seconds=0),
+        "`reward_seconds` is 0, expected a positive number, or none.",
+    ),
+    "reward that is no function": Refusal(
+        lambda folder: GenerationMonitor(reward_fn="exact"),
+        "`reward_fn` is 'exact', expected a function of response and ground truth.",
+        SettingsTypeError,
+    ),
+}
+
+
+@each(REFUSED)
+def test_a_setting_that_cannot_be_used_is_refused_by_name(refusal, tmp_path):
+    refusal.check(tmp_path)
+
+
+def hangs(response: str, ground_truth: str) -> dict[str, float]:
+    while True:
+        try:
+            time.sleep(60)
+        except Exception:
+            continue
+
+
+def test_a_reward_that_hangs_does_not_stop_training(tmp_path):
+    monitor = GenerationMonitor(hangs, num_prompts=1, sampling=Sampling(max_new_tokens=2), reward_seconds=0.2)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        callbacks=[monitor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    with pytest.warns(
+        UserWarning, match=r"failed on 1 of 1 examples, which count as 0. The first: it took longer than"
+    ):
+        trainer.fit(SFTModule(tiny_config()), SFTDataModule(character_tokenizer(), ROWS, val_data=ROWS))
+    assert trainer.global_step == 1
+    assert trainer.callback_metrics["val/reward_failures"] == 1

@@ -1,0 +1,150 @@
+"""Checkpoints that cannot be continued from: not whole, not safe to load, or of another run."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from support.models import character_tokenizer, tiny_config, tiny_model
+from support.refusals import ROWS, Provoke, Refusal, assert_says, each, fit, write
+from support.untrusted import Payload, trace_of_payload
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.errors import MissingFileError, SettingsError
+from lightning_sft.training.checkpoint_files import check_checkpoint
+
+WEIGHTS = {"state_dict": {"a": torch.zeros(2000)}, "pytorch-lightning_version": "2.6.0"}
+
+
+def checkpoint(content: object, change: Callable[[bytes], bytes] = lambda good: good) -> Provoke:
+    """A file with some content, its bytes changed, that a training is to go on from."""
+
+    def provoke(folder: Path) -> None:
+        torch.save(content, folder / "bad.ckpt")
+        write(folder / "bad.ckpt", change((folder / "bad.ckpt").read_bytes()))
+        check_checkpoint(str(folder / "bad.ckpt"), resume=True)
+
+    return provoke
+
+
+FILES = {
+    "missing": Refusal(
+        lambda folder: check_checkpoint(f"{folder}/none.ckpt", resume=True),
+        "`ckpt_path` is '{tmp}/none.ckpt', but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.",
+        MissingFileError,
+    ),
+    "empty": Refusal(
+        checkpoint(WEIGHTS, lambda good: b""),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (0 bytes): it is cut short, or something "
+        "else. Take another one, such as the best.",
+    ),
+    "truncated": Refusal(
+        checkpoint(WEIGHTS, lambda good: good[:5000]),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (5000 bytes): it is cut short, or something "
+        "else. Take another one, such as the best.",
+    ),
+    "pickled alone": Refusal(
+        checkpoint(WEIGHTS, lambda good: pickle.dumps({})),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (...",
+    ),
+    "with a hole": Refusal(
+        checkpoint(WEIGHTS, lambda good: bytes(500) + good[500:]),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which cannot be read: ... Take another one.",
+    ),
+    "folder": Refusal(
+        lambda folder: check_checkpoint(str(folder), resume=True),
+        "`ckpt_path` is '{tmp}', a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt.",
+    ),
+    "sharded": Refusal(
+        lambda folder: check_checkpoint(str(write(folder / ".metadata", b"").parent), resume=True),
+        "`ckpt_path` is '{tmp}', a sharded checkpoint. Torch unpickles those, so loading it could run code from it. If "
+        "you trust whoever made it, set `weights_only` to false.",
+    ),
+    "weights of a model": Refusal(
+        checkpoint(tiny_model().state_dict()),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is no checkpoint of a run: it has no `state_dict` beside a Lightning "
+        "version. To start from weights, set `model` to a folder that `save_pretrained` made.",
+    ),
+    "without an optimizer": Refusal(
+        checkpoint(WEIGHTS),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which has weights alone. To continue a training, take one with the "
+        "optimizer.",
+    ),
+}
+
+
+@each(FILES)
+def test_what_is_no_whole_checkpoint_is_refused_before_anything_is_loaded(refusal, tmp_path):
+    refusal.check(tmp_path)
+
+
+def test_weights_alone_are_enough_to_evaluate(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "weights.ckpt")
+    check_checkpoint(str(tmp_path / "weights.ckpt"), resume=False)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_checkpoint_that_holds_code_is_not_loaded(tmp_path, resume):
+    trace = trace_of_payload(tmp_path)
+    torch.save(WEIGHTS | {"state_dict": Payload(trace)}, tmp_path / "bad.ckpt")
+    with pytest.raises(SettingsError) as caught:
+        check_checkpoint(str(tmp_path / "bad.ckpt"), resume)
+    expected = (
+        "`ckpt_path` is '{tmp}/bad.ckpt', which holds `posix.mkdir`, not tensors and plain values alone. Loading it "
+        "could run code, so it is not loaded. If you trust whoever made it, set `weights_only` to false."
+    )
+    assert_says(str(caught.value), expected, tmp_path)
+    assert not trace.exists()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The checkpoint of a run of one step."""
+    path = tmp_path_factory.mktemp("run") / "good.ckpt"
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **silent)
+    trainer.fit(SFTModule(tiny_config()), SFTDataModule(character_tokenizer(), ROWS))
+    trainer.save_checkpoint(path, weights_only=False)
+    return str(path)
+
+
+OTHER_MODEL = "The checkpoint is of another model: `model.model."
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model": tiny_config(hidden_size=8)},
+            OTHER_MODEL + "embed_tokens.weight` is (131, 16) there and (131, 8) here, and 20 more. Set `model` to the "
+            "one that it was trained from.",
+        ),
+        (
+            {"model": tiny_config(num_hidden_layers=1)},
+            OTHER_MODEL + "layers.1.self_attn.q_proj.weight` is there alone, and 8 more. Set `model` to the one that "
+            "it was trained from.",
+        ),
+        (
+            {"model": tiny_config(num_hidden_layers=3)},
+            OTHER_MODEL + "layers.2.self_attn.q_proj.weight` is missing there, and 8 more. Set `model` to the one "
+            "that it was trained from.",
+        ),
+        (
+            {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)},
+            "The checkpoint is of a run with another optimizer: it has no `dampening`, which this run's SGD needs. Set "
+            "`optimizer` to the one of that run.",
+        ),
+        (
+            {"of_data": {"batch_size": 3}},
+            "The checkpoint was made with `batch_size` = 32, now it is 3: the run cannot continue at the same place in "
+            "the data. Use 32, or start anew from the weights.",
+        ),
+    ],
+    ids=["wider model", "fewer layers", "more layers", "other optimizer", "other data"],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(good, tmp_path, options, message):
+    with pytest.raises(SettingsError) as caught:
+        fit(**({"model": tiny_config()} | options), ckpt_path=good, trainer={"max_steps": 2})(tmp_path)
+    assert_says(str(caught.value), message, tmp_path)

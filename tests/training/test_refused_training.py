@@ -1,0 +1,71 @@
+"""Settings of the training that cannot be used, and data that does not fit the model."""
+
+import math
+
+from support.models import tiny_config
+from support.refusals import Refusal, each, fit, module
+
+from lightning_sft.errors import SettingsTypeError
+
+TRAINING = {
+    "model of a number": Refusal(
+        module(5), "`model` is 5 of type int, expected a name, a path, settings or a model.", SettingsTypeError
+    ),
+    "unknown loss": Refusal(
+        module({}, loss_normalization="tokens"), "`loss_normalization` is 'tokens', expected 'token' or 'sequence'."
+    ),
+    "max_grad_norm of NaN": Refusal(
+        module({}, max_grad_norm=math.nan), "`max_grad_norm` is nan, expected a positive number."
+    ),
+    "max_grad_norm of text": Refusal(
+        module({}, max_grad_norm="1"),
+        "`max_grad_norm` is '1' of type str, expected a positive number or none.",
+        SettingsTypeError,
+    ),
+    "warmup_steps of two and a half": Refusal(
+        module({}, warmup_steps=2.5), "`warmup_steps` is 2.5, expected a number of steps or a share below 1."
+    ),
+    "model_kwargs of a list": Refusal(
+        module({}, model_kwargs=[1]),
+        "`model_kwargs` is [1] of type list, expected a mapping of arguments.",
+        SettingsTypeError,
+    ),
+    "optimizer by name in Python": Refusal(
+        module({}, optimizer="AdamW"),
+        "`optimizer` is 'AdamW', expected a function of the parameters.",
+        SettingsTypeError,
+    ),
+    "unknown schedule": Refusal(
+        fit(tiny_config(), lr_scheduler="cosin"),
+        "`lr_scheduler` is 'cosin': cosin is not a valid SchedulerType, please select one of ['linear', ...",
+    ),
+    "schedule of a metric": Refusal(
+        fit(tiny_config(), lr_scheduler="reduce_lr_on_plateau"),
+        "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps.",
+    ),
+    "unknown argument of the schedule": Refusal(
+        fit(tiny_config(), lr_scheduler_kwargs={"cycles": 2}),
+        "`lr_scheduler` is 'cosine' with `lr_scheduler_kwargs` = {'cycles': 2}: ... got an unexpected keyword argument "
+        "'cycles'",
+    ),
+    "schedule over an endless run": Refusal(
+        fit(tiny_config(), trainer={"max_steps": -1, "max_epochs": -1}),
+        "`lr_scheduler` is 'cosine' with `warmup_steps` = 0.03, but the run has no length. Set `max_steps` or "
+        "`max_epochs`, or choose `constant` or `constant_with_warmup` with a number of steps.",
+    ),
+    "tokenizer of another model": Refusal(
+        fit(tiny_config(vocab_size=100)),
+        "The tokenizer has 131 tokens, but the model only 100 embeddings. Use the model's own tokenizer, or call "
+        "`model.resize_token_embeddings` first.",
+    ),
+    "row longer than the model": Refusal(
+        fit(tiny_config(max_position_embeddings=4)),
+        "A row has 6 tokens, but the model has only 4 positions. Set `max_length` to 4 at most, and `too_long` to drop "
+        "or truncate.",
+    ),
+}
+
+
+@each(TRAINING)
+def test_a_setting_that_cannot_be_used_is_refused_by_name(refusal, tmp_path):
+    refusal.check(tmp_path)
