@@ -1,14 +1,13 @@
-"""`HuggingFaceExport`: what a run leaves for everyone else."""
+"""`HuggingFaceExport`: at the end of a run its model as a Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_sft.errors import SettingsError
-from lightning_sft.export.huggingface import ADAPTERS_ALONE, ExportDtype, check_export_folder, export_model
-from lightning_sft.model.lora import changes_base
+from lightning_sft.checks import check_choice
+from lightning_sft.export.huggingface import ExportDtype, check_adapters_alone, check_export_folder, export_model
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.run_folder import run_folder
@@ -35,8 +34,7 @@ class HuggingFaceExport(Checkpoint):
         self, folder: str | None = "huggingface", dtype: ExportDtype | None = None, merge_lora: bool = True
     ) -> None:
         super().__init__()
-        if dtype is not None and dtype not in get_args(ExportDtype):
-            raise SettingsError(f"`dtype` is {dtype!r}, expected one of {', '.join(get_args(ExportDtype))}.")
+        check_choice("dtype", dtype, ExportDtype, optional=True)
         self.folder = folder
         self.dtype = dtype
         self.merge_lora = merge_lora
@@ -58,13 +56,8 @@ class HuggingFaceExport(Checkpoint):
         folder = self.exported_to(trainer)
         if stage == "fit" and folder is not None:
             check_export_folder(folder)
-            lora: dict[str, Any] = pl_module.hparams.get("lora") or {}
-            if not self.merge_lora and not lora:
-                raise SettingsError(
-                    "`merge_lora` is false, but the model has no adapters. Set `model.lora`, or leave it."
-                )
-            if not self.merge_lora and changes_base(lora):
-                raise SettingsError(ADAPTERS_ALONE)
+            if not self.merge_lora:
+                check_adapters_alone(pl_module.hparams.get("lora"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the weights that the run ends with."""

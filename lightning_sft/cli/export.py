@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.chat import read_chat_template, with_chat_template
 from lightning_sft.data.tokenizer import load_tokenizer
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
-from lightning_sft.export.huggingface import ExportDtype, check_export_folder, export_model, load_checkpoint
+from lightning_sft.export.checkpoint import load_checkpoint
+from lightning_sft.export.huggingface import ExportDtype, check_export_folder, export_model
 from lightning_sft.training.checkpoint_files import newest_checkpoint
 
 

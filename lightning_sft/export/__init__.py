@@ -1,1 +1,1 @@
-"""Models for everyone else: Hugging Face folders."""
+"""Hugging Face folders of trained models, and their model cards."""

@@ -1,6 +1,5 @@
 """Model cards: what a run was trained on, how, and how well it did, in a file that goes with the weights."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,74 +8,64 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from lightning_sft.training.run_facts import RunFacts
 
 TAG = "lightning-sft"
+_TEMPLATE = Path(__file__).with_name("model_card.md")
+_PACKAGES = ("lightning-sft", "torch", "transformers", "lightning")
 
 
 def write_card(
-    folder: Path,
-    name: str,
-    facts: Mapping[str, Any],
-    num_parameters: int,
-    dtype: torch.dtype,
-    is_adapter: bool = False,
+    folder: Path, name: str, facts: RunFacts, num_parameters: int, dtype: torch.dtype, is_adapter: bool = False
 ) -> None:
-    """Write the model card, `README.md`."""
-    (folder / "README.md").write_text(_card(name, facts, num_parameters, dtype, is_adapter), encoding="utf-8")
+    """Write the model card, `README.md`.
 
-
-def _card(name: str, facts: Mapping[str, Any], num_parameters: int, dtype: torch.dtype, is_adapter: bool) -> str:
-    base = facts.get("base_model")
-    on_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
-    library = "peft" if is_adapter else "transformers"
-    front = [f"library_name: {library}", "pipeline_tag: text-generation"]
-    front += [f"base_model: {json.dumps(base)}"] if on_hub else []
-    front += ["tags:", f"- {TAG}"]
-    origin = f"`{base}`, fine-tuned" if base else "Trained"
-    kind = str(dtype).removeprefix("torch.")
-    of = "Adapters of " if is_adapter else ""
-    load = 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
-    if is_adapter:
-        load = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")'
-    parts = [
-        "\n".join(["---", *front, "---"]),
-        f"# {name}",
-        f"{origin} on prompt/output pairs. {of}{num_parameters:,} parameters, {kind}.",
-        "\n".join(
-            [
-                "```python",
-                *(["from peft import PeftModel"] if is_adapter else []),
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                f"model = {load}",
-                'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-                "```",
-            ]
-        ),
-    ]
-    for title, note in (
-        ("Data", ""),
-        ("Settings", ""),
-        ("Results", "As last measured before these weights were saved."),
-    ):
-        if values := facts.get(title.lower()):
-            parts += [f"## {title}", *([note] if note else []), _table(values)]
-    if template := facts.get("prompt_template"):
-        fence = "````" if "```" in template else "```"
-        parts += ["## Prompt", f"{fence}text\n{template}\n{fence}"]
-    versions = ", ".join(
-        f"{package} {version(package)}" for package in ("lightning-sft", "torch", "transformers", "lightning")
+    Args:
+        folder: Where.
+        name: The title.
+        facts: What is known of the run.
+        num_parameters: Of the model, or of the adapters.
+        dtype: That they are stored in.
+        is_adapter: Whether the folder holds adapters without the model that they belong to.
+    """
+    base, prompt_template = facts.base_model, facts.prompt_template
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base if base is not None and _is_on_hub(base) else None,
+        tags=[TAG],
     )
-    parts.append(f"Made with {versions}.")
-    return "\n\n".join(parts) + "\n"
+    card = ModelCard.from_template(
+        data,
+        str(_TEMPLATE),
+        name=name,
+        base=base,
+        is_adapter=is_adapter,
+        num_parameters=f"{num_parameters:,}",
+        dtype=str(dtype).removeprefix("torch."),
+        tables=[
+            ("Data", None, _rows(facts.data)),
+            ("Settings", None, _rows(facts.settings)),
+            ("Results", "As last measured before these weights were saved.", _rows(facts.results)),
+        ],
+        prompt_template=prompt_template,
+        fence="````" if prompt_template and "```" in prompt_template else "```",
+        versions=", ".join(f"{package} {version(package)}" for package in _PACKAGES),
+    )
+    card.save(folder / "README.md")
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items() if value is not None]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+def _is_on_hub(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not os.path.exists(model)
 
 
-def _cell(value: Any) -> str:
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(_cell(name), _cell(value)) for name, value in values.items() if value is not None]
+
+
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -526,7 +527,7 @@ class SFTModule(L.LightningModule):
                 for name, value in kwargs.items()
             }
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
-        checkpoint["model_card"] = run_facts(self.trainer)
+        checkpoint["model_card"] = asdict(run_facts(self.trainer))  # plain values, which load without code
 
 
 def _leave_inference_mode(trainer: L.Trainer) -> None:

@@ -1,6 +1,10 @@
 """What a run's model card says of it."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import lightning as L
+from transformers import PreTrainedModel
 
 from lightning_sft.data.shown import shown_path
 
@@ -8,38 +12,63 @@ _OF_OPTIMIZER = ("lr", "betas", "momentum", "weight_decay")
 _OF_MODULE = ("lr_scheduler", "warmup_steps", "max_grad_norm", "loss_normalization", "normalize_constant")
 
 
-def run_facts(trainer: Any) -> dict[str, Any]:
-    """What a model card says of a run, in plain values; every process has to ask.
+@dataclass(frozen=True)
+class RunFacts:
+    """What a model card says of a run. A checkpoint holds these as a dictionary: all values are plain.
+
+    Attributes:
+        base_model: Name or path of the model that was fine-tuned; None if it was trained from scratch.
+        data: Names and sizes of the data.
+        settings: Of data, optimizer, loss and trainer, by their arguments' names.
+        results: Metrics, as last measured.
+        prompt_template: What prompts were put into; None if they were taken as they came.
+    """
+
+    base_model: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, float] = field(default_factory=dict)
+    prompt_template: str | None = None
+
+
+def run_facts(trainer: L.Trainer) -> RunFacts:
+    """What a model card says of a run; every process has to ask.
 
     Args:
         trainer: With an `SFTModule`; what an `SFTDataModule` knows of its rows (`facts`) is part of it.
-
-    Returns:
-        `base_model`, its name or None; `data`, `settings` and `results`, each a mapping of names to values.
     """
     module = trainer.lightning_module
-    data: dict[str, Any] = getattr(trainer.datamodule, "facts", dict)()
+    of_data: dict[str, Any] = getattr(getattr(trainer, "datamodule", None), "facts", dict)()
+    name = getattr(cast(PreTrainedModel, module.model).config, "_name_or_path", "")
+    devices = {"precision": str(trainer.precision), "devices": trainer.world_size}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    optimizer_facts: dict[str, Any] = {}
-    if optimizer is not None:
-        optimizer_facts = {"optimizer": type(optimizer).__name__}
-        optimizer_facts |= {name: optimizer.defaults[name] for name in _OF_OPTIMIZER if name in optimizer.defaults}
-    own = {name: module.hparams.get(name) for name in _OF_MODULE}
-    if lora := module.hparams.get("lora"):
-        own["LoRA"] = ", ".join(f"{name} {value}" for name, value in lora.items())
-    if own["loss_normalization"] == "token":
-        del own["normalize_constant"]
-    return {
-        "base_model": shown_path(getattr(module.model.config, "_name_or_path", "") or "") or None,
-        "data": data.get("data", {}),
-        "settings": {"optimizer steps": trainer.global_step}
-        | data.get("settings", {})
-        | optimizer_facts
-        | own
-        | {"precision": str(trainer.precision), "devices": trainer.world_size},
-        "results": {
+    return RunFacts(
+        base_model=shown_path(name or "") or None,
+        data=of_data.get("data", {}),
+        settings={"optimizer steps": trainer.global_step}
+        | of_data.get("settings", {})
+        | _of_optimizer(trainer)
+        | _of_module(module)
+        | devices,
+        results={
             name: value for name, value in metrics.items() if name.startswith(("val/", "test/")) or name == "train/loss"
         },
-        "prompt_template": data.get("prompt_template"),
-    }
+        prompt_template=of_data.get("prompt_template"),
+    )
+
+
+def _of_optimizer(trainer: L.Trainer) -> dict[str, Any]:
+    if not trainer.optimizers:
+        return {}
+    optimizer = trainer.optimizers[0]
+    settings = {name: optimizer.defaults[name] for name in _OF_OPTIMIZER if name in optimizer.defaults}
+    return {"optimizer": type(optimizer).__name__} | settings
+
+
+def _of_module(module: L.LightningModule) -> dict[str, Any]:
+    settings = {name: module.hparams.get(name) for name in _OF_MODULE}
+    if lora := module.hparams.get("lora"):
+        settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in lora.items())
+    if settings["loss_normalization"] == "token":
+        del settings["normalize_constant"]
+    return settings
