@@ -9,11 +9,11 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from transformers import PreTrainedModel
 
+from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.plan import StepTotals
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.precision import Precision
-
-_TOTALS = ("num_tokens", "num_response_tokens", "num_attended")
 
 
 class TokenThroughput(L.Callback):
@@ -53,7 +53,7 @@ class TokenThroughput(L.Callback):
 
     def _restart(self) -> None:
         self._spans: list[tuple[Any, Any]] = []  # when each step began and ended
-        self._sums = dict.fromkeys(_TOTALS, 0)
+        self._totals = StepTotals()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -62,28 +62,27 @@ class TokenThroughput(L.Callback):
         self._start = _now(pl_module.device)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: OptimizerStep, batch_idx: int
     ) -> None:
         """Stop the clock; at a logging step, log."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every <= 0:
             return
         self._spans.append((self._start, _now(pl_module.device)))
-        for name in _TOTALS:
-            self._sums[name] += batch[name]
+        self._totals += batch.totals
         if trainer.global_step % every == 0:
             self._log(trainer, pl_module)
             self._restart()
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        seconds = _seconds(self._spans)
-        pl_module.log("train/tokens_per_second", self._sums["num_tokens"] / seconds, prog_bar=True)
-        rates = {"train/response_tokens_per_second": self._sums["num_response_tokens"] / seconds}
+        seconds, totals = _seconds(self._spans), self._totals
+        pl_module.log("train/tokens_per_second", totals.num_tokens / seconds, prog_bar=True)
+        rates = {"train/response_tokens_per_second": totals.num_response_tokens / seconds}
         if (peak := peak_memory(pl_module.device)) is not None:
             rates["train/peak_memory_gib"] = peak / 2**30
         model = getattr(pl_module, "model", None)
         if self._peak_flops is not None and isinstance(model, PreTrainedModel):
-            flops = training_flops(model, **self._sums)
+            flops = training_flops(model, totals.num_tokens, totals.num_response_tokens, totals.num_attended)
             if flops is not None:
                 rates["train/mfu"] = flops / seconds / (self._peak_flops * trainer.world_size)
         pl_module.log_dict(rates)

@@ -1,54 +1,57 @@
 """Examples side by side in one microbatch: padded or packed, shifted by one, the response marked."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_sft.data.example import Example
+from lightning_sft.data.microbatch import Microbatch, Packing
+from lightning_sft.data.plan import Layout
 
 
-def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], layout: Layout, pad_id: int = 0) -> Microbatch:
+    """Put examples into one microbatch, by `collate_packed` or `collate_padded`."""
+    return collate_packed(examples, pad_id) if layout == "packed" else collate_padded(examples, pad_id)
+
+
+def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
     """Right-pad examples to the longest and shift by one.
 
     With `t` an example's tokens and `r` True on its response tokens: `input_ids = t[:-1]`, `labels = t[1:]`,
     `response_mask = r[1:]`, so that position `i` of the mask says whether the *label* at `i` counts.
 
     Args:
-        examples: At least one tokenised row.
-        pad_id: Fills `input_ids` and `labels` after each example's end.
+        examples: Tokenised rows.
+        pad_id: Fills `input_ids` and `labels` after each example's end; the single token if there is no example.
 
     Returns:
         `input_ids`, `labels` (int64) and `response_mask` (bool), each `(batch_size, max(num_tokens) - 1)`.
     """
-    width = max(1, *(len(example.input_ids) for example in examples))
-    tokens = torch.full((len(examples), width), pad_id, dtype=torch.int64)
-    response = torch.zeros((len(examples), width - 1), dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        tokens[row, :length] = torch.tensor(example.input_ids, dtype=torch.int64)
-        for start, end in example.response_labels():
-            response[row, start:end] = True
+    rows = examples or [_nothing(pad_id)]
+    width = max(1, *(len(row.input_ids) for row in rows))
+    tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    response = torch.zeros((len(rows), width - 1), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row.input_ids)] = torch.as_tensor(row.input_ids, dtype=torch.int64)
+        for start, end in row.response_labels():
+            response[number, start:end] = True
     # Cloned, or writing to `labels` would change `input_ids`.
-    return {"input_ids": tokens[:, :-1].clone(), "labels": tokens[:, 1:].clone(), "response_mask": response}
+    locations = [example.location for example in examples]
+    return Microbatch.of(tokens[:, :-1].clone(), tokens[:, 1:].clone(), response, locations)
 
 
-def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, Any]:
+def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
     """Put examples one after another into a single row, each shifted by one on its own; nothing is padded.
 
     Args:
-        examples: Tokenised rows.
-        pad_id: The single token of a row without any example.
+        examples: Tokenised rows. Those of a single token, which has no label, are left out.
+        pad_id: The single token if there is no example.
 
     Returns:
-        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(1, num_tokens)`; and what models need to keep
-        the documents apart, by the names that `transformers` gives it: `position_ids`, `(1, num_tokens)`, from 0 in
-        each document; `cu_seq_lens_q` and `cu_seq_lens_k`, `(num_documents + 1,)`, int32, where documents begin and
-        end; `max_length_q` and `max_length_k`, the longest.
+        `input_ids`, `labels` (int64) and `response_mask` (bool), each `(1, num_tokens)`, with their `packing`.
     """
-    rows = [example for example in examples if len(example.input_ids) > 1]
-    rows = rows or [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
+    examples = [example for example in examples if len(example.input_ids) > 1]
+    rows = examples or [_nothing(pad_id)]
     tokens = [torch.as_tensor(row.input_ids, dtype=torch.int64) for row in rows]
     lengths = torch.tensor([len(row) - 1 for row in tokens])
     positions = [torch.arange(length) for length in lengths.tolist()]
@@ -57,14 +60,15 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> dict[str, An
     for row, offset in zip(rows, bounds.tolist(), strict=False):
         for start, end in row.response_labels():
             response[0, offset + start : offset + end] = True
-    longest = int(lengths.max())
-    return {
-        "input_ids": torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
-        "labels": torch.cat([row[1:] for row in tokens]).unsqueeze(0),
-        "response_mask": response,
-        "position_ids": torch.cat(positions).unsqueeze(0),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return Microbatch.of(
+        input_ids=torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
+        labels=torch.cat([row[1:] for row in tokens]).unsqueeze(0),
+        response_mask=response,
+        locations=[example.location for example in examples],
+        packing=Packing(torch.cat(positions).unsqueeze(0), bounds, int(lengths.max())),
+    )
+
+
+def _nothing(pad_id: int) -> Example:
+    """One masked token: a device without any sequence runs the model as often as the others, which wait for it."""
+    return Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)

@@ -26,9 +26,10 @@ from lightning_sft.data.encoding import (
     read_numbers,
     render_prompts,
 )
+from lightning_sft.data.marked_rows import marked_rows
 from lightning_sft.data.mixture import Share, open_weighted, read_weights, shares
-from lightning_sft.data.plan import BatchPlan, Layout, StepRule
-from lightning_sft.data.preview import Preview, SplitStatistics, marked_rows
+from lightning_sft.data.plan import BatchPlan, Layout, MicrobatchShape, StepRule
+from lightning_sft.data.preview import Preview, SplitStatistics
 from lightning_sft.data.rows import Data, Row, RowFormat, Source, open_sources
 from lightning_sft.data.shown import shown_data
 from lightning_sft.data.step_loader import PromptLoader, StepDataset, StepLoader, plan_steps
@@ -52,11 +53,10 @@ _SPLITS = {
 class SFTDataModule(L.LightningDataModule):
     """Prompt/output rows or conversations, tokenised once and handed out as whole optimizer steps.
 
-    A batch of `train_dataloader` is everything one optimizer step needs on this rank: `microbatches`, a list of
-    dictionaries with `input_ids`, `labels` and `response_mask`, each `(sequences, longest - 1)` if padded or
-    `(1, num_tokens)` if packed, then with what keeps the sequences apart (`collate_packed`); and the step's totals over
-    all microbatches and ranks, `num_sequences`, `num_tokens`, `num_response_tokens` and `num_attended`. Validation and
-    test batches are the same, in the order of the file. A notebook shows a batch with its tokens coloured by the mask.
+    A batch of `train_dataloader` is an `OptimizerStep`, everything that one optimizer step needs on this device: its
+    `microbatches`, each with `input_ids`, `labels` and `response_mask`, padded or packed; and the step's `totals` over
+    all microbatches and devices. Validation and test batches are the same, in the order of the file. A notebook shows a
+    batch with its tokens coloured by the mask.
 
     To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
     into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
@@ -423,7 +423,7 @@ class SFTDataModule(L.LightningDataModule):
             lengths[0] = max(limit - 1, 1)
         return lengths
 
-    def microbatch_limit(self, world_size: int) -> tuple[list[int], list[int], int]:
+    def microbatch_limit(self, world_size: int) -> MicrobatchShape:
         """As `BatchPlan.largest_microbatch` gives it, but the most that the settings allow, whatever the data.
 
         Args:
@@ -443,7 +443,7 @@ class SFTDataModule(L.LightningDataModule):
         num_sequences = most if budget is None else min(budget // length, most)
         lengths = [length] * num_sequences
         is_split = budget is not None or num_microbatches > 1
-        return lengths, lengths, 2 if is_split else 1
+        return MicrobatchShape(lengths, lengths, 2 if is_split else 1)
 
     def _plan_training(self) -> None:
         trainer = self.trainer

@@ -49,6 +49,51 @@ class StepRule:
             )
 
 
+@dataclass  # not frozen, like all that a batch is made of: under `bf16-true` Lightning copies it field by field
+class StepTotals:
+    """What sequences hold together: those of an optimizer step over all ranks, or those of many steps.
+
+    Attributes:
+        num_sequences: How many there are.
+        num_tokens: Inputs of the model, prompts and responses, without padding.
+        num_response_tokens: Labels that count in the loss.
+        num_attended: Pairs of a token and one that it attends to, itself included, in causal attention over each
+            sequence.
+    """
+
+    num_sequences: int = 0
+    num_tokens: int = 0
+    num_response_tokens: int = 0
+    num_attended: int = 0
+
+    def __add__(self, other: "StepTotals") -> "StepTotals":
+        return StepTotals(
+            self.num_sequences + other.num_sequences,
+            self.num_tokens + other.num_tokens,
+            self.num_response_tokens + other.num_response_tokens,
+            self.num_attended + other.num_attended,
+        )
+
+    def times(self, factor: float) -> "StepTotals":
+        """What so many times as much holds, rounded."""
+        return StepTotals(**{name: round(factor * number) for name, number in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class MicrobatchShape:
+    """What the memory that a microbatch takes depends on.
+
+    Attributes:
+        lengths: Tokens of its sequences, longest first.
+        num_response_tokens: Of each sequence.
+        num_microbatches: Of its step on each rank.
+    """
+
+    lengths: list[int]
+    num_response_tokens: list[int]
+    num_microbatches: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step: which examples, on which rank, in which microbatch.
@@ -56,18 +101,11 @@ class StepPlan:
     Attributes:
         ranks: `ranks[rank][microbatch]` lists example indices, longest example first. Every rank has the same number
             of microbatches; where a rank has too few sequences for that, its last ones are empty.
-        num_sequences: Over all ranks.
-        num_tokens: Prompt and response tokens over all ranks, without padding.
-        num_response_tokens: Over all ranks: the labels that count in the loss.
-        num_attended: Over all ranks: pairs of a token and one that it attends to, itself included, in causal
-            attention over each sequence.
+        totals: Over all ranks.
     """
 
     ranks: list[list[list[int]]]
-    num_sequences: int
-    num_tokens: int
-    num_response_tokens: int
-    num_attended: int
+    totals: StepTotals
 
 
 def microbatch_cost(lengths: Sequence[int], start: int, end: int, layout: Layout) -> int:
@@ -259,31 +297,29 @@ class BatchPlan:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
         self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
 
-    def totals(self) -> dict[str, int]:
-        """Of an epoch, by the names that `StepPlan` has: tokens, response tokens and attended pairs."""
+    def totals(self) -> StepTotals:
+        """Of an epoch."""
         return self._totals(self._order(0))
 
-    def _totals(self, examples: np.ndarray) -> dict[str, int]:
+    def _totals(self, examples: np.ndarray) -> StepTotals:
         lengths = self._lengths[examples].astype(np.int64)  # their squares do not fit into 32 bits
-        return {
-            "num_tokens": int(lengths.sum()),
-            "num_response_tokens": int(self._num_response_tokens[examples].sum(dtype=np.int64)),
-            "num_attended": int((lengths * (lengths + 1)).sum()) // 2,
-        }
+        return StepTotals(
+            num_sequences=examples.size,
+            num_tokens=int(lengths.sum()),
+            num_response_tokens=int(self._num_response_tokens[examples].sum(dtype=np.int64)),
+            num_attended=int((lengths * (lengths + 1)).sum()) // 2,
+        )
 
-    def largest_microbatch(self, num_steps: int, layout: Layout = "padded") -> tuple[list[int], list[int], int]:
-        """The one that occupies most tokens in the first steps: lengths of its sequences, longest first; their response
-        tokens; and how many microbatches its step has.
-        """
-        largest: tuple[list[int], list[int], int] = ([], [], 0)
-        cost = 0
+    def largest_microbatch(self, num_steps: int, layout: Layout = "padded") -> MicrobatchShape:
+        """The microbatch that occupies most tokens in the first steps."""
+        largest, cost = MicrobatchShape([], [], 0), 0
         for index in range(num_steps):
             for microbatches in self.step(index, layout).ranks:
                 for examples in microbatches:
                     lengths = self._lengths[examples].tolist()
                     if lengths and (found := microbatch_cost(lengths, 0, len(lengths), layout)) > cost:
-                        cost = found
-                        largest = lengths, self._num_response_tokens[examples].tolist(), len(microbatches)
+                        responses = self._num_response_tokens[examples].tolist()
+                        largest, cost = MicrobatchShape(lengths, responses, len(microbatches)), found
         return largest
 
     def step(self, index: int, layout: Layout = "padded") -> StepPlan:
@@ -312,7 +348,7 @@ class BatchPlan:
         most = max(len(microbatches) for microbatches in ranks)
         for microbatches in ranks:
             microbatches.extend([] for _ in range(most - len(microbatches)))
-        return StepPlan(ranks=ranks, num_sequences=examples.size, **self._totals(examples))
+        return StepPlan(ranks, self._totals(examples))
 
     def _order(self, epoch: int) -> np.ndarray:
         """The examples of one epoch in order; kept until another epoch is asked for."""

@@ -1,6 +1,7 @@
 """What one rank needs for each optimizer step of a plan, in order, from any position on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,36 +11,17 @@ from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.collation import collate_packed, collate_padded
+from lightning_sft.data.collation import collate
 from lightning_sft.data.example import Example
-from lightning_sft.data.plan import BatchPlan, Layout, StepPlan, StepRule
-from lightning_sft.data.preview import StepBatch
+from lightning_sft.data.microbatch import Microbatch
+from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.plan import BatchPlan, Layout, StepRule
 
 
 def plan_steps(num_tokens: ArrayLike, num_response_tokens: ArrayLike, rule: StepRule, **options: Any) -> BatchPlan:
     """The plan of the optimizer steps over rows of so many tokens; options as `BatchPlan` takes them."""
     num_inputs = np.asarray(num_tokens) - 1  # the last token is only a label
     return BatchPlan(np.maximum(num_inputs, 1), num_response_tokens, rule, **options)
-
-
-def step_batch(plan: StepPlan, microbatches: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one rank needs for an optimizer step: its microbatches, and the totals over all ranks."""
-    totals = ("num_sequences", "num_tokens", "num_response_tokens", "num_attended")
-    return {"microbatches": microbatches} | {name: getattr(plan, name) for name in totals}
-
-
-def collate_rows(examples: Sequence[Example], places: list[str], pad_id: int, layout: Layout) -> dict[str, Any]:
-    """Rows, with their places in the data, as one microbatch."""
-    # Nothing for this rank: a fully masked stand-in keeps the collectives of all ranks matched.
-    stand_in = [Example(input_ids=[pad_id] * 2, num_prompt_tokens=2)]
-    microbatch: dict[str, Any] = (collate_packed if layout == "packed" else collate_padded)(
-        examples or stand_in, pad_id
-    )
-    # Found here, so that no device has to be waited for to learn how many there are.
-    microbatch["response_positions"] = microbatch["response_mask"].flatten().nonzero().squeeze(-1)
-    microbatch["num_sequences"] = len(examples)
-    microbatch["rows"] = places
-    return microbatch
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -54,22 +36,22 @@ class StepDataset(torch.utils.data.Dataset):
         self._rows = rows.select_columns([*self._columns, "location"]).with_format("numpy")
         self._plan, self._rank, self._pad_id, self._layout = plan, rank, pad_id, layout
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, step: int) -> OptimizerStep:
         plan = self._plan.step(step, self._layout)
-        return step_batch(plan, [self.collate(indices) for indices in plan.ranks[self._rank]])
+        return OptimizerStep([self.collate(indices) for indices in plan.ranks[self._rank]], plan.totals)
 
-    def collate(self, indices: list[int]) -> dict[str, Any]:
+    def collate(self, indices: list[int]) -> Microbatch:
         """The rows at these indices as one microbatch."""
         examples: list[Example] = []
-        rows: list[str] = []
         if indices:
             batch = self._rows[indices]
+            locations = batch["location"].tolist()
+            columns = zip(*(batch[name] for name in self._columns), strict=True)
             examples = [
-                Example(**dict(zip(self._columns, values, strict=True)))
-                for values in zip(*(batch[name] for name in self._columns), strict=True)
+                Example(**dict(zip(self._columns, values, strict=True)), location=location)
+                for values, location in zip(columns, locations, strict=True)
             ]
-            rows = batch["location"].tolist()
-        return collate_rows(examples, rows, self._pad_id, self._layout)
+        return collate(examples, self._layout, self._pad_id)
 
 
 class StepLoader:
@@ -97,7 +79,7 @@ class StepLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore here."""
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[OptimizerStep]:
         # The body of a generator runs at the first `next`: after a checkpoint's number of steps was restored.
         loader = DataLoader(
             self._dataset,
@@ -106,8 +88,8 @@ class StepLoader:
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
         )
-        for batch in loader:
-            yield StepBatch(batch, self._tokenizer)  # here, so that no worker has to pass the tokenizer on
+        for step in loader:
+            yield replace(step, tokenizer=self._tokenizer)  # here, so that no worker has to pass the tokenizer on
 
 
 class PromptLoader:

@@ -8,6 +8,7 @@ import glob
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from datasets import Dataset, IterableDataset, load_dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.collation import collate
 from lightning_sft.data.encoding import RowEncoder, rows_in_memory
 from lightning_sft.data.example import Example
+from lightning_sft.data.optimizer_step import OptimizerStep
 from lightning_sft.data.plan import Layout, StepRule
-from lightning_sft.data.preview import StepBatch
 from lightning_sft.data.rows import Row, find_files, load_named, own_keys, read_file
-from lightning_sft.data.step_loader import StepLoader, collate_rows, plan_steps, step_batch
+from lightning_sft.data.step_loader import StepLoader, plan_steps
 from lightning_sft.errors import SettingsError, SettingsTypeError, located, one_line, shorten
 
 # Where the next row is read: the pass over the data, from 0; in it a block, from 0, which begins at a position of a
@@ -179,7 +181,7 @@ def _hash(columns: dict[str, list[Any]]) -> str:
 
 
 class StreamedSteps(torch.utils.data.IterableDataset):
-    """What one rank needs for each optimizer step, as `StepDataset` gives it, and the `place` that a checkpoint keeps.
+    """What one rank needs for each optimizer step, as `StepDataset` gives it, and the place that a checkpoint keeps.
 
     Args:
         streams: The sources.
@@ -231,13 +233,13 @@ class StreamedSteps(torch.utils.data.IterableDataset):
             )
         self._step, self._last = step, last
 
-    def __iter__(self) -> Iterator[dict[str, Any] | SettingsError]:
+    def __iter__(self) -> Iterator[tuple[OptimizerStep, dict[str, Any]] | SettingsError]:
         try:
             yield from self._batches()
         except SettingsError as error:  # raised by the loader, not wrapped by a worker process: it is our own message
             yield error
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _batches(self) -> Iterator[tuple[OptimizerStep, dict[str, Any]]]:
         step, place = self._step, BEGINNING
         if self._last is not None:  # that step is made once more: it tells whether these are still the same rows
             step, place = step - 1, self._last["place"]
@@ -246,7 +248,7 @@ class StreamedSteps(torch.utils.data.IterableDataset):
             columns, place_after = self._take(rows, place)
             last = {"step": step + 1, "place": place, "rows": _hash(columns)}
             if step >= self._step:
-                yield self._batch(columns) | {"place": last}
+                yield self._batch(columns), last
             elif last != self._last:
                 raise SettingsError(
                     "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
@@ -257,21 +259,20 @@ class StreamedSteps(torch.utils.data.IterableDataset):
                 place = BEGINNING | {"pass": place["pass"] + 1}
                 rows = ordered_rows(self._streams, *self._order, place)
 
-    def _batch(self, columns: dict[str, list[Any]]) -> dict[str, Any]:
+    def _batch(self, columns: dict[str, list[Any]]) -> OptimizerStep:
         """This rank's part of a step, of which these are all rows."""
         where, counts = columns["location"], (columns["num_tokens"], columns["num_response_tokens"])
         with located(where[int(np.argmax(counts[0]))]):  # whatever is too long, this one is
             plan = plan_steps(*counts, self._rule, world_size=self._world_size, shuffle=False).step(0, self._layout)
-        names = ("input_ids", "num_prompt_tokens", "excluded_spans")
+        names = ("input_ids", "num_prompt_tokens", "excluded_spans", "location")
         examples = [
             Example(**dict(zip(names, values, strict=True)))
             for values in zip(*(columns[name] for name in names), strict=True)
         ]
         microbatches = [
-            collate_rows([examples[i] for i in rows], [where[i] for i in rows], self._pad_id, self._layout)
-            for rows in plan.ranks[self._rank]
+            collate([examples[i] for i in rows], self._layout, self._pad_id) for rows in plan.ranks[self._rank]
         ]
-        return step_batch(plan, microbatches)
+        return OptimizerStep(microbatches, plan.totals)
 
     def _take(self, rows: Iterator[tuple[Place, str, Row]], place: Place) -> tuple[dict[str, list[Any]], Place]:
         """The rows of a step, tokenised, and the place after the last. Each dropped row is made up for by the next."""
@@ -319,13 +320,13 @@ class StreamLoader(StepLoader):
         super().__init__(dataset, num_steps, num_workers, first_step, tokenizer, pin_memory)
         self._places = places
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[OptimizerStep]:
         first = self._first_step()
         self._dataset.begin_at(first, self._places.get(first))
         loader = DataLoader(self._dataset, batch_size=None, num_workers=self._num_workers, pin_memory=self._pin_memory)
-        for step, batch in zip(range(first, self._num_steps), loader, strict=False):
-            if isinstance(batch, SettingsError):
-                raise batch
-            self._places[step + 1] = batch.pop("place")
-            self._places.pop(step - 1, None)
-            yield StepBatch(batch, self._tokenizer)
+        for number, item in zip(range(first, self._num_steps), loader, strict=False):
+            if isinstance(item, SettingsError):
+                raise item
+            step, self._places[number + 1] = item
+            self._places.pop(number - 1, None)
+            yield replace(step, tokenizer=self._tokenizer)

@@ -184,4 +184,5 @@ def tokenize_prompt_and_output(
     examples = encode_examples(prompt_strs, output_strs, tokenizer)
     if not examples:
         raise SettingsError("`prompt_strs` and `output_strs` are empty; expected at least one pair.")
-    return collate_padded(examples, pad_token_id(tokenizer))
+    batch = collate_padded(examples, pad_token_id(tokenizer))
+    return {"input_ids": batch.input_ids, "labels": batch.labels, "response_mask": batch.response_mask}

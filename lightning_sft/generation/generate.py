@@ -280,11 +280,9 @@ def _values(
     """Log-probability and entropy at each response token, in nats, from one forward pass that keeps no logits."""
     pairs = zip(prompts, responses, strict=True)
     batch = collate_padded([Example(input_ids=a + b, num_prompt_tokens=len(a)) for a, b in pairs], pad_id)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    mask = batch["response_mask"]
-    scores = get_response_log_probs(
-        model, batch["input_ids"], batch["labels"], return_token_entropy=True, response_mask=mask
-    )
+    batch = batch.to(model.device)
+    mask = batch.response_mask
+    scores = get_response_log_probs(model, batch.input_ids, batch.labels, return_token_entropy=True, response_mask=mask)
     rows = zip(scores["log_probs"].cpu(), scores["token_entropy"].cpu(), mask.cpu(), strict=True)
     return [(log_probs[kept].tolist(), entropies[kept].tolist()) for log_probs, entropies, kept in rows]
 

@@ -19,7 +19,6 @@ from lightning_sft.model.modes import evaluating
 
 VARLEN = "lightning_sft_varlen"
 _LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
-PACKED_KEYS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def varlen_attention(
@@ -131,14 +130,18 @@ AttentionInterface.register(VARLEN, varlen_attention)
 AttentionMaskInterface.register(VARLEN, sdpa_mask)
 
 
-def packed_inputs(model: PreTrainedModel, microbatch: Mapping[str, Any]) -> dict[str, Any]:
+def packed_inputs(model: PreTrainedModel, packing: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to be called with besides `input_ids`: nothing for a padded microbatch.
 
     Under `VARLEN` a mask of one element keeps `transformers` from building one of `num_tokens ** 2`.
+
+    Args:
+        model: What is called.
+        packing: `position_ids`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`; empty if padded.
     """
-    inputs = {key: microbatch[key] for key in PACKED_KEYS if key in microbatch}
+    inputs = dict(packing)
     if inputs and model.config._attn_implementation == VARLEN:
-        inputs["attention_mask"] = microbatch["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
+        inputs["attention_mask"] = packing["position_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
     return inputs
 
 
@@ -191,7 +194,7 @@ def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
     device, length = model.device, 6
     first, second = torch.arange(2 * length, device=device).view(2, length) % model.config.get_text_config().vocab_size
     bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
-    microbatch = {
+    packing = {
         "position_ids": torch.arange(length, device=device).repeat(2).unsqueeze(0),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -201,7 +204,7 @@ def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
 
     def logits(*documents: Tensor) -> Tensor:
         input_ids = torch.cat(documents).unsqueeze(0)
-        inputs = packed_inputs(model, {"input_ids": input_ids, **microbatch})
+        inputs = packed_inputs(model, packing)
         return model(input_ids=input_ids, use_cache=False, **inputs).logits[0].double()
 
     dtypes = (dtype, *(weight.dtype for weight in model.parameters()))

@@ -9,15 +9,16 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import nn
 
 from lightning_sft.checks import check_number
+from lightning_sft.data.collation import collate
 from lightning_sft.data.datamodule import SFTDataModule
-from lightning_sft.data.plan import BatchPlan, StepRule, microbatch_cost
-from lightning_sft.data.step_loader import StepDataset
+from lightning_sft.data.example import Example
+from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.plan import StepTotals, microbatch_cost
 from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
 from lightning_sft.training.module import SFTModule
@@ -136,10 +137,10 @@ class _MadeUpSteps:
     def __init__(self, module: SFTModule, datamodule: SFTDataModule, longest: int) -> None:
         self._module, self._datamodule, self.longest = module, datamodule, longest
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[OptimizerStep]:
         yield self.of_size(self.longest)
 
-    def of_size(self, size: int) -> dict[str, Any]:
+    def of_size(self, size: int) -> OptimizerStep:
         """The step of so many tokens in each microbatch."""
         layout = self._datamodule.layout_for(self._module)
         num_rows = -(-size // self.longest)
@@ -148,16 +149,10 @@ class _MadeUpSteps:
             lengths = [self.longest] * (num_rows - 1) + [size - self.longest * (num_rows - 1)]
         random = np.random.default_rng(0)  # a mixture of experts would send equal tokens to the same expert
         vocab_size = cast(nn.Embedding, self._module.model.get_input_embeddings()).num_embeddings
-        columns = {
-            "input_ids": [random.integers(vocab_size, size=length + 1) for length in lengths],
-            "num_prompt_tokens": [1] * num_rows,
-            "excluded_spans": [[]] * num_rows,
-            "location": ["made up"] * num_rows,
-        }
-        plan = BatchPlan(lengths, lengths, StepRule(batch_size=num_rows))
-        batch = StepDataset(Dataset.from_dict(columns), plan, 0, 0, layout)[0]
+        rows = [random.integers(vocab_size, size=length + 1).tolist() for length in lengths]
+        microbatch = collate([Example(ids, num_prompt_tokens=1, location="made up") for ids in rows], layout)
         # While the second goes forward the gradients of the first are held, which a step of one never shows.
-        return batch | {"microbatches": 2 * batch["microbatches"]}
+        return OptimizerStep([microbatch, microbatch], StepTotals(2 * num_rows, 2 * sum(lengths), 2 * sum(lengths)))
 
 
 class _Search(Trial):

@@ -109,25 +109,26 @@ def estimate_run(
         plan = datamodule.training_plan(devices)
     except (SettingsError, OSError) as error:
         notes.append(f"The data is not looked at: {one_line(error, 200)} Every token counts as one of a response.")
-        lengths, responses, num_microbatches = datamodule.microbatch_limit(devices)
+        shape = datamodule.microbatch_limit(devices)
     else:
         if datamodule.streaming:
             notes.append("Of streamed data the first rows alone are looked at; longer ones may follow.")
         num_steps = _num_steps(trainer, plan.steps_per_epoch)
         looked_at = min(num_steps or plan.steps_per_epoch, _STEPS_LOOKED_AT)
-        lengths, responses, num_microbatches = plan.largest_microbatch(looked_at, layout)
+        shape = plan.largest_microbatch(looked_at, layout)
         epochs = (num_steps or plan.steps_per_epoch) / plan.steps_per_epoch
-        totals = {name: round(total * epochs) for name, total in plan.totals().items()}
+        totals = plan.totals().times(epochs)
         run["optimizer steps"] = f"{num_steps:,}" if num_steps else f"{plan.steps_per_epoch:,} in an epoch"
-        run["tokens"] = f"{totals['num_tokens']:,}, {totals['num_response_tokens']:,} of them of responses"
+        run["tokens"] = f"{totals.num_tokens:,}, {totals.num_response_tokens:,} of them of responses"
     options: dict[str, Any] = {
         "layout": layout,
-        "num_microbatches": num_microbatches,
+        "num_microbatches": shape.num_microbatches,
         "precision": precision,
         "on_cuda": on_cuda,
         "num_shards": devices if sharded else 1,
         "num_copies": 1 if sharded else devices,
     }
+    lengths, responses = shape.lengths, shape.num_response_tokens
     memory = {
         checkpointing: module_step_memory(module, lengths, responses, gradient_checkpointing=checkpointing, **options)
         for checkpointing in (False, True)
@@ -135,7 +136,9 @@ def estimate_run(
     width = len(lengths) * max(lengths) if layout == "padded" else sum(lengths)
     sequences = f"{len(lengths):,} sequence{'s' if len(lengths) > 1 else ''}"
     run["largest microbatch"] = f"{width:,} tokens, {sum(responses):,} of responses, {sequences}, {layout}"
-    flops = training_flops(model, **totals) if totals else None
+    flops = None
+    if totals is not None:
+        flops = training_flops(model, totals.num_tokens, totals.num_response_tokens, totals.num_attended)
     if flops is not None:
         run["useful arithmetic"] = f"{flops:.3g} FLOPs"
         if peak_flops is None and on_cuda and torch.cuda.is_available():

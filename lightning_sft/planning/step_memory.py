@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_sft.data.collation import collate_packed, collate_padded
+from lightning_sft.data.collation import collate
 from lightning_sft.data.example import Example
+from lightning_sft.data.microbatch import Microbatch
 from lightning_sft.data.plan import Layout
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model import head, tiles
@@ -105,7 +106,7 @@ def step_memory(
             cast(nn.Module, model).to(dtype=precision.autocast)
         gathered = _gathered(model) + (state.gradients if whole_gradients else 0)
         state = state.share(num_shards)
-    inputs = _inputs(lengths, num_response_tokens, layout)
+    microbatch = _microbatch(lengths, num_response_tokens, layout)
     _prepare(model, gradient_checkpointing, plain_attention=on_cuda or layout == "padded")
     made = None
     if state.optimizer is not None:
@@ -117,7 +118,7 @@ def step_memory(
     autocast = torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None)
     with autocast, _as_on_cuda(counted, on_cuda):
         try:
-            activations = _run_step(model, made, inputs, counted, min(num_microbatches, 2), on_cuda)
+            activations = _run_step(model, made, microbatch, counted, min(num_microbatches, 2), on_cuda)
         except (RuntimeError, NotImplementedError) as error:  # it reads values, such as which expert is for a token
             raise SettingsError(
                 f"The memory of {type(model).__name__} under {precision} cannot be found out without running it: "
@@ -147,7 +148,7 @@ def module_step_memory(module: SFTModule, *sequences: Sequence[int], **options: 
 def _run_step(
     model: PreTrainedModel,
     optimizer: Optimizer | None,
-    inputs: dict[str, Any],
+    microbatch: Microbatch,
     counted: "_LiveBytes",
     num_microbatches: int,
     on_cuda: bool,
@@ -164,12 +165,12 @@ def _run_step(
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda parameter: counted.hold([cast(Tensor, parameter.grad)]))
     activations = 0
-    tokens, labels, positions = (inputs[name] for name in ("input_ids", "labels", "response_positions"))
+    tensors = (microbatch.input_ids, microbatch.labels, microbatch.response_positions)
     with counted:
         for index in range(num_microbatches):
             before = counted.beside
-            options = packed_inputs(model, inputs)
-            loss = score_responses(model, tokens, labels, positions, normalize_constant=1.0, **options)["loss"]
+            options = packed_inputs(model, microbatch.model_inputs())
+            loss = score_responses(model, *tensors, normalize_constant=1.0, **options)["loss"]
             if index == 0:
                 activations = counted.beside - before
             # Not one: on CUDA the head multiplies its gradients by whatever comes, on CPU only if it is not one.
@@ -278,15 +279,13 @@ def _gathered(model: PreTrainedModel) -> int:
     return root + 2 * max(sizes) + reduced
 
 
-def _inputs(lengths: Sequence[int], num_response_tokens: Sequence[int], layout: Layout) -> dict[str, Any]:
+def _microbatch(lengths: Sequence[int], num_response_tokens: Sequence[int], layout: Layout) -> Microbatch:
     """A microbatch of sequences of these lengths; which tokens they are of plays no part."""
     examples = [
         Example(input_ids=[0] * (length + 1), num_prompt_tokens=length + 1 - response)
         for length, response in zip(lengths, num_response_tokens, strict=True)
     ]
-    inputs: dict[str, Any] = (collate_packed if layout == "packed" else collate_padded)(examples)
-    inputs["response_positions"] = inputs["response_mask"].flatten().nonzero().squeeze(-1)
-    return inputs
+    return collate(examples, layout)
 
 
 def _prepare(model: PreTrainedModel, gradient_checkpointing: bool, plain_attention: bool) -> None:

@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_sft.checks import check_integer, check_type
+from lightning_sft.data.microbatch import Microbatch
+from lightning_sft.data.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError, SettingsTypeError, and_more, one_line, shorten
 from lightning_sft.model.attention import enable_packing, packed_inputs
 from lightning_sft.model.log_probs import score_responses
@@ -35,7 +37,6 @@ from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.state_memory import parameter_counts, state_memory
 from lightning_sft.training.trainer_checks import check_trainer
 
-Batch = dict[str, Any]
 NonFinite = Literal["error", "skip"]
 
 
@@ -278,19 +279,18 @@ class SFTModule(L.LightningModule):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, batch: OptimizerStep, batch_idx: int) -> None:
         """One optimizer step over the batch's microbatches."""
         torch.manual_seed(_mixed_seed(self._seed, self.global_step, self.global_rank))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of the entropy
-        constant = loss_constant(batch["num_response_tokens"], batch["num_sequences"], **self._loss_options)
+        constant = loss_constant(batch.totals.num_response_tokens, batch.totals.num_sequences, **self._loss_options)
         # Distributed strategies average gradients over devices; the loss is a sum over them.
         constant /= self.trainer.world_size
-        microbatches = batch["microbatches"]
         every = is_sharded(self.model) if self._sync_every_microbatch is None else self._sync_every_microbatch
-        for index, microbatch in enumerate(microbatches):
-            last = index == len(microbatches) - 1
+        for index, microbatch in enumerate(batch.microbatches):
+            last = index == len(batch.microbatches) - 1
             with gradient_sync(cast(nn.Module, self.trainer.strategy.model), enabled=every or last):
                 scores = self._score(microbatch, normalize_constant=constant)
                 self.manual_backward(scores["loss"])
@@ -299,21 +299,21 @@ class SFTModule(L.LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)  # Lightning's `reduce` would wait for all devices first
         learning_rate = optimizer.param_groups[0]["lr"]
-        rows = [row for microbatch in microbatches for row in microbatch.get("rows", ())]
-        self._step(optimizer, StepOutcome(self.global_step + 1, rows, totals[0]))
+        self._step(optimizer, StepOutcome(self.global_step + 1, batch.locations, totals[0]))
         self._log_step(batch, totals, learning_rate)
 
-    def _score(self, microbatch: Batch, **options: Any) -> dict[str, Tensor]:
-        input_ids, labels, positions = (microbatch[key] for key in ("input_ids", "labels", "response_positions"))
-        length = microbatch.get("max_length_q", input_ids.shape[1])
+    def _score(self, microbatch: Microbatch, **options: Any) -> dict[str, Tensor]:
+        length = microbatch.max_length
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and length > longest:
             raise SettingsError(
                 f"A row has {length + 1} tokens, but the model has only {longest} positions. "
                 f"Set `max_length` to {longest} at most, and `too_long` to drop or truncate."
             )
-        inputs = packed_inputs(self.model, microbatch)
-        return score_responses(self.model, input_ids, labels, positions, **inputs, **options)
+        options |= packed_inputs(self.model, microbatch.model_inputs())
+        return score_responses(
+            self.model, microbatch.input_ids, microbatch.labels, microbatch.response_positions, **options
+        )
 
     def _step(self, optimizer: Optimizer, outcome: StepOutcome) -> None:
         """Step optimizer and schedule together, or neither."""
@@ -364,13 +364,13 @@ class SFTModule(L.LightningModule):
         """Do not end on weights that are no numbers."""
         self._check_latest()
 
-    def _log_step(self, batch: Batch, totals: Tensor, learning_rate: float) -> None:
+    def _log_step(self, batch: OptimizerStep, totals: Tensor, learning_rate: float) -> None:
         self.log("train/loss", totals[0].float(), prog_bar=True)
         numbers = {"train/learning_rate": learning_rate, "step": self.global_step}  # `step` is every logger's x-axis
         if self._nonfinite == "skip":
             numbers["train/skipped_steps"] = self._num_skipped
         on_device = {
-            "train/token_entropy": (totals[1] / batch["num_response_tokens"]).float(),
+            "train/token_entropy": (totals[1] / batch.totals.num_response_tokens).float(),
             "train/grad_norm": self._grad_norm.float(),
         }
         # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
@@ -378,7 +378,7 @@ class SFTModule(L.LightningModule):
 
     # -- validation and test -------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: OptimizerStep, batch_idx: int) -> None:
         """Add the batch's sums and counts to the validation metrics."""
         self._evaluate("val", batch)
 
@@ -386,7 +386,7 @@ class SFTModule(L.LightningModule):
         """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
         self._log_metrics("val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: OptimizerStep, batch_idx: int) -> None:
         """Add the batch's sums and counts to the test metrics."""
         self._evaluate("test", batch)
 
@@ -394,10 +394,10 @@ class SFTModule(L.LightningModule):
         """Log the same metrics as validation, as `test/...`."""
         self._log_metrics("test")
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
-        for microbatch in batch["microbatches"]:
+    def _evaluate(self, stage: str, batch: OptimizerStep) -> None:
+        for microbatch in batch.microbatches:
             scores = self._score(microbatch, return_is_top1=True)
-            cast(ResponseMetrics, self.metrics[stage]).update(**scores, num_sequences=microbatch["num_sequences"])
+            cast(ResponseMetrics, self.metrics[stage]).update(**scores, num_sequences=microbatch.num_sequences)
 
     def _log_metrics(self, stage: str) -> None:
         metrics = cast(ResponseMetrics, self.metrics[stage])

@@ -149,7 +149,7 @@ def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "pa
     class StepDone(L.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             loss = float(trainer.callback_metrics["train/loss"])
-            clock.step_done(loss, batch["num_tokens"] + batch["num_sequences"])
+            clock.step_done(loss, batch.totals.num_tokens + batch.totals.num_sequences)
 
     data = SFTDataModule(
         str(folder / "tokenizer"),

@@ -58,9 +58,9 @@ def marked(
     module = SFTDataModule(tokenizer, rows, batch_size=len(rows), **options)
     module.setup("fit")
     for step in module.train_dataloader():
-        for batch in step["microbatches"]:
-            assert batch["response_mask"].shape == batch["labels"].shape == batch["input_ids"].shape
-            for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["response_mask"], strict=True):
+        for batch in step.microbatches:
+            assert batch.response_mask.shape == batch.labels.shape == batch.input_ids.shape
+            for ids, labels, mask in zip(batch.input_ids, batch.labels, batch.response_mask, strict=True):
                 end = int(mask.nonzero().max()) + 1  # padding comes after the response
                 assert ids[1:end].tolist() == labels[: end - 1].tolist()
                 found.append(([*ids[:1].tolist(), *labels[:end].tolist()], labels[mask].tolist()))

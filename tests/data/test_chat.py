@@ -472,9 +472,9 @@ def test_padded_and_packed_batches_mark_the_same_tokens_and_the_plan_knows_how_m
         data = SFTDataModule(tokenizer, rows, max_length=max_length, too_long="truncate", batch_size=3)
         data.setup("fit")
         (step,) = [StepDataset(data._rows["train"], data._plans["train"], 0, 0, layout)[0]]
-        (batch,) = step["microbatches"]
-        assert step["num_response_tokens"] == batch["response_mask"].sum() == len(batch["response_positions"])
-        marked[layout] = tokenizer.decode(batch["labels"][batch["response_mask"]])
+        (batch,) = step.microbatches
+        assert step.totals.num_response_tokens == batch.response_mask.sum() == len(batch.response_positions)
+        marked[layout] = tokenizer.decode(batch.labels[batch.response_mask])
     expected = "4.<|im_end|>6!<|im_end|>" if max_length is None else "4.<|im_end|>"
     assert marked["padded"] == marked["packed"]
     assert sorted(marked["padded"]) == sorted(expected + "b<eos>" + "4.<|im_end|>")

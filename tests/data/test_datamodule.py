@@ -21,29 +21,27 @@ def prepared(stage="fit", **changes):
 def rows_of(batch):
     """Prompt numbers in a batch, read off the ids."""
     return [
-        int("".join(map(chr, row[:2].tolist())))
-        for microbatch in batch["microbatches"]
-        for row in microbatch["input_ids"]
+        int("".join(map(chr, row[:2].tolist()))) for microbatch in batch.microbatches for row in microbatch.input_ids
     ]
 
 
 def test_a_batch_is_one_optimizer_step_with_its_totals():
     batches = list(prepared(gradient_accumulation_steps=2).train_dataloader())
-    assert [batch["num_sequences"] for batch in batches] == [6, 6, 6, 2]
+    assert [batch.totals.num_sequences for batch in batches] == [6, 6, 6, 2]
     assert sorted(row for batch in batches for row in rows_of(batch)) == list(range(20))
     for batch in batches:
-        assert len(batch["microbatches"]) == 2
+        assert len(batch.microbatches) == 2
         numbers = rows_of(batch)
-        assert batch["num_response_tokens"] == sum(1 + n % 5 + 1 for n in numbers)  # with EOS
-        assert batch["num_response_tokens"] == sum(int(m["response_mask"].sum()) for m in batch["microbatches"])
-        assert batch["num_tokens"] == sum(2 + 1 + n % 5 for n in numbers)  # what the model reads
+        assert batch.totals.num_response_tokens == sum(1 + n % 5 + 1 for n in numbers)  # with EOS
+        assert batch.totals.num_response_tokens == sum(int(m.response_mask.sum()) for m in batch.microbatches)
+        assert batch.totals.num_tokens == sum(2 + 1 + n % 5 for n in numbers)  # what the model reads
 
 
 def test_without_a_model_batches_are_padded_and_a_wrong_layout_is_named():
-    (microbatch,) = next(iter(prepared().train_dataloader()))["microbatches"]
-    assert "cu_seq_lens_q" not in microbatch
-    assert microbatch["num_sequences"] == 6
-    assert microbatch["response_positions"].tolist() == microbatch["response_mask"].flatten().nonzero()[:, 0].tolist()
+    (microbatch,) = next(iter(prepared().train_dataloader())).microbatches
+    assert microbatch.packing is None
+    assert microbatch.num_sequences == 6
+    assert microbatch.response_positions.tolist() == microbatch.response_mask.flatten().nonzero()[:, 0].tolist()
     with pytest.raises(ValueError, match="`layout` is 'pakced', expected one of packed, padded"):
         prepared(layout="pakced")
     with pytest.raises(ValueError, match="`layout` is 'packed', but there is no module that takes packed batches"):
@@ -53,9 +51,10 @@ def test_without_a_model_batches_are_padded_and_a_wrong_layout_is_named():
 def test_workers_change_nothing():
     here, there = (list(prepared(num_workers=n, max_tokens_per_microbatch=30).train_dataloader()) for n in (0, 2))
     for one, other in zip(here, there, strict=True):
-        for a, b in zip(one["microbatches"], other["microbatches"], strict=True):
-            assert a.pop("rows") == b.pop("rows")
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        for a, b in zip(one.microbatches, other.microbatches, strict=True):
+            assert a.locations == b.locations
+            for name in ("input_ids", "labels", "response_mask", "response_positions"):
+                assert torch.equal(getattr(a, name), getattr(b, name))
 
 
 def test_without_a_trainer_every_pass_is_the_first_epoch():
@@ -101,11 +100,11 @@ def test_a_fraction_is_split_off_by_seed():
 def test_what_happens_to_long_rows_is_told(too_long, kept, message, caplog):
     data = prepared(max_length=6, too_long=too_long)  # outputs of 4 and 5 characters are too long
     batches = list(data.train_dataloader())
-    assert sum(batch["num_sequences"] for batch in batches) == kept
+    assert sum(batch.totals.num_sequences for batch in batches) == kept
     assert message in caplog.text
     assert "longer than `max_length` = 6 tokens" in caplog.text
     assert ("lose the end and the EOS" in caplog.text) == (too_long == "truncate")
-    lengths = [len(row) for batch in batches for mb in batch["microbatches"] for row in mb["input_ids"]]
+    lengths = [len(row) for batch in batches for mb in batch.microbatches for row in mb.input_ids]
     assert max(lengths) == 5
 
 
@@ -195,8 +194,8 @@ def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
     expected = {"index": 0, "prompt": "User: How many?\nA: <think>", "ground_truth": "1006", "is_chat": False}
     assert prompt == expected
     (batch,) = data.train_dataloader()
-    (microbatch,) = batch["microbatches"]
-    response = microbatch["labels"][microbatch["response_mask"]].tolist()
+    (microbatch,) = batch.microbatches
+    response = microbatch.labels[microbatch.response_mask].tolist()
     expected = " 2*3 = 6\nso 1,000+6 </think> <answer> 1006 </answer>"
     assert response == [*map(ord, expected), EOS]
 

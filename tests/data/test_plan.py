@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sft.data.plan import BatchPlan, StepPlan, StepRule, cut_by_count
+from lightning_sft.data.plan import BatchPlan, StepPlan, StepRule, StepTotals, cut_by_count
 
 untimed = settings(deadline=None)  # a busy machine is no failure of the plan
 
@@ -73,7 +73,8 @@ SIX = [7, 4, 1, 9, 5, 2]
 def test_without_a_rule_each_rank_gets_one_microbatch_longest_first():
     step = plan_of(SIX, batch_size=6, shuffle=False).step(0)
     assert step == StepPlan(
-        ranks=[[[3, 0, 4, 1, 5, 2]]], num_sequences=6, num_tokens=28, num_response_tokens=7, num_attended=102
+        ranks=[[[3, 0, 4, 1, 5, 2]]],
+        totals=StepTotals(num_sequences=6, num_tokens=28, num_response_tokens=7, num_attended=102),
     )
 
 
@@ -132,7 +133,7 @@ def test_without_shuffling_every_epoch_follows_the_data():
 def test_the_last_smaller_step_is_kept():
     plan = plan_of([3] * 7, batch_size=3)
     assert plan.steps_per_epoch == 3
-    assert [plan.step(index).num_sequences for index in range(6)] == [3, 3, 1, 3, 3, 1]
+    assert [plan.step(index).totals.num_sequences for index in range(6)] == [3, 3, 1, 3, 3, 1]
 
 
 @untimed
@@ -150,9 +151,9 @@ def test_every_example_comes_exactly_once_per_epoch(run, epoch, shuffle):
 def test_totals_equal_an_independent_recount(run):
     lengths, arguments = run
     for step in epoch_of(plan_of(lengths, **arguments), 0):
-        assert step.num_sequences == len(examples_in(step))
-        assert step.num_tokens == sum(lengths[example] for example in examples_in(step))
-        assert step.num_response_tokens == sum(lengths[example] // 3 for example in examples_in(step))
+        assert step.totals.num_sequences == len(examples_in(step))
+        assert step.totals.num_tokens == sum(lengths[example] for example in examples_in(step))
+        assert step.totals.num_response_tokens == sum(lengths[example] // 3 for example in examples_in(step))
 
 
 @untimed
@@ -186,7 +187,7 @@ def test_ranks_are_balanced_no_rank_without_its_shortest_example_has_more_tokens
         ranks = [[lengths[example] for example in examples_on(microbatches)] for microbatches in step.ranks]
         fewest = min(sum(on_rank) for on_rank in ranks)
         assert all(sum(on_rank) - min(on_rank) <= fewest for on_rank in ranks if on_rank)
-        assert sum(bool(on_rank) for on_rank in ranks) == min(len(ranks), step.num_sequences)
+        assert sum(bool(on_rank) for on_rank in ranks) == min(len(ranks), step.totals.num_sequences)
 
 
 @untimed
@@ -291,12 +292,12 @@ def test_a_plan_takes_few_bytes_of_each_example_and_only_one_epochs_order():
 
 
 def test_attention_over_long_sequences_is_counted_without_overflow():
-    assert make_plan([100_000] * 3, [1] * 3, batch_size=3).step(0).num_attended == 3 * 100_000 * 100_001 // 2
+    assert make_plan([100_000] * 3, [1] * 3, batch_size=3).step(0).totals.num_attended == 3 * 100_000 * 100_001 // 2
 
 
 def test_a_plan_holds_plain_integers_so_that_it_can_be_saved_as_json():
     step = make_plan(np.array([5, 3]), np.array([1, 2]), batch_size=2).step(0)
-    numbers = [*examples_in(step), step.num_sequences, step.num_tokens, step.num_response_tokens]
+    numbers = [*examples_in(step), step.totals.num_sequences, step.totals.num_tokens, step.totals.num_response_tokens]
     assert {type(number) for number in numbers} == {int}
 
 

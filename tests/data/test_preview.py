@@ -3,7 +3,6 @@
 import html
 import pickle
 import re
-from collections import OrderedDict
 from io import StringIO
 
 import numpy as np
@@ -18,8 +17,9 @@ from transformers import AutoTokenizer
 
 from lightning_sft import SFTDataModule
 from lightning_sft.data.collation import collate_packed, collate_padded
-from lightning_sft.data.example import Example
-from lightning_sft.data.preview import MarkedRow, StepBatch, marked_rows
+from lightning_sft.data.marked_rows import MarkedRow, marked_rows
+from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.plan import StepTotals
 from lightning_sft.data.tokenization import encode_examples
 
 COLLATE = {"padded": collate_padded, "packed": collate_packed}
@@ -30,7 +30,7 @@ GREEN = "#2ea043"
 def batch_of(layout="padded", tokenizer=None, prompts=TEXTS[0], outputs=TEXTS[1]):
     tokenizer = tokenizer or character_tokenizer()
     examples = encode_examples(prompts, outputs, tokenizer, append_eos=True)
-    return StepBatch({"microbatches": [COLLATE[layout](examples, tokenizer.eos_token_id)]}, tokenizer)
+    return OptimizerStep([COLLATE[layout](examples, tokenizer.eos_token_id)], StepTotals(), tokenizer)
 
 
 def shown(page):
@@ -56,7 +56,7 @@ def test_a_batch_shows_every_token_under_its_mask(layout):
 @pytest.mark.parametrize("layout", COLLATE)
 def test_a_wrong_mask_shows(layout):
     batch = batch_of(layout)
-    mask = batch["microbatches"][0]["response_mask"]
+    mask = batch.microbatches[0].response_mask
     mask[0, 0], mask[0, 2], mask[0, 5] = True, False, False  # b, x and the EOS
     prompt, response, _ = shown(batch._repr_html_())
     assert prompt[:4] == ["a", "x", "<eos>", "c"] if layout == "packed" else ["a", "x", "c"]
@@ -96,12 +96,12 @@ def test_of_a_long_row_the_middles_are_left_out_and_counted(num_prompt, num_resp
 
 
 def test_a_stand_in_is_not_shown():
-    microbatch = collate_packed([Example(input_ids=[3, 3], num_prompt_tokens=2)]) | {"num_sequences": 0, "rows": []}
+    microbatch = collate_packed([])
     assert list(marked_rows(microbatch)) == []
-    assert "0 sequences, 0 tokens" in StepBatch({"microbatches": [microbatch]})._repr_html_()
+    assert "0 sequences, 0 tokens" in OptimizerStep([microbatch], StepTotals())._repr_html_()
 
 
-# -- a batch is a dictionary -------------------------------------------------------------------------------------------
+# -- what loaders give -------------------------------------------------------------------------------------------------
 
 ROWS = [{"prompt": f"{i}=", "output": "x" * (1 + i % 5)} for i in range(10)]
 
@@ -121,16 +121,31 @@ def test_a_loader_s_batch_shows_itself_with_and_without_workers():
     assert re.search(r"row \d+: \d tokens, \d response tokens", words)
 
 
-def test_copies_and_files_hold_an_ordinary_dictionary_and_a_moved_batch_shows_ids(tmp_path):
-    batch = batch_of()
-    moved = move_data_to_device(batch, torch.device("cpu"))
-    assert isinstance(moved, StepBatch)
-    assert shown(moved._repr_html_())[0] == [" 97", " 98", " 99"]
-    torch.save(batch, tmp_path / "batch.pt")
-    for copied in (torch.load(tmp_path / "batch.pt", weights_only=True), pickle.loads(pickle.dumps(batch))):
-        assert type(copied) is OrderedDict
-        assert list(copied) == ["microbatches"]
-        torch.testing.assert_close(copied["microbatches"], batch["microbatches"])
+@pytest.mark.parametrize("layout", COLLATE)
+def test_a_step_moved_to_a_device_is_the_same_and_shows_itself(layout):
+    step = batch_of(layout)
+    moved = move_data_to_device(step, torch.device("meta"))
+    for tensor in tensors_of(moved):
+        assert tensor.is_meta
+    back = move_data_to_device(step, torch.device("cpu"))
+    assert back._repr_html_() == step._repr_html_()
+    assert back.microbatches[0].locations == step.microbatches[0].locations
+    assert back.totals == step.totals
+
+
+def test_copies_have_no_tokenizer_and_show_ids():
+    copied = pickle.loads(pickle.dumps(batch_of()))
+    assert copied.tokenizer is None
+    assert shown(copied._repr_html_())[0] == [" 97", " 98", " 99"]
+    for tensor, original in zip(tensors_of(copied), tensors_of(batch_of()), strict=True):
+        assert torch.equal(tensor, original)
+
+
+def tensors_of(step):
+    (microbatch,) = step.microbatches
+    packing = microbatch.packing
+    packed = [] if packing is None else [packing.position_ids, packing.cu_seq_lens]
+    return [microbatch.input_ids, microbatch.labels, microbatch.response_mask, microbatch.response_positions, *packed]
 
 
 # -- preview -----------------------------------------------------------------------------------------------------------
@@ -165,7 +180,7 @@ def test_a_preview_counts_as_the_training_does():
     assert (len(train.num_tokens), len(val.num_tokens)) == (7, 3)
     batches = list(data.train_dataloader())
     assert train.steps_per_epoch == len(batches) == 2
-    assert train.num_response_tokens.sum() == sum(batch["num_response_tokens"] for batch in batches)
+    assert train.num_response_tokens.sum() == sum(batch.totals.num_response_tokens for batch in batches)
     assert val.steps_per_epoch is None
     assert np.sort(np.concatenate([train.num_tokens, val.num_tokens])).tolist() == sorted(4 + i % 5 for i in range(10))
 

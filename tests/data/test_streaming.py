@@ -28,10 +28,6 @@ def streamed(path, **options):
     return data
 
 
-def places(batch):
-    return [row for microbatch in batch["microbatches"] for row in microbatch["rows"]]
-
-
 def test_in_the_order_of_the_data_a_run_is_that_of_prepared_rows(tmp_path):
     """40 rows are 5 steps, which both runs take twice; `overfit_batches` keeps prepared rows in their order."""
     path = write(tmp_path / "rows.jsonl", ROWS[:40])
@@ -53,28 +49,27 @@ def test_ranks_share_the_step_that_one_rank_has(tmp_path):
         dataset._rule = replace(dataset._rule, max_tokens_per_microbatch=40)
         dataset._world_size = world_size
         dataset._rank, dataset._layout = rank, "packed"
-        return list(islice(dataset, 12))
+        return [step for step, _ in islice(dataset, 12)]
 
     one, ranks = steps(0, 1), [steps(rank, 3) for rank in range(3)]
     for step, *parts in zip(one, *ranks, strict=True):
-        assert sorted(row for part in parts for row in places(part)) == sorted(places(step))
-        assert len(places(step)) == step["num_sequences"] == 8
-        tokens = sum(int(m["position_ids"].numel()) for part in parts for m in part["microbatches"] if m["rows"])
+        assert sorted(row for part in parts for row in part.locations) == sorted(step.locations)
+        assert len(step.locations) == step.totals.num_sequences == 8
+        tokens = sum(m.input_ids.numel() for part in parts for m in part.microbatches if m.num_sequences)
         for part in parts:
-            assert len(part["microbatches"]) == len(parts[0]["microbatches"])
-            for name in ("num_sequences", "num_tokens", "num_response_tokens", "num_attended"):
-                assert part[name] == step[name]
-        assert tokens == step["num_tokens"]
+            assert len(part.microbatches) == len(parts[0].microbatches)
+            assert part.totals == step.totals
+        assert tokens == step.totals.num_tokens
 
 
 def test_a_pass_has_every_row_once_and_the_next_another_order(tmp_path):
     loader = streamed(write(tmp_path / "rows.jsonl", ROWS[:40]), shuffle_buffer=16, too_long="drop").train_dataloader()
-    steps = [places(batch) for batch in islice(loader, 10)]
+    steps = [batch.locations for batch in islice(loader, 10)]
     first, second = ([row for step in steps[at : at + 5] for row in step] for at in (0, 5))
     assert sorted(first) == sorted(second) == sorted(f"line {number}" for number in range(1, 41))
     assert [set(step) for step in steps[:5]] != [set(step) for step in steps[5:]]
     assert {int(row.split()[1]) for row in first[:16]} == set(range(1, 17))  # a buffer after the other
-    assert steps == [places(batch) for batch in islice(loader, 10)]
+    assert steps == [batch.locations for batch in islice(loader, 10)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder", "several"])

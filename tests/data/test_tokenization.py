@@ -292,37 +292,42 @@ def test_num_response_labels_counts_what_the_mask_marks(num_prompt_tokens, num_o
         Example(input_ids=[A] * num_tokens, num_prompt_tokens=num_prompt_tokens),
         Example(input_ids=[A] * 9, num_prompt_tokens=9),  # for padding beside it
     ]
-    marked = collate_padded(examples)["response_mask"]
+    marked = collate_padded(examples).response_mask
     assert examples[0].num_response_labels == marked[0].sum()
 
 
 def test_packed_rows_stand_one_after_another_each_shifted_on_its_own():
     examples = [
-        Example(input_ids=[5, 6, 7, 8], num_prompt_tokens=2),
-        Example(input_ids=[9, 4], num_prompt_tokens=0),
-        Example(input_ids=[3], num_prompt_tokens=0),  # nothing comes after it
-        Example(input_ids=[1, 2, 0], num_prompt_tokens=3),
+        Example(input_ids=[5, 6, 7, 8], num_prompt_tokens=2, location="row 1"),
+        Example(input_ids=[9, 4], num_prompt_tokens=0, location="row 2"),
+        Example(input_ids=[3], num_prompt_tokens=0, location="row 3"),  # nothing comes after it
+        Example(input_ids=[1, 2, 0], num_prompt_tokens=3, location="row 4"),
     ]
     batch = collate_packed(examples)
-    assert {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()} == {
-        "input_ids": [[5, 6, 7, 9, 1, 2]],
-        "labels": [[6, 7, 8, 4, 2, 0]],
-        "response_mask": [[False, True, True, True, False, False]],
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 1, 2]]
+    assert batch.labels.tolist() == [[6, 7, 8, 4, 2, 0]]
+    assert batch.response_mask.tolist() == [[False, True, True, True, False, False]]
+    assert batch.response_positions.tolist() == [1, 2, 3]
+    assert batch.locations == ["row 1", "row 2", "row 4"]
+    inputs = batch.model_inputs()
+    assert {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()} == {
         "position_ids": [[0, 1, 2, 0, 0, 1]],
         "cu_seq_lens_q": [0, 3, 4, 6],
         "cu_seq_lens_k": [0, 3, 4, 6],
         "max_length_q": 3,
         "max_length_k": 3,
     }
-    assert {batch[name].dtype for name in ("input_ids", "labels", "position_ids")} == {torch.int64}
-    assert batch["cu_seq_lens_q"].dtype == torch.int32
-    assert batch["response_mask"].dtype == torch.bool
+    assert {ids.dtype for ids in (batch.input_ids, batch.labels, inputs["position_ids"])} == {torch.int64}
+    assert inputs["cu_seq_lens_q"].dtype == torch.int32
+    assert batch.response_mask.dtype == torch.bool
 
 
-def test_packed_without_anything_to_learn_is_one_masked_token():
-    batch = collate_packed([Example(input_ids=[3], num_prompt_tokens=0)], pad_id=7)
-    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[7]]
-    assert batch["response_mask"].tolist() == [[False]]
+@pytest.mark.parametrize("collate", [collate_packed, collate_padded])
+def test_without_any_example_a_microbatch_is_one_masked_token_of_no_sequence(collate):
+    batch = collate([], pad_id=7)
+    assert batch.input_ids.tolist() == batch.labels.tolist() == [[7]]
+    assert batch.response_mask.tolist() == [[False]]
+    assert batch.num_sequences == 0
 
 
 @given(st.lists(st.tuples(st.integers(2, 9), st.integers(0, 9)), min_size=1, max_size=6))
@@ -332,9 +337,9 @@ def test_packed_and_padded_hold_the_same_labels_and_mask(sizes):
         for row, (length, prompt) in enumerate(sizes)
     ]
     padded, packed = collate_padded(examples), collate_packed(examples)
-    real = torch.arange(padded["labels"].shape[1]) < torch.tensor([[length - 1] for length, _ in sizes])
+    real = torch.arange(padded.labels.shape[1]) < torch.tensor([[length - 1] for length, _ in sizes])
     for name in ("input_ids", "labels", "response_mask"):
-        assert packed[name][0].tolist() == padded[name][real].tolist()
+        assert getattr(packed, name)[0].tolist() == getattr(padded, name)[real].tolist()
 
 
 # -- tokens as texts ---------------------------------------------------------------------------------------------------

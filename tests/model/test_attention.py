@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_sft.data.collation import collate_packed
 from lightning_sft.data.example import Example
 from lightning_sft.model import attention
-from lightning_sft.model.attention import PACKED_KEYS, VARLEN, enable_packing, packed_inputs, varlen_attention
+from lightning_sft.model.attention import VARLEN, enable_packing, packed_inputs, varlen_attention
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 
 LENGTHS = (8, 13, 2, 5)
@@ -52,7 +52,7 @@ def test_packed_documents_give_the_logits_and_gradients_of_each_alone(name):
     reference = build(model_type, **settings, attn_implementation="eager").double()
     assert enable_packing(model) is None
     batch = packed(documents())
-    given = model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch)).logits[0]
+    given = model(batch.input_ids, use_cache=False, **packed_inputs(model, batch.model_inputs())).logits[0]
     expected = torch.cat([reference(ids[None, :-1], use_cache=False).logits[0] for ids in documents()])
     torch.testing.assert_close(given, expected, **CLOSE)
     upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -87,8 +87,8 @@ def test_mixed_precision_attends_in_half_precision(monkeypatch):
     """Rotary embeddings make float32 of queries and keys; kernels for half precision would be passed by."""
     model, batch = build("qwen2", num_key_value_heads=2).float(), packed(documents())
     assert enable_packing(model, torch.bfloat16) is None
-    inputs = packed_inputs(model, batch)
-    exact = model(batch["input_ids"], use_cache=False, **inputs).logits
+    inputs = packed_inputs(model, batch.model_inputs())
+    exact = model(batch.input_ids, use_cache=False, **inputs).logits
     seen, original = [], attention._attend_each
 
     def watched(*states):
@@ -97,7 +97,7 @@ def test_mixed_precision_attends_in_half_precision(monkeypatch):
 
     monkeypatch.setattr(attention, "_attend_each", watched)
     with torch.autocast("cpu", torch.bfloat16):
-        given = model(batch["input_ids"], use_cache=False, **inputs).logits
+        given = model(batch.input_ids, use_cache=False, **inputs).logits
     assert seen == [torch.bfloat16] * 6
     assert (given - exact).norm() < 0.02 * exact.norm()
 
@@ -122,7 +122,7 @@ def test_a_pretrained_checkpoint_reads_packed_stories_as_each_alone(shared_data)
     expected = torch.cat([model(ids[None, :-1], use_cache=False).logits[0] for ids in stories])
     assert enable_packing(model) is None
     batch = packed(stories)
-    given = model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch)).logits[0]
+    given = model(batch.input_ids, use_cache=False, **packed_inputs(model, batch.model_inputs())).logits[0]
     torch.testing.assert_close(given, expected, **CLOSE)
 
 
@@ -130,11 +130,10 @@ def test_a_call_without_a_mask_of_one_element_is_slower_but_the_same():
     """As users of flash attention would call it: `transformers` then builds a mask, which is not needed."""
     model, batch = build("mistral", num_key_value_heads=2, sliding_window=4), packed(documents())
     assert enable_packing(model) is None
-    keys = {key: batch[key] for key in PACKED_KEYS}
     with torch.no_grad():
         lean, plain = (
-            model(batch["input_ids"], use_cache=False, **inputs).logits
-            for inputs in (packed_inputs(model, batch), keys)
+            model(batch.input_ids, use_cache=False, **inputs).logits
+            for inputs in (packed_inputs(model, batch.model_inputs()), batch.model_inputs())
         )
     assert torch.equal(lean, plain)
 
@@ -150,7 +149,7 @@ def test_no_mask_of_the_whole_row_is_ever_built(monkeypatch):
         return original(query, key, value, mask, *args, **options)
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
-    model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch))
+    model(batch.input_ids, use_cache=False, **packed_inputs(model, batch.model_inputs()))
     assert shapes == [(length - 1, length - 1, None) for length in LENGTHS] * 2  # in each layer
 
 
@@ -182,7 +181,7 @@ def test_dropout_is_drawn_in_training_and_documents_stay_apart():
     def second_half(before):
         torch.manual_seed(3)
         batch = packed([before, second])
-        return model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch)).logits[0, 4:]
+        return model(batch.input_ids, use_cache=False, **packed_inputs(model, batch.model_inputs())).logits[0, 4:]
 
     assert torch.equal(second_half(first), second_half(other))
     torch.manual_seed(4)
@@ -196,7 +195,8 @@ def test_gradient_checkpointing_keeps_documents_apart_when_it_computes_again():
         assert enable_packing(model) is None
         if checkpointing:
             enable_gradient_checkpointing(model)
-        model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch)).logits.square().sum().backward()
+        inputs = packed_inputs(model, batch.model_inputs())
+        model(batch.input_ids, use_cache=False, **inputs).logits.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again, **CLOSE)
@@ -270,10 +270,8 @@ def test_variable_length_attention_on_cuda_equals_one_document_at_a_time(name):
     settings = settings | {"hidden_size": 128}
     model = build(model_type, **settings).to("cuda", torch.bfloat16)
     assert enable_packing(model) is None
-    batch = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in packed(documents()).items()
-    }
-    given = model(batch["input_ids"], use_cache=False, **packed_inputs(model, batch)).logits[0].double()
+    batch = packed(documents()).to("cuda")
+    given = model(batch.input_ids, use_cache=False, **packed_inputs(model, batch.model_inputs())).logits[0].double()
     reference = build(model_type, **settings, attn_implementation="eager").to("cuda").double()
     expected = torch.cat([reference(ids[None, :-1].cuda(), use_cache=False).logits[0] for ids in documents()])
     assert (given - expected).norm() < 0.03 * expected.norm()

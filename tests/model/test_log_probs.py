@@ -378,17 +378,15 @@ def test_packed_documents_are_scored_as_padded_ones():
         for length, prompt in ((9, 3), (4, 1), (12, 10), (2, 0))
     ]
     padded, packed = collate_padded(examples), collate_packed(examples)
-    expected = get_response_log_probs(
-        model, padded["input_ids"], padded["labels"], True, response_mask=padded["response_mask"]
-    )
+    expected = get_response_log_probs(model, padded.input_ids, padded.labels, True, response_mask=padded.response_mask)
     assert enable_packing(model) is None
     given = get_response_log_probs(
         model,
-        packed["input_ids"],
-        packed["labels"],
+        packed.input_ids,
+        packed.labels,
         True,
-        response_mask=packed["response_mask"],
-        **packed_inputs(model, packed),
+        response_mask=packed.response_mask,
+        **packed_inputs(model, packed.model_inputs()),
     )
     for name in expected:
-        torch.testing.assert_close(given[name][packed["response_mask"]], expected[name][padded["response_mask"]])
+        torch.testing.assert_close(given[name][packed.response_mask], expected[name][padded.response_mask])

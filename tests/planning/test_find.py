@@ -166,9 +166,9 @@ class Watched(SFTModule):
     per_token, limit = 2**20, 10**9
 
     def training_step(self, batch, batch_idx):
-        (self.size,) = {microbatch["response_mask"].numel() for microbatch in batch["microbatches"]}
-        assert len(batch["microbatches"]) == 2
-        assert all(microbatch["response_mask"].all() for microbatch in batch["microbatches"])
+        (self.size,) = {microbatch.response_mask.numel() for microbatch in batch.microbatches}
+        assert len(batch.microbatches) == 2
+        assert all(microbatch.response_mask.all() for microbatch in batch.microbatches)
         if self.size > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         super().training_step(batch, batch_idx)

@@ -13,7 +13,7 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.cli.app import build, main
 from lightning_sft.data.collation import collate_packed
 from lightning_sft.data.example import Example
-from lightning_sft.data.plan import BatchPlan, StepRule
+from lightning_sft.data.plan import BatchPlan, MicrobatchShape, StepRule
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.precision import Precision
@@ -72,9 +72,7 @@ def kept_by_a_real_forward(model):
         Example(input_ids=[1] * (n + 1), num_prompt_tokens=n + 1 - r) for n, r in zip(LENGTHS, RESPONSES, strict=True)
     ]
     batch = collate_packed(examples)
-    positions = batch["response_mask"].flatten().nonzero().squeeze(-1)
-    inputs = {"position_ids": batch["position_ids"], "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
-    inputs |= {key: batch[key] for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    inputs = batch.model_inputs() | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
     kept = {}
 
     def keep(tensor):
@@ -83,8 +81,9 @@ def kept_by_a_real_forward(model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        score_responses(model, batch["input_ids"], batch["labels"], positions, normalize_constant=1.0, **inputs)
-    for tensor in [*model.parameters(), *model.buffers(), *inputs.values(), batch["input_ids"]]:
+        tensors = (batch.input_ids, batch.labels, batch.response_positions)
+        score_responses(model, *tensors, normalize_constant=1.0, **inputs)
+    for tensor in [*model.parameters(), *model.buffers(), *inputs.values(), batch.input_ids]:
         if torch.is_tensor(tensor):
             kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values())
@@ -238,8 +237,8 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
 
 def test_the_largest_microbatch_is_found_over_ranks_and_steps():
     plan = BatchPlan([5, 9, 3, 3, 7, 1], [1, 2, 3, 4, 5, 6], StepRule(3, max_tokens_per_microbatch=12), shuffle=False)
-    assert plan.largest_microbatch(2, "packed") == ([7, 3, 1], [5, 4, 6], 1)
-    assert plan.largest_microbatch(2, "padded") == ([5, 3], [1, 3], 2)
+    assert plan.largest_microbatch(2, "packed") == MicrobatchShape([7, 3, 1], [5, 4, 6], 1)
+    assert plan.largest_microbatch(2, "padded") == MicrobatchShape([5, 3], [1, 3], 2)
 
 
 def test_a_run_begins_by_saying_how_much_it_trains(tmp_path, caplog):

@@ -40,9 +40,8 @@ class StepLog(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-        rows = [row for microbatch in batch["microbatches"] for row in microbatch["rows"]]
         with open(self.path, "a") as file:
-            file.write(json.dumps({"step": trainer.global_step, "rows": sorted(rows), **metrics}) + "\n")
+            file.write(json.dumps({"step": trainer.global_step, "rows": sorted(batch.locations), **metrics}) + "\n")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         # Means over correct responses alone stay as they were where this validation has none.

@@ -44,9 +44,9 @@ def make_trainer(folder, **changes):
 
 def sequences(microbatch):
     """The rows of a padded microbatch, or the documents of a packed one."""
-    if "cu_seq_lens_q" not in microbatch:
-        return list(microbatch["input_ids"])
-    return microbatch["input_ids"][0].split(microbatch["cu_seq_lens_q"].diff().tolist())
+    if microbatch.packing is None:
+        return list(microbatch.input_ids)
+    return microbatch.input_ids[0].split(microbatch.packing.cu_seq_lens.diff().tolist())
 
 
 def never(response, ground_truth):
@@ -61,10 +61,8 @@ class Recorder(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(trainer.callback_metrics["train/loss"].item())
-        self.layouts |= {
-            "packed" if "cu_seq_lens_q" in microbatch else "padded" for microbatch in batch["microbatches"]
-        }
-        ids = [row.tolist() for microbatch in batch["microbatches"] for row in sequences(microbatch)]
+        self.layouts |= {"packed" if microbatch.packing else "padded" for microbatch in batch.microbatches}
+        ids = [row.tolist() for microbatch in batch.microbatches for row in sequences(microbatch)]
         self.rows.append(sorted(tuple(token for token in row if token != 128) for row in ids))
 
     def on_validation_end(self, trainer, pl_module):
