@@ -6,7 +6,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.chat import read_chat_template, with_chat_template
+from lightning_sft.data.chat_template import read_chat_template, with_chat_template
 from lightning_sft.data.tokenizer import load_tokenizer
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
 from lightning_sft.export.checkpoint import load_checkpoint

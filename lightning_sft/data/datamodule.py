@@ -15,23 +15,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_integer, check_type
-from lightning_sft.data.chat import TrainOnTurns, read_chat_template, with_chat_template
-from lightning_sft.data.encoding import (
-    EncodedRows,
-    Encoding,
-    RowEncoder,
-    TooLong,
-    content_hash,
-    encode_rows,
-    read_numbers,
-    render_prompts,
-)
+from lightning_sft.data.chat_encoding import TrainOnTurns
+from lightning_sft.data.chat_template import read_chat_template, with_chat_template
+from lightning_sft.data.encoded_rows import EncodedRows, content_hash, encode_rows, read_numbers
+from lightning_sft.data.encoding import Encoding, RowEncoder, TooLong
 from lightning_sft.data.marked_rows import marked_rows
 from lightning_sft.data.mixture import Share, open_weighted, read_weights, shares
 from lightning_sft.data.plan import BatchPlan, Layout, MicrobatchShape, StepRule
 from lightning_sft.data.preview import Preview, SplitStatistics
-from lightning_sft.data.rows import Data, Row, RowFormat, Source, open_sources
+from lightning_sft.data.prompt_rows import render_prompts
+from lightning_sft.data.row_format import Row, RowFormat
 from lightning_sft.data.shown import shown_data
+from lightning_sft.data.sources import Data, Source, open_sources
 from lightning_sft.data.step_loader import PromptLoader, StepDataset, StepLoader, plan_steps
 from lightning_sft.data.stream import RowStream, StreamedSteps, StreamLoader, first_rows, open_streams
 from lightning_sft.data.tokenization import pad_token_id

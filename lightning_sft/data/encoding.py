@@ -1,6 +1,5 @@
-"""From rows to token ids: tokenised once, and cached on disk by the content of all that they depend on."""
+"""From rows to token ids: rows are rendered as text and tokenised, and the over-long ones dropped or cut."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,16 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Features, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer, check_type
-from lightning_sft.data import chat, example, rows, tokenization
-from lightning_sft.data.chat import ChatTemplate
+from lightning_sft.data.cache import code_hash
+from lightning_sft.data.chat_encoding import ChatEncoder, WrittenConversation
 from lightning_sft.data.example import Example
-from lightning_sft.data.rows import Row, RowFormat, Source, cache_folder
+from lightning_sft.data.row_format import PlainRow, Row, RowFormat
+from lightning_sft.data.sources import Source
 from lightning_sft.data.tokenization import encode_examples
 from lightning_sft.errors import SettingsError, located, shorten
 
@@ -53,124 +52,40 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class EncodedRows:
-    """Tokenised rows and what became of the over-long ones.
+class ExampleText:
+    """What an example says, before it is tokenised.
 
-    `dataset` has the columns `prompt`, `output`, `ground_truth` (text), `is_chat`, `input_ids`, `num_prompt_tokens`,
-    `excluded_spans` (`Example`), `num_tokens`, `num_response_tokens` (labels that count in the loss) and `location`
-    (`line 3`, or of several sources `line 3 of b.jsonl`). Of a conversation, `prompt` is all up to the assistant's last
-    turn that is learnt, `output` this turn and `ground_truth` what it says. `sizes` are the numbers of rows of each
-    source in it.
+    Attributes:
+        location: Where its row comes from, such as `line 3 of train.jsonl`.
+        prompt: The text before the response; of a conversation, all up to the last turn that is learnt.
+        output: The response; of a conversation, the last turn that is learnt.
+        ground_truth: The reference answer; by default the output, or what this turn says.
+        conversation: The whole conversation, if it is one.
     """
 
-    dataset: Dataset
-    num_dropped: int
-    num_truncated: int
-    sizes: list[int]
+    location: str
+    prompt: str
+    output: str
+    ground_truth: str
+    conversation: WrittenConversation | None = None
 
 
-def encode_rows(
-    sources: Sequence[Source],
-    row_format: RowFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    encoding: Encoding = Encoding(),
-    num_proc: int | None = None,
-) -> EncodedRows:
-    """Tokenise all rows; results are cached on disk by the content of everything they depend on.
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row as text and as token ids.
 
-    Args:
-        sources: From `open_sources`.
-        row_format: Which columns are what.
-        tokenizer: Any Hugging Face tokenizer.
-        encoding: How rows become token ids.
-        num_proc: Worker processes; one for each 20,000 rows, at most 8, if None.
-
-    Raises:
-        ValueError: If a row is malformed, has no response token, or is too long; the message names file and row.
+    Attributes:
+        text: What it says, whole even where it is truncated.
+        example: Its tokens.
+        is_truncated: Whether they are cut off at `max_length`.
     """
-    encode = RowEncoder(row_format, tokenizer, encoding)
-    key = encode.fingerprint()
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    parts = []
-    for source in sources:
-        raw = source.rows
-        workers = num_proc or min(8, 1 + len(raw) // 20_000)
-        name = source.name if len(sources) > 1 else None  # alone, the same rows by another name are the same
-        fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key, name])
-        try:
-            encoded = raw.map(
-                encode,
-                batched=True,
-                with_indices=True,
-                fn_kwargs={"source": replace(source, rows=raw.select([])), "keep_name": name is not None},
-                remove_columns=raw.column_names,
-                features=_ENCODED_FEATURES,
-                num_proc=workers if workers > 1 else None,
-                new_fingerprint=fingerprint,
-                # Named here, so that rows in memory, too, are encoded to disk and found by the other processes.
-                cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
-                desc=f"Tokenising {Path(source.name.strip('`')).name}",
-            )
-        except SettingsError as error:  # raised here again, not deep in a pool of workers: it is our own message
-            raise error.with_traceback(None) from error.__cause__
-        parts.append(encoded)
-    dataset = concatenate_datasets(parts)
-    num_dropped = sum(len(source.rows) for source in sources) - len(dataset)
-    num_truncated = int(read_numbers(dataset, "is_truncated").sum())
-    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated, list(map(len, parts)))
+
+    text: ExampleText
+    example: Example
+    is_truncated: bool
 
 
-def rows_in_memory(columns: dict[str, list[Any]]) -> Dataset:
-    """What `RowEncoder.encode` gives, as `EncodedRows.dataset` holds it."""
-    return Dataset.from_dict(columns, _ENCODED_FEATURES).remove_columns("is_truncated")
-
-
-def render_prompts(sources: Sequence[Source], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The columns `prompt`, `ground_truth` and `is_chat` of rows that need no output.
-
-    Raises:
-        ValueError: If a row is malformed; the message names file and row.
-    """
-    template, prompts = ChatTemplate(tokenizer), []
-    for source in sources:
-        for start in range(0, len(source.rows), 1000):
-            indices = range(start, min(start + 1000, len(source.rows)))
-            for where, row in source.decode(source.rows[start : indices.stop], list(indices)):
-                with located(where):
-                    prompt = row_format.render_prompt(row)
-                    conversation = prompt.pop("conversation", None)
-                    if conversation is not None:
-                        text, content = template.write_prompt(conversation)
-                        ground_truth = content if prompt["ground_truth"] is None else prompt["ground_truth"]
-                        prompt = {"prompt": text, "ground_truth": ground_truth}
-                    prompts.append(prompt | {"is_chat": conversation is not None})
-    return Dataset.from_list(prompts)
-
-
-def content_hash(dataset: Dataset) -> str:
-    """Of all token ids in order, and where prompts end: what a run's place in its data depends on."""
-    hasher = hashlib.blake2b(digest_size=8)
-    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "excluded_spans", "num_tokens"]).with_format(
-        "arrow"
-    )
-    for table in columns.iter(batch_size=10_000):
-        ids, spans = (table[name].combine_chunks().flatten() for name in ("input_ids", "excluded_spans"))
-        for column in (ids, table["num_prompt_tokens"], spans, table["num_tokens"]):
-            hasher.update(column.to_numpy())
-    return hasher.hexdigest()
-
-
-def read_numbers(dataset: Dataset, column: str) -> np.ndarray:
-    """A whole column of numbers, `(num_rows,)`.
-
-    Formatted as numpy, `datasets` would make a Python object of each number, and of rows that were selected even a
-    table of each.
-    """
-    numbers = dataset.data.column(column).to_numpy()
-    return numbers if dataset._indices is None else numbers[dataset._indices.column(0).to_numpy()]
-
-
-_ENCODED_FEATURES = Features(
+ENCODED_FEATURES = Features(
     {
         "prompt": Value("string"),
         "output": Value("string"),
@@ -187,9 +102,33 @@ _ENCODED_FEATURES = Features(
 )
 
 
+def to_columns(rows: Sequence[EncodedRow]) -> dict[str, list[Any]]:
+    """The columns of `ENCODED_FEATURES`."""
+    texts, examples = [row.text for row in rows], [row.example for row in rows]
+    return {
+        "prompt": [text.prompt for text in texts],
+        "output": [text.output for text in texts],
+        "ground_truth": [text.ground_truth for text in texts],
+        "is_chat": [text.conversation is not None for text in texts],
+        "input_ids": [example.input_ids for example in examples],
+        "num_prompt_tokens": [example.num_prompt_tokens for example in examples],
+        "excluded_spans": [example.excluded_spans for example in examples],
+        "num_tokens": [len(example.input_ids) for example in examples],
+        "num_response_tokens": [example.num_response_labels for example in examples],
+        "location": [example.location for example in examples],
+        "is_truncated": [row.is_truncated for row in rows],
+    }
+
+
 @dataclass
 class RowEncoder:
-    """Turns rows into token ids; called by `datasets` with batches of rows."""
+    """Turns rows into token ids.
+
+    Args:
+        row_format: Which columns are what.
+        tokenizer: Any Hugging Face tokenizer.
+        encoding: How rows become token ids.
+    """
 
     row_format: RowFormat
     tokenizer: PreTrainedTokenizerBase
@@ -198,61 +137,76 @@ class RowEncoder:
     def __call__(
         self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool
     ) -> dict[str, list[Any]]:
-        columns = self.encode(source.decode(batch, indices))
-        if not keep_name:
-            columns["location"] = [where.removesuffix(f" of {source.name}") for where in columns["location"]]
-        return columns
-
-    def encode(self, rows: Iterable[tuple[str, Row]]) -> dict[str, list[Any]]:
-        """The columns of `EncodedRows.dataset`, and `is_truncated`, of those rows that are not dropped.
+        """The columns of a batch of rows, as `datasets.Dataset.map` calls it.
 
         Args:
-            rows: Each with the words that locate it.
+            batch: Columns of the source's rows.
+            indices: Which of its rows these are.
+            source: Where they come from.
+            keep_name: Whether locations say of which source they are.
 
         Raises:
-            ValueError: As `encode_rows`.
+            ValueError: As `encode`.
         """
-        places: list[str] = []
-        texts: list[dict[str, Any]] = []
-        template = ChatTemplate(self.tokenizer, self.row_format.train_on_turns)
-        for where, row in rows:
-            with located(where):
-                text = self.row_format.render(row)
-                if "conversation" in text:
-                    text["chat"] = written = template.write(text.pop("conversation"))
-                    text |= {"prompt": written.prompt, "output": written.output}
-                    text["ground_truth"] = written.content if text["ground_truth"] is None else text["ground_truth"]
-            texts.append(text)
-            places.append(where)
-        plain = [text for text in texts if "chat" not in text]
-        prompts, outputs = [text["prompt"] for text in plain], [text["output"] for text in plain]
-        examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.encoding.append_eos))
-        chats = template.encode([text["chat"] for text in texts if "chat" in text])
+        return to_columns(self.encode(source.decode(batch, indices), None if keep_name else source.name))
 
+    def encode(self, rows: Iterable[tuple[str, Row]], only_source: str | None = None) -> list[EncodedRow]:
+        """Tokenise rows. Those that are dropped are left out.
+
+        Args:
+            rows: Each with its location, such as `line 3 of train.jsonl`.
+            only_source: The name of the source if there is one alone: the examples' locations then leave it out.
+
+        Raises:
+            ValueError: If a row is malformed, has no response token, or is too long; the message begins with its
+                location.
+        """
+        chat_encoder = ChatEncoder(self.tokenizer, self.row_format.train_on_turns)
+        texts = []
+        for location, row in rows:
+            with located(location):
+                texts.append(self._text(location, row, chat_encoder))
+        plain = [text for text in texts if text.conversation is None]
+        prompts, outputs = [text.prompt for text in plain], [text.output for text in plain]
+        plain_examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.encoding.append_eos))
+        chat_examples = chat_encoder.encode([text.conversation for text in texts if text.conversation is not None])
         encoded = []
-        for where, text in zip(places, texts, strict=True):
-            with located(where):
-                example = next(chats if "chat" in text else examples)
-            ids, num_prompt_tokens = example.input_ids, example.num_prompt_tokens
-            if not example.num_response_labels:
-                raise SettingsError(
-                    f"{where}: no response token to learn from; `{self.row_format.output_field}` is "
-                    f"{shorten(text['output'])}. Remove the row, or set `append_eos=True`."
-                )
-            over = self.encoding.max_length is not None and len(ids) > self.encoding.max_length
-            if over and self.encoding.too_long == "error":
-                raise SettingsError(
-                    f"{where}: {len(ids)} tokens ({num_prompt_tokens} of the prompt) exceed `max_length` = "
-                    f'{self.encoding.max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
-                )
-            ids = ids[: self.encoding.max_length]
-            spans = [min(bound, len(ids)) for bound in example.excluded_spans]
-            num_labels = Example(ids, num_prompt_tokens, spans).num_response_labels
-            if not (over and (self.encoding.too_long == "drop" or not num_labels)):
-                words = (text["prompt"], text["output"], text["ground_truth"], "chat" in text)
-                encoded.append((*words, ids, num_prompt_tokens, spans, len(ids), num_labels, where, over))
-        columns = map(list, zip(*encoded, strict=True)) if encoded else ([] for _ in _ENCODED_FEATURES)
-        return dict(zip(_ENCODED_FEATURES, columns, strict=True))
+        for text in texts:
+            with located(text.location):
+                example = next(plain_examples if text.conversation is None else chat_examples)
+                short_location = text.location.removesuffix(f" of {only_source}")
+                encoded_row = self._within_length(text, replace(example, location=short_location))
+            if encoded_row is not None:
+                encoded.append(encoded_row)
+        return encoded
+
+    def _text(self, location: str, row: Row, chat_encoder: ChatEncoder) -> ExampleText:
+        rendered = self.row_format.render(row)
+        if isinstance(rendered, PlainRow):
+            return ExampleText(location, rendered.prompt, rendered.output, rendered.ground_truth)
+        written = chat_encoder.write(rendered.conversation)
+        ground_truth = written.answer if rendered.ground_truth is None else rendered.ground_truth
+        return ExampleText(location, written.prompt, written.output, ground_truth, written)
+
+    def _within_length(self, text: ExampleText, example: Example) -> EncodedRow | None:
+        """The row, cut if it is too long; None if it is dropped."""
+        max_length = self.encoding.max_length
+        if not example.num_response_labels:
+            raise SettingsError(
+                f"no response token to learn from; `{self.row_format.output_field}` is {shorten(text.output)}. "
+                "Remove the row, or set `append_eos=True`."
+            )
+        if max_length is None or len(example.input_ids) <= max_length:
+            return EncodedRow(text, example, is_truncated=False)
+        if self.encoding.too_long == "error":
+            raise SettingsError(
+                f"{len(example.input_ids)} tokens ({example.num_prompt_tokens} of the prompt) exceed `max_length` = "
+                f'{max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
+            )
+        example = example.truncated(max_length)
+        if self.encoding.too_long == "drop" or not example.num_response_labels:
+            return None
+        return EncodedRow(text, example, is_truncated=True)
 
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code that reads and encodes."""
@@ -265,11 +219,6 @@ class RowEncoder:
         template = (tokenizer.chat_template, tokenizer.special_tokens_map)
         # A function of a module is hashed by its name alone, so the module's code is added.
         module = sys.modules.get(getattr(getattr(transform, "func", transform), "__module__", ""))
-        files = [
-            *(m.__file__ for m in (chat, example, rows, tokenization)),
-            __file__,
-            getattr(module, "__file__", None),
-        ]
-        code = [Path(file).read_bytes() for file in files if file]
-        options = (self.row_format, self.encoding)
-        return Hasher.hash([code, content, special, template, options])
+        file = getattr(module, "__file__", None)
+        code = [code_hash(), Path(file).read_bytes() if file else b""]
+        return str(Hasher.hash([code, content, special, template, (self.row_format, self.encoding)]))

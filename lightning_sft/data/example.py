@@ -1,7 +1,7 @@
 """One tokenised row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,3 +31,8 @@ class Example:
     def num_response_labels(self) -> int:
         """Labels that count in the loss: the response tokens, less one that has nothing before it."""
         return sum(max(end - start, 0) for start, end in self.response_labels())
+
+    def truncated(self, length: int) -> "Example":
+        """The example without the tokens from position `length` on."""
+        excluded_spans = [min(bound, length) for bound in self.excluded_spans]
+        return replace(self, input_ids=self.input_ids[:length], excluded_spans=excluded_spans)

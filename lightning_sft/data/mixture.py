@@ -11,8 +11,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from lightning_sft.checks import check_type
-from lightning_sft.data.rows import Source, open_sources
 from lightning_sft.data.shown import shown_path
+from lightning_sft.data.sources import Source, open_sources
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 

@@ -5,11 +5,10 @@ own; so a step is the same on any number of processes, and its totals are exact.
 """
 
 import glob
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.collation import collate
-from lightning_sft.data.encoding import RowEncoder, rows_in_memory
+from lightning_sft.data.encoded_rows import hash_of_examples, rows_in_memory
+from lightning_sft.data.encoding import EncodedRow, RowEncoder
 from lightning_sft.data.example import Example
 from lightning_sft.data.optimizer_step import OptimizerStep
 from lightning_sft.data.plan import Layout, StepRule
-from lightning_sft.data.rows import Row, find_files, load_named, own_keys, read_file
+from lightning_sft.data.readers import read_file
+from lightning_sft.data.row_format import Row
+from lightning_sft.data.sources import find_files, load_named, own_keys
 from lightning_sft.data.step_loader import StepLoader, plan_steps
 from lightning_sft.errors import SettingsError, SettingsTypeError, located, one_line, shorten
 
@@ -59,9 +61,9 @@ class RowStream:
         self._num_read, state = position or (0, None)
         try:
             if self._dataset is None:
-                for place, row in read_file(self.name, self._num_read):
+                for location, row in read_file(self.name, self._num_read):
                     self._num_read += 1
-                    yield f"{place} of {self.name}", row
+                    yield f"{location} of {self.name}", row
             else:
                 self._current = deepcopy(self._dataset)  # a copy, because it keeps its position
                 if state is not None:
@@ -156,25 +158,12 @@ def ordered_rows(
 def first_rows(streams: Sequence[RowStream], number: int, encoder: RowEncoder) -> tuple[Dataset, int, int]:
     """The first rows of the data, tokenised; how many of them were dropped, and how many truncated."""
     rows = list(islice((item for stream in streams for item in stream.read()), number))
-    columns = _encode(streams, encoder, rows)
-    return rows_in_memory(columns), len(rows) - len(columns["location"]), sum(columns["is_truncated"])
+    encoded = _encode(streams, encoder, rows)
+    return rows_in_memory(encoded), len(rows) - len(encoded), sum(row.is_truncated for row in encoded)
 
 
-def _encode(streams: Sequence[RowStream], encoder: RowEncoder, rows: list[tuple[str, Row]]) -> dict[str, list[Any]]:
-    columns = encoder.encode(rows)
-    if len(streams) == 1:
-        columns["location"] = [where.removesuffix(f" of {streams[0].name}") for where in columns["location"]]
-    return columns
-
-
-def _hash(columns: dict[str, list[Any]]) -> str:
-    """Of token ids and where prompts end."""
-    hasher = hashlib.blake2b(digest_size=8)
-    for name in ("num_tokens", "num_prompt_tokens"):
-        hasher.update(np.array(columns[name], np.int32).tobytes())
-    for name in ("input_ids", "excluded_spans"):
-        hasher.update(np.fromiter(chain.from_iterable(columns[name]), np.int32).tobytes())
-    return hasher.hexdigest()
+def _encode(streams: Sequence[RowStream], encoder: RowEncoder, rows: list[tuple[str, Row]]) -> list[EncodedRow]:
+    return encoder.encode(rows, streams[0].name if len(streams) == 1 else None)
 
 
 # -- optimizer steps -------------------------------------------------------------------------------------------------
@@ -245,10 +234,10 @@ class StreamedSteps(torch.utils.data.IterableDataset):
             step, place = step - 1, self._last["place"]
         rows = ordered_rows(self._streams, *self._order, place)
         while True:
-            columns, place_after = self._take(rows, place)
-            last = {"step": step + 1, "place": place, "rows": _hash(columns)}
+            examples, place_after = self._take(rows, place)
+            last = {"step": step + 1, "place": place, "rows": hash_of_examples(examples)}
             if step >= self._step:
-                yield self._batch(columns), last
+                yield self._batch(examples), last
             elif last != self._last:
                 raise SettingsError(
                     "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
@@ -259,39 +248,35 @@ class StreamedSteps(torch.utils.data.IterableDataset):
                 place = BEGINNING | {"pass": place["pass"] + 1}
                 rows = ordered_rows(self._streams, *self._order, place)
 
-    def _batch(self, columns: dict[str, list[Any]]) -> OptimizerStep:
+    def _batch(self, examples: Sequence[Example]) -> OptimizerStep:
         """This rank's part of a step, of which these are all rows."""
-        where, counts = columns["location"], (columns["num_tokens"], columns["num_response_tokens"])
-        with located(where[int(np.argmax(counts[0]))]):  # whatever is too long, this one is
-            plan = plan_steps(*counts, self._rule, world_size=self._world_size, shuffle=False).step(0, self._layout)
-        names = ("input_ids", "num_prompt_tokens", "excluded_spans", "location")
-        examples = [
-            Example(**dict(zip(names, values, strict=True)))
-            for values in zip(*(columns[name] for name in names), strict=True)
-        ]
+        num_tokens = [len(example.input_ids) for example in examples]
+        num_response_tokens = [example.num_response_labels for example in examples]
+        with located(examples[int(np.argmax(num_tokens))].location):  # whatever is too long, this one is
+            epoch = plan_steps(num_tokens, num_response_tokens, self._rule, world_size=self._world_size, shuffle=False)
+            plan = epoch.step(0, self._layout)
         microbatches = [
             collate([examples[i] for i in rows], self._layout, self._pad_id) for rows in plan.ranks[self._rank]
         ]
         return OptimizerStep(microbatches, plan.totals)
 
-    def _take(self, rows: Iterator[tuple[Place, str, Row]], place: Place) -> tuple[dict[str, list[Any]], Place]:
+    def _take(self, rows: Iterator[tuple[Place, str, Row]], place: Place) -> tuple[list[Example], Place]:
         """The rows of a step, tokenised, and the place after the last. Each dropped row is made up for by the next."""
-        columns: dict[str, list[Any]] = {"location": []}
+        examples: list[Example] = []
         last_kept = place["pass"]
-        while missing := self._rule.batch_size - len(columns["location"]):
+        while missing := self._rule.batch_size - len(examples):
             taken = list(islice(rows, missing))
             place = taken[-1][0]
-            encoded = _encode(self._streams, self._encoder, [(where, row) for _, where, row in taken])
-            for name, values in encoded.items():
-                columns.setdefault(name, []).extend(values)
-            if encoded["location"]:
+            encoded = _encode(self._streams, self._encoder, [(location, row) for _, location, row in taken])
+            examples += [row.example for row in encoded]
+            if encoded:
                 last_kept = place["pass"]
             elif place["pass"] > last_kept + 1:
                 raise SettingsError(
                     f"`train_data`: all rows are longer than `max_length` = {self._encoder.encoding.max_length} "
                     "tokens. Raise `max_length`."
                 )
-        return columns, place
+        return examples, place
 
 
 class StreamLoader(StepLoader):

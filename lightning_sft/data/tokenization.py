@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.collation import collate_padded
 from lightning_sft.data.example import Example
+from lightning_sft.data.texts import check_is_text
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 
 def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts before a text of its own accord, such as a BOS; usually none or one."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start]
@@ -24,10 +25,8 @@ def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills padded positions: the pad token, or else EOS, or else 0. No mask is ever read off this id."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return token_id
-    return 0
+    token_ids: tuple[int | None, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token_id for token_id in token_ids if token_id is not None), 0)
 
 
 def encode_prompts(
@@ -67,11 +66,9 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str)
             raise SettingsTypeError(
                 f"{kind} {index} is {shorten(text)} of type {type(text).__name__}, expected a string."
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise SettingsError(f"{kind} {index} holds a lone surrogate, which is not text: {shorten(text)}.") from None
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        check_is_text(f"{kind} {index}", text)
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def encode_examples(

@@ -18,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lightning_sft.data.chat import end_of_turn_id
+from lightning_sft.data.chat_encoding import end_of_turn_id
 from lightning_sft.data.collation import collate_padded
 from lightning_sft.data.example import Example
 from lightning_sft.data.tokenization import encode_prompts, pad_token_id, token_texts

@@ -186,7 +186,7 @@ def many_rows(folder: Path, num_rows: int) -> Numbers:
     One row in a hundred is too long, and dropped; the validation rows are split off, so that every row is found
     through a selection.
     """
-    from lightning_sft.data.rows import open_sources
+    from lightning_sft.data.sources import open_sources
 
     path = folder / f"{num_rows}.jsonl"
     folder = folder / f"{num_rows}"

@@ -12,9 +12,13 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
-from lightning_sft.data.chat import ChatTemplate, end_of_turn_id, read_conversation, with_chat_template
-from lightning_sft.data.encoding import Encoding, content_hash, encode_rows
-from lightning_sft.data.rows import RowFormat, open_sources, own_keys
+from lightning_sft.data.chat_encoding import ChatEncoder, end_of_turn_id
+from lightning_sft.data.chat_template import ChatTemplate, with_chat_template
+from lightning_sft.data.conversation import read_conversation
+from lightning_sft.data.encoded_rows import content_hash, encode_rows
+from lightning_sft.data.encoding import Encoding
+from lightning_sft.data.row_format import RowFormat
+from lightning_sft.data.sources import open_sources, own_keys
 from lightning_sft.data.step_loader import StepDataset
 from lightning_sft.data.stream import open_streams
 from lightning_sft.data.tokenization import encode_prompts
@@ -424,7 +428,10 @@ BAD_MESSAGES = {
         "all 2 turns of the assistant have the `weight` 0. Remove the row.",
     ),
     "the assistant first": ([assistant("a"), user("b")], "turn 1 (assistant) has nothing before it"),
-    "a lone surrogate": ([user("a\ud800"), assistant("b")], "the messages hold a lone surrogate, which is not text"),
+    "a lone surrogate": (
+        [user("a\ud800"), assistant("b")],
+        "the conversation holds a lone surrogate, which is not text",
+    ),
 }
 
 
@@ -441,8 +448,8 @@ def test_bad_messages_are_named_by_row_and_turn(name):
 def test_the_real_qwen2_tokenizer(shared_data):
     tokenizer = with_chat_template(AutoTokenizer.from_pretrained(shared_data / "qwen2_tokenizer"), QWEN)
     messages = [user("Wie spät ist es?"), assistant("  Fünf — 五点.\n"), *WITH_TOOLS]
-    template, conversation = ChatTemplate(tokenizer), read_conversation({"m": messages, "tools": [TOOL]}, ["m"])
-    (row,) = template.encode([template.write(conversation)])
+    encoder, conversation = ChatEncoder(tokenizer), read_conversation({"m": messages, "tools": [TOOL]}, ["m"])
+    (row,) = encoder.encode([encoder.write(conversation)])
     assert row.input_ids == tokenizer.apply_chat_template(messages, tools=[TOOL])["input_ids"]
     assert responses(vars(row), tokenizer) == ["  Fünf — 五点.\n<|im_end|>", CALLED, "It is 3.<|im_end|>"]
     assert tokenizer.decode(end_of_turn_id(tokenizer)) == "<|im_end|>"
@@ -525,8 +532,8 @@ def test_a_prompt_of_the_template_gets_no_bos_that_the_training_rows_do_not_have
 
 def test_rows_are_tokenised_again_when_the_template_changes_and_only_then(monkeypatch):
     applied = []
-    apply = ChatTemplate._apply
-    monkeypatch.setattr(ChatTemplate, "_apply", lambda self, *args, **kw: applied.append(1) or apply(self, *args, **kw))
+    write = ChatTemplate.write
+    monkeypatch.setattr(ChatTemplate, "write", lambda self, *args, **kw: applied.append(1) or write(self, *args, **kw))
 
     def renders(template=CHATML, tools=None, **options):
         applied.clear()

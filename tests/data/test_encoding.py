@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import MappingProxyType
@@ -23,10 +24,18 @@ from support.models import character_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from lightning_sft.data import encoding as dataset
-from lightning_sft.data import rows
-from lightning_sft.data.encoding import EncodedRows, Encoding, encode_rows, read_numbers
-from lightning_sft.data.rows import RowFormat, open_sources
+from lightning_sft.data import encoded_rows, encoding
+from lightning_sft.data.encoded_rows import (
+    EncodedRows,
+    content_hash,
+    encode_rows,
+    hash_of_examples,
+    read_numbers,
+    rows_in_memory,
+)
+from lightning_sft.data.encoding import Encoding, RowEncoder
+from lightning_sft.data.row_format import PlainPrompt, PlainRow, RowFormat
+from lightning_sft.data.sources import open_sources
 from lightning_sft.data.tokenization import encode_examples
 
 
@@ -91,7 +100,7 @@ ENCODED = {
 
 
 def encoded(rows: object) -> dict[str, list]:
-    """The columns but for `where`, which differs with the kind of file."""
+    """The columns but for `location`, which differs with the kind of file."""
     return {name: values for name, values in rows.dataset[:].items() if name != "location"}
 
 
@@ -390,7 +399,7 @@ def test_a_first_token_without_anything_before_it_is_no_response_token():
 def test_the_ground_truth_is_the_output_unless_the_row_has_one():
     rows = [{"prompt": "a", "output": "b"} | more for more in ({}, {"ground_truth": None}, {"ground_truth": ""})]
     assert encode(rows).dataset["ground_truth"][:] == ["b", "b", ""]
-    assert [RowFormat().render_prompt(row)["ground_truth"] for row in rows] == [None, None, ""]
+    assert [RowFormat().render_prompt(row).ground_truth for row in rows] == [None, None, ""]
 
 
 def test_a_ground_truth_that_is_no_string_is_refused_in_the_default_column_too():
@@ -401,12 +410,12 @@ def test_a_ground_truth_that_is_no_string_is_refused_in_the_default_column_too()
 def test_columns_are_taken_by_the_names_given():
     row = {"q": "a", "a": "b", "answer": "c", "prompt": 1, "output": 2, "ground_truth": 3}
     names = {"prompt_field": "q", "output_field": "a", "ground_truth_field": "answer"}
-    assert RowFormat(**names).render(row) == {"prompt": "a", "output": "b", "ground_truth": "c"}
+    assert RowFormat(**names).render(row) == PlainRow(prompt="a", output="b", ground_truth="c")
     assert encode([row], **names).dataset[0]["input_ids"] == [97, 98, 128]
 
 
 def test_a_prompt_alone_needs_no_output():
-    assert RowFormat().render_prompt({"prompt": "a"}) == {"prompt": "a", "ground_truth": None}
+    assert RowFormat().render_prompt({"prompt": "a"}) == PlainPrompt(prompt="a", ground_truth=None)
     with pytest.raises(ValueError, match="no value for `answer`"):
         RowFormat(ground_truth_field="answer").render_prompt({"prompt": "a"})
 
@@ -423,7 +432,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_is_filled_with_columns_and_doubled_braces_are_literal(template):
     row = {"a": "x", "b": "{y}", "output": "z"}
-    assert RowFormat(prompt_template=template).render(row)["prompt"] == TEMPLATES[template]
+    assert RowFormat(prompt_template=template).render(row).prompt == TEMPLATES[template]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -431,8 +440,8 @@ def test_a_template_may_come_from_a_file_whose_last_line_break_is_dropped(tmp_pa
     row = {"a": "x", "b": "{y}", "output": "z"}
     for ending in ("\n", "\r\n"):
         path = write(tmp_path / "template.txt", codecs.BOM_UTF8 + (template + ending).encode())
-        assert RowFormat(prompt_template=path).render(row)["prompt"] == TEMPLATES[template]
-    assert RowFormat(prompt_template=write(tmp_path / "no_end", "{a}")).render(row)["prompt"] == "x"
+        assert RowFormat(prompt_template=path).render(row).prompt == TEMPLATES[template]
+    assert RowFormat(prompt_template=write(tmp_path / "no_end", "{a}")).render(row).prompt == "x"
 
 
 @pytest.mark.parametrize(
@@ -488,7 +497,7 @@ def test_the_transform_is_applied_first_and_to_a_copy():
 
     rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
     assert encode(rows, row_transform=transform).dataset["input_ids"][:] == [[97, 49, 33, 128], [98, 50, 33, 128]]
-    assert RowFormat(row_transform=transform).render_prompt(rows[0]) == {"prompt": "a", "ground_truth": None}
+    assert RowFormat(row_transform=transform).render_prompt(rows[0]) == PlainPrompt("a", None)
     assert rows == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
 
 
@@ -623,7 +632,7 @@ def tokenised(monkeypatch, tmp_path) -> list[str]:
         prompts.extend(prompt_strs)
         return encode_examples(prompt_strs, *others)
 
-    monkeypatch.setattr(dataset, "encode_examples", spy)
+    monkeypatch.setattr(encoding, "encode_examples", spy)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return prompts
 
@@ -821,7 +830,7 @@ import json, sys, test_encoding
 def refuse(*_):
     raise AssertionError("tokenised again")
 
-test_encoding.dataset.encode_examples = refuse
+test_encoding.encoding.encode_examples = refuse
 print(json.dumps(test_encoding.encode_in_three_ways(sys.argv[1])))
 """
 
@@ -895,6 +904,19 @@ def test_numbers_are_those_of_the_rows_wherever_they_were_selected_from():
         assert read_numbers(part, "num_tokens").tolist() == part["num_tokens"][:]
 
 
+@pytest.mark.parametrize("num_rows_at_once", [1, 3, 10_000])
+def test_examples_have_the_hash_of_the_data_set_that_holds_them(monkeypatch, num_rows_at_once):
+    monkeypatch.setattr(encoded_rows, "_ROWS_HASHED_AT_ONCE", num_rows_at_once)
+    encoder = RowEncoder(RowFormat(), character_tokenizer(), Encoding(max_length=9, too_long="truncate"))
+    rows = encoder.encode((f"row {number}", row) for number, row in enumerate(ROWS * 2))
+    assert len({len(row.example.input_ids) for row in rows}) == 3
+    rows[0] = replace(rows[0], example=replace(rows[0].example, excluded_spans=[4, 5]))
+    examples = [row.example for row in rows]
+    assert hash_of_examples(examples) == content_hash(rows_in_memory(rows))
+    assert hash_of_examples(examples) != hash_of_examples(examples[::-1])
+    assert hash_of_examples(examples) != hash_of_examples([replace(examples[0], excluded_spans=[3, 5]), *examples[1:]])
+
+
 def test_numbers_are_read_without_an_object_for_each_row():
     num_rows = 100_000
     rows = Dataset.from_dict({"number": np.arange(num_rows, dtype=np.int32)}).select(np.arange(num_rows)[::-1])
@@ -905,32 +927,6 @@ def test_numbers_are_read_without_an_object_for_each_row():
     finally:
         tracemalloc.stop()
     assert peak / num_rows < 17
-
-
-@pytest.mark.parametrize("piece", [1, 2, 5, 2**20])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_list_is_the_same_in_whatever_pieces_it_is_read(tmp_path, monkeypatch, piece, indent):
-    monkeypatch.setattr(rows, "_PIECE", piece)
-    monkeypatch.setattr(rows, "_text_lines", None)  # with which it is read as a whole
-    data = [*ROWS, {"é[]": '\\u00e9 \\ "},', "deep": [-1.5e3, {"a": [None, True]}]}, {}]
-    text = json.dumps(data, indent=indent, ensure_ascii=False)
-    path = write(tmp_path / "rows.json", f" \r\n[ {text[1:-1]} \n]\t\n")
-    [source] = open_sources(path, "train_data")
-    assert source.rows["place"][:] == [f"row {number}" for number in range(1, 6)]
-    assert [json.loads(row) for row in source.rows["json"]] == data
-
-
-def test_a_list_is_not_held_in_memory(tmp_path):
-    num_rows, length = 200, 100_000
-    path = write(tmp_path / "rows.json", json.dumps([{"prompt": "a" * length, "output": "b"}] * num_rows))
-    tracemalloc.start()
-    try:
-        for _ in rows._read_rows(path):
-            pass
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < num_rows * length / 3
 
 
 @pytest.mark.parametrize(
@@ -949,6 +945,6 @@ def test_a_hub_name_has_configuration_split_and_revision(name, expected, monkeyp
         asked.append((path, config, split, revision))
         return Dataset.from_list([{"prompt": "a", "output": "b"}])
 
-    monkeypatch.setattr("lightning_sft.data.rows.load_dataset", load)
+    monkeypatch.setattr("lightning_sft.data.sources.load_dataset", load)
     open_sources(name, "train_data")
     assert asked == [expected]

@@ -1,0 +1,25 @@
+"""Where rows and their token ids are cached, and the code that a cached result depends on."""
+
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+import datasets
+
+
+def cache_folder() -> Path:
+    """The folder for this package inside the cache of `datasets`."""
+    return Path(datasets.config.HF_DATASETS_CACHE, "lightning_sft")
+
+
+@cache
+def code_hash() -> str:
+    """A hash of all files of this folder, so that the cache never serves what older code has made.
+
+    Most of them read, write or tokenise rows. To list those alone would save some work after a change of the others,
+    and would give wrong results as soon as one were forgotten.
+    """
+    hasher = blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()

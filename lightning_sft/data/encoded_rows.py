@@ -1,0 +1,154 @@
+"""Encoded rows: tokenised once, and cached on disk by the content of all that they depend on."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.cache import cache_folder
+from lightning_sft.data.encoding import ENCODED_FEATURES, EncodedRow, Encoding, RowEncoder, to_columns
+from lightning_sft.data.example import Example
+from lightning_sft.data.row_format import RowFormat
+from lightning_sft.data.sources import Source
+from lightning_sft.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Tokenised rows and what became of the over-long ones.
+
+    Attributes:
+        dataset: The rows that are not dropped, with the columns `prompt`, `output`, `ground_truth` (`ExampleText`),
+            `is_chat`, `input_ids`, `num_prompt_tokens`, `excluded_spans` (`Example`), `num_tokens`,
+            `num_response_tokens` (labels that count in the loss) and `location` (`line 3`, or of several sources
+            `line 3 of b.jsonl`).
+        num_dropped: Rows that are left out.
+        num_truncated: Rows that are cut.
+        sizes: The numbers of rows of each source in `dataset`.
+    """
+
+    dataset: Dataset
+    num_dropped: int
+    num_truncated: int
+    sizes: list[int]
+
+
+def encode_rows(
+    sources: Sequence[Source],
+    row_format: RowFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    num_proc: int | None = None,
+) -> EncodedRows:
+    """Tokenise all rows; results are cached on disk by the content of everything they depend on.
+
+    Args:
+        sources: From `open_sources`.
+        row_format: Which columns are what.
+        tokenizer: Any Hugging Face tokenizer.
+        encoding: How rows become token ids.
+        num_proc: Worker processes; one for each 20,000 rows, at most 8, if None.
+
+    Raises:
+        ValueError: If a row is malformed, has no response token, or is too long; the message names file and row.
+    """
+    encoder = RowEncoder(row_format, tokenizer, encoding)
+    key = encoder.fingerprint()
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    # Alone, the same rows by another name are the same, and are found in the cache.
+    keep_names = len(sources) > 1
+    parts = [_encode_source(source, encoder, key, keep_names, num_proc) for source in sources]
+    dataset = concatenate_datasets(parts)
+    num_dropped = sum(len(source.rows) for source in sources) - len(dataset)
+    num_truncated = int(read_numbers(dataset, "is_truncated").sum())
+    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated, list(map(len, parts)))
+
+
+def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: bool, num_proc: int | None) -> Dataset:
+    raw = source.rows
+    workers = num_proc or min(8, 1 + len(raw) // 20_000)
+    fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key, source.name if keep_name else None])
+    try:
+        return raw.map(
+            encoder,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"source": replace(source, rows=raw.select([])), "keep_name": keep_name},
+            remove_columns=raw.column_names,
+            features=ENCODED_FEATURES,
+            num_proc=workers if workers > 1 else None,
+            new_fingerprint=fingerprint,
+            # Named here, so that rows in memory, too, are encoded to disk and found by the other processes.
+            cache_file_name=str(cache_folder() / f"{fingerprint}.arrow"),
+            desc=f"Tokenising {Path(source.name.strip('`')).name}",
+        )
+    except SettingsError as error:  # raised here again, not deep in a pool of workers: it is our own message
+        raise error.with_traceback(None) from error.__cause__
+
+
+def rows_in_memory(rows: Sequence[EncodedRow]) -> Dataset:
+    """Rows as `EncodedRows.dataset` holds them, without a cache."""
+    return Dataset.from_dict(to_columns(rows), ENCODED_FEATURES).remove_columns("is_truncated")
+
+
+def read_numbers(dataset: Dataset, column: str) -> NDArray[Any]:
+    """A whole column of numbers, `(num_rows,)`.
+
+    Formatted as numpy, `datasets` would make a Python object of each number, and of rows that were selected even a
+    table of each.
+    """
+    numbers: NDArray[Any] = dataset.data.column(column).to_numpy()
+    return numbers if dataset._indices is None else numbers[dataset._indices.column(0).to_numpy()]
+
+
+def content_hash(dataset: Dataset) -> str:
+    """A hash of all token ids in order, and of where responses are: what a run's place in its data depends on."""
+    columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "excluded_spans", "num_tokens"])
+    return _hash(
+        [
+            column.to_numpy()
+            for column in (
+                table["input_ids"].combine_chunks().flatten(),
+                table["num_prompt_tokens"],
+                table["excluded_spans"].combine_chunks().flatten(),
+                table["num_tokens"],
+            )
+        ]
+        for table in columns.with_format("arrow").iter(batch_size=_ROWS_HASHED_AT_ONCE)
+    )
+
+
+def hash_of_examples(examples: Sequence[Example]) -> str:
+    """The `content_hash` of a data set with these rows, made without one."""
+    return _hash(
+        [
+            np.fromiter(numbers, np.int32)
+            for numbers in (
+                chain.from_iterable(example.input_ids for example in block),
+                (example.num_prompt_tokens for example in block),
+                chain.from_iterable(example.excluded_spans for example in block),
+                (len(example.input_ids) for example in block),
+            )
+        ]
+        for start in range(0, len(examples), _ROWS_HASHED_AT_ONCE)
+        for block in [examples[start : start + _ROWS_HASHED_AT_ONCE]]
+    )
+
+
+_ROWS_HASHED_AT_ONCE = 10_000
+
+
+def _hash(blocks: Iterable[Iterable[NDArray[np.int32]]]) -> str:
+    hasher = hashlib.blake2b(digest_size=8)
+    for block in blocks:
+        for column in block:
+            hasher.update(column.data)
+    return hasher.hexdigest()

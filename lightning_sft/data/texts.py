@@ -1,0 +1,53 @@
+"""Texts that come from users: proved to be text, shown in messages, read from template files."""
+
+import os
+from pathlib import Path
+
+from lightning_sft.errors import MissingFileError, SettingsError
+
+
+def check_is_text(subject: str, text: str) -> None:
+    """Refuse a string with a lone surrogate: half of a character, which has no bytes in any file.
+
+    Args:
+        subject: What the message calls the string.
+        text: The string.
+
+    Raises:
+        SettingsError: The message shows where the surrogate stands.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingsError(
+            f"{subject} holds a lone surrogate, which is not text: {around(text, error.start)!a}."
+        ) from None
+
+
+def around(text: str, position: int) -> str:
+    """The 20 characters before a position and the 20 after it."""
+    return text[max(position - 20, 0) : position + 20]
+
+
+def read_template_file(argument: str, path: str, placeholder: str, way_out: str) -> str:
+    """The content of a file that holds a template.
+
+    Args:
+        argument: The name of the argument that gives the path.
+        path: What was given instead of a template; it has no braces.
+        placeholder: What every template of this kind contains.
+        way_out: What to give instead, for the message if there is no such file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not UTF-8 text.
+    """
+    if not os.path.isfile(path):  # `Path.is_file` raises on a text too long for a file name
+        raise MissingFileError(
+            f"`{argument}` is {path!r}, which has no {placeholder} in it and is no file either. {way_out}"
+        )
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 text ({error.reason}). Save the file as UTF-8."
+        raise SettingsError(f"`{argument}` is {path!r}, which is {problem}") from None
