@@ -1,39 +1,57 @@
-"""The language-model head without its logits: log-probabilities, entropies and gradients, tile by tile."""
+"""The language-model head without its logits: log-probabilities, entropies and gradients, tile by tile.
+
+`torch.nn.functional.linear_cross_entropy` has neither entropies nor a scale nor a cap, and was slower on CPU.
+"""
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_sft.model.tiles import (
-    Rule,
-    cap_slope,
+    Block,
+    LogitTransform,
+    ScoringSettings,
+    TiledHead,
+    Tiling,
+    WeightTile,
     float32_or_more,
-    score_block,
-    score_tiles,
-    tile_shape,
-    weight_tiles,
 )
 
 
 @dataclass(frozen=True)
 class Head:
-    """How logits follow from hidden states: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+    """How logits follow from hidden states: `transform.apply(hidden @ weight.T + bias)`.
 
     Attributes:
         weight: `(vocab_size, hidden_size)`.
         bias: `(vocab_size,)`, if there is one.
-        scale: Multiplies the logits (Cohere, Granite).
-        softcap: Bounds the logits (Gemma 2); None: it does not.
+        transform: What the model does to the products; by default nothing.
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    transform: LogitTransform = field(default_factory=LogitTransform)
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """Scores of labels, one after another.
+
+    Attributes:
+        log_probs: Log-probability of each label in nats, `(num_tokens,)`. Detached if there is a `loss`.
+        token_entropy: Entropy of the distribution that the label is from, in nats, `(num_tokens,)`. Detached.
+        is_top1: Whether the label is the first token with the highest logit, `(num_tokens,)`, if that was asked for.
+        loss: A weighted sum of the negative log-probabilities, a scalar, if that was asked for.
+    """
+
+    log_probs: Tensor
+    token_entropy: Tensor
+    is_top1: Tensor | None = None
+    loss: Tensor | None = None
 
 
 def score_labels(
@@ -43,7 +61,8 @@ def score_labels(
     *,
     token_weights: Tensor | None = None,
     return_is_top1: bool = False,
-) -> dict[str, Tensor]:
+    tiling: Tiling | None = None,
+) -> ResponseScores:
     """Log-probability of each label and entropy of its distribution, without keeping logits.
 
     Equals `log_softmax(logits)[labels]` and `compute_entropy(logits)`. Matrices are multiplied in autocast's type, or
@@ -57,20 +76,29 @@ def score_labels(
         token_weights: `(num_tokens,)`. Given, the result also has `loss = -sum(token_weights * log_probs)`, whose
             gradient is computed on the way: three matrix products instead of the four that an unknown gradient of
             the log-probabilities needs, since no logits have to be computed again.
-        return_is_top1: Also return `is_top1`, whether the label is the first token with the highest logit.
-
-    Returns:
-        `log_probs` (detached if there is a `loss`), `token_entropy` and `is_top1` (always detached), `(num_tokens,)`;
-        and the scalar `loss`.
+        return_is_top1: Also return `is_top1`.
+        tiling: How the logits are divided into tiles. Default: as suits the device.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    rule = Rule(head.scale, head.softcap, dtype, return_is_top1)
-    with torch.autocast(device, enabled=False):
-        loss, *scores = _Scores.apply(hidden, head.weight, head.bias, labels, token_weights, rule)
-    names = ("log_probs", "token_entropy", "is_top1")
-    result = {name: score for name, score in zip(names, scores, strict=True) if score is not None}
-    return result if loss is None else {"loss": loss, **result}
+    device_type = hidden.device.type
+    settings = ScoringSettings(
+        transform=head.transform,
+        dtype=torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype,
+        return_is_top1=return_is_top1,
+        tiling=tiling or Tiling.for_device(device_type),
+    )
+    with torch.autocast(device_type, enabled=False):
+        loss, log_probs, entropy, is_top1 = _Scores.apply(
+            hidden, head.weight, head.bias, labels, token_weights, settings
+        )
+    return ResponseScores(log_probs, entropy, is_top1, loss)
+
+
+class _Needed(NamedTuple):
+    """Which gradients are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
 class _Gradients:
@@ -82,48 +110,50 @@ class _Gradients:
     as exact as a float32 sum, in half its memory.
     """
 
-    def __init__(
-        self,
-        needed: tuple[bool, ...],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rule: Rule,
-        num_blocks: int = 1,
-    ) -> None:
-        self._rule, self._head_weight = rule, weight
+    def __init__(self, needed: _Needed, hidden: Tensor, head: TiledHead, num_blocks: int = 1) -> None:
+        self._head, self._scale = head, head.settings.transform.scale
+        weight, bias = head.weight, head.bias
         precise = float32_or_more(hidden[:0]).dtype
-        self.hidden = torch.zeros_like(hidden, dtype=precise) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=precise) if bias is not None and needed[2] else None
-        rounds = needed[1] and weight.dtype.itemsize < 4 and num_blocks > 1
+        self.hidden = torch.zeros_like(hidden, dtype=precise) if needed.hidden else None
+        self.weight = torch.zeros_like(weight) if needed.weight else None
+        self.bias = torch.zeros_like(bias, dtype=precise) if bias is not None and needed.bias else None
+        rounds = needed.weight and weight.dtype.itemsize < 4 and num_blocks > 1
         self._rounded_off = torch.zeros_like(weight) if rounds else None
 
     def add_tile(
-        self, rows: slice, where: slice, hidden: Tensor, weight_tile: Tensor, slope: Tensor, share: Tensor
+        self, rows: slice, weight_tile: WeightTile, hidden: Tensor, gradient: Tensor, coefficient: Tensor
     ) -> None:
-        """Add some rows' part on a tile; `share` is the tile's share times the token weights, `(rows,)`."""
-        coefficient = (share * self._rule.scale).unsqueeze(-1)
+        """Add some rows' part on a tile.
+
+        Args:
+            rows: Which of all rows they are.
+            weight_tile: The tile.
+            hidden: The rows' hidden states.
+            gradient: The tile's, by the logits before they were capped, `(rows, width)`.
+            coefficient: Probability of the tile times the token weights, `(rows,)`.
+        """
+        tokens, weight = weight_tile
+        coefficient = (coefficient * self._scale).unsqueeze(-1)
         if self.hidden is not None:
-            self.hidden[rows].addcmul_(slope @ weight_tile, coefficient)
+            self.hidden[rows].addcmul_(gradient @ weight, coefficient)
         if self.bias is not None:
-            self.bias[where].add_((slope * coefficient).sum(dim=0))
+            self.bias[tokens].add_((gradient * coefficient).sum(dim=0))
         if self.weight is None:
             return
-        scaled = (coefficient * hidden).to(slope.dtype)
-        total = self.weight[where]
+        scaled = (coefficient * hidden).to(gradient.dtype)
+        total = self.weight[tokens]
         if self._rounded_off is not None:
-            _add_exactly(total, self._rounded_off[where], slope.t() @ scaled)
-        elif slope.dtype == total.dtype:
-            total.addmm_(slope.t(), scaled)
+            _add_exactly(total, self._rounded_off[tokens], gradient.t() @ scaled)
+        elif gradient.dtype == total.dtype:
+            total.addmm_(gradient.t(), scaled)
         else:
-            total.add_(slope.t() @ scaled)
+            total.add_(gradient.t() @ scaled)
 
     def add_labels(self, hidden: Tensor, labels: Tensor, label_logit: Tensor, token_weights: Tensor) -> None:
         """Add the part of all rows' labels."""
-        coefficient = -token_weights * self._rule.scale * cap_slope(label_logit, self._rule)
+        coefficient = -token_weights * self._scale * self._head.settings.transform.cap_slope(label_logit)
         if self.hidden is not None:
-            self.hidden.addcmul_(self._head_weight[labels], coefficient.unsqueeze(-1))
+            self.hidden.addcmul_(self._head.weight[labels], coefficient.unsqueeze(-1))
         if self.bias is not None:
             self.bias.index_add_(0, labels, coefficient.to(self.bias.dtype))
         if self.weight is not None:
@@ -159,13 +189,6 @@ def _sum_by_label(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(rows).index_add_(0, place, rows[order]), owners
 
 
-def kept_rows(weight: Tensor, rule: Rule, device_type: str) -> int:
-    """Rows whose tiles the loss keeps at a time: on CPU some 128 MiB of them, on CUDA 2.5 GiB."""
-    kept = (5 * 2**29 if device_type == "cuda" else 2**27) // (weight.shape[0] * rule.dtype.itemsize)
-    step = min(256, tile_shape(device_type)[0])
-    return -(-kept // step) * step
-
-
 class _Scores(torch.autograd.Function):
     """Scores of all rows. With token weights the loss's gradient is computed in forward, else any in backward."""
 
@@ -177,74 +200,75 @@ class _Scores(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         token_weights: Tensor | None,
-        rule: Rule,
+        settings: ScoringSettings,
     ) -> tuple[Tensor | None, ...]:
-        ctx.rule, ctx.known, ctx.num_rows = rule, token_weights is not None, len(labels)
+        ctx.settings, ctx.loss_is_known, ctx.num_rows = settings, token_weights is not None, len(labels)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        inputs = (hidden.to(rule.dtype), weight, bias)
+        head, converted = TiledHead(weight, bias, settings), hidden.to(settings.dtype)
         if token_weights is None:
-            block = score_block(*inputs, labels, rule)
+            block = head.score_block(converted, labels)
             ctx.save_for_backward(hidden, weight, bias, labels, block.label_logit, block.top, block.log_sum)
-            ctx.mark_non_differentiable(*(score for score in block.scores[1:] if score is not None))
-            return None, *block.scores
+            ctx.mark_non_differentiable(*(each for each in (block.entropy, block.is_top1) if each is not None))
+            return None, block.log_probs, block.entropy, block.is_top1
         # float16 has no digits left for weights such as 1 / num_tokens: `backward` puts them on, scaled by a scaler.
-        unit = token_weights.abs().sum() if rule.dtype == torch.float16 else None
+        unit = token_weights.abs().sum() if settings.dtype == torch.float16 else None
         relative = token_weights if unit is None else token_weights / unit.clamp(min=1e-30) * len(labels)
-        scores, gradients = _scores_and_gradients(ctx.needs_input_grad[:3], *inputs, labels, relative, rule)
+        scores, gradients = _scores_and_gradients(_Needed(*ctx.needs_input_grad[:3]), converted, head, labels, relative)
         ctx.save_for_backward(unit, *gradients.results(ctx.dtypes))
-        ctx.mark_non_differentiable(*(score for score in scores if score is not None))
-        return -(token_weights * cast(Tensor, scores[0])).sum(), *scores
+        detached = (scores.log_probs, scores.token_entropy, scores.is_top1)
+        ctx.mark_non_differentiable(*(each for each in detached if each is not None))
+        return -(token_weights * scores.log_probs).sum(), *detached
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.known:
+        if ctx.loss_is_known:
             unit, *gradients = ctx.saved_tensors
             factor = upstream[0] if unit is None else upstream[0] * unit / max(ctx.num_rows, 1)
             return *(_times(gradient, factor) for gradient in gradients), None, None, None
         hidden, weight, bias, labels, label_logit, top, log_sum = ctx.saved_tensors
         token_weights = -upstream[1]
-        inputs = (hidden.to(ctx.rule.dtype), weight, bias)
-        collected = _Gradients(ctx.needs_input_grad[:3], *inputs, ctx.rule)
-        for where, weight_tile, tile in score_tiles(*inputs, labels, ctx.rule):
-            share = (tile.top - top + tile.log_sum - log_sum).exp() * token_weights
-            collected.add_tile(slice(None), where, inputs[0], weight_tile, tile.slope, share)
-        collected.add_labels(inputs[0], labels, label_logit, token_weights)
+        head, converted = TiledHead(weight, bias, ctx.settings), hidden.to(ctx.settings.dtype)
+        collected = _Gradients(_Needed(*ctx.needs_input_grad[:3]), converted, head)
+        for weight_tile, tile in head.score_tiles(converted, labels):
+            probability = (tile.top - top + tile.log_sum - log_sum).exp()
+            collected.add_tile(slice(None), weight_tile, converted, tile.gradient, probability * token_weights)
+        collected.add_labels(converted, labels, label_logit, token_weights)
         return *collected.results(ctx.dtypes), None, None, None
 
 
 def _scores_and_gradients(
-    needed: tuple[bool, ...],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    token_weights: Tensor,
-    rule: Rule,
-) -> tuple[tuple[Tensor | None, ...], _Gradients]:
+    needed: _Needed, hidden: Tensor, head: TiledHead, labels: Tensor, token_weights: Tensor
+) -> tuple[ResponseScores, _Gradients]:
     """Scores and the loss's gradients from the same tiles, some rows at a time."""
-    size = kept_rows(weight, rule, weight.device.type)
-    blocks = []
-    gradients = _Gradients(needed, hidden, weight, bias, rule, num_blocks=-(-len(hidden) // size))
+    size = head.settings.tiling.rows_per_block(head.weight.shape[0], head.settings.dtype)
+    blocks: list[Block] = []
+    gradients = _Gradients(needed, hidden, head, num_blocks=-(-len(hidden) // size))
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, start + size)
-        slopes: deque[Tensor] | None = deque() if any(needed) else None
-        blocks.append(block := score_block(hidden[rows], weight, bias, labels[rows], rule, slopes))
-        if slopes is None:
+        tile_gradients: deque[Tensor] | None = deque() if any(needed) else None
+        blocks.append(block := head.score_block(hidden[rows], labels[rows], tile_gradients))
+        if tile_gradients is None:
             continue
-        for (where, weight_tile), share in zip(weight_tiles(weight, rule), block.shares, strict=True):
-            gradients.add_tile(rows, where, hidden[rows], weight_tile, slopes.popleft(), share * token_weights[rows])
-    label_logit = torch.cat([block.label_logit for block in blocks])
-    gradients.add_labels(hidden, labels, label_logit, token_weights)
-    columns = zip(*(block.scores for block in blocks), strict=True)
-    return tuple(None if column[0] is None else torch.cat(column) for column in columns), gradients
+        for weight_tile, probability in zip(head.weight_tiles(), block.tile_probabilities, strict=True):
+            coefficient = probability * token_weights[rows]
+            gradients.add_tile(rows, weight_tile, hidden[rows], tile_gradients.popleft(), coefficient)
+    gradients.add_labels(hidden, labels, torch.cat([block.label_logit for block in blocks]), token_weights)
+    found = [block.is_top1 for block in blocks if block.is_top1 is not None]
+    scores = ResponseScores(
+        log_probs=torch.cat([block.log_probs for block in blocks]),
+        token_entropy=torch.cat([block.entropy for block in blocks]),
+        is_top1=torch.cat(found) if found else None,
+    )
+    return scores, gradients
 
 
 def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """The product, without a copy of the vocabulary's size where that is to be had.
+    """The product, if possible without a copy, which would be as large as the head.
 
-    On the CPU the factor is 1 as a rule. Reading it off a device would mean waiting, so there the gradient itself is
-    multiplied; a second backward would be refused by autograd, as a tensor it needs was changed in place.
+    On CPU the factor is 1 as a rule, and the gradient is then returned as it is. On other devices finding that out
+    would mean waiting for them, so the gradient is multiplied in place. Autograd then refuses a second backward pass,
+    since a tensor that it needs has changed.
     """
     if gradient is None or (factor.device.type == "cpu" and factor.item() == 1.0):
         return gradient

@@ -1,18 +1,15 @@
 """Log-probabilities of labels and entropies of the next-token distribution, in nats."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.model.head import Head, score_labels
-from lightning_sft.model.lora import trained_layer
-from lightning_sft.model.tiles import float32_or_more
+from lightning_sft.model.head import Head, ResponseScores, score_labels
+from lightning_sft.model.linear_head import LinearHead, find_linear_head
+from lightning_sft.model.tiles import LogitTransform, Tiling, float32_or_more
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
@@ -68,14 +65,17 @@ def get_response_log_probs(
     mask = torch.ones_like(labels) if response_mask is None else response_mask
     positions = (mask.reshape(-1) == 1).nonzero().squeeze(-1)
     scores = score_responses(model, input_ids, labels, positions, return_is_top1=return_is_top1, **model_kwargs)
-    if not return_token_entropy:
-        del scores["token_entropy"]
-    return {
-        name: torch.zeros(labels.numel(), dtype=score.dtype, device=score.device)
-        .index_copy(0, positions, score)
-        .view_as(labels)
-        for name, score in scores.items()
-    }
+
+    def spread(score: Tensor) -> Tensor:  # over the whole batch, with zeros at all other positions
+        zeros = torch.zeros(labels.numel(), dtype=score.dtype, device=score.device)
+        return zeros.index_copy(0, positions, score).view_as(labels)
+
+    result = {"log_probs": spread(scores.log_probs)}
+    if return_token_entropy:
+        result["token_entropy"] = spread(scores.token_entropy)
+    if scores.is_top1 is not None:
+        result["is_top1"] = spread(scores.is_top1)
+    return result
 
 
 def score_responses(
@@ -86,13 +86,15 @@ def score_responses(
     *,
     normalize_constant: float | None = None,
     return_is_top1: bool = False,
+    tiling: Tiling | None = None,
+    transform: LogitTransform | None = None,
     **model_kwargs: Any,
-) -> dict[str, Tensor]:
+) -> ResponseScores:
     """Log-probabilities and entropies of the response tokens alone, one after another; and their loss.
 
-    The model runs as it is, but its head sees response positions only, tile by tile (`head.py`). That its head is a
-    linear layer, perhaps scaled and soft-capped, is tried out once for each model. Where it is not, the model computes
-    the logits of all columns in which there is a response.
+    The model runs as it is, but its head sees response positions only, tile by tile (`head.py`). Where the head is not
+    a linear layer, perhaps scaled and soft-capped (`linear_head.py`), the model computes the logits of all columns in
+    which there is a response.
 
     Args:
         model: As for `get_response_log_probs`.
@@ -102,58 +104,79 @@ def score_responses(
         normalize_constant: Given, the result also has `loss = -sum(log_probs) / normalize_constant`, a scalar, and
             only the loss carries gradients. It is cheaper than a loss made of `log_probs`.
         return_is_top1: Also return `is_top1`.
+        tiling: How the logits are divided into tiles. Default: as suits the device.
+        transform: What the model is known to do to the head's products. Default: it is found out, once for each model.
         **model_kwargs: Passed to the model as they are.
-
-    Returns:
-        `log_probs`, `token_entropy` and `is_top1`, `(num_response_tokens,)`; and `loss`.
     """
     chosen = labels.flatten()[response_positions]
-    head = _head_of(model)
+    head = find_linear_head(model, transform)
     if isinstance(model, PreTrainedModel):
         model_kwargs.setdefault("use_cache", False)  # with a cache `transformers` would not keep documents apart
     if head is None:
         logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
         return _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
-    scores: dict[str, Tensor] = {}
-
-    def score(hidden: Tensor) -> Tensor:
-        hidden = hidden.flatten(0, 1).index_select(0, response_positions)
-        weights = None
-        if normalize_constant is not None:
-            precise = float32_or_more(hidden[:0]).dtype
-            weights = torch.full(chosen.shape, 1 / normalize_constant, dtype=precise, device=chosen.device)
-        found = Head(head.layer.weight, head.layer.bias, head.scale, head.softcap)
-        scores.update(score_labels(hidden, found, chosen, token_weights=weights, return_is_top1=return_is_top1))
-        return hidden.new_zeros(*input_ids.shape, 1)  # where there would be logits
-
-    with _in_place_of(head.layer, score):
+    with _ScoringHead(head, response_positions, chosen, normalize_constant, return_is_top1, tiling) as scoring:
         model(input_ids=input_ids, **model_kwargs)
-    return scores
+    return scoring.scores
 
 
-@contextmanager
-def _in_place_of(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the layer's call run this function: inside the model's own, so that sharded weights are there."""
-    layer.forward = function
-    try:
-        yield
-    finally:
-        del layer.forward
+class _ScoringHead:
+    """A context in which the model's head scores labels instead of computing logits.
+
+    The layer's own call does it, inside the model's, so that sharded weights are gathered. Once the model has run,
+    `scores` holds what it found.
+    """
+
+    scores: ResponseScores
+
+    def __init__(
+        self,
+        head: LinearHead,
+        positions: Tensor,
+        labels: Tensor,
+        normalize_constant: float | None,
+        return_is_top1: bool,
+        tiling: Tiling | None,
+    ) -> None:
+        self._head, self._positions, self._labels = head, positions, labels
+        self._normalize_constant, self._return_is_top1, self._tiling = normalize_constant, return_is_top1, tiling
+
+    def __enter__(self) -> "_ScoringHead":
+        self._head.layer.forward = self._score  # type: ignore[method-assign, assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._head.layer.forward
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        leading = hidden.shape[:-1]
+        hidden = hidden.flatten(0, 1).index_select(0, self._positions)
+        layer, weights = self._head.layer, None
+        if self._normalize_constant is not None:
+            dtype = float32_or_more(hidden[:0]).dtype
+            weights = torch.full_like(self._labels, 1 / self._normalize_constant, dtype=dtype)
+        self.scores = score_labels(
+            hidden,
+            Head(layer.weight, layer.bias, self._head.transform),
+            self._labels,
+            token_weights=weights,
+            return_is_top1=self._return_is_top1,
+            tiling=self._tiling,
+        )
+        return hidden.new_zeros(*leading, 1)  # where there would be logits
 
 
 def _scores_of_logits(
     logits: Tensor, labels: Tensor, normalize_constant: float | None, return_is_top1: bool
-) -> dict[str, Tensor]:
+) -> ResponseScores:
     chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    scores = {"log_probs": chosen - torch.logsumexp(logits, dim=-1)}
-    if normalize_constant is not None:
-        scores["loss"] = -scores["log_probs"].sum() / normalize_constant
-        scores["log_probs"] = scores["log_probs"].detach()
+    log_probs = chosen - torch.logsumexp(logits, dim=-1)
     with torch.no_grad():
-        scores["token_entropy"] = compute_entropy(logits)
-        if return_is_top1:
-            scores["is_top1"] = logits.argmax(dim=-1) == labels
-    return scores
+        entropy = compute_entropy(logits)
+        is_top1 = logits.argmax(dim=-1) == labels if return_is_top1 else None
+    if normalize_constant is None:
+        return ResponseScores(log_probs, entropy, is_top1)
+    return ResponseScores(log_probs.detach(), entropy, is_top1, loss=-log_probs.sum() / normalize_constant)
 
 
 def _response_logits(model: nn.Module, input_ids: Tensor, response_positions: Tensor, **model_kwargs: Any) -> Tensor:
@@ -163,67 +186,5 @@ def _response_logits(model: nn.Module, input_ids: Tensor, response_positions: Te
     if "logits_to_keep" in inspect.signature(model.forward).parameters and len(columns):
         kept, columns = columns.unique(return_inverse=True)
         model_kwargs["logits_to_keep"] = kept
-    return model(input_ids, **model_kwargs).logits[rows, columns]
-
-
-class _FoundHead(NamedTuple):
-    layer: nn.Linear
-    scale: float
-    softcap: float | None
-
-
-_HEAD_RULES: WeakKeyDictionary[nn.Module, tuple[float, float | None] | None] = WeakKeyDictionary()
-
-
-def _head_of(model: nn.Module) -> _FoundHead | None:
-    """The model's head, if what comes after it is known to be a scale and a cap and no more."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    layer = trained_layer(model.get_output_embeddings())
-    replaced = "forward" in vars(layer) or type(layer).forward is not nn.Linear.forward
-    if not isinstance(layer, nn.Linear) or replaced or model.base_model is model:
-        return None
-    if model not in _HEAD_RULES:
-        _HEAD_RULES[model] = _find_rule(model, layer)
-    rule = _HEAD_RULES[model]
-    return None if rule is None else _FoundHead(layer, *rule)
-
-
-def _find_rule(model: PreTrainedModel, layer: nn.Linear) -> tuple[float, float | None] | None:
-    """Scale and softcap, read off the configuration and tried out: made-up logits go into the model's last lines."""
-    scale, softcap = _read_rule(model)
-    device = model.device
-    seen: list[Tensor] = []
-
-    def made_up(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.append(torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output))
-        return seen[-1]
-
-    hook = layer.register_forward_hook(made_up)
-    try:
-        with (
-            torch.compiler.set_stance("force_eager"),
-            torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):
-            logits = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
-    finally:
-        hook.remove()
-    if len(seen) != 1 or seen[0].shape[:-1] != (1, 2):
-        return None
-    expected = seen[0].double() * scale
-    if softcap is not None:
-        expected = softcap * torch.tanh(expected / softcap)
-    tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    return (scale, softcap) if torch.allclose(logits.double(), expected, rtol=tolerance) else None
-
-
-def _read_rule(model: PreTrainedModel) -> tuple[float, float | None]:
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    return float(scale), getattr(config, "final_logit_softcapping", None)
-
-
-def trust_head(model: PreTrainedModel) -> None:
-    """Believe what the configuration says of the head, where it cannot be tried out: a model without values."""
-    _HEAD_RULES[model] = _read_rule(model)
+    logits: Tensor = model(input_ids, **model_kwargs).logits
+    return logits[rows, columns]

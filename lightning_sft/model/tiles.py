@@ -1,8 +1,8 @@
-"""What small tiles of logits say, without the logits: some rows times some of the vocabulary, small enough for a cache.
+"""Scores of labels from tiles of logits: some rows times part of the vocabulary, small enough for a cache.
 
-Within a tile everything is relative to each row's largest logit there. The tiles of a row are put together by the
-grouping property of the entropy, `H = H(share) + sum_t share_t H_t`, with `share_t` the probability of all of tile `t`:
-no digits cancel in it.
+No more than a tile's logits exist at a time. Within a tile everything is relative to each row's largest logit there.
+The tiles of a row are put together by the grouping property of the entropy, `H = H(p) + sum_t p_t H_t`, where `p_t` is
+the probability of all tokens of tile `t`: no digits cancel in it.
 """
 
 import os
@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -17,36 +18,65 @@ import torch
 from torch import Tensor
 
 
-class Rule(NamedTuple):
-    """What does not change from tile to tile."""
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the head's products: `logits = softcap * tanh(scale * products / softcap)`.
 
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype  # that matrices are multiplied in
-    return_is_top1: bool
+    Attributes:
+        scale: Multiplies the products (Cohere, Granite).
+        softcap: Bound of the logits (Gemma 2). None: there is none, and `logits = scale * products`.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, products: Tensor) -> Tensor:
+        """The logits, of the shape of the products."""
+        logits = products if self.scale == 1.0 else products * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def cap_slope(self, logits: Tensor) -> Tensor:
+        """Derivative of each logit by the same logit before it was capped: 1 where there is no cap."""
+        return torch.ones_like(logits) if self.softcap is None else 1 - (logits / self.softcap) ** 2
 
 
 class Tile(NamedTuple):
-    """Some rows on one tile of the vocabulary, `(rows,)` each; `slope` is `(rows, tile)`."""
+    """Some rows on part of the vocabulary, `(rows,)` each; the gradient is `(rows, width)`."""
 
-    log_sum: Tensor  # logsumexp of the logits, above `top`
+    log_sum: Tensor  # logsumexp of the logits less `top`
     entropy: Tensor  # of the distribution within the tile
     label_logit: Tensor  # zero where the label is in another tile
-    top: Tensor
-    top_index: Tensor  # the first of equals; of no use unless asked for
-    slope: Tensor  # of `log_sum`, by the capped logits' arguments: the softmax, times the slope of the cap
+    top: Tensor  # the largest logit
+    top_index: Tensor  # of the first token that has it, counted from the tile's start; meaningless unless asked for
+    gradient: Tensor  # of `log_sum`, by the logits before they were capped: softmax times the cap's slope
 
 
-def score_tile(products: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule) -> Tile:
-    """Everything from one tile of `hidden @ weight.T`; `labels` count from the tile's start."""
+TileFunction = Callable[[Tensor, Tensor | None, Tensor, LogitTransform, torch.dtype, bool], Tile]
+
+
+def score_tile(
+    products: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    transform: LogitTransform,
+    gradient_dtype: torch.dtype,
+    return_is_top1: bool,
+) -> Tile:
+    """Score a tile.
+
+    Args:
+        products: Of hidden states and the tile's weights, `(rows, width)`.
+        bias: Of the tile's tokens, `(width,)`, if there is one.
+        labels: Counted from the tile's start, `(rows,)`; those of other tiles are below 0 or at least `width`.
+        transform: Makes logits of products and bias.
+        gradient_dtype: Type of the gradient, which matrices are then multiplied in.
+        return_is_top1: Whether to find out which token has the largest logit.
+    """
     logits = float32_or_more(products)
     if bias is not None:
         logits = logits + bias
-    if rule.scale != 1.0:
-        logits = logits * rule.scale
-    if rule.softcap is not None:
-        logits = rule.softcap * torch.tanh(logits / rule.softcap)
-    if rule.return_is_top1:
+    logits = transform.apply(logits)
+    if return_is_top1:
         top, top_index = logits.max(dim=-1)
     else:
         top = logits.amax(dim=-1)
@@ -54,21 +84,17 @@ def score_tile(products: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule
     inside = (labels >= 0) & (labels < logits.shape[-1])
     label_logit = logits.gather(-1, labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     below_top = logits - top.unsqueeze(-1)
-    share = torch.softmax(below_top, dim=-1)
-    log_sum = -share.amax(dim=-1).log()  # the largest share is exp(0) / sum
-    slope = share if rule.softcap is None else share * cap_slope(logits, rule)
+    softmax = torch.softmax(below_top, dim=-1)
+    log_sum = -softmax.amax(dim=-1).log()  # the largest probability is exp(0) / sum
+    gradient = softmax if transform.softcap is None else softmax * transform.cap_slope(logits)
     return Tile(
         log_sum=log_sum,
-        entropy=log_sum - below_top.mul_(share).sum(dim=-1),
+        entropy=log_sum - below_top.mul_(softmax).sum(dim=-1),
         label_logit=torch.where(inside, label_logit, 0.0),
         top=top,
         top_index=top_index,
-        slope=slope.to(rule.dtype),
+        gradient=gradient.to(gradient_dtype),
     )
-
-
-def cap_slope(logits: Tensor, rule: Rule) -> Tensor:
-    return torch.ones_like(logits) if rule.softcap is None else 1 - (logits / rule.softcap) ** 2
 
 
 def float32_or_more(tensor: Tensor) -> Tensor:
@@ -76,76 +102,146 @@ def float32_or_more(tensor: Tensor) -> Tensor:
 
 
 @cache
-def tile_function(device_type: str) -> Callable[..., Tile]:
-    """On CUDA a tile's elementwise passes are fused into one; on CPU they stay in cache."""
-    if device_type != "cuda":
-        return score_tile
+def fused_score_tile() -> TileFunction:
+    """`score_tile` compiled to a single pass over the tile, or as it is where there is no compiler."""
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         warnings.warn("There is no C compiler, which `torch.compile` needs: the head takes longer.", stacklevel=2)
         return score_tile
     return torch.compile(score_tile, dynamic=True)
 
 
-def tile_shape(device_type: str) -> tuple[int, int]:
-    """Rows and vocabulary. On CPU 2 MiB of float32; on CUDA large enough to fill the device."""
-    return (16384, 16384) if device_type == "cuda" else (256, 2048)
+@dataclass(frozen=True)
+class Tiling:
+    """How the logits are divided into tiles.
+
+    Attributes:
+        rows: Rows of a tile.
+        width: Tokens of the vocabulary in a tile.
+        block_bytes: Memory for the gradients of tiles that the loss keeps until it knows how probable each tile is.
+        score: Scores a tile, as `score_tile` does.
+    """
+
+    rows: int
+    width: int
+    block_bytes: int
+    score: TileFunction
+
+    @classmethod
+    def for_device(cls, device_type: str, score: TileFunction | None = None) -> "Tiling":
+        """The tiling that suits a device.
+
+        On CPU a tile is 2 MiB of float32 and stays in the cache. On CUDA it is large enough to fill the device, and the
+        elementwise operations on a tile are fused.
+
+        Args:
+            device_type: `cuda`, or anything else for CPU.
+            score: Scores a tile. Default: whatever is fastest on the device.
+        """
+        if device_type == "cuda":
+            return cls(rows=16384, width=16384, block_bytes=5 * 2**29, score=score or fused_score_tile())
+        return cls(rows=256, width=2048, block_bytes=2**27, score=score or score_tile)
+
+    def rows_per_block(self, vocab_size: int, dtype: torch.dtype) -> int:
+        """Rows whose gradients on the whole vocabulary fit into `block_bytes`, rounded up to whole tiles."""
+        fitting = self.block_bytes // (vocab_size * dtype.itemsize)
+        step = min(256, self.rows)
+        return -(-fitting // step) * step
 
 
-def weight_tiles(weight: Tensor, rule: Rule) -> Iterator[tuple[slice, Tensor]]:
-    _, width = tile_shape(weight.device.type)
-    for start in range(0, weight.shape[0], width):
-        where = slice(start, start + width)
-        yield where, weight[where].to(rule.dtype)
+class WeightTile(NamedTuple):
+    """The head's weights of part of the vocabulary, `(width, hidden_size)`."""
 
-
-def score_tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule
-) -> Iterator[tuple[slice, Tensor, Tile]]:
-    """All rows on each tile of the vocabulary in turn: where it is, its weight, what it says."""
-    num_rows, _ = tile_shape(hidden.device.type)
-    score = tile_function(hidden.device.type)
-    for where, weight_tile in weight_tiles(weight, rule):
-        bias_tile = None if bias is None else bias[where]
-        parts = [
-            (score if len(rows) > 1 else score_tile)(rows @ weight_tile.t(), bias_tile, row_labels - where.start, rule)
-            for rows, row_labels in zip(hidden.split(num_rows), labels.split(num_rows), strict=True)
-        ]
-        yield where, weight_tile, parts[0] if len(parts) == 1 else Tile(*map(torch.cat, zip(*parts, strict=True)))
+    tokens: slice
+    weight: Tensor
 
 
 class Block(NamedTuple):
-    """Some rows on the whole vocabulary, `(rows,)` each; `shares` is `(tiles, rows)`."""
+    """Some rows on the whole vocabulary, `(rows,)` each; the probabilities of the tiles are `(tiles, rows)`."""
 
-    scores: tuple[Tensor, Tensor, Tensor | None]  # log-probability, entropy, is_top1
+    log_probs: Tensor  # of the labels
+    entropy: Tensor
+    is_top1: Tensor | None
     label_logit: Tensor
-    top: Tensor
-    log_sum: Tensor  # above `top`
-    shares: Tensor
+    top: Tensor  # the largest logit
+    log_sum: Tensor  # logsumexp of the logits less `top`
+    tile_probabilities: Tensor
 
 
-def score_block(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    rule: Rule,
-    slopes: deque[Tensor] | None = None,
-) -> Block:
-    """Put the tiles of each row together; their slopes are appended to `slopes`."""
-    columns: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    for where, _, tile in score_tiles(hidden, weight, bias, labels, rule):
-        for column, value in zip(columns, (*tile[:4], tile.top_index + where.start), strict=True):
-            column.append(value)
-        if slopes is not None:
-            slopes.append(tile.slope)
-    log_sums, entropies, label_logits, tops, top_indices = map(torch.stack, columns)
-    top = tops.amax(dim=0)
-    log_sums = log_sums + (tops - top)
-    log_sum = log_sums.logsumexp(dim=0)
-    shares = (log_sums - log_sum).exp()
-    entropy = (shares * (entropies + log_sum - log_sums)).sum(dim=0)
-    label_logit = label_logits.sum(dim=0)
-    is_top1 = None
-    if rule.return_is_top1:
-        is_top1 = top_indices.gather(0, tops.argmax(dim=0, keepdim=True)).squeeze(0) == labels
-    return Block((label_logit - top - log_sum, entropy, is_top1), label_logit, top, log_sum, shares)
+@dataclass(frozen=True)
+class ScoringSettings:
+    """What is the same for all tiles.
+
+    Attributes:
+        transform: Makes logits of the head's products.
+        dtype: Type in which matrices are multiplied.
+        return_is_top1: Whether to find out if the label has the largest logit.
+        tiling: How the logits are divided into tiles.
+    """
+
+    transform: LogitTransform
+    dtype: torch.dtype
+    return_is_top1: bool
+    tiling: Tiling
+
+
+@dataclass(frozen=True)
+class TiledHead:
+    """A head whose logits are computed tile by tile.
+
+    Attributes:
+        weight: `(vocab_size, hidden_size)`.
+        bias: `(vocab_size,)`, if there is one.
+        settings: What is the same for all tiles.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    settings: ScoringSettings
+
+    def weight_tiles(self) -> Iterator[WeightTile]:
+        """The weights of one tile after another, in the type in which matrices are multiplied."""
+        width = self.settings.tiling.width
+        for start in range(0, self.weight.shape[0], width):
+            tokens = slice(start, start + width)
+            yield WeightTile(tokens, self.weight[tokens].to(self.settings.dtype))
+
+    def score_tiles(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[WeightTile, Tile]]:
+        """Score all rows on one tile of the vocabulary after another."""
+        tiling = self.settings.tiling
+        options = (self.settings.transform, self.settings.dtype, self.settings.return_is_top1)
+        for weight_tile in self.weight_tiles():
+            tokens, weight = weight_tile
+            bias = None if self.bias is None else self.bias[tokens]
+            parts = []
+            for rows, row_labels in zip(hidden.split(tiling.rows), labels.split(tiling.rows), strict=True):
+                score = tiling.score if len(rows) > 1 else score_tile  # a single row would be compiled for separately
+                parts.append(score(rows @ weight.t(), bias, row_labels - tokens.start, *options))
+            yield weight_tile, parts[0] if len(parts) == 1 else Tile(*map(torch.cat, zip(*parts, strict=True)))
+
+    def score_block(self, hidden: Tensor, labels: Tensor, gradients: deque[Tensor] | None = None) -> Block:
+        """Put the tiles of each row together; the tiles' gradients are appended to `gradients`."""
+        columns: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        for weight_tile, tile in self.score_tiles(hidden, labels):
+            values = (*tile[:4], tile.top_index + weight_tile.tokens.start)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+            if gradients is not None:
+                gradients.append(tile.gradient)
+        log_sums, entropies, label_logits, tops, top_indices = map(torch.stack, columns)
+        top = tops.amax(dim=0)
+        log_sums = log_sums + (tops - top)
+        log_sum = log_sums.logsumexp(dim=0)
+        probabilities = (log_sums - log_sum).exp()
+        label_logit = label_logits.sum(dim=0)
+        is_top1 = None
+        if self.settings.return_is_top1:
+            is_top1 = top_indices.gather(0, tops.argmax(dim=0, keepdim=True)).squeeze(0) == labels
+        return Block(
+            log_probs=label_logit - top - log_sum,
+            entropy=(probabilities * (entropies + log_sum - log_sums)).sum(dim=0),
+            is_top1=is_top1,
+            label_logit=label_logit,
+            top=top,
+            log_sum=log_sum,
+            tile_probabilities=probabilities,
+        )

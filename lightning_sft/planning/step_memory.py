@@ -6,8 +6,7 @@ types but no values, and every storage is counted from its first use until it is
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,12 +24,13 @@ from lightning_sft.data.example import Example
 from lightning_sft.data.microbatch import Microbatch
 from lightning_sft.data.plan import Layout
 from lightning_sft.errors import SettingsError, one_line
-from lightning_sft.model import head, tiles
 from lightning_sft.model.attention import VARLEN, packed_inputs
-from lightning_sft.model.log_probs import score_responses, trust_head
+from lightning_sft.model.linear_head import configured_transform
+from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.sharding import transformer_blocks
+from lightning_sft.model.tiles import Tiling, score_tile
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.state_memory import OptimizerFactory, StateMemory, state_memory, state_tensors, storage_size
 
@@ -115,8 +115,7 @@ def step_memory(
             if group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True
     counted = _LiveBytes()
-    autocast = torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None)
-    with autocast, _as_on_cuda(counted, on_cuda):
+    with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
         try:
             activations = _run_step(model, made, microbatch, counted, min(num_microbatches, 2), on_cuda)
         except (RuntimeError, NotImplementedError) as error:  # it reads values, such as which expert is for a token
@@ -166,11 +165,15 @@ def _run_step(
         parameter.register_post_accumulate_grad_hook(lambda parameter: counted.hold([cast(Tensor, parameter.grad)]))
     activations = 0
     tensors = (microbatch.input_ids, microbatch.labels, microbatch.response_positions)
+    # A single pass over each tile on CUDA, of which nothing but the results takes memory.
+    tiling = Tiling.for_device("cuda", counted.fused(score_tile)) if on_cuda else None
+    transform = configured_transform(model)  # which cannot be tried out without values
     with counted:
         for index in range(num_microbatches):
             before = counted.beside
             options = packed_inputs(model, microbatch.model_inputs())
-            loss = score_responses(model, *tensors, normalize_constant=1.0, **options)["loss"]
+            options |= {"normalize_constant": 1.0, "tiling": tiling, "transform": transform}
+            loss = cast(Tensor, score_responses(model, *tensors, **options).loss)
             if index == 0:
                 activations = counted.beside - before
             # Not one: on CUDA the head multiplies its gradients by whatever comes, on CPU only if it is not one.
@@ -244,26 +247,6 @@ class _LiveBytes(TorchDispatchMode):
             self.beside -= size
 
 
-@contextmanager
-def _as_on_cuda(counted: _LiveBytes, on_cuda: bool) -> Iterator[None]:
-    """The head's tiles as large as on CUDA, where the passes over one are fused."""
-    shape, kept = tiles.tile_shape, head.kept_rows
-    changes: list[tuple[Any, str, Any]] = [
-        (tiles, "tile_shape", lambda _: shape("cuda")),
-        (head, "tile_shape", lambda _: shape("cuda")),
-        (head, "kept_rows", lambda weight, rule, _: kept(weight, rule, "cuda")),
-        (tiles, "tile_function", lambda _: counted.fused(tiles.score_tile)),
-    ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
-        for module, name, value in changes if on_cuda else ():
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
 def _gathered(model: PreTrainedModel) -> int:
     """What FSDP2 holds beside the shares: whole embeddings and head with gradients, two blocks, a block's gradients."""
     blocks = transformer_blocks(model)
@@ -299,4 +282,3 @@ def _prepare(model: PreTrainedModel, gradient_checkpointing: bool, plain_attenti
         enable_gradient_checkpointing(model)
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(_UNMASKED if plain_attention else VARLEN)
-    trust_head(model)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_sft.model.head import ResponseScores
 from lightning_sft.training.losses import LossNormalization, loss_constant
 
 
@@ -33,13 +34,14 @@ class ResponseMetrics(Metric):
         for name in ("nll", "entropy", "num_top1", "num_tokens", "num_sequences"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, log_probs: Tensor, token_entropy: Tensor, is_top1: Tensor, num_sequences: int) -> None:
-        """Add the response tokens of some sequences; all tensors `(num_response_tokens,)`."""
+    def update(self, scores: ResponseScores, num_sequences: int) -> None:
+        """Add the response tokens of some sequences; their scores must have `is_top1`."""
+        assert scores.is_top1 is not None
         # Not in place: tensors of an evaluation in inference mode could not be changed outside of it.
-        self.nll = self.nll - log_probs.sum()
-        self.entropy = self.entropy + token_entropy.sum()
-        self.num_top1 = self.num_top1 + is_top1.sum()
-        self.num_tokens = self.num_tokens + len(log_probs)
+        self.nll = self.nll - scores.log_probs.sum()
+        self.entropy = self.entropy + scores.token_entropy.sum()
+        self.num_top1 = self.num_top1 + scores.is_top1.sum()
+        self.num_tokens = self.num_tokens + len(scores.log_probs)
         self.num_sequences = self.num_sequences + num_sequences
 
     def compute(self) -> dict[str, Tensor]:

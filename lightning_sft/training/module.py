@@ -25,6 +25,7 @@ from lightning_sft.data.microbatch import Microbatch
 from lightning_sft.data.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError, SettingsTypeError, and_more, one_line, shorten
 from lightning_sft.model.attention import enable_packing, packed_inputs
+from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.lora import add_lora, check_settings, has_lora, is_quantized, lora_config
 from lightning_sft.model.precision import FLOAT32, Precision
@@ -293,16 +294,17 @@ class SFTModule(L.LightningModule):
             last = index == len(batch.microbatches) - 1
             with gradient_sync(cast(nn.Module, self.trainer.strategy.model), enabled=every or last):
                 scores = self._score(microbatch, normalize_constant=constant)
-                self.manual_backward(scores["loss"])
-            totals[0] += scores["loss"].detach() / self.trainer.world_size
-            totals[1] += scores["token_entropy"].sum()
+                assert scores.loss is not None  # `normalize_constant` asks for it
+                self.manual_backward(scores.loss)
+            totals[0] += scores.loss.detach() / self.trainer.world_size
+            totals[1] += scores.token_entropy.sum()
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)  # Lightning's `reduce` would wait for all devices first
         learning_rate = optimizer.param_groups[0]["lr"]
         self._step(optimizer, StepOutcome(self.global_step + 1, batch.locations, totals[0]))
         self._log_step(batch, totals, learning_rate)
 
-    def _score(self, microbatch: Microbatch, **options: Any) -> dict[str, Tensor]:
+    def _score(self, microbatch: Microbatch, **options: Any) -> ResponseScores:
         length = microbatch.max_length
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and length > longest:
@@ -397,7 +399,7 @@ class SFTModule(L.LightningModule):
     def _evaluate(self, stage: str, batch: OptimizerStep) -> None:
         for microbatch in batch.microbatches:
             scores = self._score(microbatch, return_is_top1=True)
-            cast(ResponseMetrics, self.metrics[stage]).update(**scores, num_sequences=microbatch.num_sequences)
+            cast(ResponseMetrics, self.metrics[stage]).update(scores, microbatch.num_sequences)
 
     def _log_metrics(self, stage: str) -> None:
         metrics = cast(ResponseMetrics, self.metrics[stage])

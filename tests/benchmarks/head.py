@@ -21,13 +21,13 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def ours_known_weights(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
     from lightning_sft.model.head import Head, score_labels
 
-    return score_labels(hidden, Head(weight), labels, token_weights=token_weights)["loss"]
+    return score_labels(hidden, Head(weight), labels, token_weights=token_weights).loss
 
 
 def ours_any_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
     from lightning_sft.model.head import Head, score_labels
 
-    return -(score_labels(hidden, Head(weight), labels)["log_probs"] * token_weights).sum()
+    return -(score_labels(hidden, Head(weight), labels).log_probs * token_weights).sum()
 
 
 def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:

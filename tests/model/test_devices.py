@@ -34,14 +34,14 @@ def test_the_head_is_that_of_full_logits_in_float64(device, dtype, tolerance, kn
     labels = torch.randint(5000, (700,), generator=generator).to(device)
     weights = torch.full((700,), 1 / 700, device=device)
     given = score_labels(inputs[0], Head(inputs[1]), labels, token_weights=weights if known else None)
-    loss = given["loss"] if known else -(weights * given["log_probs"]).sum()
+    loss = given.loss if known else -(weights * given.log_probs).sum()
 
     precise = [tensor.detach().double().requires_grad_() for tensor in inputs]
     log_p = torch.log_softmax(precise[0] @ precise[1].t(), dim=-1)
     expected = -log_p.gather(-1, labels[:, None]).mean()
     entropy = -(log_p.exp() * log_p).sum(dim=-1)
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
-    torch.testing.assert_close(given["token_entropy"].double(), entropy, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(given.token_entropy.double(), entropy, rtol=tolerance, atol=tolerance)
     pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, precise), strict=True)
     assert all((ours.double() - theirs).norm() < tolerance * theirs.norm() for ours, theirs in pairs)
 

@@ -2,24 +2,20 @@
 
 import itertools
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_sft.model import head as head_module
-from lightning_sft.model import tiles as tiles_module
 from lightning_sft.model.head import Head, score_labels
+from lightning_sft.model.tiles import LogitTransform, Tiling, fused_score_tile, score_tile
 
 ROWS, HIDDEN, VOCAB = 37, 6, 50
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Several tiles in both directions and several blocks, each with a smaller one at the end."""
-    for module in (tiles_module, head_module):
-        monkeypatch.setattr(module, "tile_shape", lambda device: (5, 16))
-    monkeypatch.setattr(head_module, "kept_rows", lambda weight, rule, device_type: 10)
+# Several tiles in both directions and several blocks, each with a smaller one at the end.
+TILING = Tiling(rows=5, width=16, block_bytes=20 * VOCAB, score=score_tile)
+score = partial(score_labels, tiling=TILING)
 
 
 def make(dtype=torch.float64, bias=False, rows=ROWS):
@@ -56,14 +52,14 @@ def gradients(loss: Tensor, *inputs: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("known", [True, False], ids=["known weights", "any gradient"])
 def test_scores_and_gradients_equal_those_of_full_logits(bias, scale, softcap, known):
     hidden, weight, vector, labels, weights = make(bias=bias)
-    head = Head(weight, vector, scale, softcap)
-    given = score_labels(hidden, head, labels, token_weights=weights if known else None, return_is_top1=True)
+    head = Head(weight, vector, LogitTransform(scale, softcap))
+    given = score(hidden, head, labels, token_weights=weights if known else None, return_is_top1=True)
     log_probs, entropy, is_top1 = naive(hidden, weight, vector, labels, scale, softcap)
-    torch.testing.assert_close(given["log_probs"].detach(), log_probs.detach())
-    torch.testing.assert_close(given["token_entropy"], entropy.detach())
-    assert given["is_top1"].tolist() == is_top1.tolist()
+    torch.testing.assert_close(given.log_probs.detach(), log_probs.detach())
+    torch.testing.assert_close(given.token_entropy, entropy.detach())
+    assert given.is_top1.tolist() == is_top1.tolist()
     expected = -(weights * log_probs).sum()
-    loss = given["loss"] if known else -(weights * given["log_probs"]).sum()
+    loss = given.loss if known else -(weights * given.log_probs).sum()
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(
         gradients(loss, hidden, weight, vector), gradients(expected, hidden, weight, vector), strict=True
@@ -76,10 +72,10 @@ def test_both_modes_pass_gradcheck(softcap):
     hidden, weight, bias, labels, weights = make(bias=True, rows=7)
 
     def log_probs(*inputs):
-        return score_labels(inputs[0], Head(*inputs[1:], 0.7, softcap), labels)["log_probs"]
+        return score(inputs[0], Head(*inputs[1:], LogitTransform(0.7, softcap)), labels).log_probs
 
     def loss(*inputs):
-        return score_labels(inputs[0], Head(*inputs[1:], 0.7, softcap), labels, token_weights=weights)["loss"]
+        return score(inputs[0], Head(*inputs[1:], LogitTransform(0.7, softcap)), labels, token_weights=weights).loss
 
     assert torch.autograd.gradcheck(log_probs, (hidden, weight, bias))
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
@@ -87,7 +83,7 @@ def test_both_modes_pass_gradcheck(softcap):
 
 def test_a_scaled_loss_has_scaled_gradients_and_can_be_backpropagated_twice():
     hidden, weight, _, labels, weights = make()
-    loss = score_labels(hidden, Head(weight), labels, token_weights=weights)["loss"]
+    loss = score(hidden, Head(weight), labels, token_weights=weights).loss
     once = gradients(loss, hidden, weight)
     thrice = gradients(3 * loss, hidden, weight)
     for single, triple in zip(once, thrice, strict=True):
@@ -98,34 +94,38 @@ def test_a_scaled_loss_has_scaled_gradients_and_can_be_backpropagated_twice():
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_what_is_frozen_gets_no_gradient_and_changes_none(known, frozen):
     hidden, weight, _, labels, weights = make()
-    full = score_labels(hidden, Head(weight), labels, token_weights=weights)["loss"]
+    full = score(hidden, Head(weight), labels, token_weights=weights).loss
     expected = dict(zip(("hidden", "weight"), gradients(full, hidden, weight), strict=True))
     inputs = {"hidden": hidden.detach(), "weight": weight.detach()}
     trained = next(name for name in inputs if name != frozen)
     inputs[trained].requires_grad_()
-    scores = score_labels(inputs["hidden"], Head(inputs["weight"]), labels, token_weights=weights if known else None)
-    (scores["loss"] if known else -(weights * scores["log_probs"]).sum()).backward()
+    scores = score(inputs["hidden"], Head(inputs["weight"]), labels, token_weights=weights if known else None)
+    (scores.loss if known else -(weights * scores.log_probs).sum()).backward()
     torch.testing.assert_close(inputs[trained].grad, expected[trained])
     assert inputs[frozen].grad is None
 
 
+def with_gradients(scores):
+    return {name for name, value in vars(scores).items() if value is not None and value.requires_grad}
+
+
 def test_only_the_loss_or_the_log_probs_carry_a_gradient():
     hidden, weight, _, labels, weights = make()
-    free = score_labels(hidden, Head(weight), labels, return_is_top1=True)
-    bound = score_labels(hidden, Head(weight), labels, token_weights=weights, return_is_top1=True)
-    assert {name for name, score in free.items() if score.requires_grad} == {"log_probs"}
-    assert {name for name, score in bound.items() if score.requires_grad} == {"loss"}
+    free = score(hidden, Head(weight), labels, return_is_top1=True)
+    bound = score(hidden, Head(weight), labels, token_weights=weights, return_is_top1=True)
+    assert with_gradients(free) == {"log_probs"}
+    assert with_gradients(bound) == {"loss"}
     with torch.no_grad():
-        silent = score_labels(hidden, Head(weight), labels, token_weights=weights)
-    assert not any(score.requires_grad for score in silent.values())
-    torch.testing.assert_close(silent["loss"], bound["loss"].detach())
+        silent = score(hidden, Head(weight), labels, token_weights=weights)
+    assert not with_gradients(silent)
+    torch.testing.assert_close(silent.loss, bound.loss.detach())
 
 
 def test_without_any_row_the_loss_is_zero_and_so_are_the_gradients():
     hidden, weight, bias, labels, weights = make(bias=True, rows=0)
     for scores in (
-        score_labels(hidden, Head(weight, bias), labels, token_weights=weights)["loss"],
-        score_labels(hidden, Head(weight, bias), labels, return_is_top1=True)["log_probs"].sum(),
+        score(hidden, Head(weight, bias), labels, token_weights=weights).loss,
+        score(hidden, Head(weight, bias), labels, return_is_top1=True).log_probs.sum(),
     ):
         assert scores.item() == 0
         assert [gradient.abs().sum().item() for gradient in gradients(scores, hidden, weight, bias)] == [0, 0, 0]
@@ -136,27 +136,27 @@ def test_no_digits_are_lost_to_logits_far_from_zero(offset):
     hidden, weight, _, labels, _ = make(torch.float32)
     bias = torch.full((VOCAB,), offset)
     with torch.no_grad():
-        scores = score_labels(hidden, Head(weight, bias), labels)
+        scores = score(hidden, Head(weight, bias), labels)
         rounded = (hidden @ weight.t() + bias).double()  # what float32 can tell apart there
     exact = torch.distributions.Categorical(logits=rounded)
-    torch.testing.assert_close(scores["token_entropy"].double(), exact.entropy(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores["log_probs"].double(), exact.log_prob(labels), rtol=1e-5, atol=2e-3)
+    torch.testing.assert_close(scores.token_entropy.double(), exact.entropy(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.log_probs.double(), exact.log_prob(labels), rtol=1e-5, atol=2e-3)
 
 
 def test_a_distribution_on_one_token_has_no_entropy_and_no_positive_log_prob():
     weight = torch.eye(VOCAB)[:, :VOCAB]
     hidden = 200.0 * torch.eye(VOCAB)[:20]
-    scores = score_labels(hidden.bfloat16(), Head(weight.bfloat16()), torch.arange(20), return_is_top1=True)
-    assert scores["log_probs"].tolist() == [0.0] * 20
-    assert scores["token_entropy"].abs().max() < 1e-6
-    assert scores["is_top1"].all()
+    scores = score(hidden.bfloat16(), Head(weight.bfloat16()), torch.arange(20), return_is_top1=True)
+    assert scores.log_probs.tolist() == [0.0] * 20
+    assert scores.token_entropy.abs().max() < 1e-6
+    assert scores.is_top1.all()
 
 
 def test_of_equal_logits_the_first_is_the_top_one_as_for_argmax():
     weight = torch.zeros(VOCAB, HIDDEN)
     labels = torch.tensor([0, 1, 15, 16, 49])
-    scores = score_labels(torch.ones(5, HIDDEN), Head(weight), labels, return_is_top1=True)
-    assert scores["is_top1"].tolist() == [True, False, False, False, False]
+    scores = score(torch.ones(5, HIDDEN), Head(weight), labels, return_is_top1=True)
+    assert scores.is_top1.tolist() == [True, False, False, False, False]
 
 
 def test_autocast_multiplies_in_half_precision_and_returns_gradients_in_the_parameters_type():
@@ -164,7 +164,7 @@ def test_autocast_multiplies_in_half_precision_and_returns_gradients_in_the_para
     exact = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (hidden, weight)]
     expected = -(weights * naive(*exact, None, labels)[0]).sum()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = score_labels(hidden, Head(weight), labels, token_weights=weights.float())["loss"]
+        loss = score(hidden, Head(weight), labels, token_weights=weights.float()).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
     for ours, theirs in zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True):
@@ -178,48 +178,46 @@ def test_float16_keeps_the_digits_of_small_weights_under_a_loss_scaler(known):
     weights, scale = torch.full((ROWS,), 1e-5), 2.0**14
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected = gradients(-(weights.double() * naive(*exact, None, labels)[0]).sum(), *exact)
-    scores = score_labels(hidden, Head(weight), labels, token_weights=weights if known else None)
-    loss = scores["loss"] if known else -(weights * scores["log_probs"]).sum()
+    scores = score(hidden, Head(weight), labels, token_weights=weights if known else None)
+    loss = scores.loss if known else -(weights * scores.log_probs).sum()
     for ours, theirs in zip(gradients(scale * loss, hidden, weight), expected, strict=True):
         assert (ours.double() / scale - theirs).norm() < 0.002 * theirs.norm()
 
 
-def weight_gradient(hidden, weight, labels, dtype):
+def weight_gradient(hidden, weight, labels, dtype, tiling):
     weight = weight.to(dtype).requires_grad_()
-    rows = len(labels)
-    scores = score_labels(hidden.to(dtype), Head(weight), labels, token_weights=torch.full((rows,), 1 / rows))
-    scores["loss"].backward()
+    weights = torch.full((len(labels),), 1 / len(labels))
+    scores = score_labels(hidden.to(dtype), Head(weight), labels, token_weights=weights, tiling=tiling)
+    scores.loss.backward()
     return weight.grad.double()
 
 
-@pytest.mark.parametrize("rows_a_block", [8, 64, 2048])
-def test_half_precision_weight_gradients_do_not_get_worse_with_the_number_of_blocks(monkeypatch, rows_a_block):
+@pytest.mark.parametrize("rows_per_block", [8, 64, 2048])
+def test_half_precision_weight_gradients_do_not_get_worse_with_the_number_of_blocks(rows_per_block):
     """256 blocks of 8 rows, added in bfloat16 one by one, would be off by 1 % and more."""
-    monkeypatch.setattr(head_module, "kept_rows", lambda weight, rule, device_type: rows_a_block)
+    tiling = Tiling(rows=8, width=16, block_bytes=rows_per_block * 60 * 2, score=score_tile)
+    assert tiling.rows_per_block(60, torch.bfloat16) == rows_per_block
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2048, 32, generator=generator).bfloat16()
     weight = torch.randn(60, 32, generator=generator).bfloat16()
     labels = (torch.rand(2048, generator=generator) ** 4 * 60).long()  # a few labels are frequent
-    exact = weight_gradient(hidden, weight, labels, torch.float64)
-    given = weight_gradient(hidden, weight, labels, torch.bfloat16)
+    exact, given = (weight_gradient(hidden, weight, labels, each, tiling) for each in (torch.float64, torch.bfloat16))
     assert (given - exact).norm() < 0.0035 * exact.norm()
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_compiled_tiles_as_on_cuda_say_the_same(monkeypatch, softcap):
+def test_compiled_tiles_as_on_cuda_say_the_same(softcap):
     hidden, weight, bias, labels, weights = make(bias=True)
-    plain = score_labels(hidden, Head(weight, bias, 0.5, softcap), labels, token_weights=weights, return_is_top1=True)
-    monkeypatch.setattr(
-        tiles_module, "tile_function", lambda device: torch.compile(tiles_module.score_tile, dynamic=True)
+    head = Head(weight, bias, LogitTransform(0.5, softcap))
+    plain, compiled = (
+        score_labels(hidden, head, labels, token_weights=weights, return_is_top1=True, tiling=tiling)
+        for tiling in (TILING, replace(TILING, score=fused_score_tile()))
     )
-    compiled = score_labels(
-        hidden, Head(weight, bias, 0.5, softcap), labels, token_weights=weights, return_is_top1=True
-    )
-    for name, score in plain.items():
-        torch.testing.assert_close(compiled[name], score)
-    for one, other in zip(*(gradients(run["loss"], hidden, weight, bias) for run in (plain, compiled)), strict=True):
+    for name, values in vars(plain).items():
+        torch.testing.assert_close(getattr(compiled, name), values)
+    for one, other in zip(*(gradients(run.loss, hidden, weight, bias) for run in (plain, compiled)), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -229,15 +227,13 @@ def test_a_single_row_is_not_compiled_for_and_without_a_compiler_nothing_is(monk
 
     def watched(products, *args):
         seen.append(len(products))
-        return tiles_module.score_tile(products, *args)
+        return score_tile(products, *args)
 
-    monkeypatch.setattr(tiles_module, "tile_function", lambda device: watched)
-    score_labels(hidden, Head(weight), labels)
+    score_labels(hidden, Head(weight), labels, tiling=replace(TILING, score=watched))
     assert set(seen) == {5}
-    monkeypatch.undo()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match="There is no C compiler"):
-        assert tiles_module.tile_function.__wrapped__("cuda") is tiles_module.score_tile
+        assert fused_score_tile.__wrapped__() is score_tile
 
 
 def test_memory_is_that_of_tiles_not_of_logits():
@@ -255,7 +251,7 @@ def test_memory_is_that_of_tiles_not_of_logits():
 
     hidden, weight, _, labels, weights = make(torch.float32)
     with Watch():
-        score_labels(hidden, Head(weight), labels, token_weights=weights.float())["loss"].backward()
-        score_labels(hidden, Head(weight), labels)["log_probs"].sum().backward()
+        score(hidden, Head(weight), labels, token_weights=weights.float()).loss.backward()
+        score(hidden, Head(weight), labels).log_probs.sum().backward()
     # Weights and hidden states, or a tile of all rows; not the 1850 logits.
     assert largest == max(VOCAB * HIDDEN, ROWS * 16)

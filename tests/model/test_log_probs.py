@@ -296,7 +296,7 @@ def test_a_head_taken_apart_gives_the_scores_and_gradients_of_the_models_own_log
     scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask)  # tries the head out
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: sizes.add(output.shape[-1]))
     scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask)
-    loss = score_responses(model, input_ids, labels, mask.flatten().nonzero()[:, 0], normalize_constant=4.0)["loss"]
+    loss = score_responses(model, input_ids, labels, mask.flatten().nonzero()[:, 0], normalize_constant=4.0).loss
     assert sizes == {1}  # no logits
     assert "forward" not in vars(model.get_output_embeddings())
     torch.testing.assert_close(scores["log_probs"], naive * mask, rtol=1e-4, atol=1e-5)
@@ -341,9 +341,9 @@ def test_a_head_that_does_more_is_not_taken_apart(kind):
     torch.testing.assert_close(scores["token_entropy"], compute_entropy(logits) * mask)
     assert torch.equal(scores["is_top1"], (logits.argmax(-1) == labels) & mask)
     positions = mask.flatten().nonzero()[:, 0]
-    loss = score_responses(model, input_ids, labels, positions, normalize_constant=4.0)["loss"]
+    loss = score_responses(model, input_ids, labels, positions, normalize_constant=4.0).loss
     torch.testing.assert_close(loss, -scores["log_probs"].sum() / 4)
-    none = score_responses(model, input_ids, labels, positions[:0], normalize_constant=4.0)["loss"]
+    none = score_responses(model, input_ids, labels, positions[:0], normalize_constant=4.0).loss
     none.backward()
     assert none.item() == 0  # and still part of the graph
     assert model.model.embed_tokens.weight.grad.abs().sum() == 0

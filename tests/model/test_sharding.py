@@ -28,7 +28,7 @@ def build(name, seed=0):
 
 def score(model, rank, microbatch):
     ids = torch.arange(12).view(1, 12) + 5 * rank + microbatch
-    return score_responses(model, ids, ids + 1, torch.arange(4, 12), normalize_constant=8.0)["loss"]
+    return score_responses(model, ids, ids + 1, torch.arange(4, 12), normalize_constant=8.0).loss
 
 
 def compare(folder):

@@ -19,7 +19,7 @@ from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import build_empty_model
 from lightning_sft.planning.estimate import estimate_run
-from lightning_sft.planning.step_memory import _as_on_cuda, _LiveBytes, step_memory
+from lightning_sft.planning.step_memory import _LiveBytes, step_memory
 from lightning_sft.training.state_memory import state_memory
 
 OPTIMIZERS = {
@@ -165,15 +165,6 @@ def test_shards_divide_the_state_and_copies_add_buckets():
     # Embeddings, head and last norm with gradients; two blocks; a block's gradients, twice.
     block = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
     assert shared.gathered == 2 * 4 * (2 * 131 * 16 + 16) + 4 * block
-
-
-def test_tiles_are_put_back_after_they_were_those_of_cuda():
-    from lightning_sft.model import head, tiles
-
-    before = tiles.tile_shape, tiles.tile_function, head.tile_shape, head.kept_rows
-    with _as_on_cuda(_LiveBytes(), True):
-        assert head.tile_shape("cpu") == tiles.tile_shape("cpu") == before[0]("cuda")
-    assert before == (tiles.tile_shape, tiles.tile_function, head.tile_shape, head.kept_rows)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
