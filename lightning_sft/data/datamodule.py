@@ -20,7 +20,7 @@ from lightning_sft.data.chat_template import read_chat_template, with_chat_templ
 from lightning_sft.data.encoded_rows import EncodedRows, content_hash, encode_rows, read_numbers
 from lightning_sft.data.encoding import Encoding, RowEncoder, TooLong
 from lightning_sft.data.marked_rows import marked_rows
-from lightning_sft.data.mixture import Share, open_weighted, read_weights, shares
+from lightning_sft.data.mixture import WeightedSource, open_weighted, read_weights, weighted_sources
 from lightning_sft.data.plan import BatchPlan, Layout, MicrobatchShape, StepRule
 from lightning_sft.data.preview import Preview, SplitStatistics
 from lightning_sft.data.prompt_rows import render_prompts
@@ -194,7 +194,7 @@ class SFTDataModule(L.LightningDataModule):
         self._places: dict[int, dict[str, Any]] = {}  # in the stream, by the number of optimizer steps taken
         self._stream_order: dict[str, Any] = {}
         self._rows: dict[str, Dataset] = {}
-        self._shares: list[Share] = []  # of the training rows; empty if an epoch takes every row once
+        self._weighted: list[WeightedSource] = []  # of the training rows; empty if an epoch takes every row once
         self._num_too_long: dict[str, tuple[int, int]] = {}
         self._plans: dict[str, BatchPlan] = {}
         self._identity: dict[str, Any] = {}
@@ -258,7 +258,7 @@ class SFTDataModule(L.LightningDataModule):
         self._report(split, sources, rows)
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
             bounds = pairwise([0, *accumulate(counts)])
-            self._shares = shares(weights, [sum(rows.sizes[start:end]) for start, end in bounds], argument)
+            self._weighted = weighted_sources(weights, [sum(rows.sizes[start:end]) for start, end in bounds], argument)
         return rows.dataset
 
     @property
@@ -278,11 +278,12 @@ class SFTDataModule(L.LightningDataModule):
 
     def _by_source(self, rows: np.ndarray) -> np.ndarray:
         """Numbers of the rows left for training after a split; with weights by source again, and counted anew."""
-        if not self._shares:
+        if not self._weighted:
             return rows
-        bounds = np.cumsum([share.num_rows for share in self._shares])
+        bounds = np.cumsum([source.num_rows for source in self._weighted])
         source = np.searchsorted(bounds, rows, side="right")
-        self._shares = shares(self._weights, np.bincount(source, minlength=len(bounds)).tolist(), "train_data")
+        sizes = np.bincount(source, minlength=len(bounds)).tolist()
+        self._weighted = weighted_sources(self._weights, sizes, "train_data")
         return rows[np.argsort(source, kind="stable")]
 
     def _report(self, split: str, sources: list[Source], rows: EncodedRows) -> None:
@@ -356,7 +357,7 @@ class SFTDataModule(L.LightningDataModule):
                 read_numbers(self._rows[split], "num_response_tokens"),
                 *self._num_too_long.get(split, (0, 0)),
                 plan.steps_per_epoch if split == "train" and not self.streaming else None,
-                {str(share): share.num_rows for share in self._shares} if split == "train" else {},
+                {str(source): source.num_rows for source in self._weighted} if split == "train" else {},
             )
             for split in _SPLITS[TrainerFn.FITTING]
             if split in self._rows
@@ -391,8 +392,8 @@ class SFTDataModule(L.LightningDataModule):
     def _plan(self, split: str, **options: Any) -> BatchPlan:
         world_size = self.trainer.world_size if self.trainer else 1
         options = {"world_size": world_size} | options
-        if split == "train" and self._shares:
-            options["sources"] = [(share.num_rows, share.num_taken) for share in self._shares]
+        if split == "train" and self._weighted:
+            options["sources"] = [(source.num_rows, source.num_rows_per_epoch) for source in self._weighted]
         num_tokens, num_response_tokens = (
             read_numbers(self._rows[split], column) for column in ("num_tokens", "num_response_tokens")
         )
@@ -538,8 +539,8 @@ class SFTDataModule(L.LightningDataModule):
             rows = self._rows["train"]
             self._identity = {"num_rows": len(rows), "rows": content_hash(rows)}
             self._identity |= {name: getattr(self._rule, name) for name in ("batch_size", "seed")}
-            if self._shares:
-                self._identity["weights"] = [[share.num_rows, share.num_taken] for share in self._shares]
+            if self._weighted:
+                self._identity["weights"] = [[source.num_rows, source.num_rows_per_epoch] for source in self._weighted]
         return self._identity
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

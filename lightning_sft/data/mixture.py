@@ -1,4 +1,8 @@
-"""Several sources of training rows, and how many times an epoch goes through each."""
+"""Mixtures: sources of training rows with weights.
+
+A source's weight says how many times an epoch goes through its rows: with `{"a.jsonl": 2, "b.jsonl": 0.5}` each epoch
+takes every row of the first file twice and half the rows of the second.
+"""
 
 import math
 import os
@@ -17,24 +21,37 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 
 @dataclass(frozen=True)
-class Share:
-    """A source's rows, and how many times an epoch goes through them."""
+class WeightedSource:
+    """A source with its weight.
+
+    Attributes:
+        name: A file, a pattern or a data set's name, as the user has given it.
+        weight: How many times an epoch goes through its rows.
+        num_rows: The rows of the source that can be trained on.
+    """
 
     name: str
     weight: float
     num_rows: int
 
     @property
-    def num_taken(self) -> int:
-        """Rows of the source in each epoch."""
+    def num_rows_per_epoch(self) -> int:
+        """How many rows an epoch takes of the source; a row that it takes twice counts twice."""
         return round(self.num_rows * self.weight)
 
     def __str__(self) -> str:
-        return f"{shown_path(self.name)}, weight {self.weight:g}: {self.num_taken:,} an epoch of"
+        return f"{shown_path(self.name)} (weight {self.weight:g}, {self.num_rows_per_epoch:,} rows in each epoch)"
 
 
 def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
-    """The names of sources and their weights.
+    """Check the names of sources and their weights.
+
+    Args:
+        data: Weights by names.
+        argument: What messages call the argument that holds them.
+
+    Returns:
+        The same, each name as a string and each weight as a float.
 
     Raises:
         TypeError: If a name is no text or path, or a weight no number, such as the data set of a `DatasetDict`.
@@ -61,7 +78,15 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
 
 
 def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Source], list[int]]:
-    """Everything behind the names, and for each name how many sources these are: a pattern can mean many files.
+    """Open the sources that the names stand for.
+
+    Args:
+        weights: From `read_weights`.
+        argument: What messages call the argument that holds them.
+
+    Returns:
+        The sources in the order of the names; and for each name the number of its sources, since a pattern can stand
+        for many files.
 
     Raises:
         FileNotFoundError: As `open_sources`.
@@ -81,22 +106,27 @@ def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Sou
     return [source for sources in groups for source in sources], list(map(len, groups))
 
 
-def shares(weights: Mapping[str, float], sizes: Sequence[int], argument: str) -> list[Share]:
-    """Each source's part of an epoch.
+def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argument: str) -> list[WeightedSource]:
+    """The sources with their weights and sizes.
+
+    Args:
+        weights: From `read_weights`.
+        sizes: For each name, the number of rows that can be trained on.
+        argument: What messages call the argument that holds the weights.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If an epoch would take no row of a source.
     """
-    found = [Share(name, weight, size) for (name, weight), size in zip(weights.items(), sizes, strict=True)]
-    for share in found:
-        if not share.num_rows:
+    sources = [WeightedSource(name, weight, size) for (name, weight), size in zip(weights.items(), sizes, strict=True)]
+    for source in sources:
+        if not source.num_rows:
             raise SettingsError(
-                f"`{argument}` has no rows of {shorten(share.name, 200)} that can be trained on: all are too long, or "
+                f"`{argument}` has no rows of {shorten(source.name, 200)} that can be trained on: all are too long, or "
                 "for validation. Leave the source out."
             )
-        if not share.num_taken:
+        if not source.num_rows_per_epoch:
             raise SettingsError(
-                f"`{argument}[{share.name!r}]` is {share.weight:g}, which is none of its {share.num_rows} rows in an "
-                f"epoch. Raise it above {0.5 / share.num_rows:.2g}, or leave the source out."
+                f"`{argument}[{source.name!r}]` is {source.weight:g}, which is none of its {source.num_rows} rows in "
+                f"an epoch. Raise it above {0.5 / source.num_rows:.2g}, or leave the source out."
             )
-    return found
+    return sources

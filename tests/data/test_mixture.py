@@ -12,7 +12,7 @@ from support.models import character_tokenizer
 from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.plan import BatchPlan, StepRule, source_order
+from lightning_sft.data.plan import BatchPlan, StepRule, StepTotals, source_order
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_what_is_dropped_is_counted_for_each_source_and_before_its_weight(source
 def test_preview_and_model_card_name_sources_with_their_weights(sources):
     data = prepared({str(sources / "a.jsonl"): 2, "b.jsonl": 0.5})
     text = " ".join(str(data.preview(0)).split())
-    assert "a.jsonl, weight 2: 8 an epoch of 4 " in text
-    assert "b.jsonl, weight 0.5: 2 an epoch of 5 " in text
+    assert "a.jsonl (weight 2, 8 rows in each epoch) 4 " in text
+    assert "b.jsonl (weight 0.5, 2 rows in each epoch) 5 " in text
     assert "optimizer steps per epoch 4" in text
     assert data.facts()["data"]["train"] == "a.jsonl (weight 2), b.jsonl (weight 0.5)"
 
@@ -173,9 +173,9 @@ def test_a_run_goes_on_in_the_middle_of_a_weighted_epoch_and_not_with_other_weig
 def test_totals_of_an_epoch_are_of_the_rows_that_it_takes():
     """Two rows of 3 tokens, taken once each, and one of 5, taken twice: 6 + 10 tokens, 2 x 6 + 2 x 15 pairs."""
     plan = BatchPlan([3, 3, 5], [1, 2, 4], StepRule(2), sources=[(2, 2), (1, 2)])
-    assert plan.totals() == {"num_tokens": 16, "num_response_tokens": 11, "num_attended": 42}
-    steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
-    assert all(sum(getattr(step, name) for step in steps) == total for name, total in plan.totals().items())
+    assert plan.totals() == StepTotals(num_sequences=4, num_tokens=16, num_response_tokens=11, num_attended=42)
+    steps = [vars(plan.step(index).totals) for index in range(plan.steps_per_epoch)]
+    assert all(sum(step[name] for step in steps) == total for name, total in vars(plan.totals()).items())
 
 
 def test_of_a_data_set_with_several_splits_one_must_be_chosen():
