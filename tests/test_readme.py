@@ -111,7 +111,7 @@ def test_the_rows_of_the_readme_are_rows_and_the_assistants_words_are_learnt(tmp
 
 def test_the_reward_of_the_readme_tells_right_from_wrong():
     names: dict = {}
-    exec(last_word(), names)
+    exec(own_reward(), names)
     reward = names["right_and_short"]
     assert reward(" 2 + 3 = 5 </think> <answer> 5 </answer>", "5") == dict.fromkeys(REWARDS, 1.0)
     assert reward(" 2 + 3 = 6 </think> <answer> 6 </answer>", "5")["reward"] == 0.0
