@@ -103,8 +103,8 @@ def test_the_rows_of_the_readme_are_rows_and_the_assistants_words_are_learnt(tmp
         path.write_text(line)
         data = SFTDataModule(tokenizer, str(path), layout="padded")
         data.setup("fit")
-        (microbatch,) = next(iter(data.train_dataloader()))["microbatches"]
-        learnt.append(tokenizer.decode(microbatch["labels"][microbatch["response_mask"]], skip_special_tokens=True))
+        (microbatch,) = next(iter(data.train_dataloader())).microbatches
+        learnt.append(tokenizer.decode(microbatch.labels[microbatch.response_mask], skip_special_tokens=True))
     pairs = [json.loads(line) for line in code.splitlines()]
     assert learnt == [pairs[0]["output"], "It is 5.", pairs[2]["output"]]
 
