@@ -8,7 +8,9 @@ from typing import Any, get_args
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 
-def check_type(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+def check_type(
+    argument: str, value: object, kind: type | tuple[type, ...], expected: str, *, optional: bool = False
+) -> None:
     """Refuse a value of another type.
 
     Args:
@@ -16,10 +18,13 @@ def check_type(argument: str, value: object, kind: type | tuple[type, ...], expe
         value: What came.
         kind: The type, or several.
         expected: What is expected, in words.
+        optional: Whether None will do, too.
 
     Raises:
         SettingsTypeError: The message names the argument, what came and what was expected.
     """
+    if optional and value is None:
+        return
     number = kind in (Integral, Real)
     if not isinstance(value, kind) or (number and isinstance(value, bool)):  # True is no number here
         raise SettingsTypeError(

@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.signals import DeferredSignals
-from lightning_sft.errors import SettingsError
+from lightning_sft.checks import check_integer
 from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link, remove_partial
-from lightning_sft.training.outcome import OnItsWay
+from lightning_sft.training.host_copy import HostCopy
 from lightning_sft.training.run_folder import run_folder
 
 
@@ -35,12 +35,11 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
-        if every_n_steps is not None and every_n_steps < 1:
-            raise SettingsError(f"`every_n_steps` is {every_n_steps}, expected at least 1.")
+        check_integer("every_n_steps", every_n_steps, at_least=1, optional=True)
         self.every_n_steps = every_n_steps
         self._saved_step: int | None = None
         self._signals = DeferredSignals()
-        self._asked: OnItsWay | None = None  # the signal that any device had received at the step before
+        self._asked: HostCopy | None = None  # the signal that any device had received at the step before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """A new run has saved nothing yet."""
@@ -109,7 +108,7 @@ class LastCheckpoint(Checkpoint):
         earlier = 0 if self._asked is None else int(self._asked.read())
         received = torch.full((), self._signals.received or 0, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        self._asked = OnItsWay(received)
+        self._asked = HostCopy(received)
         return signal.Signals(earlier) if earlier else None
 
     def _obey_signals(self, trainer: L.Trainer) -> None:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from lightning_sft.callbacks import StepProgressBar
 from lightning_sft.data.datamodule import SFTDataModule
-
-# No files, no validation, and its own length, whatever the run itself is to have.
 from lightning_sft.errors import SettingsError
 from lightning_sft.training.module import SFTModule
 
+# No files, no validation, and its own length, whatever the run itself is to have.
 _OWN_OPTIONS: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -90,15 +89,13 @@ def run_trial(
     bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []
     trainer = L.Trainer(**(options | {"callbacks": [trial, *bar]}))
     trial.check(trainer)
-    states, found = _collect_rng_states(include_cuda=False), (module._nonfinite, module._num_skipped, module._num_steps)
-    owners = module._trainer, getattr(datamodule, "trainer", None)
-    module._nonfinite = "skip"
+    states, trainer_of_data = _collect_rng_states(include_cuda=False), getattr(datamodule, "trainer", None)
     try:
-        trainer.fit(module, loader, None if loader is None else [], datamodule)  # no validation: Lightning would warn
+        with module.trial_run():
+            # An empty list of validation batches, since Lightning warns if it is given none at all.
+            trainer.fit(module, loader, None if loader is None else [], datamodule)
     finally:
         trial.restore(module)
-        module._nonfinite, module._num_skipped, module._num_steps = found
-        module._unchecked, module._trainer = None, owners[0]
         if datamodule is not None:
-            datamodule.trainer = owners[1]
+            datamodule.trainer = trainer_of_data
         _set_rng_states(states)  # of CUDA, each step sets its own

@@ -1,11 +1,15 @@
 """Masked sums and the supervised fine-tuning loss."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_sft.checks import check_choice, check_number
+
 LossNormalization = Literal["token", "sequence"]
+_Count = TypeVar("_Count", float, Tensor)
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, dim: int | None = None) -> Tensor:
@@ -29,14 +33,29 @@ def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, di
     return total / normalize_constant
 
 
-def loss_constant(
-    num_response_tokens: Any,
-    num_sequences: Any,
-    loss_normalization: LossNormalization = "token",
-    normalize_constant: float = 1.0,
-) -> Any:
-    """What an optimizer step's summed negative log-likelihood is divided by; see `sft_loss`."""
-    return num_response_tokens if loss_normalization == "token" else normalize_constant * num_sequences
+@dataclass(frozen=True)
+class LossScale:
+    """What the summed negative log-likelihood of an optimizer step is divided by.
+
+    Attributes:
+        normalization: `"token"`: the step's number of response tokens. `"sequence"`: `constant` times its number of
+            sequences.
+        constant: Only used by `"sequence"`.
+
+    Raises:
+        SettingsError: If `normalization` is neither, or `constant` is not positive.
+    """
+
+    normalization: LossNormalization = "token"
+    constant: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("loss_normalization", self.normalization, LossNormalization)
+        check_number("normalize_constant", self.constant, "a positive number", lambda constant: constant > 0)
+
+    def divisor(self, num_response_tokens: _Count, num_sequences: _Count) -> _Count:
+        """The divisor of a step with so many response tokens and sequences, over all microbatches and ranks."""
+        return num_response_tokens if self.normalization == "token" else self.constant * num_sequences
 
 
 def sft_loss(
@@ -66,9 +85,12 @@ def sft_loss(
 
     Returns:
         A scalar.
+
+    Raises:
+        SettingsError: If `loss_normalization` is neither, or `normalize_constant` is not positive.
     """
-    constant = loss_constant(num_response_tokens, num_sequences, loss_normalization, normalize_constant)
-    return -masked_normalize(log_probs, response_mask, constant)
+    scale = LossScale(loss_normalization, normalize_constant)
+    return -masked_normalize(log_probs, response_mask, scale.divisor(num_response_tokens, num_sequences))
 
 
 def sft_microbatch_train_step(

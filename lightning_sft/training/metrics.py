@@ -1,21 +1,18 @@
 """Metrics over response tokens, exact over batches and devices."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sft.model.head import ResponseScores
-from lightning_sft.training.losses import LossNormalization, loss_constant
+from lightning_sft.training.losses import LossScale
 
 
 class ResponseMetrics(Metric):
     """Loss, perplexity, accuracy and entropy over response tokens: sums and counts, divided once.
 
     Args:
-        loss_normalization: What `loss` is divided by, as in training; the other metrics are always per token.
-        normalize_constant: Likewise.
+        loss_scale: What `loss` is divided by, as in training; the other metrics are always per token.
     """
 
     full_state_update = False
@@ -25,12 +22,9 @@ class ResponseMetrics(Metric):
     num_tokens: Tensor
     num_sequences: Tensor
 
-    def __init__(self, loss_normalization: LossNormalization = "token", normalize_constant: float = 1.0) -> None:
+    def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
-        self._options: dict[str, Any] = {
-            "loss_normalization": loss_normalization,
-            "normalize_constant": normalize_constant,
-        }
+        self.loss_scale = loss_scale
         for name in ("nll", "entropy", "num_top1", "num_tokens", "num_sequences"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -47,7 +41,7 @@ class ResponseMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices."""
         return {
-            "loss": self.nll / loss_constant(self.num_tokens, self.num_sequences, **self._options),
+            "loss": self.nll / self.loss_scale.divisor(self.num_tokens, self.num_sequences),
             "perplexity": (self.nll / self.num_tokens).exp(),
             "token_accuracy": self.num_top1 / self.num_tokens,
             "token_entropy": self.entropy / self.num_tokens,

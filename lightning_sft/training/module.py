@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from lightning_sft.checks import check_integer, check_type
+from lightning_sft.checks import check_callable, check_integer, check_number, check_type
 from lightning_sft.data.microbatch import Microbatch
 from lightning_sft.data.optimizer_step import OptimizerStep
-from lightning_sft.errors import SettingsError, SettingsTypeError, and_more, one_line, shorten
+from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.attention import enable_packing, packed_inputs
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
@@ -31,14 +31,13 @@ from lightning_sft.model.lora import add_lora, check_settings, has_lora, is_quan
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model, enable_gradient_checkpointing
 from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded, shard
-from lightning_sft.training.losses import LossNormalization, loss_constant
+from lightning_sft.training.guard import NonFinite, StepGuard
+from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
-from lightning_sft.training.outcome import StepOutcome
 from lightning_sft.training.run_facts import run_facts
+from lightning_sft.training.schedule import Schedule
 from lightning_sft.training.state_memory import parameter_counts, state_memory
 from lightning_sft.training.trainer_checks import check_trainer
-
-NonFinite = Literal["error", "skip"]
 
 
 class SFTModule(L.LightningModule):
@@ -101,31 +100,16 @@ class SFTModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_type("model", model, (str, Path, dict, PreTrainedModel), "a name, a path, settings or a model")
-        check_type("normalize_constant", normalize_constant, Real, "a positive number")
-        check_type("warmup_steps", warmup_steps, Real, "a number of steps or a share below 1")
-        check_type("max_grad_norm", 1 if max_grad_norm is None else max_grad_norm, Real, "a positive number or none")
-        check_integer("seed", seed, optional=True)
-        for name, mapping in {
-            "model_kwargs": model_kwargs,
-            "lr_scheduler_kwargs": lr_scheduler_kwargs,
-            "lora": lora,
-        }.items():
-            check_type(name, {} if mapping is None else mapping, dict, "a mapping of arguments")
+        self.loss_scale = LossScale(loss_normalization, normalize_constant)
+        self.guard = StepGuard(nonfinite)
+        self._schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
+        check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
+        check_callable("optimizer", optimizer, "a function of the parameters")
+        check_integer("seed", seed, at_least=0)
+        check_type("model_kwargs", model_kwargs, dict, "a mapping of arguments", optional=True)
+        check_type("lora", lora, dict, "a mapping of arguments", optional=True)
         if lora is not None:
             lora_config(lora)  # refuses what is wrong now rather than after loading
-        if not callable(optimizer):
-            raise SettingsTypeError(f"`optimizer` is {shorten(optimizer)}, expected a function of the parameters.")
-        if loss_normalization not in get_args(LossNormalization):
-            raise SettingsError(f"`loss_normalization` is {loss_normalization!r}, expected 'token' or 'sequence'.")
-        if nonfinite not in get_args(NonFinite):
-            raise SettingsError(f"`nonfinite` is {nonfinite!r}, expected 'error' or 'skip'.")
-        for name, value in {"normalize_constant": normalize_constant, "max_grad_norm": max_grad_norm}.items():
-            if value is not None and not value > 0:
-                raise SettingsError(f"`{name}` is {value}, expected a positive number.")
-        if seed < 0:
-            raise SettingsError(f"`seed` is {seed}, expected at least 0.")
-        if not warmup_steps >= 0 or (warmup_steps > 1 and warmup_steps % 1):
-            raise SettingsError(f"`warmup_steps` is {warmup_steps}, expected a number of steps or a share below 1.")
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         self.save_hyperparameters(
             *(
@@ -141,20 +125,11 @@ class SFTModule(L.LightningModule):
         self.automatic_optimization = False
         if not isinstance(model, PreTrainedModel):  # which as a submodule would be saved twice
             self._source = str(model) if isinstance(model, Path) else model
-        self._loss_options: dict[str, Any] = {
-            "loss_normalization": loss_normalization,
-            "normalize_constant": normalize_constant,
-        }
         self._max_grad_norm = max_grad_norm
         self._optimizer = optimizer
-        self._schedule = (lr_scheduler, warmup_steps, lr_scheduler_kwargs)
         self.gradient_checkpointing = gradient_checkpointing
         self._compile = compile
-        self._nonfinite = nonfinite
         self._sync_every_microbatch = sync_every_microbatch
-        self._num_skipped = 0
-        self._num_steps = 0
-        self._unchecked: StepOutcome | None = None
         self._model_kwargs = model_kwargs or {}
         self._lora = lora
         if lora is not None:  # checkpoints hold what is trained
@@ -163,14 +138,14 @@ class SFTModule(L.LightningModule):
             self.register_load_state_dict_post_hook(_miss_no_frozen)
         self._seed = seed
         self._saved_groups: list[set[str]] = []  # settings of the optimizer of the checkpoint that a run goes on from
-        self.metrics = nn.ModuleDict({stage: ResponseMetrics(**self._loss_options) for stage in ("val", "test")})
+        self.metrics = nn.ModuleDict({stage: ResponseMetrics(self.loss_scale) for stage in ("val", "test")})
         if isinstance(model, PreTrainedModel):
             self.model = model
 
     def setup(self, stage: str) -> None:
-        """A new run has skipped nothing yet."""
+        """A new run counts its optimizer steps from 0."""
         if stage == "fit":
-            self._num_skipped = 0
+            self.guard.start_run()
 
     def configure_model(self) -> None:
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
@@ -269,10 +244,20 @@ class SFTModule(L.LightningModule):
                 setattr(module, name, buffer.to(converted.device))
         return self
 
+    @contextmanager
+    def trial_run(self) -> Iterator[None]:
+        """Afterwards the module's trainer and guard are those of before. Steps that are not finite are skipped."""
+        found = self.guard, self._trainer
+        self.guard = StepGuard("skip")
+        try:
+            yield
+        finally:
+            self.guard, self._trainer = found
+
     @property
     def num_steps_taken(self) -> int:
         """Optimizer steps that have made these weights, also where they are only evaluated."""
-        return self.global_step if self.trainer.state.fn == "fit" else self._num_steps
+        return self.global_step if self.trainer.state.fn == "fit" else self.guard.num_steps
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own output."""
@@ -286,14 +271,13 @@ class SFTModule(L.LightningModule):
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of the entropy
-        constant = loss_constant(batch.totals.num_response_tokens, batch.totals.num_sequences, **self._loss_options)
-        # Distributed strategies average gradients over devices; the loss is a sum over them.
-        constant /= self.trainer.world_size
+        divisor = self.loss_scale.divisor(batch.totals.num_response_tokens, batch.totals.num_sequences)
+        divisor /= self.trainer.world_size  # strategies average gradients over devices; the loss is a sum over them
         every = is_sharded(self.model) if self._sync_every_microbatch is None else self._sync_every_microbatch
         for index, microbatch in enumerate(batch.microbatches):
             last = index == len(batch.microbatches) - 1
             with gradient_sync(cast(nn.Module, self.trainer.strategy.model), enabled=every or last):
-                scores = self._score(microbatch, normalize_constant=constant)
+                scores = self._score(microbatch, normalize_constant=divisor)
                 assert scores.loss is not None  # `normalize_constant` asks for it
                 self.manual_backward(scores.loss)
             totals[0] += scores.loss.detach() / self.trainer.world_size
@@ -301,7 +285,8 @@ class SFTModule(L.LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(totals)  # Lightning's `reduce` would wait for all devices first
         learning_rate = optimizer.param_groups[0]["lr"]
-        self._step(optimizer, StepOutcome(self.global_step + 1, batch.locations, totals[0]))
+        self.guard.start_step(self.global_step + 1, batch.locations, totals[0])
+        self._step(optimizer)
         self._log_step(batch, totals, learning_rate)
 
     def _score(self, microbatch: Microbatch, **options: Any) -> ResponseScores:
@@ -317,60 +302,44 @@ class SFTModule(L.LightningModule):
             self.model, microbatch.input_ids, microbatch.labels, microbatch.response_positions, **options
         )
 
-    def _step(self, optimizer: Optimizer, outcome: StepOutcome) -> None:
+    def _step(self, optimizer: Optimizer) -> None:
         """Step optimizer and schedule together, or neither."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None else None
-        earlier, self._unchecked = self._unchecked, outcome
+        scaler = self._grad_scaler
+        scale = 0.0 if scaler is None else scaler.get_scale()
         optimizer.step()
-        self._num_steps = self.global_step
-        overflowed = scaler is not None and scaler.get_scale() < cast(float, scale)  # 16-mixed: half the scale, again
-        if overflowed:
-            outcome.grad_norm = None
-        skipped = self._nonfinite == "skip" and not outcome.is_finite
-        if skipped:
-            self._num_skipped += 1
-        if not (skipped or overflowed):
+        overflowed = scaler is not None and scaler.get_scale() < scale
+        if self.guard.finish_step(overflowed):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
-        # An error is read off the device one step later: reading it at once would make the host wait in each step.
-        if self._nonfinite == "error":
-            outcome.send()
-            if earlier is not None:
-                earlier.check()
-        if self.device.type == "cpu":
-            self._check_latest()
+
+    @property
+    def _grad_scaler(self) -> torch.amp.GradScaler | None:
+        """Scales the loss under `16-mixed`."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self._grad_scaler
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)  # Lightning leaves that to the step of fused optimizers: too late for clipping
         norm = nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm or math.inf)
         self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        outcome = cast(StepOutcome, self._unchecked)
-        outcome.grad_norm = self._grad_norm
-        if self._nonfinite == "skip" and not outcome.is_finite:
+        if not self.guard.allows(self._grad_norm):
             for parameter in self.parameters():
                 parameter.grad = None  # the optimizer leaves it alone then, and its state too
 
-    def _check_latest(self) -> None:
-        outcome, self._unchecked = self._unchecked, None
-        if outcome is not None and self._nonfinite == "error":
-            outcome.check()
-
     def on_validation_start(self) -> None:
-        """Do not evaluate weights that are no numbers."""
-        self._check_latest()
+        """Do not evaluate weights of a step whose numbers are not finite."""
+        self.guard.check()
 
     def on_train_end(self) -> None:
-        """Do not end on weights that are no numbers."""
-        self._check_latest()
+        """Do not end on a step whose numbers are not finite."""
+        self.guard.check()
 
     def _log_step(self, batch: OptimizerStep, totals: Tensor, learning_rate: float) -> None:
         self.log("train/loss", totals[0].float(), prog_bar=True)
         numbers = {"train/learning_rate": learning_rate, "step": self.global_step}  # `step` is every logger's x-axis
-        if self._nonfinite == "skip":
-            numbers["train/skipped_steps"] = self._num_skipped
+        if self.guard.skips:
+            numbers["train/skipped_steps"] = self.guard.num_skipped
         on_device = {
             "train/token_entropy": (totals[1] / batch.totals.num_response_tokens).float(),
             "train/grad_norm": self._grad_norm.float(),
@@ -427,26 +396,8 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and the schedule over the whole run."""
-        from transformers import get_scheduler  # imports `peft` and bitsandbytes, whose optimizers share torch's names
-
         optimizer = self._optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        name, warmup, kwargs = self._schedule
-        num_steps = self.trainer.max_steps
-        if num_steps < 0 and (name not in ("constant", "constant_with_warmup") or 0 < warmup < 1):
-            raise SettingsError(
-                f"`lr_scheduler` is {name!r} with `warmup_steps` = {warmup}, but the run has no length. Set "
-                "`max_steps` or `max_epochs`, or choose `constant` or `constant_with_warmup` with a number of steps."
-            )
-        num_warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
-        if name == "reduce_lr_on_plateau":
-            raise SettingsError(
-                "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
-            )
-        try:
-            scheduler = get_scheduler(name, optimizer, num_warmup_steps, max(num_steps, 1), kwargs)
-        except (ValueError, TypeError) as error:
-            with_kwargs = f" with `lr_scheduler_kwargs` = {kwargs}" if kwargs else ""
-            raise SettingsError(f"`lr_scheduler` is {name!r}{with_kwargs}: {one_line(error)}") from None
+        scheduler = self._schedule.build(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -467,8 +418,7 @@ class SFTModule(L.LightningModule):
                 "top of other weights they say nothing."
             )
         self._check_weights(checkpoint.get("state_dict"))
-        self._num_skipped = checkpoint.get("num_skipped_steps", 0)
-        self._num_steps = checkpoint.get("global_step", 0)
+        self.guard.start_run(checkpoint.get("global_step", 0), checkpoint.get("num_skipped_steps", 0))
         if "generation_config" in checkpoint:
             self.model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
         states = checkpoint.get("optimizer_states") or [{}]
@@ -515,10 +465,10 @@ class SFTModule(L.LightningModule):
         """Store the model's configuration and what its card says, so that loading and exporting need no other file.
 
         Raises:
-            FloatingPointError: If the weights are no numbers any more.
+            FloatingPointError: If the latest step's loss or gradient norm is not a finite number.
         """
-        self._check_latest()
-        checkpoint["num_skipped_steps"] = self._num_skipped
+        self.guard.check()
+        checkpoint["num_skipped_steps"] = self.guard.num_skipped
         hyper_parameters = checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]
         hyper_parameters["model"] = self.model.config.to_dict()
         if self._lora is not None:  # which model the adapters are for

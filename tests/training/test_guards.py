@@ -10,7 +10,6 @@ from support.runs import ROWS, adamw, read_log, train
 
 from lightning_sft import SFTModule
 from lightning_sft.training.module import _leave_inference_mode
-from lightning_sft.training.outcome import StepOutcome
 from lightning_sft.training.trainer_checks import check_trainer
 
 # Every "z" is a NaN: the only row with one stands in line 12.
@@ -47,7 +46,7 @@ def test_a_step_that_is_no_number_stops_the_run_names_its_rows_and_is_never_save
 def test_what_is_still_on_the_device_is_read_before_anything_relies_on_it(hook):
     """On CUDA a step is looked at one step later, but no checkpoint, validation or end comes in between."""
     module = SFTModule(tiny_model())
-    module._unchecked = StepOutcome(3, ["row 1"], loss=torch.tensor(torch.nan))
+    module.guard.start_step(3, ["row 1"], loss=torch.tensor(torch.nan))
     with pytest.raises(FloatingPointError, match="Optimizer step 3 has the loss nan; its rows on this device: row 1"):
         getattr(module, hook)(*([{}] if hook == "on_save_checkpoint" else []))
 

@@ -509,11 +509,11 @@ def test_resuming_with_other_data_is_refused(tmp_path, changes, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss_normalization": "tokens"}, "`loss_normalization` is 'tokens', expected 'token' or 'sequence'"),
+        ({"loss_normalization": "tokens"}, "`loss_normalization` is 'tokens', expected one of token, sequence"),
         ({"normalize_constant": 0.0}, "`normalize_constant` is 0.0, expected a positive number"),
         ({"max_grad_norm": -1.0}, "`max_grad_norm` is -1.0"),
         ({"warmup_steps": -1}, "`warmup_steps` is -1"),
-        ({"nonfinite": "ignore"}, "`nonfinite` is 'ignore', expected 'error' or 'skip'"),
+        ({"nonfinite": "ignore"}, "`nonfinite` is 'ignore', expected one of error, skip"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):

@@ -12,10 +12,10 @@ TRAINING = {
         module(5), "`model` is 5 of type int, expected a name, a path, settings or a model.", SettingsTypeError
     ),
     "unknown loss": Refusal(
-        module({}, loss_normalization="tokens"), "`loss_normalization` is 'tokens', expected 'token' or 'sequence'."
+        module({}, loss_normalization="tokens"), "`loss_normalization` is 'tokens', expected one of token, sequence."
     ),
     "max_grad_norm of NaN": Refusal(
-        module({}, max_grad_norm=math.nan), "`max_grad_norm` is nan, expected a positive number."
+        module({}, max_grad_norm=math.nan), "`max_grad_norm` is nan, expected a positive number or none."
     ),
     "max_grad_norm of text": Refusal(
         module({}, max_grad_norm="1"),

@@ -1,0 +1,147 @@
+"""`StepGuard`: optimizer steps whose loss or gradient norm is not a finite number stop the run, or are skipped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sft.checks import check_choice
+from lightning_sft.errors import SettingsError
+from lightning_sft.training.host_copy import HostCopy
+
+NonFinite = Literal["error", "skip"]
+
+
+class NonFiniteError(SettingsError, FloatingPointError):
+    """The loss or the gradient norm of an optimizer step is not a finite number."""
+
+
+class StepGuard:
+    """Checks each optimizer step, and counts them.
+
+    The numbers to check are on the device. Under `error`, reading them at once would make the host wait for the device
+    in every step. So a step is checked after the following one has been handed to the device, and by `check` before
+    anything relies on the weights. Under `skip`, the numbers decide whether the optimizer steps, so the host waits.
+
+    Args:
+        nonfinite: `error`: raise a `NonFiniteError`. `skip`: leave weights, optimizer and schedule as they are.
+
+    Attributes:
+        num_steps: Optimizer steps that led to the present weights, skipped ones included.
+        num_skipped: Those of them that `skip` left out.
+
+    Raises:
+        SettingsError: If `nonfinite` is neither.
+    """
+
+    def __init__(self, nonfinite: NonFinite = "error") -> None:
+        check_choice("nonfinite", nonfinite, NonFinite)
+        self.skips = nonfinite == "skip"
+        self.num_steps = 0
+        self.num_skipped = 0
+        self._latest: _StepNumbers | None = None
+        self._earlier: _StepNumbers | None = None
+
+    def start_run(self, num_steps: int = 0, num_skipped: int = 0) -> None:
+        """Count from here.
+
+        Args:
+            num_steps: Optimizer steps that were taken before, such as those of the checkpoint that a run continues.
+            num_skipped: Those of them that were skipped.
+        """
+        self.num_steps, self.num_skipped = num_steps, num_skipped
+        self._latest = self._earlier = None
+
+    def start_step(self, step: int, locations: Sequence[str], loss: Tensor) -> None:
+        """Take note of an optimizer step before the optimizer does it.
+
+        Args:
+            step: Counts optimizer steps from 1.
+            locations: Where this device's rows come from, such as `line 3 of train.jsonl`.
+            loss: Of the step, over all devices; a scalar.
+        """
+        self._earlier, self._latest = self._latest, _StepNumbers(step, locations, loss)
+
+    def allows(self, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may use the gradients. Under `error` it always may: `finish_step` and `check` raise.
+
+        Args:
+            grad_norm: Of the step that was started, before clipping; a scalar.
+        """
+        assert self._latest is not None, "`start_step` comes first"
+        self._latest.grad_norm = grad_norm
+        return not self.skips or self._latest.are_finite()
+
+    def finish_step(self, overflowed: bool = False) -> bool:
+        """Count the step that was started, and check the one before it; on the CPU, where nothing waits, this one too.
+
+        Args:
+            overflowed: Whether the gradients overflowed float16, so that the optimizer did nothing. The scale of the
+                loss is lowered then; it is no error.
+
+        Returns:
+            Whether the optimizer has changed the weights.
+
+        Raises:
+            NonFiniteError: Under `error`.
+        """
+        step = self._latest
+        assert step is not None, "`start_step` comes first"
+        self.num_steps = step.step
+        if overflowed:
+            step.grad_norm = None
+        if self.skips:
+            is_finite = step.are_finite()
+            self.num_skipped += not is_finite
+            return is_finite and not overflowed
+        step.copy_to_host()
+        if self._earlier is not None:
+            self._earlier.check()
+        if step.loss.device.type == "cpu":
+            self.check()
+        return not overflowed
+
+    def check(self) -> None:
+        """Check the latest step, if that is still to be done; this waits for the device.
+
+        Raises:
+            NonFiniteError: Under `error`.
+        """
+        step, self._latest = self._latest, None
+        if step is not None and not self.skips:
+            step.check()
+
+
+@dataclass
+class _StepNumbers:
+    """Loss and gradient norm of an optimizer step; see `StepGuard.start_step`."""
+
+    step: int
+    locations: Sequence[str]
+    loss: Tensor
+    grad_norm: Tensor | None = None  # None until it is known, and where the gradients overflowed
+    _copy: HostCopy | None = field(default=None, init=False)
+
+    def copy_to_host(self) -> None:
+        self._copy = HostCopy(self._numbers())
+
+    def are_finite(self) -> bool:
+        """Waits for the device; after `copy_to_host`, for that copy alone."""
+        numbers = self._numbers() if self._copy is None else self._copy.read()
+        return bool(numbers.isfinite().all())
+
+    def check(self) -> None:
+        if self.are_finite():
+            return
+        named = ", ".join(self.locations[:8])
+        named += f" and {len(self.locations) - 8} more" if len(self.locations) > 8 else ""
+        norm = "" if self.grad_norm is None else f" and the gradient norm {self.grad_norm.item():g}"
+        raise NonFiniteError(
+            f"Optimizer step {self.step} has the loss {self.loss.item():g}{norm}; its rows on this device: {named}. No "
+            "checkpoint holds the step. Look at the rows, lower the learning rate, or set `nonfinite` to 'skip'."
+        )
+
+    def _numbers(self) -> Tensor:
+        return self.loss if self.grad_norm is None else torch.stack([self.loss, self.grad_norm.to(self.loss.dtype)])
