@@ -65,6 +65,7 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     """
     from peft import inject_adapter_in_model  # `add_adapter` of transformers asks for a version newer than any there is
 
+    _keep_trainable(model)
     quantized: Any = model  # `peft` asks for these; whoever quantised the model need not have set them
     quantized.is_loaded_in_4bit = any(type(weight).__name__ == "Params4bit" for weight in model.parameters())
     quantized.is_loaded_in_8bit = any(type(weight).__name__ == "Int8Params" for weight in model.parameters())
@@ -103,6 +104,23 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype.itemsize < 4:
             weight.data = weight.data.float()  # half precision would lose small steps
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference, which it does on CPUs with bfloat16 arithmetic.
+
+    Its layers do so when they first run in eval mode, in place and for good, and their kernel for packed weights has no
+    gradient. On other CPUs and on CUDA nothing changes.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise SettingsError(
+                "`model` has run in eval mode on this CPU, for which bitsandbytes has packed its 4-bit weights for "
+                "inference. Adapters cannot be trained beside packed weights. Load the model anew, or give its name."
+            )
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import character_tokenizer, skip_without_4_bit_training, tiny_config
+from support.models import character_tokenizer, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft.cli.app import build
@@ -30,7 +30,7 @@ CHATS = [
 )
 def test_a_recipe_trains_a_tiny_stand_in(names, tmp_path, monkeypatch):
     if "qlora" in names:
-        skip_without_4_bit_training()
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(sys, "argv", ["lightning-sft"])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)

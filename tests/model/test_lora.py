@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from peft import PeftModel
-from support.models import character_tokenizer, skip_without_4_bit_training, tiny_config
+from support.models import character_tokenizer, tiny_config
 from support.runs import ROWS, Processes, StepLog, adamw, read_log, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -282,7 +282,7 @@ def test_an_average_of_adapters_goes_on_too(tmp_path):
 
 
 def test_quantised_weights_stay_and_their_adapters_learn(tmp_path):
-    skip_without_4_bit_training()
+    pytest.importorskip("bitsandbytes")
     base, run = tmp_path / "base", tmp_path / "run"
     torch.manual_seed(3)
     config = tiny_config(hidden_size=64, intermediate_size=64) | MODELS["untied"]
@@ -310,6 +310,41 @@ def test_quantised_weights_stay_and_their_adapters_learn(tmp_path):
     path = run / "checkpoints" / "last.ckpt"
     assert all(".lora_" in name for name in torch.load(path, weights_only=True)["state_dict"])
     assert torch.equal(logits(SFTModule.load_from_checkpoint(path).model), logits(module.model))
+
+
+def build_in_4_bit(folder):
+    config = tiny_config(hidden_size=64, intermediate_size=64, vocab_size=128, eos_token_id=None, bos_token_id=None)
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+
+
+def test_an_evaluation_changes_neither_4_bit_weights_nor_their_adapters_gradients(tmp_path):
+    """On CPUs with bfloat16 arithmetic bitsandbytes packs weights, for which its kernel has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    model = build_in_4_bit(tmp_path)
+    add_lora(model, LORA)
+    disturb(model)
+    found = []
+    for _ in range(2):
+        model.train()
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        found.append([loss, *(weight.grad.clone() for weight in model.parameters() if weight.requires_grad)])
+        model.zero_grad()
+        logits(model)
+    assert all(torch.equal(before, after) for before, after in zip(*found, strict=True))
+    assert all(each.abs().sum() > 0 for each in found[0])
+
+
+def test_4_bit_weights_that_are_packed_for_inference_are_refused(tmp_path):
+    if not pytest.importorskip("bitsandbytes.functional").has_avx512bf16():
+        pytest.skip("bitsandbytes packs weights on CPUs with bfloat16 arithmetic alone")
+    model = build_in_4_bit(tmp_path)
+    logits(model)
+    with pytest.raises(ValueError, match=r"bitsandbytes has packed its 4-bit weights.*Load the model anew"):
+        add_lora(model, LORA)
 
 
 def test_what_would_quantise_the_adapters_or_train_quantised_weights_is_refused(tmp_path):
@@ -361,7 +396,7 @@ def test_adapters_on_top_of_a_model_of_another_name_are_warned_of(tmp_path):
 
 
 def test_a_quantisation_given_as_an_object_does_not_end_up_in_the_checkpoint(tmp_path):
-    skip_without_4_bit_training()
+    pytest.importorskip("bitsandbytes")
     build("untied").save_pretrained(tmp_path / "base")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     module = {"model": str(tmp_path / "base"), "lora": LORA, "model_kwargs": {"quantization_config": quantization}}

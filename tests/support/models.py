@@ -1,8 +1,5 @@
 """Tiny models and tokenizers, built in process."""
 
-from pathlib import Path
-
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -41,16 +38,3 @@ def tiny_model(**changes: object) -> LlamaForCausalLM:
     config = tiny_config(**changes)
     del config["model_type"]
     return LlamaForCausalLM(LlamaConfig(**config))
-
-
-def skip_without_4_bit_training() -> None:
-    """Skip where bitsandbytes is missing, or has kernels without a gradient for this processor."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    if functional.has_avx512bf16():
-        pytest.skip("on CPUs with bfloat16 arithmetic bitsandbytes takes kernels that have no gradient")
-
-
-def save_tiny_model(folder: Path, **changes: object) -> None:
-    """A tiny model and its tokenizer, as `from_pretrained` takes them."""
-    tiny_model(**changes).save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
