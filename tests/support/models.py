@@ -1,5 +1,7 @@
 """Tiny models and tokenizers, built in process."""
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,3 +40,9 @@ def tiny_model(**changes: object) -> LlamaForCausalLM:
     config = tiny_config(**changes)
     del config["model_type"]
     return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def save_tiny_model(folder: Path, **changes: object) -> None:
+    """A tiny model and its tokenizer, as `from_pretrained` takes them."""
+    tiny_model(**changes).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
