@@ -9,9 +9,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from transformers import PreTrainedModel
 
+from lightning_sft.checks import check_number
 from lightning_sft.data.optimizer_step import OptimizerStep
 from lightning_sft.data.plan import StepTotals
-from lightning_sft.errors import SettingsError
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.precision import Precision
 
@@ -40,8 +40,7 @@ class TokenThroughput(L.Callback):
 
     def __init__(self, peak_flops: float | None = None) -> None:
         super().__init__()
-        if peak_flops is not None and not peak_flops > 0:
-            raise SettingsError(f"`peak_flops` is {peak_flops}, expected a positive number.")
+        check_number("peak_flops", peak_flops, "a positive number", lambda value: value > 0, optional=True)
         self._peak_flops = peak_flops
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,17 +48,17 @@ class TokenThroughput(L.Callback):
         device = pl_module.device
         if self._peak_flops is None and device.type == "cuda":
             self._peak_flops = known_peak_flops(device, Precision.of(trainer.precision))
-        self._restart()
+        self._restart(device)
 
-    def _restart(self) -> None:
-        self._spans: list[tuple[Any, Any]] = []  # when each step began and ended
+    def _restart(self, device: torch.device) -> None:
+        self._timer = _DeviceTimer(device) if device.type == "cuda" else _HostTimer()
         self._totals = StepTotals()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock."""
-        self._start = _now(pl_module.device)
+        self._timer.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: OptimizerStep, batch_idx: int
@@ -68,14 +67,14 @@ class TokenThroughput(L.Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every <= 0:
             return
-        self._spans.append((self._start, _now(pl_module.device)))
+        self._timer.stop()
         self._totals += batch.totals
         if trainer.global_step % every == 0:
             self._log(trainer, pl_module)
-            self._restart()
+            self._restart(pl_module.device)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        seconds, totals = _seconds(self._spans), self._totals
+        seconds, totals = self._timer.seconds(), self._totals
         pl_module.log("train/tokens_per_second", totals.num_tokens / seconds, prog_bar=True)
         rates = {"train/response_tokens_per_second": totals.num_response_tokens / seconds}
         if (peak := peak_memory(pl_module.device)) is not None:
@@ -88,21 +87,45 @@ class TokenThroughput(L.Callback):
         pl_module.log_dict(rates)
 
 
-def _now(device: torch.device) -> Any:
-    """On CUDA when the device gets here, which may be long after the host: an event."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
+class _HostTimer:
+    """The time from each start to the stop after it, by the host's clock."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds += time.perf_counter() - self._start
+
+    def seconds(self) -> float:
+        """The sum."""
+        return self._seconds
 
 
-def _seconds(spans: list[tuple[Any, Any]]) -> float:
-    last = spans[-1][1]
-    if not hasattr(last, "elapsed_time"):
-        return sum(end - start for start, end in spans)
-    last.synchronize()
-    return sum(start.elapsed_time(end) for start, end in spans) / 1000
+class _DeviceTimer:
+    """The same by the clock of a CUDA device, which may get to a start long after the host has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        self._start = self._event()
+
+    def stop(self) -> None:
+        self._spans.append((self._start, self._event()))
+
+    def seconds(self) -> float:
+        """The sum; the device is waited for."""
+        self._spans[-1][1].synchronize()
+        return sum(float(start.elapsed_time(end)) for start, end in self._spans) / 1000
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def known_peak_flops(device: torch.device, precision: Precision) -> float | None:

@@ -1,4 +1,4 @@
-"""How much there is to multiply and to add."""
+"""How many multiplications and additions training takes."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ def training_flops(
     config = model.config.get_text_config()
     if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return None
-    head = model.get_output_embeddings()
+    head: nn.Linear | None = model.get_output_embeddings()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     body = [
         weight
@@ -35,5 +35,6 @@ def training_flops(
     flops = float(num_tokens * sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in body))
     if head is not None:
         flops += num_response_tokens * head.weight.numel() * (6 if head.weight.requires_grad else 4)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return flops + 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * num_attended
+    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads: int = config.num_hidden_layers * config.num_attention_heads
+    return flops + 12.0 * num_heads * head_size * num_attended

@@ -25,7 +25,7 @@ from lightning_sft import (
     TokenThroughput,
 )
 from lightning_sft.callbacks import generation_monitor
-from lightning_sft.callbacks.throughput import _now, _seconds, known_peak_flops
+from lightning_sft.callbacks.throughput import _DeviceTimer, known_peak_flops
 from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.generation.report.loggers import log_records, markdown_table, print_records
 from lightning_sft.model.flops import training_flops
@@ -303,9 +303,11 @@ def test_on_cuda_the_device_tells_the_time_and_is_waited_for_once(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
-    device = torch.device("cuda")
-    spans = [(_now(device), _now(device)) for _ in range(2)]
-    assert _seconds(spans) == pytest.approx(0.25 + 0.75)
+    timer = _DeviceTimer(torch.device("cuda"))
+    for _ in range(2):
+        timer.start()
+        timer.stop()
+    assert timer.seconds() == pytest.approx(0.25 + 0.75)
     assert waited == [1750.0]
 
 
