@@ -387,7 +387,7 @@ class SFTModule(L.LightningModule):
         Raises:
             ValueError: If there is none.
         """
-        for callback in cast(L.Trainer, self.trainer).callbacks:  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "predict"):
                 return callback.predict(self.trainer, self, batch)
         raise SettingsError("`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none.")
