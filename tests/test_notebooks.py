@@ -124,14 +124,14 @@ def numbers(text: str) -> list[float]:
     return [float(re.findall(r"-?\d+\.\d+(?:e[-+]\d+)?", line)[-1]) for line in text.splitlines()]
 
 
-def shown(record: dict, number: int) -> list[str]:
-    """A record's row in a table, as far as its first lines say."""
-    mark = f"reward {record['reward']:g}\nformat {record['format_reward']:g}, answer {record['answer_reward']:g}"
-    return [str(number), record["prompt"], "".join(record["tokens"]), mark]
+def shown(record: dict) -> list[str]:
+    """A record's row in a table, but for what is rounded."""
+    texts = [record[name].strip() for name in ("prompt", "response", "ground_truth")]
+    return [*texts, f"{record['reward']:.1f}", str(record["response_length"])]
 
 
 def shown_rows(html: str) -> list[list[str]]:
-    return [[*row[:3], "\n".join(row[3].splitlines()[:2])] for row in cells(html)]
+    return [row[:5] for row in cells(html)]
 
 
 # -- all notebooks -----------------------------------------------------------------------------------------------------
@@ -221,14 +221,14 @@ def the_loss_falls_and_both_curves_are_drawn(run: Run) -> None:
 
 def responses_before_and_after_are_those_of_the_json_lines(run: Run) -> None:
     before, after = (run.generations(step)[:3] for step in (0, PARAMETERS["quickstart"]["max_steps"]))
-    assert shown_rows(run.html("generations")) == [shown(record, record["index"]) for record in [*before, *after]]
+    assert shown_rows(run.html("generations")) == [shown(record) for record in [*before, *after]]
     assert before[0]["response"] != after[0]["response"]
 
 
 def the_last_problem_is_new_and_answered_by_the_checkpoint(run: Run) -> None:
-    ((_, prompt, _, result),) = cells(run.html("answer"))
+    ((prompt, _, ground_truth, *_),) = cells(run.html("answer"))
     assert " has 17 pens, finds 10 more, then gives 5 to " in prompt
-    assert "expected 22" in result
+    assert ground_truth == "22"
     solution = " 17 + 10 = 27 ; 27 - 5 = 22 </think> <answer> 22 </answer>"
     assert solution not in set(word_problems(30_000)["output"])
     assert solution in set(word_problems(10_000, split="validation")["output"])
@@ -236,7 +236,7 @@ def the_last_problem_is_new_and_answered_by_the_checkpoint(run: Run) -> None:
     module = SFTModule.load_from_checkpoint(run.logs / "checkpoints" / "last.ckpt")
     sampling = Sampling(max_new_tokens=20)
     (record,), _ = log_generations(module.model, word_tokenizer(), [prompt], ["22"], sampling=sampling)
-    assert shown_rows(run.html("answer")) == [shown(vars(record), 0)]
+    assert shown_rows(run.html("answer")) == [shown(vars(record))]
 
 
 # -- text_to_gradient --------------------------------------------------------------------------------------------------
@@ -315,7 +315,8 @@ def training_makes_the_response_likely_and_its_entropy_small(run: Run) -> None:
 
 def one_prompt_is_followed_through_the_steps(run: Run) -> None:
     steps = (0, 15, 30)
-    assert shown_rows(run.html("follow")) == [shown(run.generations(step)[0], step) for step in steps]
+    assert shown_rows(run.html("follow")) == [shown(run.generations(step)[0]) for step in steps]
+    assert re.findall(r"<th>(\d+)</th>", run.html("follow")) == [str(step) for step in steps]
 
 
 def entropies_before_and_after_are_those_of_the_json_lines(run: Run) -> None:
@@ -358,8 +359,8 @@ def lengths_are_counted_apart_for_right_responses(run: Run) -> None:
 
 def samples_of_one_problem_are_shown(run: Run) -> None:
     rows, records = shown_rows(run.html("samples_of_one")), json_lines(run.logs / "samples_1.0.jsonl")
-    chosen = int(rows[0][0])
-    assert rows == [shown(record, chosen) for record in records if record["index"] == chosen]
+    chosen = next(record["index"] for record in records if shown(record) == rows[0])
+    assert rows == [shown(record) for record in records if record["index"] == chosen]
 
 
 CHECKS: dict[str, list[Callable[[Run], None]]] = {

@@ -2,30 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from lightning_sft.callbacks.prediction_writer import PredictionWriter
 from lightning_sft.checks import check_integer, check_type
-from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
-from lightning_sft.generation.generate import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, RewardFn, log_generations
-from lightning_sft.generation.predictions import PredictionFile, prediction_run
-from lightning_sft.generation.records import GenerationRecords, bootstrap_interval, summarize, write_records
-from lightning_sft.generation.report.loggers import log_records, print_records
-from lightning_sft.generation.report.page import update_index, write_page
+from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.prompts import Prompt
+from lightning_sft.errors import SettingsError
+from lightning_sft.generation.generate import generate_records
+from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.generation.report.report import GenerationCost, GenerationReport, Stage
 from lightning_sft.generation.sampling import Sampling
-from lightning_sft.rewards.functions import r1_zero_reward
-from lightning_sft.training.run_folder import run_folder
+from lightning_sft.generation.settings import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, GenerationSettings
+from lightning_sft.rewards.functions import RewardFunction, r1_zero_reward
+from lightning_sft.training.module import SFTModule
+from lightning_sft.training.run_folder import run_folder, writes_files
 
-Rows = Sequence[dict[str, Any]]
-_AT_ONCE = 1024  # prompts
-_KEPT_WHOLE = 500  # records whose tokens stay in memory, and which are on the page
-_ROWS_IN_TERMINAL = 3
+_PROMPTS_AT_ONCE = 1024  # between two writes to the file
 
 
 class GenerationMonitor(L.Callback):
@@ -63,7 +61,7 @@ class GenerationMonitor(L.Callback):
 
     def __init__(
         self,
-        reward_fn: RewardFn = r1_zero_reward,
+        reward_fn: RewardFunction = r1_zero_reward,
         num_prompts: int = 32,
         every_n_steps: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
@@ -72,69 +70,51 @@ class GenerationMonitor(L.Callback):
         reward_seconds: float | None = REWARD_SECONDS,
         predict_path: str | Path | None = None,
     ) -> None:
-        if not callable(reward_fn):
-            raise SettingsTypeError(
-                f"`reward_fn` is {shorten(reward_fn)}, expected a function of response and ground truth."
-            )
-        check_type("sampling", sampling, Sampling, "a `Sampling`")
+        check_integer("num_prompts", num_prompts, at_least=1)
+        check_integer("every_n_steps", every_n_steps, at_least=1, optional=True)
+        check_integer("num_rows_shown", num_rows_shown, at_least=0)
         if predict_path is not None:
             check_type("predict_path", predict_path, (str, Path), "the path of a file")
-        if reward_seconds is not None:
-            check_type("reward_seconds", reward_seconds, Real, "a number of seconds, or none")
-            if not 0 < reward_seconds < math.inf:
-                raise SettingsError(f"`reward_seconds` is {reward_seconds}, expected a positive number, or none.")
-        for name, value in {
-            "num_prompts": num_prompts,
-            "every_n_steps": every_n_steps,
-            "max_tokens_per_batch": max_tokens_per_batch,
-        }.items():
-            check_integer(name, value, optional=True)
-            if value is not None and value < 1:
-                raise SettingsError(f"`{name}` is {value}, expected at least 1.")
+        self.settings = GenerationSettings(reward_fn, sampling, max_tokens_per_batch, reward_seconds)
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps
-        self.sampling = sampling
         self.num_rows_shown = num_rows_shown
-        self.predict_path = predict_path
-        self._options: dict[str, Any] = {
-            "reward_fn": reward_fn,
-            "sampling": sampling,
-            "max_tokens_per_batch": max_tokens_per_batch,
-            "reward_seconds": reward_seconds,
-        }
-        self._latest: tuple[int, dict[str, float]] | None = None  # step and summary
-        self._began, self._seconds = 0.0, 0.0  # when training did, and how much of it was spent here
-        self._num_done, self._earlier = 0, GenerationRecords()  # of an interrupted `predict`
+        self._predictions = PredictionWriter(predict_path, self.settings)
+        self._latest_step: int | None = None
+        self._latest_summary: dict[str, float] = {}
+        self._training_began, self._seconds_in_training = 0.0, 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make sure that there are prompts and a tokenizer."""
-        if not hasattr(getattr(trainer, "datamodule", None), "prompts"):
-            raise SettingsError(
-                "`GenerationMonitor` takes its prompts from an `SFTDataModule`; pass one to the trainer."
-            )
-        self._latest = None
+        """Make sure that there are prompts and a model."""
+        _datamodule(trainer), _module(pl_module)
+        self._latest_step = None
 
     # -- when ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What the model says before it learns anything."""
-        self._began, self._seconds = time.perf_counter(), 0.0
+        self._training_began, self._seconds_in_training = time.perf_counter(), 0.0
         if trainer.global_step == 0:
-            self._generate_and_log(trainer, pl_module, "fit")
+            self._generate_and_report(trainer, pl_module, "fit")
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Mapping[str, object],
+        batch_idx: int,
     ) -> None:
         """Every `every_n_steps` optimizer steps."""
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
-            self._generate_and_log(trainer, pl_module, "fit")
+            self._generate_and_report(trainer, pl_module, "fit")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """At each validation; not again if this step has just been shown."""
         if trainer.sanity_checking:
             return
         fitting = trainer.state.fn == "fit"
-        summary = self._generate_and_log(trainer, pl_module, "fit" if fitting else "validate")
+        summary = self._generate_and_report(trainer, pl_module, "fit" if fitting else "validate")
         for name, value in summary.items():
             if not math.isnan(value):
                 # In a training run the loggers have the numbers already: this is for `ModelCheckpoint` and the like.
@@ -143,161 +123,75 @@ class GenerationMonitor(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Over all test rows."""
-        for name, value in self._generate_and_log(trainer, pl_module, "test").items():
+        for name, value in self._generate_and_report(trainer, pl_module, "test").items():
             if not math.isnan(value):
                 pl_module.log(f"test/{name}", value, sync_dist=True)
 
-    # -- training, validation, test ------------------------------------------------------------------------------
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the module what makes its predictions."""
+        module, prompts = _module(pl_module), _datamodule(trainer).prompts("predict")
+        generate = partial(self._generate, trainer, module)
+        module.generator = self._predictions.start(trainer, module, prompts, generate)
 
-    def _generate_and_log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> dict[str, float]:
-        """Generate over all devices, show and keep the records, and return what they add up to."""
-        step, start = getattr(pl_module, "num_steps_taken", trainer.global_step), time.perf_counter()
-        if self._latest is not None and self._latest[0] == step:
-            return self._latest[1]
-        limit = None if stage == "test" else self.num_prompts
-        rows = trainer.datamodule.prompts(stage, limit)  # type: ignore[attr-defined]
-        folder = run_folder(trainer) / "generations"
-        name = f"test_step_{step}" if stage == "test" else f"step_{step}"
-        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        records = GenerationRecords()
-        for first in range(0, len(rows), _AT_ONCE):
-            part = self._generate(trainer, pl_module, rows[first : first + _AT_ONCE])
-            if writes:
-                write_records(folder / f"{name}.jsonl", part, "a" if first else "w", step=step)
-            for record in part[max(_KEPT_WHOLE - len(records), 0) :]:
-                record.drop_tokens()
-            records.extend(part)
-        summary = summarize(records)
-        if stage == "test":
-            summary |= _counts(records)
-        self._latest = (step, summary)
-        cost = {"generation_seconds": time.perf_counter() - start}
-        if stage == "fit":
-            self._seconds += cost["generation_seconds"]
-            cost["generation_share"] = self._seconds / (time.perf_counter() - self._began)
-        if trainer.is_global_zero:
-            self._show(trainer, stage, step, records, summary, cost)
-        if writes:
-            whole = [record.to_json() for record in records[:_KEPT_WHOLE]]
-            title = f"{'Test at s' if stage == 'test' else 'S'}tep {step}"
-            write_page(folder / f"{name}.html", whole, summary, title=title, num_records=len(records))
-            if stage != "test":
-                update_index(folder, step, f"{name}.html", summary)
-        return summary
-
-    def _show(
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
-        stage: str,
-        step: int,
-        records: GenerationRecords,
-        summary: dict[str, float],
-        cost: dict[str, float],
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        names = ("answer_reward", "format_reward", "response_length", "response_entropy")
-        parts = [f"{name} {summary[name]:.{1 if name == 'response_length' else 3}f}" for name in names]
-        time_taken = f"{cost['generation_seconds']:.1f} s"
-        if step and "generation_share" in cost:
-            time_taken += f", generation has taken {cost['generation_share']:.0%} of the time"
-        print(f"step {step}: {', '.join(parts)} ({time_taken})")
-        if stage == "test" and "num_correct" in summary:
-            low, high = summary["answer_reward_low"], summary["answer_reward_high"]
-            print(
-                f"{summary['num_correct']:.0f} of {summary['num_responses']:.0f} correct; "
-                f"answer_reward {summary['answer_reward']:.4f}, 95% bootstrap interval {low:.4f} to {high:.4f}"
-            )
-        print_records(records[:_ROWS_IN_TERMINAL])
-        failed = [record for record in records if record.reward_error is not None]
-        if failed:
-            rank_zero_warn(
-                f"The reward function failed on {len(failed)} of {len(records)} examples, which count as 0. "
-                f"The first: {failed[0].reward_error}, for the response {failed[0].response[:80]!r} "
-                f"to the prompt {failed[0].prompt[-80:]!r}."
-            )
-        metrics = {f"val/{name}": value for name, value in (summary | cost).items() if not math.isnan(value)}
-        for logger in trainer.loggers:
-            log_records(logger, step, records, self.num_rows_shown)
-            if stage == "fit":
-                logger.log_metrics(metrics, step)
-
-    def _generate(self, trainer: L.Trainer, pl_module: L.LightningModule, rows: Rows) -> GenerationRecords:
-        """Generate for rows with `index`, `prompt`, `ground_truth` and `is_chat`, on all devices together."""
-        with trainer.precision_plugin.forward_context(), _progress(trainer) as progress:
-            records, _ = log_generations(
-                pl_module.model,  # type: ignore[arg-type]
-                trainer.datamodule.tokenizer,  # type: ignore[attr-defined]
-                [row["prompt"] for row in rows],
-                [row["ground_truth"] for row in rows],
-                first_index=rows[0]["index"],
-                as_written=[row.get("is_chat", False) for row in rows],
-                distributed=trainer.world_size > 1,
-                progress=progress,
-                **self._options,
-            )
-        return records
-
-    # -- predict -------------------------------------------------------------------------------------------------
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find out what an earlier run has left to do."""
-        rows = trainer.datamodule.prompts("predict")  # type: ignore[attr-defined]
-        run = prediction_run(pl_module.model, rows, self.sampling, self._options["reward_fn"])  # type: ignore[arg-type]
-        path = Path(self.predict_path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl")
-        self._file = PredictionFile(path, run, self.sampling.num_samples)
-        found: Any = 0, GenerationRecords()
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            try:
-                found = self._file.resume(keep=trainer.predict_loop.return_predictions)
-            except (SettingsError, OSError) as error:  # for the others, too, which wait for this
-                found = error
-        found = trainer.strategy.broadcast(found)
-        if isinstance(found, Exception):
-            raise found
-        self._num_done, self._earlier = found
-        if self._num_done and trainer.is_global_zero:
-            print(f"{path} has {self._num_done:,} of {len(rows):,} prompts; going on with the next.")
-
-    def predict(self, trainer: L.Trainer, pl_module: L.LightningModule, rows: Rows) -> GenerationRecords:
-        """Generate for rows of `predict` that the file does not have yet, and append their records to it.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module whose model answers.
-            rows: Rows of the datamodule's prompts, in their order.
-
-        Returns:
-            The records of all of these rows.
-        """
-        new = [row for row in rows if row["index"] >= self._num_done]
-        start, stop = (index * self.sampling.num_samples for index in (rows[0]["index"], rows[-1]["index"] + 1))
-        records = GenerationRecords(self._earlier[start:stop])
-        if new:
-            generated = self._generate(trainer, pl_module, new)
-            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self._file.append(generated)
-            records += generated
-        return records
+        """Keep the batch's records."""
+        self._predictions.on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the records are."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print(f"Predictions: {self._file.path}")
+        _module(pl_module).generator = None
+        self._predictions.on_predict_end(trainer, pl_module)
+
+    # -- what ----------------------------------------------------------------------------------------------------
+
+    def _generate_and_report(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> dict[str, float]:
+        """Generate over all devices, show and keep the records, and return what they add up to."""
+        module, start = _module(pl_module), time.perf_counter()
+        step = module.num_steps_taken
+        if self._latest_step == step:
+            return self._latest_summary
+        prompts = _datamodule(trainer).prompts(stage, None if stage == "test" else self.num_prompts)
+        folder = run_folder(trainer) / "generations"
+        report = GenerationReport(stage, step, folder if writes_files(trainer) else None)
+        for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
+            report.add(self._generate(trainer, module, prompts[first : first + _PROMPTS_AT_ONCE]))
+        summary = report.summary()
+        self._latest_step, self._latest_summary = step, summary
+        cost = self._cost_since(start, stage)
+        if trainer.is_global_zero:
+            report.show(summary, cost, trainer.loggers, self.num_rows_shown)
+        return summary
+
+    def _generate(self, trainer: L.Trainer, module: SFTModule, prompts: Sequence[Prompt]) -> list[GenerationRecord]:
+        """Records of prompts, made by all devices together; each gets all of them."""
+        tokenizer, distributed = _datamodule(trainer).tokenizer, trainer.world_size > 1
+        with trainer.precision_plugin.forward_context():
+            return generate_records(module.model, tokenizer, prompts, self.settings, distributed=distributed)
+
+    def _cost_since(self, start: float, stage: Stage) -> GenerationCost:
+        now = time.perf_counter()
+        if stage != "fit":
+            return GenerationCost(now - start)
+        self._seconds_in_training += now - start
+        return GenerationCost(now - start, self._seconds_in_training / (now - self._training_began))
 
 
-def _counts(records: GenerationRecords) -> dict[str, float]:
-    scored = [record for record in records if record.answer_reward is not None]
-    low, high = bootstrap_interval(records)
-    return {
-        "num_responses": float(len(records)),
-        "num_correct": float(sum(record.is_correct for record in scored)) if scored else math.nan,
-        "answer_reward_low": low,
-        "answer_reward_high": high,
-    }
+def _datamodule(trainer: L.Trainer) -> SFTDataModule:
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, SFTDataModule):
+        raise SettingsError("`GenerationMonitor` takes its prompts from an `SFTDataModule`; pass one to the trainer.")
+    return datamodule
 
 
-@contextmanager
-def _progress(trainer: L.Trainer) -> Iterator[Callable[[float], None] | None]:
-    """A further line of the trainer's progress bar, if it has such a thing."""
-    task = getattr(trainer.progress_bar_callback, "task", nullcontext)
-    with task("Generating") as progress:
-        yield progress if callable(progress) else None
+def _module(pl_module: L.LightningModule) -> SFTModule:
+    if not isinstance(pl_module, SFTModule):
+        raise SettingsError("`GenerationMonitor` generates with an `SFTModule`; pass one to the trainer.")
+    return pl_module

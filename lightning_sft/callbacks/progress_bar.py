@@ -1,14 +1,9 @@
 """The progress bar in optimizer steps."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
-
-_SECONDS_UNSEEN = 2.0
 
 
 class StepProgressBar(RichProgressBar):
@@ -43,33 +38,3 @@ class StepProgressBar(RichProgressBar):
         if "tokens_per_second" in metrics:
             metrics["tokens/s"] = f"{metrics.pop('tokens_per_second'):,.0f}"
         return metrics
-
-    @contextmanager
-    def task(self, description: str) -> Iterator[Callable[[float], None]]:
-        """A further line while something else takes long: it appears after two seconds.
-
-        Args:
-            description: What the line says.
-
-        Yields:
-            What to call with the share that is done, from 0 to 1.
-        """
-        start, line = time.perf_counter(), None
-
-        def show(share: float) -> None:
-            nonlocal line
-            if time.perf_counter() - start < _SECONDS_UNSEEN:
-                return
-            if self.progress is None:  # before the first step
-                self._init_progress(self.trainer)
-            if self.progress is None:  # not on this process
-                return
-            if line is None:
-                line = self._add_task(100, description)
-            if self.progress.tasks[-1].completed != (percent := round(100 * share)):
-                self.progress.update(line, completed=percent)
-                self.refresh()
-
-        yield show
-        if self.progress is not None and line is not None:
-            self.progress.remove_task(line)

@@ -24,10 +24,11 @@ from lightning_sft.data.mixture import WeightedSource, open_weighted, read_weigh
 from lightning_sft.data.plan import BatchPlan, Layout, MicrobatchShape, StepRule
 from lightning_sft.data.preview import Preview, SplitStatistics
 from lightning_sft.data.prompt_rows import render_prompts
+from lightning_sft.data.prompts import Prompt, PromptLoader
 from lightning_sft.data.row_format import Row, RowFormat
 from lightning_sft.data.shown import shown_data
 from lightning_sft.data.sources import Data, Source, open_sources
-from lightning_sft.data.step_loader import PromptLoader, StepDataset, StepLoader, plan_steps
+from lightning_sft.data.step_loader import StepDataset, StepLoader, plan_steps
 from lightning_sft.data.stream import RowStream, StreamedSteps, StreamLoader, first_rows, open_streams
 from lightning_sft.data.tokenization import pad_token_id
 from lightning_sft.data.tokenizer import load_tokenizer
@@ -318,8 +319,8 @@ class SFTDataModule(L.LightningDataModule):
             return self._rows["val"]
         return render_prompts(open_sources(self._data["predict"], "predict_data"), self._row_format, self.tokenizer)
 
-    def prompts(self, stage: str, num_prompts: int | None = None) -> list[dict[str, Any]]:
-        """The first prompts of a stage, each with `index`, `prompt`, `ground_truth` and `is_chat`.
+    def prompts(self, stage: str, num_prompts: int | None = None) -> list[Prompt]:
+        """The first prompts of a stage.
 
         Those of `fit` and `validate` are the validation rows, or the training rows where there are none.
 
@@ -331,7 +332,10 @@ class SFTDataModule(L.LightningDataModule):
         rows = next(self._rows[split] for split in order if split in self._rows)
         rows = rows.select_columns(["prompt", "ground_truth", "is_chat"])
         rows = rows.select(range(min(len(rows), num_prompts or len(rows))))
-        return [{"index": index, **row} for index, row in enumerate(rows.to_list())]
+        return [
+            Prompt(index, row["prompt"], row["ground_truth"], row["is_chat"])
+            for index, row in enumerate(rows.to_list())
+        ]
 
     def preview(self, num_rows: int = 3) -> Preview:
         """The first training rows as the model will see them, and statistics of training and validation rows.
@@ -495,7 +499,7 @@ class SFTDataModule(L.LightningDataModule):
         return self._loader("test", self._plans["test"].steps_per_epoch)
 
     def predict_dataloader(self) -> PromptLoader:
-        """Lists of rows with `index`, `prompt`, `ground_truth` and `is_chat`: the same ones on every device."""
+        """Lists of `Prompt`, `batch_size` of them for each device: the same lists on every device."""
         world_size = self.trainer.world_size if self.trainer else 1
         return PromptLoader(self.prompts("predict"), self._rule.batch_size * world_size)
 

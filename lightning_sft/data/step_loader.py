@@ -90,17 +90,3 @@ class StepLoader:
         )
         for step in loader:
             yield replace(step, tokenizer=self._tokenizer)  # here, so that no worker has to pass the tokenizer on
-
-
-class PromptLoader:
-    """Iterates over prompts, several at a time, in their order. All devices get the same ones, to share them out."""
-
-    def __init__(self, rows: list[dict[str, Any]], batch_size: int) -> None:
-        self._rows, self._batch_size = rows, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._batch_size)
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for start in range(0, len(self._rows), self._batch_size):
-            yield self._rows[start : start + self._batch_size]

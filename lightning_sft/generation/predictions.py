@@ -3,21 +3,34 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import xor
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_sft.data.prompts import Prompt
 from lightning_sft.errors import SettingsError, shorten
-from lightning_sft.generation.records import GenerationRecord, GenerationRecords, write_records
-from lightning_sft.generation.sampling import Sampling
+from lightning_sft.generation.records import GenerationRecord, write_records
+from lightning_sft.generation.settings import GenerationSettings
 from lightning_sft.model.sharding import is_sharded
+
+
+@dataclass(frozen=True)
+class EarlierPredictions:
+    """What an earlier run has left in its file.
+
+    Attributes:
+        num_prompts: Prompts that are done: the first so many.
+        records: Their records, if they were asked for.
+    """
+
+    num_prompts: int = 0
+    records: list[GenerationRecord] = field(default_factory=list)
 
 
 class PredictionFile:
@@ -32,35 +45,32 @@ class PredictionFile:
     def __init__(self, path: Path, run: str, num_samples: int = 1) -> None:
         self.path, self._run, self._num_samples = path, run, num_samples
 
-    def resume(self, keep: bool = False) -> tuple[int, GenerationRecords]:
+    def resume(self, keep_records: bool = False) -> EarlierPredictions:
         """Find out where an earlier run stopped; what it left unfinished at the end of the file is removed.
 
         Args:
-            keep: Whether to return the records too.
-
-        Returns:
-            The number of prompts that are done, and their records.
+            keep_records: Whether to return the records, too.
 
         Raises:
             ValueError: If the file holds anything else than the records of this run.
         """
         num_lines = end = whole = 0
-        records = GenerationRecords()
+        records: list[GenerationRecord] = []
         if not self.path.exists():
-            return 0, records
+            return EarlierPredictions()
         with open(self.path, "rb") as file:
             for line in file:
                 if not line.endswith(b"\n") and self._is_beginning(line):
                     break
                 record = self._parse(line, num_lines)
-                if keep:
+                if keep_records:
                     records.append(record)
                 num_lines, end = num_lines + 1, end + len(line)
                 if num_lines % self._num_samples == 0:
                     whole = end
         os.truncate(self.path, whole)
         done = num_lines // self._num_samples
-        return done, GenerationRecords(records[: done * self._num_samples])
+        return EarlierPredictions(done, records[: done * self._num_samples])
 
     def _is_beginning(self, line: bytes) -> bool:
         """Whether a line that was broken off may be one of ours: nothing else is ever removed."""
@@ -86,27 +96,24 @@ class PredictionFile:
             "Give another path, or remove the file."
         )
 
-    def append(self, records: GenerationRecords) -> None:
+    def append(self, records: Sequence[GenerationRecord]) -> None:
         """Write records to the end of the file and to the disk."""
         write_records(self.path, records, "a", run=self._run)
 
 
-def prediction_run(
-    model: nn.Module, rows: Iterable[dict[str, Any]], sampling: Sampling, reward_fn: Callable[..., Any]
-) -> str:
+def prediction_run(model: nn.Module, prompts: Iterable[Prompt], settings: GenerationSettings) -> str:
     """Twelve hexadecimal digits that change with whatever responses and rewards depend on.
 
     Args:
         model: Its weights count. If it is sharded, all processes call this.
-        rows: With `prompt` and `ground_truth`.
-        sampling: How responses are drawn.
-        reward_fn: Counts by its name.
+        prompts: Their texts and ground truths count.
+        settings: Sampling counts, and the name of the reward function.
     """
     hasher = hashlib.blake2b(digest_size=6)
-    names = [getattr(reward_fn, name, "") for name in ("__module__", "__qualname__")]
-    hasher.update(json.dumps([asdict(sampling), names, _hash_weights(model)]).encode())
-    for row in rows:
-        hasher.update(json.dumps([row["prompt"], row["ground_truth"]]).encode())
+    names = [getattr(settings.reward_fn, name, "") for name in ("__module__", "__qualname__")]
+    hasher.update(json.dumps([asdict(settings.sampling), names, _hash_weights(model)]).encode())
+    for prompt in prompts:
+        hasher.update(json.dumps([prompt.text, prompt.ground_truth]).encode())
     return hasher.hexdigest()
 
 

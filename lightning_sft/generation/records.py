@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_sft.generation.report.page import records_table
-
 _DECIMALS = 4  # of values of single tokens in files
 
 
@@ -72,16 +70,6 @@ class GenerationRecord:
         for name in ("token_log_probs", "token_entropies"):
             fields[name] = [_finite(round(value, _DECIMALS)) for value in fields[name]]
         return fields
-
-    def _repr_html_(self) -> str:
-        return records_table([self.to_json()])
-
-
-class GenerationRecords(list[GenerationRecord]):
-    """A list of records that notebooks show as a table, tokens coloured by their entropy."""
-
-    def _repr_html_(self) -> str:
-        return records_table([record.to_json() for record in self])
 
 
 def _finite(value: Any) -> Any:
@@ -164,6 +152,23 @@ def bootstrap_interval(
     drawn = [rng.multinomial(n, counts / n) @ values / n for _ in range(num_resamples)]
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def summarize_test(records: Sequence[GenerationRecord]) -> dict[str, float]:
+    """What `test` says of its records besides `summarize`.
+
+    Returns:
+        `num_responses`, `num_correct` (NaN if none is scored), and `answer_reward_low` and `answer_reward_high`, the
+        bounds of `bootstrap_interval`.
+    """
+    scored = [record for record in records if record.answer_reward is not None]
+    low, high = bootstrap_interval(records)
+    return {
+        "num_responses": float(len(records)),
+        "num_correct": float(sum(record.is_correct for record in scored)) if scored else math.nan,
+        "answer_reward_low": low,
+        "answer_reward_high": high,
+    }
 
 
 def write_records(

@@ -10,7 +10,7 @@ from typing import SupportsFloat
 from lightning_sft.errors import shorten
 from lightning_sft.rewards.answers import NUMBER, equal, value
 
-RewardFunction = Callable[[str, str], Mapping[str, float]]
+RewardFunction = Callable[[str, str], Mapping[str, float]]  # of response and ground truth
 REWARD_KEYS = ("format_reward", "answer_reward", "reward")
 
 _LAST_BOX = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)

@@ -1,12 +1,12 @@
 """A time limit for other people's functions."""
 
-import ctypes
 import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ def call_within(seconds: float | None, function: Callable[..., T], *args: object
 
     In the main thread the kernel's alarm interrupts the function, also inside a regular expression or a sleep; an alarm
     that was set before still rings, at its time or right after. A function that sets an alarm of its own takes the
-    limit off itself. Elsewhere, and where there are no alarms, the function runs in a thread of its own, which is told
-    to stop and then left alone; one that never lets go of the interpreter's lock is then waited for.
+    limit off itself. Elsewhere, and where there are no alarms, the function runs in a thread of its own, which nothing
+    can end: when the time is up it is left behind, and goes on beside the caller until it returns or the program ends.
 
     Args:
         seconds: None: no limit.
@@ -69,20 +69,15 @@ def _call_under_alarm(seconds: float, function: Callable[..., T], *args: object)
 
 
 def _call_in_thread(seconds: float, function: Callable[..., T], *args: object) -> T:
-    outcome: dict[str, Any] = {}
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome["returned"] = function(*args)
-        except BaseException as error:  # raised again below, where somebody listens
-            outcome["raised"] = error
+            outcome.set_result(function(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True, name="call_within")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeIsUp))
+    threading.Thread(target=run, daemon=True, name="call_within").start()
+    if wait([outcome], timeout=seconds).not_done:
         raise _TimeIsUp
-    if "raised" in outcome:
-        raise outcome["raised"]
-    return outcome["returned"]
+    return outcome.result()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lightning_sft.checks import check_callable, check_integer, check_number, check_type
 from lightning_sft.data.microbatch import Microbatch
 from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.prompts import Prompt
 from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.attention import enable_packing, packed_inputs
 from lightning_sft.model.head import ResponseScores
@@ -79,6 +80,7 @@ class SFTModule(L.LightningModule):
 
     model: PreTrainedModel
     why_not_packed: str | None = "its model is not loaded yet"
+    generator: Callable[[Sequence[Prompt]], Sequence[object]] | None = None  # makes the predictions of a run
 
     def __init__(
         self,
@@ -143,7 +145,8 @@ class SFTModule(L.LightningModule):
             self.model = model
 
     def setup(self, stage: str) -> None:
-        """A new run counts its optimizer steps from 0."""
+        """A new run counts its optimizer steps from 0, and its callbacks say anew how predictions are made."""
+        self.generator = None
         if stage == "fit":
             self.guard.start_run()
 
@@ -381,16 +384,17 @@ class SFTModule(L.LightningModule):
 
     # -- prediction ----------------------------------------------------------------------------------------------
 
-    def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[Any]:
-        """Generate responses for the batch's prompts, as the run's `GenerationMonitor` is set up to.
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> Sequence[object]:
+        """Generate responses to prompts by `generator`, which the run's `GenerationMonitor` has set.
 
         Raises:
             ValueError: If there is none.
         """
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "predict"):
-                return callback.predict(self.trainer, self, batch)
-        raise SettingsError("`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none.")
+        if self.generator is None:
+            raise SettingsError(
+                "`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none."
+            )
+        return self.generator(batch)
 
     # -- optimizers and checkpoints ------------------------------------------------------------------------------
 

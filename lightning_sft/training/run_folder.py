@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""Where a run keeps its files, and who writes them."""
 
 from pathlib import Path
 
@@ -14,3 +14,8 @@ def run_folder(trainer: L.Trainer) -> Path:
         trainer: The run's trainer.
     """
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def writes_files(trainer: L.Trainer) -> bool:
+    """Whether this process writes a run's files: the first one does, and none in a `fast_dev_run`."""
+    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from lightning_sft.data.chat_template import ChatTemplate, with_chat_template
 from lightning_sft.data.conversation import read_conversation
 from lightning_sft.data.encoded_rows import content_hash, encode_rows
 from lightning_sft.data.encoding import Encoding
+from lightning_sft.data.prompts import Prompt
 from lightning_sft.data.row_format import RowFormat
 from lightning_sft.data.sources import open_sources, own_keys
 from lightning_sft.data.step_loader import StepDataset
@@ -500,13 +501,13 @@ def test_the_prompt_to_generate_from_is_the_conversation_up_to_the_last_turn():
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     first = "<bos>" + header.format("user") + "2+2?<|eot_id|>" + header.format("assistant")
     whole = first + "4.<|eot_id|>" + header.format("user") + "3+3?<|eot_id|>" + header.format("assistant")
-    assert [(row["prompt"], row["ground_truth"]) for row in data.prompts("fit")] == [(whole, "6!"), (whole, "six")]
+    assert [(prompt.text, prompt.ground_truth) for prompt in data.prompts("fit")] == [(whole, "6!"), (whole, "six")]
     assert data._rows["train"]["output"] == ["6!", "6!"]
-    assert [(row["prompt"], row["ground_truth"], row["is_chat"]) for row in data.prompts("predict")] == [
-        (whole, None, True),
-        (whole, "6!", True),
-        (first, None, True),
-        ("plain", None, False),
+    assert data.prompts("predict") == [
+        Prompt(0, whole, None, is_chat=True),
+        Prompt(1, whole, "6!", is_chat=True),
+        Prompt(2, first, None, is_chat=True),
+        Prompt(3, "plain", None, is_chat=False),
     ]
     assert tokenizer.chat_template is None  # the given one is left alone
 
@@ -583,7 +584,7 @@ def test_the_token_that_ends_a_turn_is_known_for_generation(template):
 def test_a_model_learns_two_conversations_and_stops_where_the_turn_ends(tmp_path, monkeypatch):
     prompted = []
     monkeypatch.setattr(
-        "lightning_sft.generation.generate.encode_prompts",
+        "lightning_sft.generation.batches.encode_prompts",
         lambda *args, **options: prompted.extend(ids := encode_prompts(*args, **options)) or ids,
     )
     torch.manual_seed(0)

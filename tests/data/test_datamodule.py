@@ -7,6 +7,7 @@ import torch
 from support.models import character_tokenizer
 
 from lightning_sft import SFTDataModule
+from lightning_sft.data.prompts import Prompt
 
 ROWS = [{"prompt": f"{i:02d}", "output": "x" * (1 + i % 5), "ground_truth": str(i)} for i in range(20)]
 EOS = 128
@@ -122,12 +123,12 @@ def test_prompts_to_predict_need_no_output_and_default_to_the_validation_rows(tm
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n{"question": "b", "ground_truth": "2"}\n')
     named = prepared("predict", predict_data=str(tmp_path / "prompts.jsonl"), prompt_template="Q: {question}")
     expected = [
-        {"index": 0, "prompt": "Q: a", "ground_truth": None, "is_chat": False},
-        {"index": 1, "prompt": "Q: b", "ground_truth": "2", "is_chat": False},
+        Prompt(0, "Q: a", None, is_chat=False),
+        Prompt(1, "Q: b", "2", is_chat=False),
     ]
     assert list(named.predict_dataloader()) == [expected]
-    (rows,) = prepared("predict", val_data=ROWS[:2]).predict_dataloader()
-    assert [(row["index"], row["prompt"], row["ground_truth"]) for row in rows] == [(0, "00", "0"), (1, "01", "1")]
+    (prompts,) = prepared("predict", val_data=ROWS[:2]).predict_dataloader()
+    assert prompts == [Prompt(0, "00", "0"), Prompt(1, "01", "1")]
 
 
 def test_predicting_without_any_prompts_names_the_argument_that_is_missing():
@@ -191,8 +192,7 @@ def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
     path.write_text(json.dumps(row))
     data = prepared(train_data=str(path), row_transform=r1_zero_row, prompt_template="User: {question}\nA: <think>")
     (prompt,) = data.prompts("fit")
-    expected = {"index": 0, "prompt": "User: How many?\nA: <think>", "ground_truth": "1006", "is_chat": False}
-    assert prompt == expected
+    assert prompt == Prompt(0, "User: How many?\nA: <think>", "1006")
     (batch,) = data.train_dataloader()
     (microbatch,) = batch.microbatches
     response = microbatch.labels[microbatch.response_mask].tolist()

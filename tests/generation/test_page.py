@@ -11,7 +11,7 @@ import pytest
 import support.browser as browser_module
 from support.browser import Browser
 
-from lightning_sft.generation.report.page import records_table, update_index, write_page
+from lightning_sft.generation.report.page import update_index, write_page
 
 NOTHING = "\N{EN DASH}"
 PREAMBLE = "A conversation. " * 10 + "\n"
@@ -452,39 +452,3 @@ def test_a_damaged_index_loses_only_what_cannot_be_read_and_is_kept_aside(tmp_pa
     assert [entry["step"] for entry in data_of(index)] == [*kept, 300]
     if damaged:
         assert (tmp_path / "index.html.bak").read_bytes() == damaged
-
-
-def test_the_table_needs_no_script_and_escapes_everything():
-    hostile = "<script>x</script> & \ud800"
-    table = records_table(
-        [
-            record(0, "ab", tokens=["a", hostile, "c"], token_entropies=[0.01, 1.5, None], prompt=hostile * 40),
-            record(
-                1, hostile, ground_truth=hostile, reward_error=hostile, reward=None, tokens=[], token_entropy=math.nan
-            ),
-            record(2, "left out"),
-            {},
-        ],
-        limit=2,
-    )
-    table.encode()
-    assert "<script" not in table
-    assert "… and 2 more" in table
-    assert 'title="1.50 nats">&lt;script&gt;x&lt;/script&gt; &amp; ?</span>c' in table
-    assert table.count("<details>") == 1
-    assert "expected &lt;script&gt;" in table
-    assert "reward failed: &lt;script&gt;" in table
-    assert "left out" not in table
-    assert NOTHING in records_table([{}])
-
-
-def test_a_long_table_is_cut_and_still_shows_how_responses_end():
-    tokens = [f" {number}" for number in range(4_000)]
-    rows = [
-        record(i, "".join(tokens), tokens=tokens, token_entropies=[2.0] * 4_000, prompt="p " * 9_000) for i in range(20)
-    ]
-    assert len(records_table(rows)) < 200_000
-    table = records_table(rows[:1])
-    assert "> 0<" in table
-    assert "> 3999<" in table
-    assert "> 2500<" not in table

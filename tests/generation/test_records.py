@@ -9,7 +9,6 @@ import pytest
 
 from lightning_sft.generation.records import (
     GenerationRecord,
-    GenerationRecords,
     bootstrap_interval,
     summarize,
     write_records,
@@ -78,15 +77,3 @@ def test_records_are_written_one_json_object_a_line(tmp_path):
     rounded = {"token_log_probs": [-0.1235, None], "token_entropies": [0.1, 2.0]}
     assert lines[0] == {"step": 3} | vars(first) | rounded
     assert lines[1] == {"step": 3} | vars(second) | {"token_entropy": None}
-
-
-def test_notebooks_show_records_as_a_table_without_running_what_is_in_them():
-    first = record(1.0)
-    first.tokens, first.token_ids = ["<script>", "alert(1)"], [7, 1]
-    first.token_log_probs, first.token_entropies = [-0.1, -2.0], [0.25, 2.0]
-    html = GenerationRecords([first])._repr_html_()
-    assert "<table" in html
-    assert "&lt;script&gt;" in html
-    assert "<script" not in html
-    assert "0.25" in html
-    assert first._repr_html_() == html

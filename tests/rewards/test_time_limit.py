@@ -73,25 +73,17 @@ def test_whatever_a_function_hangs_in_it_is_stopped(hangs):
     assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("hangs", [sleeps, counts])
+def counts_for_a_while():  # nothing can end it, and it would take its time from later tests
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        pass
+
+
+@pytest.mark.parametrize("hangs", [sleeps, counts_for_a_while])
 def test_outside_the_main_thread_a_hanging_function_is_left_behind(hangs):
     start = time.monotonic()
     assert isinstance(in_a_thread(call_within, SECONDS, hangs), TimeLimitError)
-    assert time.monotonic() - start < 10
-
-
-def test_outside_the_main_thread_a_busy_function_is_told_to_stop():
-    beats = []
-
-    def beat():
-        while True:
-            beats.append(time.sleep(0.01))
-
-    assert isinstance(in_a_thread(call_within, SECONDS, beat), TimeLimitError)
-    time.sleep(0.2)
-    num_beats = len(beats)
-    time.sleep(0.1)
-    assert len(beats) == num_beats > 0
+    assert time.monotonic() - start < 2.5
 
 
 @pytest.mark.parametrize("seconds", [None, 5])

@@ -1,16 +1,13 @@
-"""Where generation records are shown: terminal, TensorBoard, and whatever table a logger has."""
+"""Generation records in loggers: tables, and histograms where there are such things."""
 
 import math
 from collections.abc import Sequence
 
-import rich
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from rich.box import HORIZONTALS
-from rich.table import Table
-from rich.text import Text
 
 from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.generation.report.terminal import beginning, end
 
 _COLUMNS = ("prompt", "response", "ground_truth", "reward", "format_reward", "answer_reward", "response_length")
 
@@ -45,37 +42,6 @@ def _distributions(records: Sequence[GenerationRecord]) -> dict[str, list[float]
     }
 
 
-def print_records(records: Sequence[GenerationRecord]) -> None:
-    """A few records as a small table in the terminal; nothing where standard output is something else.
-
-    Of a long prompt it has the end, of a long response the beginning.
-    """
-    console = rich.get_console()  # the progress bar's, which stays below
-    if not console.is_terminal:
-        return
-    table = Table(box=HORIZONTALS, expand=True)
-    for name, ratio in {"prompt": 2, "response": 3, "expected": None, "reward": None, "tokens": None}.items():
-        table.add_column(name, ratio=ratio, no_wrap=ratio is None, overflow="fold")
-    for record in records:
-        colour = "" if record.answer_reward is None else "green" if record.is_correct else "red"
-        table.add_row(
-            Text(_end(" ".join(record.prompt.split()), 80), style="dim"),
-            Text(_beginning(" ".join(record.response.split()), 160)),
-            Text(_beginning(record.ground_truth or "", 12)),
-            Text("" if record.reward is None else f"{record.reward:g}", style=colour),
-            Text(str(record.response_length)),
-        )
-    console.print(table)
-
-
-def _end(text: str, limit: int) -> str:
-    return text if len(text) <= limit else "… " + text[-limit:]
-
-
-def _beginning(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[:limit] + " …"
-
-
 def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str:
     """Records as a table for TensorBoard's text tab: texts escaped, long prompts cut in front, responses at the end.
 
@@ -91,7 +57,7 @@ def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str
         if record.reward is not None:
             shares = f"format {record.format_reward:g}, answer {record.answer_reward:g}"
             parts = [f"reward {record.reward:g} ({shares})", f"expected {record.ground_truth}", *parts]
-        texts = (_end(record.prompt, limit), _beginning(record.response, limit), "; ".join(parts))
+        texts = (end(record.prompt, limit), beginning(record.response, limit), "; ".join(parts))
         lines.append("| " + " | ".join(_cell(text) for text in texts) + " |")
     return "\n" + "\n".join(lines)
 

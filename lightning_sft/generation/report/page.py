@@ -1,4 +1,4 @@
-"""Records as pages to read: each step's responses, an index that walks through the steps, a table for notebooks.
+"""Records as pages to read: each step's responses, and an index that walks through the steps.
 
 A page is one file that loads nothing from elsewhere. What a model wrote stands in it as JSON alone and is shown as
 text; the page's policy allows the one script that comes with it, so markup in a response is never more than text.
@@ -6,19 +6,14 @@ text; the page's policy allows the one script that comes with it, so markup in a
 
 import base64
 import hashlib
-import html
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _INDEX = "index.html"
-_TABLE_CHARACTERS = 180_000  # of a notebook's table: a notebook keeps every table it has ever shown
-_NOTHING = "\N{EN DASH}"
-_CELL = "text-align:left;vertical-align:top;padding:.5em .8em;border-top:1px solid rgba(128,128,128,.35)"
-_TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;text-align:left"
 
 
 def write_page(
@@ -66,32 +61,6 @@ def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float
         index.with_name(f"{_INDEX}.bak").write_bytes(before)
     steps[step] = {"step": step, "page": page, "summary": summary}
     _write(index, _filled("page_index", "[\n" + ",\n".join(_json(steps[step]) for step in sorted(steps)) + "\n]"))
-
-
-def records_table(records: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
-    """A table for notebooks, as HTML without script or style sheet; tokens are coloured by their entropy.
-
-    Args:
-        records: As for `write_page`.
-        limit: Most rows. Texts are cut so that 60 rows stay below some 200 KB.
-    """
-    shown = records[:limit]
-    room = max(_TABLE_CHARACTERS // max(len(shown), 1), 3_000)
-    head = "".join(f'<th style="{_CELL}">{name}</th>' for name in ("", "prompt", "response", "result"))
-    rows = "".join(
-        f'<tr style="background:transparent">{"".join(f"<td style={_CELL!r}>{cell}</td>" for cell in cells)}</tr>'
-        for cells in (_cells(record, room) for record in shown)
-    )
-    rest = f"<p>… and {len(records) - len(shown):,} more</p>" if len(records) > len(shown) else ""
-    # The classes keep notebooks from taking what stands between two dollar signs for a formula.
-    table = (
-        '<div class="tex2jax_ignore mathjax_ignore" style="overflow-x:auto">'
-        f'<table style="width:100%"><tr>{head}</tr>{rows}</table>{rest}</div>'
-    )
-    return table.encode("utf-8", "replace").decode()  # half a surrogate pair could not be saved in a notebook
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
 
 
 def _filled(template: str, data: str) -> str:
@@ -149,66 +118,3 @@ def _steps_of(text: str) -> tuple[dict[int, dict[str, Any]], bool]:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             complete = False
     return steps, complete
-
-
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
-def _cells(record: Mapping[str, Any], room: int) -> tuple[str, str, str, str]:
-    prompt = _cut([html.escape(char) for char in record.get("prompt") or ""], room // 4, head=0.0)
-    if len(prompt) > 400:
-        end = html.escape(record["prompt"][-160:].partition(" ")[2] or record["prompt"][-80:])
-        prompt = f"<details><summary>… {end}</summary><div style='{_TEXT}'>{prompt}</div></details>"
-    texts = record.get("tokens") or [*(record.get("response") or "")]
-    entropies = record.get("token_entropies") or []
-    entropies = entropies if len(entropies) == len(texts) else [None] * len(texts)
-    tokens = [_coloured(html.escape(text), entropy) for text, entropy in zip(texts, entropies, strict=True)]
-    result = [
-        f"<b>reward {_number(record.get('reward'))}</b>",
-        f"format {_number(record.get('format_reward'))}, answer {_number(record.get('answer_reward'))}",
-        f"expected {_short(record.get('ground_truth'))}",
-        f"{_number(record.get('response_length'))} tokens, {_number(record.get('token_entropy'))} nats",
-        f"ended by {_short(record.get('stop_reason'))}",
-    ]
-    if record.get("reward_error") is not None:
-        result.append(f"reward failed: {_short(record['reward_error'])}")
-    return (
-        _short(record.get("index")),
-        f"<div style='{_TEXT};min-width:12em'>{prompt}</div>",
-        f"<div style='{_TEXT};min-width:16em'>{_cut(tokens, room - len(prompt) - 1_000, head=0.7)}</div>",
-        f"<div style='text-align:left;min-width:11em'>{'<br>'.join(result)}</div>",
-    )
-
-
-def _coloured(text: str, entropy: float | None) -> str:
-    if entropy is None or not entropy >= 0.05 or not text:
-        return text
-    strength = 0.6 * min(entropy / 3, 1) ** 0.7
-    return f'<span style="background:#f57d1e{round(255 * strength):02x}" title="{entropy:.2f} nats">{text}</span>'
-
-
-def _cut(pieces: Iterable[str], room: int, head: float) -> str:
-    """Joined, but where they take more than `room`: a share `head` of it from their start, the rest from their end."""
-    pieces = list(pieces)
-    if sum(map(len, pieces)) <= room:
-        return "".join(pieces)
-
-    def fitting(pieces: Iterable[str], room: float) -> list[str]:
-        taken: list[str] = []
-        for piece in pieces:
-            room -= len(piece)
-            if room < 0:
-                break
-            taken.append(piece)
-        return taken
-
-    start, end = fitting(pieces, room * head), fitting(reversed(pieces), room * (1 - head))
-    return "".join(start) + " … " + "".join(reversed(end))
-
-
-def _number(value: float | None) -> str:
-    return _NOTHING if value is None or not math.isfinite(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
-
-
-def _short(value: object) -> str:
-    return _NOTHING if value is None else html.escape(str(value)[:200])

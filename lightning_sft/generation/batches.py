@@ -1,0 +1,73 @@
+"""Which responses are generated together."""
+
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.tokenization import encode_prompts
+from lightning_sft.generation.responses import ResponseRequest
+from lightning_sft.generation.sampling import Sampling
+
+
+def make_requests(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[ResponseRequest]:
+    """A request for each sample of each prompt.
+
+    Args:
+        model: It says how many positions there are.
+        tokenizer: Its tokenizer.
+        prompts: What is to be continued.
+        sampling: How many samples are wanted, and how long they may be.
+
+    Raises:
+        TypeError: If a prompt is no string.
+        ValueError: If a prompt is not text: a lone surrogate cannot be encoded.
+    """
+    texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
+    return [
+        ResponseRequest(prompt, sample, ids, _max_new_tokens(model, len(ids), sampling.max_new_tokens))
+        for prompt, ids in zip(prompts, encode_prompts(texts, tokenizer, as_written=as_written), strict=True)
+        for sample in range(sampling.num_samples)
+    ]
+
+
+def _max_new_tokens(model: PreTrainedModel, num_prompt_tokens: int, wanted: int) -> int:
+    """Tokens that a response may have: fewer than wanted where the model runs out of positions.
+
+    Room for more than 32 is then rounded down to a multiple of 32, so that prompts can still share a batch.
+    """
+    if not num_prompt_tokens:  # nothing to continue
+        return 0
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or num_prompt_tokens + wanted <= positions:
+        return wanted
+    room = max(positions - num_prompt_tokens, 0)
+    return room if room < 32 else room // 32 * 32
+
+
+def make_batches(
+    requests: Sequence[ResponseRequest], max_tokens: int, world_size: int
+) -> Iterator[list[ResponseRequest]]:
+    """Batches over all devices, for each to take every `world_size`-th request of.
+
+    Requests of a batch have the same `max_new_tokens`, so that no response is cut short by its neighbours, and prompts
+    of similar length. One without room for a response is in no batch.
+
+    Args:
+        requests: In any order.
+        max_tokens: The most tokens of a batch on one device: its rows times the longest prompt and response.
+        world_size: Number of devices.
+    """
+    batch: list[ResponseRequest] = []
+    for request in sorted(requests, key=lambda request: (request.max_new_tokens, len(request.prompt_ids))):
+        num_rows = len(batch) // world_size + 1
+        full = num_rows * (len(request.prompt_ids) + request.max_new_tokens) > max_tokens
+        if batch and (full or request.max_new_tokens != batch[0].max_new_tokens):
+            yield batch
+            batch = []
+        if request.max_new_tokens:
+            batch.append(request)
+    if batch:
+        yield batch

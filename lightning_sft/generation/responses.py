@@ -1,0 +1,120 @@
+"""From the token ids of prompts to the token ids of responses, and why each ended.
+
+`generate_responses` is all that an inference engine would have to replace: texts, log-probabilities, entropies and
+rewards are found elsewhere, from the token ids that it returns.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_sft.data.chat_encoding import end_of_turn_id
+from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.tokenization import pad_token_id
+from lightning_sft.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class ResponseRequest:
+    """One response that is wanted.
+
+    Attributes:
+        prompt: What is to be continued.
+        sample: Number of the response among those to the same prompt, from 0.
+        prompt_ids: The prompt's token ids.
+        max_new_tokens: The most tokens that the response may have, EOS included. 0: there is no room for any.
+    """
+
+    prompt: Prompt
+    sample: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model has generated.
+
+    Attributes:
+        token_ids: Token ids, ending in EOS where the model stopped by itself.
+        stop_reason: `eos`, `stop` (a stop string) or `length`.
+    """
+
+    token_ids: list[int]
+    stop_reason: str = "length"
+
+
+def generate_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[ResponseRequest],
+    sampling: Sampling,
+) -> list[Response]:
+    """Generate a batch of responses with the model itself.
+
+    Args:
+        model: In eval mode. If it is sharded, all processes call this.
+        tokenizer: Its tokenizer.
+        requests: At least one; all with the same `max_new_tokens`, above 0.
+        sampling: How responses are drawn.
+
+    Returns:
+        One response for each request.
+    """
+    prompts, pad_id = [request.prompt_ids for request in requests], pad_token_id(tokenizer)
+    width, eos_ids = max(len(prompt) for prompt in prompts), _eos_ids(model, tokenizer)
+    input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    processors = sampling.processors([(request.prompt.index, request.sample) for request in requests], width)
+    config = cast(Any, GenerationConfig)(
+        max_new_tokens=requests[0].max_new_tokens,
+        do_sample=False,  # what is drawn is the only token that the processors leave
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        num_beams=1,
+        repetition_penalty=1.0,  # the model's own recommendation would otherwise apply
+        stop_strings=sampling.stop_strings,
+    )
+    stopping = {"tokenizer": tokenizer} if sampling.stop_strings else {}
+    with torch.compiler.set_stance("force_eager"):  # a model compiled for training would compile anew for every cache
+        output = cast(Any, model).generate(
+            input_ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            **stopping,
+        )
+    return [_until_its_end(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a response ends with: EOS of the model or the tokenizer, or the end of a turn in the chat template."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    return sorted({token_id for token_id in ids if token_id is not None})
+
+
+def _until_its_end(
+    ids: list[int], eos_ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]
+) -> Response:
+    """The response without the padding after its end. Whether it has ended is read off its own tokens."""
+    reason = "length"
+    for position, token_id in enumerate(ids):
+        if token_id in eos_ids:
+            ids, reason = ids[: position + 1], "eos"
+            break
+    if stop_strings:
+
+        def stopped(length: int) -> bool:
+            text = tokenizer.decode(ids[:length], skip_special_tokens=False)
+            return any(stop in text for stop in stop_strings)
+
+        length = bisect_left(range(len(ids) + 1), True, key=stopped)
+        if length <= len(ids):
+            ids, reason = ids[:length], "stop"
+    return Response(ids, reason)

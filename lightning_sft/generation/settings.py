@@ -1,0 +1,44 @@
+"""How generations are made."""
+
+import math
+from dataclasses import dataclass, field
+
+from lightning_sft.checks import check_callable, check_integer, check_number, check_type
+from lightning_sft.generation.sampling import Sampling
+from lightning_sft.rewards.functions import RewardFunction, r1_zero_reward
+
+REWARD_SECONDS = 30.0
+MAX_TOKENS_PER_BATCH = 32_768
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How responses are drawn, how many at a time, and how they are scored.
+
+    Args:
+        reward_fn: Called with response and ground truth; returns `format_reward`, `answer_reward` and `reward`.
+        sampling: How responses are drawn.
+        max_tokens_per_batch: The most tokens of a batch, those that may be generated included, on each device.
+        reward_seconds: The most that the reward function may take for one response. None: no limit.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If a number is too small.
+    """
+
+    reward_fn: RewardFunction = r1_zero_reward
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH
+    reward_seconds: float | None = REWARD_SECONDS
+
+    def __post_init__(self) -> None:
+        check_callable("reward_fn", self.reward_fn, "a function of response and ground truth")
+        check_type("sampling", self.sampling, Sampling, "a `Sampling`")
+        check_integer("max_tokens_per_batch", self.max_tokens_per_batch, at_least=1)
+        check_number(
+            "reward_seconds",
+            self.reward_seconds,
+            "a positive number, or none",
+            lambda seconds: 0 < seconds < math.inf,
+            optional=True,
+        )
