@@ -22,6 +22,10 @@ class MissingFileError(SettingsError, FileNotFoundError):
     """A file that the user has named is not there."""
 
 
+class MissingPackageError(SettingsError, ImportError):
+    """A setting needs a package that is not installed; the message says how to install it."""
+
+
 def shorten(value: object, limit: int = 40) -> str:
     """A value as a message can show it."""
     text = repr(value)

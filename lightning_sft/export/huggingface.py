@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_sft.errors import SettingsError
 from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
-from lightning_sft.model.lora import adapter_weights, changes_base, has_lora, lora_settings, plain_weights, save_adapter
+from lightning_sft.model.adapter_weights import adapter_weights, plain_weights, save_adapter
+from lightning_sft.model.lora import changes_base, has_lora, lora_settings
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.training.checkpoint_files import take_place
 from lightning_sft.training.run_facts import RunFacts

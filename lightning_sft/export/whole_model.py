@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from lightning_sft.model.lora import add_lora, has_lora, is_quantized, lora_settings
+from lightning_sft.model.lora import add_lora, has_lora, lora_settings
+from lightning_sft.model.quantization import is_quantized
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:

@@ -28,9 +28,10 @@ from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.attention import enable_packing, packed_inputs
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
-from lightning_sft.model.lora import add_lora, check_settings, has_lora, is_quantized, lora_config
+from lightning_sft.model.lora import add_lora, check_settings, has_lora, lora_config
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model, enable_gradient_checkpointing
+from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded, shard
 from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.losses import LossNormalization, LossScale

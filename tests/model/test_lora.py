@@ -13,13 +13,15 @@ from support.runs import ROWS, Processes, StepLog, adamw, read_log, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from lightning_sft import HuggingFaceExport, LastCheckpoint, SFTDataModule, SFTModule
+from lightning_sft import HuggingFaceExport, LastCheckpoint, SettingsError, SFTDataModule, SFTModule
 from lightning_sft.cli.app import main
 from lightning_sft.export.checkpoint import load_checkpoint
 from lightning_sft.export.huggingface import export_model
+from lightning_sft.model.adapter_weights import plain_weights
 from lightning_sft.model.attention import enable_packing
-from lightning_sft.model.lora import add_lora, is_quantized, plain_weights
+from lightning_sft.model.lora import add_lora
 from lightning_sft.model.precision import Precision
+from lightning_sft.model.quantization import is_quantized
 from lightning_sft.planning.step_memory import module_step_memory
 
 MODELS = {
@@ -193,7 +195,7 @@ def test_an_adapter_alone_is_for_peft_and_gives_the_same_logits(tmp_path, monkey
             {"r": 4, "target_modules": ["o_proj"], "lora_bias": True},
             "lora_bias` is true, but `model.layers.0.self_attn.o",
         ),
-        ({"r": 0}, "`lora.r` is 0, expected a rank of at least 1"),
+        ({"r": 0}, "`lora.r` is 0, expected at least 1"),
         ({"r": 4, "target_modules": ["query"]}, "does not fit Qwen2ForCausalLM.*Its linear layers are down_proj"),
         ({"r": 4, "target_modules": ["lm_head"]}, "share their weights. Leave both out of `target_modules`"),
     ],
@@ -250,7 +252,7 @@ def test_adapters_that_are_there_already_are_not_taken_for_others():
 
 def test_adapters_without_peft_are_refused_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-sft\[lora\]'"):
+    with pytest.raises(SettingsError, match=r"pip install 'lightning-sft\[lora\]'"):
         SFTModule("anything", lora={"r": 4})
 
 
