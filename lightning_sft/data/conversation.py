@@ -105,10 +105,10 @@ def _read_message(turn: str, message: object) -> Message:
         raise SettingsError(f"{turn} has the role {shorten(role)}, expected one of {', '.join(_ROLES)}.")
     if isinstance(content, list):  # a template that expects text would write such a list out as Python does
         content = "".join(_part_text(turn, part) for part in content)
-    if calls := rest.get("tool_calls"):
-        calls = _from_json(f"{turn}, tool_calls", calls, list, "a list")
-        rest["tool_calls"] = [_read_call(turn, call) for call in calls or ()]
-        content = "" if content is None else content
+    if rest.get("tool_calls"):
+        calls = _from_json(f"{turn}, tool_calls", rest["tool_calls"], list, "a list") or []
+        rest["tool_calls"] = [_read_call(turn, call) for call in calls]
+        content = "" if content is None and calls else content
     if not isinstance(content, str):
         raise SettingsError(f"{turn} ({role}) has the content {shorten(content)}, expected a string.")
     if rest.get("weight", 1) not in (0, 1):
