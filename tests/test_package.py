@@ -98,8 +98,8 @@ def test_the_wheel_holds_code_types_pages_and_configs_and_the_sdist_builds_the_s
     configs = {f"lightning_sft/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
     assert {
         "lightning_sft/py.typed",
-        "lightning_sft/generation/report/page.html",
-        "lightning_sft/generation/report/page.css",
+        "lightning_sft/generation/report/pages/step.html",
+        "lightning_sft/generation/report/pages/step.js",
     } <= package
     assert {name for name in held if ".dist-info/" not in name} == package | configs
 

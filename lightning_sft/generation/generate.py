@@ -223,6 +223,6 @@ def _add_rewards(record: GenerationRecord, settings: GenerationSettings) -> None
         rewards = call_within(settings.reward_seconds, checked_reward, *arguments)
     except TimeLimitError as error:
         record.reward_error = f"{error}, which is `reward_seconds`"
-    except (Exception, SystemExit) as error:  # a user's function must not stop the training
+    except (Exception, SystemExit) as error:  # noqa: BLE001, a user's function must not stop the training
         record.reward_error = f"{type(error).__name__}: {error}"
     record.format_reward, record.answer_reward, record.reward = (rewards[key] for key in REWARD_KEYS)

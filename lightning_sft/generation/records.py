@@ -130,8 +130,9 @@ def _by_prompt(records: Sequence[GenerationRecord]) -> dict[int, list[Generation
 def bootstrap_interval(
     records: Sequence[GenerationRecord], *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean `answer_reward`: prompts are drawn with replacement, each with all of
-    its responses.
+    """Percentile bootstrap interval of the mean `answer_reward`.
+
+    Prompts are drawn with replacement, each with all of its responses.
 
     Args:
         records: Those that are not scored are left out.

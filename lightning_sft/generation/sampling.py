@@ -3,15 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from lightning_sft.checks import check_integer, check_type
+from lightning_sft.checks import check_integer, check_number, check_type
 from lightning_sft.errors import SettingsError, shorten
 
 
@@ -42,12 +40,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("max_new_tokens", self.max_new_tokens, optional=True)
-        check_integer("top_k", self.top_k, optional=True)
-        check_integer("num_samples", self.num_samples, optional=True)
-        check_integer("seed", self.seed, optional=True)
-        for name in ("temperature", "top_p"):
-            check_type(name, getattr(self, name), Real, "a number")
+        check_integer("max_new_tokens", self.max_new_tokens, at_least=1)
+        check_number("temperature", self.temperature, "0 (greedy) or more", lambda value: 0 <= value < math.inf)
+        check_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
+        check_integer("top_k", self.top_k, at_least=0)
+        check_integer("num_samples", self.num_samples, at_least=1)
+        check_integer("seed", self.seed)
+        check_number("seed", self.seed, "at least 0 and below 2 to the power of 63", lambda value: 0 <= value < 2**63)
         if self.stop_strings is not None:
             check_type("stop_strings", self.stop_strings, list, "a list of texts")
             for text in self.stop_strings:
@@ -55,16 +54,6 @@ class Sampling:
                     raise SettingsError(
                         f"`stop_strings` has {shorten(text)}, expected texts of at least one character."
                     )
-        for name, fits, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**63, "at least 0 and below 2 to the power of 63"),
-        ):
-            if not fits:
-                raise SettingsError(f"`{name}` is {getattr(self, name)}, expected {expected}.")
         if self.num_samples > 1 and self.temperature == 0:
             raise SettingsError(
                 f"`num_samples` is {self.num_samples} and `temperature` is 0, which draws the same response each "
@@ -91,7 +80,7 @@ class SeededDraw(LogitsProcessor):
 
     def __init__(self, sampling: Sampling, rows: Sequence[tuple[int, int]], prompt_width: int) -> None:
         self._temperature, self._prompt_width = sampling.temperature, prompt_width
-        self._narrow: list[Any] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        self._narrow: list[LogitsProcessor] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
         self._narrow += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         streams = [np.random.default_rng([sampling.seed, *row]) for row in rows]
         self._numbers = torch.from_numpy(np.stack([stream.random(sampling.max_new_tokens) for stream in streams]))

@@ -74,7 +74,7 @@ def _call_in_thread(seconds: float, function: Callable[..., T], *args: object) -
     def run() -> None:
         try:
             outcome.set_result(function(*args))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001, it is raised again below, where somebody listens
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="call_within").start()

@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_sft import GenerationMonitor, LastCheckpoint, Sampling, SFTDataModule, SFTModule
 from lightning_sft.callbacks import generation_monitor
-from lightning_sft.generation.report import report
 
 KEYS = {"step", "prompt", "response", "ground_truth", "format_reward", "answer_reward", "reward", "token_entropy"}
 
@@ -73,11 +72,14 @@ def test_each_generation_writes_its_lines_table_and_scalars(tmp_path):
 
 
 def test_a_step_that_is_also_validated_is_generated_for_once(tmp_path):
-    monitor, calls = make_monitor(every_n_steps=1), []
-    generate = monitor._generate
-    monitor._generate = lambda *args: calls.append(1) or generate(*args)
-    fit(tmp_path, [monitor])
-    assert len(calls) == 1 + 6
+    scored = []
+
+    def counting(response, ground_truth):
+        scored.append(ground_truth)
+        return by_length(response, ground_truth)
+
+    fit(tmp_path, [make_monitor(reward_fn=counting, every_n_steps=1)])
+    assert scored == ["g0", "g1", "g2"] * (1 + 6)
 
 
 def test_without_validation_rows_the_prompts_are_training_rows(tmp_path, capsys):
@@ -98,8 +100,7 @@ def test_a_failing_reward_is_shown_and_training_goes_on(tmp_path):
 
 
 def test_test_reports_loss_and_rewards_over_all_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generation_monitor, "_PROMPTS_AT_ONCE", 5)  # prompts
-    monkeypatch.setattr(report, "_RECORDS_WITH_TOKENS", 7)  # records
+    monkeypatch.setattr(generation_monitor, "_PROMPTS_AT_ONCE", 5)
 
     def every_third(response, ground_truth):
         return dict.fromkeys(("format_reward", "answer_reward", "reward"), float(int(ground_truth[1:]) % 3 == 0))
@@ -113,11 +114,7 @@ def test_test_reports_loss_and_rewards_over_all_rows(tmp_path, monkeypatch, caps
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
-    monitor, parts = trainer.callbacks[0], []
-    generate = monitor._generate
-    monitor._generate = lambda *args: parts.append(generate(*args)) or parts[-1]
     (metrics,) = trainer.test(module, data, verbose=False)
-    assert [bool(record.tokens) for part in parts for record in part] == [True] * 7 + [False] * 5  # in memory
     lines = [json.loads(line) for line in (tmp_path / "generations" / "test_step_0.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(12))
     assert (metrics["test/num_correct"], metrics["test/num_responses"]) == (4, 12)

@@ -217,7 +217,7 @@ def test_hostile_text_is_shown_and_never_run(page):
         "</script><script>window.__pwned = 1</script>",
         "<!-- <script> -->",
         "<img src=x onerror='window.__pwned = 1'>",
-        "&amp; &lt; DATA SCRIPT_HASH /* page.css */",
+        "&amp; &lt; {{ data }} {{ hash }} {{ script }}",
         "\u202eright to left\u200f \u2028 \u2029 \x00 \r\n",
         "half \ud83d pair",
         "'; \\\"`${window.__pwned = 1}`",

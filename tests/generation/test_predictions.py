@@ -10,6 +10,8 @@ from support.models import character_tokenizer, tiny_config
 from support.runs import SHARDED, Processes, longer_length
 
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
+from lightning_sft.callbacks import generation_monitor
+from lightning_sft.generation.generate import generate_records
 
 ROWS = [{"prompt": f"p{i}" + "q" * (i % 3), "ground_truth": f"g{i}"} for i in range(7)]
 
@@ -20,7 +22,7 @@ class Interrupted(L.Callback):
             raise RuntimeError("the node is gone")
 
 
-def predict(folder, strategy="auto", *, path=None, seed=0, rows=ROWS, callbacks=(), fast_dev_run=False):
+def predict(folder, strategy="auto", *, path=None, seed=0, rows=ROWS, callbacks=(), fast_dev_run=False, returned=True):
     torch.set_num_threads(1)
     monitor = GenerationMonitor(
         longer_length, sampling=Sampling(max_new_tokens=5, temperature=1.0, num_samples=2), predict_path=path
@@ -36,7 +38,7 @@ def predict(folder, strategy="auto", *, path=None, seed=0, rows=ROWS, callbacks=
         default_root_dir=folder,
     )
     data = SFTDataModule(character_tokenizer(), predict_data=rows, batch_size=2)
-    return trainer.predict(SFTModule(tiny_config(), seed=seed), data)
+    return trainer.predict(SFTModule(tiny_config(), seed=seed), data, return_predictions=returned)
 
 
 def read(path):
@@ -77,6 +79,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, straight, torn, c
     assert [record.index for batch in batches for record in batch] == [i for i in range(7) for _ in range(2)]
     assert "has 4 of 7 prompts; going on with the next" in capsys.readouterr().out
     predict(tmp_path, path=path)  # nothing is left to do
+    assert path.read_bytes() == straight.read_bytes()
+
+
+def test_records_that_are_not_returned_are_written_all_the_same_and_none_is_generated_twice(
+    tmp_path, straight, monkeypatch
+):
+    path, generated = tmp_path / "new.jsonl", []
+
+    def watched(model, tokenizer, prompts, *args, **kwargs):
+        generated.extend(prompt.index for prompt in prompts)
+        return generate_records(model, tokenizer, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(generation_monitor, "generate_records", watched)
+    with pytest.raises(RuntimeError, match="the node is gone"):
+        predict(tmp_path, path=path, callbacks=[Interrupted()], returned=False)
+    assert predict(tmp_path, path=path, returned=False) is None
+    assert generated == [0, 1, 2, 3, 4, 5, 6]
     assert path.read_bytes() == straight.read_bytes()
 
 

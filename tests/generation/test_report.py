@@ -1,11 +1,13 @@
 """Records in loggers and in the terminal."""
 
 import io
+import json
 
 import rich.console
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.generation.report import report
 from lightning_sft.generation.report.loggers import log_records, markdown_table
 from lightning_sft.generation.report.terminal import print_records
 
@@ -47,3 +49,17 @@ def test_the_terminal_shows_a_small_table_and_other_outputs_nothing(monkeypatch)
     assert shown[True].count("p") == 80 + 4  # and those of the header
     for text in ("[red]r [/red]", "0.25", "37"):
         assert text in shown[True]
+
+
+def test_only_the_first_records_keep_their_tokens_and_the_file_has_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_RECORDS_WITH_TOKENS", 3)
+    records = [
+        GenerationRecord("p", f"r{i}", "g", 1.0, 1.0, 1.0, 0.5, 1, "eos", index=i, tokens=[f"r{i}"]) for i in range(6)
+    ]
+    reported = report.GenerationReport("test", 7, tmp_path)
+    for part in (records[:2], records[2:4], records[4:]):
+        reported.add(part)
+    assert [record.tokens for record in records] == [["r0"], ["r1"], ["r2"], [], [], []]
+    lines = [json.loads(line) for line in (tmp_path / "test_step_7.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["tokens"]) for line in lines] == [(7, [f"r{i}"]) for i in range(6)]
+    assert reported.summary()["num_responses"] == 6

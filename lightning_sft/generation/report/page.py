@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def write_page(
         OSError: If the file cannot be written.
     """
     data = {"title": title, "summary": summary, "num_records": num_records or len(records), "records": records}
-    _write(path, _filled("page", _json(data)))
+    _write(path, _filled("step", _json(data)))
 
 
 def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float]) -> None:
@@ -60,18 +61,20 @@ def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float
     if before and not complete:
         index.with_name(f"{_INDEX}.bak").write_bytes(before)
     steps[step] = {"step": step, "page": page, "summary": summary}
-    _write(index, _filled("page_index", "[\n" + ",\n".join(_json(steps[step]) for step in sorted(steps)) + "\n]"))
+    _write(index, _filled("index", "[\n" + ",\n".join(_json(steps[step]) for step in sorted(steps)) + "\n]"))
 
 
-def _filled(template: str, data: str) -> str:
-    """A template with its style sheet, its data, and a policy that lets no other script run."""
-    here = Path(__file__)
-    text = here.with_name(f"{template}.html").read_text(encoding="utf-8")
-    text = text.replace("/* page.css */", here.with_name("page.css").read_text(encoding="utf-8"))
-    script = text.rpartition("<script>")[2].partition("</script>")[0]
+def _filled(page: str, data: str) -> str:
+    """A page of the folder `pages` with its style, its script, its data, and a policy that lets no other script run."""
+    folder = Path(__file__).with_name("pages")
+    template, shared, style, script = (
+        (folder / name).read_text(encoding="utf-8")
+        for name in (f"{page}.html", "shared.css", f"{page}.css", f"{page}.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    before, _, after = text.replace("SCRIPT_HASH", f"sha256-{digest}").partition("DATA")
-    return before + data + after
+    parts = {"hash": f"sha256-{digest}", "style": f"{shared}\n{style}", "script": script, "data": data}
+    # In one pass, so that nothing is replaced within the data.
+    return re.sub(r"\{\{ (\w+) \}\}", lambda place: parts[place[1]], template)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,64 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'SCRIPT_HASH';
-  style-src 'unsafe-inline'; frame-src 'self' file:; base-uri 'none'; form-action 'none'">
-<title>Generations over training</title>
-<style>
-/* page.css */
-:root { --one: #17783f; --two: #2557c7; --three: #c25a00; --wide: #b9c0ca; }
-@media (prefers-color-scheme: dark) { :root { --one: #5cc98a; --two: #86acff; --three: #f0a04b; --wide: #4b545f; } }
-body { display: flex; flex-direction: column; height: 100vh; height: 100dvh; }
-.top { width: 100%; max-width: 1240px; margin: 0 auto; padding: 12px 20px 0; }
-.title { display: flex; flex-wrap: wrap; gap: 0 14px; align-items: baseline; }
-.title .dim { font-size: 12px; overflow-wrap: anywhere; }
-#charts { display: grid; grid-template-columns: 8fr 9fr 5fr; gap: 10px; margin-top: 8px; }
-figure { display: flex; flex-direction: column; margin: 0; min-width: 0; padding: 6px 10px 4px; }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; font-size: 12px; color: var(--dim); }
-figcaption strong { color: var(--text); font-weight: 600; }
-figcaption i { display: inline-block; width: 12px; height: 3px; margin-right: 5px; vertical-align: 3px; }
-figcaption i { border-radius: 2px; background: var(--colour); }
-figcaption b { margin-left: 4px; font-weight: 600; color: var(--text); }
-svg { flex: 1 0 96px; width: 100%; cursor: pointer; touch-action: manipulation; }
-svg text { font: 10.5px var(--sans); fill: var(--dim); }
-svg .grid { stroke: var(--line); } svg .now { stroke: var(--accent); stroke-dasharray: 3 3; }
-svg polyline { fill: none; stroke: var(--colour); stroke-width: 1.75; stroke-linejoin: round; }
-svg circle { fill: var(--colour); }
-svg .wide polyline { stroke-width: 6; } svg .wide circle { r: 4.5px; }
-nav { display: flex; gap: 8px; align-items: center; padding: 8px 0; }
-nav input { flex: 1; min-width: 60px; accent-color: var(--accent); }
-nav output { min-width: 118px; font-weight: 600; }
-nav output small { font-size: 12px; font-weight: 400; color: var(--dim); }
-nav a { font-size: 13px; white-space: nowrap; }
-iframe { flex: 1 0 360px; width: 100%; border: 0; border-top: 1px solid var(--line); background: var(--back); }
-@media (max-width: 760px) {
-  .top { padding: 10px 12px 0; }
-  #charts { grid-template-columns: 1fr 1fr; gap: 6px; }
-  #charts figure:first-child { grid-column: 1 / -1; }
-  svg { flex-basis: 76px; }
-  nav { flex-wrap: wrap; } nav input { order: 1; flex-basis: 100%; } nav output { flex: 1; }
-  iframe { flex-basis: 75vh; }
-}
-</style>
-</head>
-<body>
-<header class="top">
-  <div class="title"><h1>Generations over training</h1><span id="folder" class="dim"></span></div>
-  <noscript><p>This page needs JavaScript to show its steps.</p></noscript>
-  <div id="charts"></div>
-  <nav aria-label="Steps">
-    <button id="previous" aria-label="Previous step" title="Previous step (←)">←</button>
-    <button id="next" aria-label="Next step" title="Next step (→)">→</button>
-    <output id="step"></output>
-    <input id="slider" type="range" min="0" aria-label="Step">
-    <a id="alone" target="_blank" rel="noopener">Open alone ↗</a>
-  </nav>
-</header>
-<iframe id="frame" title="What the model generated at this step"></iframe>
-<script type="application/json" id="data">DATA</script>
-<script>
 "use strict";
 const $ = id => document.getElementById(id);
 const steps = JSON.parse($("data").textContent);
@@ -200,6 +139,3 @@ addEventListener("resize", () => { for (const figure of $("charts").children) fi
 $("folder").textContent = decodeURIComponent(location.pathname).split("/").slice(-4, -1).join("/");
 readHash();
 show();
-</script>
-</body>
-</html>
