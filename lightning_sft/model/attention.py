@@ -5,7 +5,7 @@ Registered with `transformers` under the name in `VARLEN`. A batch is packed if 
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def varlen_attention(
         `(1, num_tokens, num_heads, head_size)`, and None for the attention weights.
 
     Raises:
-        ValueError: If the layer asks for something that packed attention does not have.
+        SettingsError: If the layer asks for something that packed attention does not have.
     """
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None:
@@ -68,14 +68,14 @@ def varlen_attention(
         longest = kwargs["max_length_q"]
         q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         sizes = (-1 if window is None else window - 1, 0)
-        attended = varlen_attn(
+        attended: Any = varlen_attn(
             q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sizes, enable_gqa=True
         )
-        return cast(Tensor, attended).unsqueeze(0), None
+        return attended.unsqueeze(0), None
     return _attend_each(query, key, value, bounds, scaling, dropout, window), None
 
 
-@torch.compiler.disable  # the number of documents is data
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of documents is data
 def _attend_each(
     query: Tensor,
     key: Tensor,
@@ -91,28 +91,39 @@ def _attend_each(
     documents = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = []
     for length, (q, k, v) in zip(lengths, documents, strict=True):
-        mask = None
-        by_products = half_on_cpu and length <= _LONGEST_BY_PRODUCTS
-        if by_products or (window is not None and length > window):
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-            mask = mask if window is None else mask.triu(1 - window)
-        if by_products:
-            attended.append(_attend_by_products(q, k, v, cast(Tensor, mask), dropout, scaling))
-        else:
-            attended.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
-                )
+        if half_on_cpu and length <= _LONGEST_BY_PRODUCTS:
+            mask = _causal_mask(length, window, query.device)
+            attended.append(_attend_by_products(q, k, v, mask, dropout, scaling))
+            continue
+        in_window = window is None or length <= window  # then causality is all there is to it, and no mask is built
+        attended.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                None if in_window else _causal_mask(length, window, query.device),
+                dropout,
+                is_causal=in_window,
+                scale=scaling,
+                enable_gqa=True,
             )
+        )
     return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """True where a token attends to another, `(length, length)`."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
 
 
 def _attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attention in plain matrix products, keeping the `length ** 2` probabilities of each head for backward.
+    """Attention by plain matrix products, which keep the `length ** 2` probabilities of each head for backward.
 
-    On CPU torch's kernel is no faster in half precision than in float32, its backward even slower; these products are.
+    On CPU torch's kernel is no faster in half precision than in float32, and its backward pass even slower. Matrix
+    products are faster in half precision.
     """
     (_, num_groups, length, size), group_size = key.shape, query.shape[1] // key.shape[1]
     scaled = query * (size**-0.5 if scaling is None else scaling)
@@ -153,44 +164,50 @@ def enable_packing(model: PreTrainedModel, dtype: torch.dtype | None = None) -> 
 
     Args:
         model: On the device that it is to be trained on.
-        dtype: That matrices are to be multiplied in. Kernels for half precision do not take every shape on every
-            device. Default: as the weights are.
+        dtype: Type in which matrices will be multiplied. It matters since kernels for half precision do not take every
+            shape on every device. Default: the type of the weights.
 
     Returns:
         None, or why the model cannot.
     """
-    attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
+    attention = model.config._attn_implementation
     why_not = why_never_packed(model)
     if why_not or attention != "sdpa":
         return why_not
     if next(model.parameters()).is_meta:
-        return f"{name} has no weights yet"
+        return f"{_name(model)} has no weights yet"
     model.set_attn_implementation(VARLEN)
     try:
-        mixed = _mixes_documents(model, dtype)
+        why_not = "lets packed documents see each other" if _mixes_documents(model, dtype) else None
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        model.set_attn_implementation(attention)
-        return f"{name} does not run on packed documents: {error}"
-    if mixed:
-        model.set_attn_implementation(attention)
-        return f"{name} lets packed documents see each other"
-    return None
+        why_not = f"does not run on packed documents: {error}"
+    if why_not is None:
+        return None
+    model.set_attn_implementation(attention)
+    return f"{_name(model)} {why_not}"
 
 
 def why_never_packed(model: PreTrainedModel) -> str | None:
-    """Why the model cannot take packed batches, as far as can be told without running it."""
-    attention, name = model.config._attn_implementation, type(model).__name__.removeprefix("FSDP")
-    if attention == VARLEN or (attention or "").startswith("flash_attention"):
+    """Why the model cannot take packed batches, as far as can be told without running it; None if it perhaps can."""
+    attention = model.config._attn_implementation or ""
+    if attention == VARLEN or attention.startswith("flash_attention"):
         return None
     if attention != "sdpa":
-        return f"{name} attends by `{attention}`"
+        return f"{_name(model)} attends by `{attention}`"
     if not model._supports_flash_attn or not model._can_set_attn_implementation():
-        return f"{name} does not attend by plain causal attention"
+        return f"{_name(model)} does not attend by plain causal attention"
     return None
 
 
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
-    """Whether a document's logits change with what stands before it in the row."""
+    """Whether the logits of a document change with what stands before it in the row.
+
+    Two documents in a row are compared with one alone: the second behind the first, and the second behind itself.
+    """
     device, length = model.device, 6
     first, second = torch.arange(2 * length, device=device).view(2, length) % model.config.get_text_config().vocab_size
     bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
@@ -204,8 +221,8 @@ def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
 
     def logits(*documents: Tensor) -> Tensor:
         input_ids = torch.cat(documents).unsqueeze(0)
-        inputs = packed_inputs(model, packing)
-        return model(input_ids=input_ids, use_cache=False, **inputs).logits[0].double()
+        output: Tensor = model(input_ids=input_ids, use_cache=False, **packed_inputs(model, packing)).logits
+        return output[0].double()
 
     dtypes = (dtype, *(weight.dtype for weight in model.parameters()))
     half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)

@@ -87,7 +87,7 @@ def score_labels(
         tiling=tiling or Tiling.for_device(device_type),
     )
     with torch.autocast(device_type, enabled=False):
-        loss, log_probs, entropy, is_top1 = _Scores.apply(
+        loss, log_probs, entropy, is_top1 = _Scores.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, labels, token_weights, settings
         )
     return ResponseScores(log_probs, entropy, is_top1, loss)

@@ -36,7 +36,8 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(_config(source), **options)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(source), **options)
+            return model
     except Exception as error:
         raise _cannot_be_built(source, error) from error
 
@@ -61,7 +62,8 @@ def build_empty_model(source: str | dict[str, Any], model_kwargs: dict[str, Any]
             name: options[name] for name in ("dtype", "trust_remote_code", "attn_implementation") if name in options
         }
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **known)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **known)
+            return model
     except Exception as error:
         raise _cannot_be_built(source, error) from error
 

@@ -1,17 +1,18 @@
-"""Models that no single device can hold: FSDP2 keeps a share of each weight on every device."""
+"""Models that are too large for one device: FSDP2 keeps a share of each weight on every device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError
 
@@ -62,53 +63,75 @@ def load_sharded(
     compute_dtype: torch.dtype | None = None,
     adapt: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> PreTrainedModel:
-    """Build a model on the first process alone and hand each of the others its share: no other holds a full copy.
+    """Build a model on the first process alone, and give every process its share of the weights.
 
     Args:
         build: Loads or initialises the model; called on the first process only, where it stays in main memory.
         device: Of this process.
         compute_dtype: As for `shard`.
-        adapt: What `build` does to the model's layers, called with a model without data.
+        adapt: Changes the layers of a model without data as `build` changes those of the model.
 
     Raises:
-        ValueError: On every process, if `build` raises it.
+        SettingsError: On every process, if `build` raises it.
     """
-    whole: PreTrainedModel | None = None
-    found: list[Any] = [None]
+    whole = _build_on_first_process(build)
+    with torch.device("meta"):
+        model = adapt(AutoModelForCausalLM.from_config(whole.config, dtype=whole.dtype))
+    model.generation_config = whole.generation_config
+    shard(model, device.type, compute_dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.weights, options=options)
+    for name, buffer in model.named_buffers():  # also those that no state dict holds, such as rotary frequencies
+        if name in whole.buffers:
+            buffer.copy_(whole.buffers[name])
+        dist.broadcast(buffer, src=0)
+    return model
+
+
+@dataclass
+class _WholeModel:
+    """What every process knows of the whole model; the first one alone has its weights and buffers."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    dtype: torch.dtype
+    weights: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _build_on_first_process(build: Callable[[], PreTrainedModel]) -> _WholeModel:
+    model: PreTrainedModel | None = None
+    found: list[_WholeModel | SettingsError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            whole = build()
-            found = [(whole.config, whole.generation_config, whole.dtype)]
+            model = build()
+            found = [_WholeModel(model.config, model.generation_config, model.dtype)]
         except SettingsError as error:
             found = [error]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], SettingsError):
         raise found[0]
-    config, generation_config, dtype = found[0]
-    with torch.device("meta"):
-        model = adapt(AutoModelForCausalLM.from_config(config, dtype=dtype))
-    model.generation_config = generation_config
-    shard(model, device.type, compute_dtype)
-    model.to_empty(device=device)
-    model.tie_weights()
-    weights = whole.state_dict() if whole is not None else {}
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    buffers = dict(whole.named_buffers()) if whole is not None else {}
-    for name, buffer in model.named_buffers():  # also those that no state dict holds, such as rotary frequencies
-        if name in buffers:
-            buffer.copy_(buffers[name])
-        dist.broadcast(buffer, src=0)
-    return model
+    whole = cast(_WholeModel, found[0])
+    if model is not None:
+        whole.weights, whole.buffers = model.state_dict(), dict(model.named_buffers())
+    return whole
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether processes have to run the module together."""
+    """Whether each process holds a share of the weights only, so that all have to run the module together."""
     return any(isinstance(each, FSDPModule) for each in module.modules())
 
 
 @contextmanager
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether backward passes exchange gradients between processes."""
+    """A context in which backward passes exchange gradients between processes, or do not.
+
+    Args:
+        module: What is trained, as the strategy has wrapped it.
+        enabled: Whether they do.
+    """
     if enabled:
         yield
     elif isinstance(module, DistributedDataParallel):
