@@ -1,4 +1,4 @@
-"""What a model holds from step to step: parameters, gradients and optimizer state."""
+"""Memory that is kept from one optimizer step to the next: parameters, gradients and the optimizer's state."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -23,18 +23,18 @@ def parameter_counts(parameters: Iterable[Tensor]) -> str:
     """How many there are, and how many of them are trained; of sharded ones, over all devices."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    share = "all of them trained" if trained == total else f"{trained:,} ({trained / total:.2%}) of them trained"
-    return f"{total:,} parameters, {share}"
+    of_these = "all of them trained" if trained == total else f"{trained:,} ({trained / total:.2%}) of them trained"
+    return f"{total:,} parameters, {of_these}"
 
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes that are held from step to step on one device.
+    """Bytes that one device keeps from one optimizer step to the next.
 
     Attributes:
-        weights: Frozen ones too.
-        gradients: Of what is trained.
-        optimizer: Its state; None if it cannot be found out without values.
+        weights: Of all parameters, also frozen ones.
+        gradients: Of the parameters that are trained.
+        optimizer: Of the optimizer's state; None if it cannot be found out without values.
     """
 
     weights: int
@@ -43,10 +43,11 @@ class StateMemory:
 
     @property
     def total(self) -> int:
+        """All of it, as far as it is known."""
         return self.weights + self.gradients + (self.optimizer or 0)
 
-    def share(self, num_shards: int) -> "StateMemory":
-        """What one of so many devices holds."""
+    def shard(self, num_shards: int) -> "StateMemory":
+        """What each of so many devices keeps, if the model is sharded over them."""
         optimizer = None if self.optimizer is None else -(-self.optimizer // num_shards)
         return StateMemory(-(-self.weights // num_shards), -(-self.gradients // num_shards), optimizer)
 
@@ -56,9 +57,13 @@ class StateMemory:
 
 
 def state_memory(parameters: Iterable[Tensor], optimizer: OptimizerFactory) -> StateMemory:
-    """What weights, gradients and optimizer state take; of sharded weights, this process's share.
+    """What weights, gradients and optimizer state take; of sharded weights, this process's shards.
 
-    The optimizer takes a step on one parameter of each shape, without values. `requires_grad` says what is trained.
+    The optimizer takes a step on one parameter of each shape, without values.
+
+    Args:
+        parameters: Of the model; `requires_grad` says what is trained.
+        optimizer: Makes the optimizer of the parameters.
     """
     weights, trained = 0, Counter[tuple[torch.Size, torch.dtype]]()
     for parameter in parameters:
@@ -80,8 +85,10 @@ def state_memory(parameters: Iterable[Tensor], optimizer: OptimizerFactory) -> S
 
 
 def storage_size(tensor: Tensor) -> int:
+    """Bytes of a tensor's values."""
     return tensor.numel() * tensor.element_size()
 
 
 def state_tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of what an optimizer remembers of a parameter."""
     return [value for value in state.values() if isinstance(value, Tensor)]

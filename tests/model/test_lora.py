@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_sft import HuggingFaceExport, LastCheckpoint, SettingsError, SFTDataModule, SFTModule
 from lightning_sft.cli.app import main
+from lightning_sft.data.plan import MicrobatchShape
 from lightning_sft.export.checkpoint import load_checkpoint
 from lightning_sft.export.huggingface import export_model
 from lightning_sft.model.adapter_weights import plain_weights
@@ -22,7 +23,7 @@ from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.quantization import is_quantized
-from lightning_sft.planning.step_memory import module_step_memory
+from lightning_sft.planning.step_memory import step_memory
 
 MODELS = {
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
@@ -374,7 +375,8 @@ def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_a
     model = module.empty_model(Precision.of("bf16-mixed"))
     assert model.dtype == torch.bfloat16
     adapters = sum(4 * weight.numel() for weight in model.parameters() if weight.requires_grad)
-    memory = module_step_memory(module, [20], [10], precision=Precision.of("bf16-mixed")).state
+    shape = MicrobatchShape([20], [10], 1)
+    memory = step_memory(model, adamw, shape, precision=Precision.of("bf16-mixed")).state
     assert memory.gradients == adapters
     assert memory.weights == adapters + sum(2 * weight.numel() for weight in build("tied").parameters())
 

@@ -19,7 +19,8 @@ from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import build_empty_model
 from lightning_sft.planning.estimate import estimate_run
-from lightning_sft.planning.step_memory import _LiveBytes, step_memory
+from lightning_sft.planning.live_bytes import LiveBytes
+from lightning_sft.planning.step_memory import Devices, step_memory
 from lightning_sft.training.state_memory import state_memory
 
 OPTIMIZERS = {
@@ -95,7 +96,9 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward_pass():
     model = tiny_model(hidden_size=64, intermediate_size=128).train()
     assert enable_packing(model) is None
     expected = kept_by_a_real_forward(model)
-    memory = step_memory(meta_model(hidden_size=64, intermediate_size=128), adamw, LENGTHS, RESPONSES)
+    memory = step_memory(
+        meta_model(hidden_size=64, intermediate_size=128), adamw, MicrobatchShape(LENGTHS, RESPONSES, 1)
+    )
     assert expected <= memory.activations < 1.1 * expected
 
 
@@ -103,14 +106,14 @@ def test_activations_are_what_autograd_keeps_of_a_real_forward_pass():
 def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
     """The same count, over real tensors in a real trainer."""
     rows = [{"prompt": "p" * (40 - 3 * i), "output": "o" * (9 + i)} for i in range(6)]
-    counted = _LiveBytes()
+    counted = LiveBytes()
 
     class Count(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 1:
                 states = pl_module.optimizers(use_pl_optimizer=False).state.values()
-                counted.hold(pl_module.model.parameters())
-                counted.hold(value for state in states for value in state.values())
+                counted.keep(pl_module.model.parameters())
+                counted.keep(value for state in states for value in state.values())
                 pl_module.zero_grad()
                 counted.__enter__()
 
@@ -133,32 +136,34 @@ def test_a_model_that_reads_values_is_refused_in_one_line():
     model = meta_model()
     model.model.norm.register_forward_hook(lambda module, inputs, output: output * output.sum().item())
     with pytest.raises(ValueError, match="memory of LlamaForCausalLM under 32-true cannot be found out without"):
-        step_memory(model, adamw, [5], [2])
+        step_memory(model, adamw, MicrobatchShape([5], [2], 1))
 
 
 def test_checkpointing_keeps_less_and_mixed_precision_adds_casts_of_the_weights():
     model = meta_model(hidden_size=64, intermediate_size=128, num_hidden_layers=5)
     plain, again = (
-        step_memory(model, adamw, [60] * 4, [20] * 4, gradient_checkpointing=checkpointing)
+        step_memory(model, adamw, MicrobatchShape([60] * 4, [20] * 4, 1), gradient_checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
     assert again.activations < plain.activations / 3
     assert again.peak < plain.peak
     assert again.state == plain.state
     body = sum(weight.numel() for name, weight in model.named_parameters() if "proj" in name)
+    two_tokens = MicrobatchShape([2], [1], 1)
     few = {
-        word: step_memory(model, adamw, [2], [1], precision=Precision.of(word)) for word in ("32-true", "bf16-mixed")
+        word: step_memory(model, adamw, two_tokens, precision=Precision.of(word)) for word in ("32-true", "bf16-mixed")
     }
     assert few["bf16-mixed"].state == few["32-true"].state
     assert few["bf16-mixed"].activations - few["32-true"].activations == pytest.approx(2 * body, rel=0.1)
-    half = step_memory(model, adamw, [2], [1], precision=Precision.of("bf16-true")).state
+    half = step_memory(model, adamw, two_tokens, precision=Precision.of("bf16-true")).state
     assert half.weights == few["32-true"].state.weights / 2
 
 
 def test_shards_divide_the_state_and_copies_add_buckets():
     model = meta_model()
     one, copied, shared = (
-        step_memory(model, adamw, [30], [10], **devices) for devices in ({}, {"num_copies": 4}, {"num_shards": 4})
+        step_memory(model, adamw, MicrobatchShape([30], [10], 1), devices=devices)
+        for devices in (Devices(), Devices(num_copies=4), Devices(num_shards=4))
     )
     assert copied.peak == one.peak + one.state.gradients
     assert shared.state.total == pytest.approx(one.state.total / 4, rel=0.01)
