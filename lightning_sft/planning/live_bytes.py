@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = self.transient = self.peak = self.transient_peak = 0
         self._sizes: dict[int, int] = {}
         self._kept: set[int] = set()
