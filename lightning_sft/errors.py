@@ -39,12 +39,12 @@ def one_line(error: object, limit: int = 400) -> str:
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
-    """Begin the message of a `SettingsError` with where it happened, such as a file's line."""
+def located(location: str) -> Iterator[None]:
+    """Begin the message of a `SettingsError` with its location in the data, such as a file's line."""
     try:
         yield
     except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from error.__cause__
+        raise SettingsError(f"{location}: {error}") from error.__cause__
 
 
 def and_more(items: Sequence[object]) -> str:

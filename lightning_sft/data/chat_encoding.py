@@ -112,11 +112,12 @@ class ChatEncoder:
     def encode(self, written: Sequence[WrittenConversation]) -> Iterator[Example]:
         """Token ids of each text, exactly those that `apply_chat_template` gives, with the turns as response.
 
-        A text is cut at the turns' bounds. Where its pieces have the same tokens as the whole, or else where the text
-        up to each bound has the tokens that the whole begins with, the bounds fall between two tokens.
+        Each turn must begin and end between two tokens. That is so if the text, cut there, has the same tokens piece by
+        piece. Some tokenizers put a mark before each piece; then the text up to each cut must have the tokens with
+        which the whole begins.
 
         Raises:
-            ValueError: If one does not; the message names the turn.
+            ValueError: If a turn begins or ends within a token; the message names the turn.
         """
         cuts = [[0, *chain(*((turn.start, turn.end) for turn in each.turns)), len(each.text)] for each in written]
         pieces = [each.text[start:end] for each, cut in zip(written, cuts, strict=True) for start, end in pairwise(cut)]

@@ -110,7 +110,10 @@ def read_numbers(dataset: Dataset, column: str) -> NDArray[Any]:
 
 
 def content_hash(dataset: Dataset) -> str:
-    """A hash of all token ids in order, and of where responses are: what a run's place in its data depends on."""
+    """A hash of all token ids in their order, and of which of them are learnt.
+
+    A run can continue at its position in the data only if this is still the same.
+    """
     columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "excluded_spans", "num_tokens"])
     return _hash(
         [

@@ -183,15 +183,20 @@ def _json_row(location: str, row: dict[str, Any]) -> dict[str, str]:
 
 
 def own_keys(row: Row, features: Features | None) -> Row:
-    """A row of Arrow data without the keys that only other rows have in what its chat template may write.
+    """A row of Arrow data without the keys that belong to other rows.
 
-    Arrow gives each object the keys of all others in its place, as None, which a template would write as arguments of
-    a tool call. In a column that `datasets` keeps as JSON, None is the row's own word.
+    In Arrow the objects of a column have the keys of all rows, with None where a row has no such key itself. A chat
+    template would write these, for example as arguments of a tool call. So they are removed from what a template
+    writes as whole objects. A column that `datasets` keeps as JSON stays as it is: there, None is the row's own value.
+
+    Args:
+        row: Values by column.
+        features: The types of the columns, if they are known.
     """
     return {column: _own_keys(value, (features or {}).get(column), column in _WRITTEN) for column, value in row.items()}
 
 
-_WRITTEN = ("tools", "tool_calls", "chat_template_kwargs")  # by the chat template, whatever keys they have
+_WRITTEN = ("tools", "tool_calls", "chat_template_kwargs")  # as whole objects, whatever keys they have
 _JSON_FEATURE: Any = getattr(datasets, "Json", ())  # which older versions do not have
 
 

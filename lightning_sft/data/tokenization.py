@@ -39,8 +39,8 @@ def encode_prompts(
     Args:
         prompt_strs: The texts.
         tokenizer: Any Hugging Face tokenizer.
-        as_written: For each prompt, whether it is whole, such as one that a chat template wrote, and gets no prefix
-            even where it has none. None: no prompt is.
+        as_written: For each prompt, whether it is tokenised as it stands, without the prefix, since a chat template
+            wrote it. By default no prompt is.
 
     Raises:
         TypeError: If `prompt_strs` is one string, or holds anything else than strings.

@@ -150,7 +150,7 @@ def test_without_eos_there_is_one_token_less():
     assert rows.dataset["num_response_tokens"][:] == [1, 2]
 
 
-def test_each_row_keeps_its_place_and_of_several_files_its_file(tmp_path):
+def test_each_row_keeps_its_location_and_of_several_files_its_file(tmp_path):
     first = write(tmp_path / "a.jsonl", "\n".join(["", json.dumps(ROWS[0]), "", json.dumps(ROWS[1])]))
     second = write_csv(tmp_path / "b.csv", ROWS[2])
     assert encode(first).dataset["location"][:] == ["line 2", "line 4"]

@@ -62,7 +62,7 @@ def test_a_turn_of_weight_0_is_not_learnt():
         learnt([LONG[0], good, LONG[2], bad], CHATML, train_on_turns="last")
 
 
-def test_whole_conversations_named_as_prompts_are_told_their_place():
+def test_whole_conversations_named_as_prompts_are_told_which_column_is_theirs():
     words = "row 1 of .* all 4 messages are in `prompt_field`, .* Rename a column of whole conversations to `messages`"
     with pytest.raises(ValueError, match=words):
         encode([{"dialog": LONG}], chat_tokenizer(CHATML), prompt_field="dialog")
