@@ -151,7 +151,8 @@ def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     stream = DecodeStream(skip_special_tokens=False)
     try:
         return [stream.step(backend, token_id) or "" for token_id in ids]
-    except Exception:  # its only type; where byte tokens are no UTF-8, a text's start can change with what follows
+    except Exception:  # noqa: BLE001 (its only type)
+        # Where byte tokens are no UTF-8, a text's start can change with what follows.
         return []
 
 

@@ -98,6 +98,7 @@ def score_tile(
 
 
 def float32_or_more(tensor: Tensor) -> Tensor:
+    """In float64 if it is so already, else in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -78,7 +78,7 @@ def state_memory(parameters: Iterable[Tensor], optimizer: OptimizerFactory) -> S
     gradients = sum(storage_size(parameter) * count for parameter, count in tried.items())
     try:
         (made := optimizer(tried)).step()
-    except Exception:  # whatever an optimizer raises that reads values
+    except Exception:  # noqa: BLE001 (whatever an optimizer raises that reads values)
         return StateMemory(weights, gradients, None)
     states = {parameter: sum(map(storage_size, state_tensors(made.state.get(parameter, {})))) for parameter in tried}
     return StateMemory(weights, gradients, sum(states[parameter] * count for parameter, count in tried.items()))
