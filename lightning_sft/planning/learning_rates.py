@@ -1,4 +1,4 @@
-"""`find_lr`: what the loss does while the learning rate rises."""
+"""`find_lr`: at which learning rates the loss falls."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
 from lightning_sft.training.module import SFTModule
 
-_SMOOTHING = 0.9  # Lightning's 0.98 looks 50 of 100 steps back: in its curves losses are those of far lower rates
-_DIVERGED = 2.0  # times the lowest; a loss in nats is a logarithm, and four times the lowest may be out of its reach
-_BELOW_LOWEST = 5.0
+_SMOOTHING = 0.9  # with Lightning's 0.98 a value is mostly made of losses at far lower rates, up to 50 of 100 steps back
+_DIVERGED = 2.0  # times the lowest loss: a loss in nats is a logarithm, which may never reach Lightning's four times
+_BELOW_LOWEST = 5.0  # the suggestion is so many times lower than the rate of the lowest loss
 _LINES, _WIDTH = 25, 40  # of the text
 
 
@@ -34,11 +34,11 @@ def smooth(losses: Sequence[float], smoothing: float = _SMOOTHING) -> list[float
 
 @dataclass(frozen=True, repr=False)
 class LearningRates:
-    """A learning-rate range test; `print` it.
+    """The losses of a learning-rate range test; `print` it.
 
     Args:
-        lrs: Of each optimizer step, rising.
-        losses: Of the step after it: the first that shows what it did.
+        lrs: The learning rate of each optimizer step, rising.
+        losses: The loss of the step after it, which is the first that shows what the step did.
     """
 
     lrs: list[float]
@@ -86,7 +86,7 @@ def _shortest(number: float) -> str:
 
 
 class _RangeTest(Trial):
-    """Sets the rate of each step, and stops where the loss has left its lowest far behind."""
+    """Sets the rate of each step, and stops once the loss is far above its lowest."""
 
     def __init__(self, lrs: list[float]) -> None:
         self._lrs = lrs
@@ -95,7 +95,7 @@ class _RangeTest(Trial):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the rate, whatever the schedule says; those of several groups keep their ratios."""
+        """Set the rate, whatever the schedule says; the rates of several parameter groups keep their ratios."""
         groups = trainer.optimizers[0].param_groups
         lr = self._lrs[min(batch_idx, len(self._lrs) - 1)]
         for group in groups:
@@ -104,7 +104,7 @@ class _RangeTest(Trial):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss, which is that of all devices, so that they stop together."""
+        """Record the loss; it is over all devices, so that they stop together."""
         loss = trainer.callback_metrics["train/loss"].item()
         finite = math.isfinite(loss) and not trainer.callback_metrics["train/skipped_steps"]
         if finite and batch_idx:
@@ -122,11 +122,11 @@ def find_lr(
     num_steps: int = 100,
     **trainer_options: Any,
 ) -> LearningRates:
-    """Train for some steps while the learning rate rises exponentially; see where the loss falls, and where it leaves.
+    """Train for some steps while the learning rate rises exponentially, and record the loss.
 
     The steps are those that a run with these settings begins with, but for their rate. They end early once the smoothed
-    loss is twice its lowest, or no finite number. Afterwards module and data are as before, but for the model, which is
-    loaded: a run gives what it would have given without.
+    loss is twice its lowest, or is not a finite number. Afterwards module and data are as before, except that the model
+    is loaded: a run then gives what it would have given without.
 
     Args:
         module: The model, with the optimizer of the run.
@@ -138,21 +138,20 @@ def find_lr(
             loggers take no part.
 
     Returns:
-        Rates, losses and a `suggestion`. A long run, or one that should keep what a model knows, may want a lower rate.
+        Rates, losses and a `suggestion`. A long run may want a lower rate, and so may one that must not make the model
+        forget what it knows.
 
     Raises:
-        TypeError: If an argument is no number.
-        ValueError: If an argument is out of range, or the strategy trains in processes whose results are lost.
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is out of range, or the strategy starts processes of its own, whose results are lost.
     """
-    for name, value in {"min_lr": min_lr, "max_lr": max_lr}.items():
-        check_type(name, value, Real, "a learning rate")
-    check_integer("num_steps", num_steps, optional=True)
+    check_type("min_lr", min_lr, Real, "a learning rate")
+    check_type("max_lr", max_lr, Real, "a learning rate")
+    check_integer("num_steps", num_steps, at_least=2)
     if not 0 < min_lr < max_lr < math.inf:
         raise SettingsError(
             f"`min_lr` is {min_lr} and `max_lr` {max_lr}, expected positive numbers, the second larger."
         )
-    if num_steps < 2:
-        raise SettingsError(f"`num_steps` is {num_steps}, expected at least 2.")
     lrs = [min_lr * (max_lr / min_lr) ** (step / (num_steps - 1)) for step in range(num_steps)]
     test = _RangeTest(lrs)
     run_trial(test, module, num_steps + 1, trainer_options, datamodule=datamodule)
