@@ -14,7 +14,7 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
 from lightning_sft.training.module import SFTModule
 
-_SMOOTHING = 0.9  # with Lightning's 0.98 a value is mostly made of losses at far lower rates, up to 50 of 100 steps back
+_SMOOTHING = 0.9  # with Lightning's 0.98 a value would mostly be losses at far lower rates, up to 50 steps back
 _DIVERGED = 2.0  # times the lowest loss: a loss in nats is a logarithm, which may never reach Lightning's four times
 _BELOW_LOWEST = 5.0  # the suggestion is so many times lower than the rate of the lowest loss
 _LINES, _WIDTH = 25, 40  # of the text

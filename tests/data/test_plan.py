@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sft.data.plan import BatchPlan, StepPlan, StepRule, StepTotals, cut_by_count
+from lightning_sft.data.plan import BatchPlan, MicrobatchShape, StepPlan, StepRule, StepTotals, cut_by_count
 
 untimed = settings(deadline=None)  # a busy machine is no failure of the plan
 
@@ -340,3 +340,9 @@ def test_arrays_that_do_not_pair_up_are_refused():
 def test_no_examples_are_refused():
     with pytest.raises(ValueError, match="`lengths` is empty; expected at least one example"):
         make_plan([], [], batch_size=2)
+
+
+def test_the_largest_microbatch_is_found_over_ranks_and_steps():
+    plan = BatchPlan([5, 9, 3, 3, 7, 1], [1, 2, 3, 4, 5, 6], StepRule(3, max_tokens_per_microbatch=12), shuffle=False)
+    assert plan.largest_microbatch(2, "packed") == MicrobatchShape([7, 3, 1], [5, 4, 6], 1)
+    assert plan.largest_microbatch(2, "padded") == MicrobatchShape([5, 3], [1, 3], 2)

@@ -1,0 +1,16 @@
+"""Multiplications and additions of training, counted by hand."""
+
+import pytest
+from support.models import tiny_model
+
+from lightning_sft.model.flops import training_flops
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_cost_nothing_unless_they_are_the_head_and_frozen_weights_need_no_gradient(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    totals = {"num_tokens": 10, "num_response_tokens": 4, "num_attended": 30}
+    body, head = 2 * (4 * 16 * 16 + 3 * 16 * 32), 131 * 16
+    assert training_flops(model, **totals) == 6 * body * 10 + 6 * head * 4 + 12 * 2 * 16 * 30
+    model.requires_grad_(False)
+    assert training_flops(model, **totals) == 4 * body * 10 + 4 * head * 4 + 12 * 2 * 16 * 30

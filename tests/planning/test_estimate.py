@@ -1,0 +1,106 @@
+"""Memory and time found out before a run, against the run."""
+
+import json
+import sys
+
+import lightning as L
+import pytest
+import torch
+from support.models import character_tokenizer, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.cli.app import build, main
+from lightning_sft.model.flops import training_flops
+from lightning_sft.planning.estimate import estimate_run
+from lightning_sft.planning.live_bytes import LiveBytes
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, fused=True)
+
+
+@pytest.mark.parametrize(("layout", "checkpointing"), [("packed", False), ("packed", True), ("padded", False)])
+def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
+    """The same count, over real tensors in a real trainer."""
+    rows = [{"prompt": "p" * (40 - 3 * i), "output": "o" * (9 + i)} for i in range(6)]
+    counted = LiveBytes()
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                states = pl_module.optimizers(use_pl_optimizer=False).state.values()
+                counted.keep(pl_module.model.parameters())
+                counted.keep(value for state in states for value in state.values())
+                pl_module.zero_grad()
+                counted.__enter__()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                counted.__exit__(None, None, None)
+
+    data = SFTDataModule(character_tokenizer(), rows, batch_size=6, layout=layout)
+    config = tiny_config(hidden_size=64, intermediate_size=128)
+    module = SFTModule(config, optimizer=adamw, lr_scheduler="constant", gradient_checkpointing=checkpointing)
+    options = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "precision": "32-true"}
+    expected = estimate_run(module, data, options).memory[checkpointing]
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    L.Trainer(**options, **dict.fromkeys(quiet, False), callbacks=[Count()]).fit(module, data)
+    assert expected.peak == pytest.approx(counted.peak, rel=0.002)
+    assert expected.peak > expected.state.total + 0.5 * expected.activations
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A configuration without weights: a folder with nothing but config.json, tokenizer and rows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-sft"])
+    AutoConfig.for_model(**tiny_config()).save_pretrained("model")
+    character_tokenizer().save_pretrained("model")
+    rows = [{"prompt": "p" * i, "output": "o" * 5} for i in range(1, 14)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "estimate",
+        "--model.model",
+        "model",
+        "--data.train_data",
+        "train.jsonl",
+        "--data.batch_size",
+        "4",
+        "--trainer.max_epochs",
+        "2",
+    ]
+
+
+def test_the_command_needs_no_weights_and_no_devices(words, capsys):
+    gpus = "--trainer.accelerator gpu --trainer.devices 8 --trainer.precision bf16-mixed --throughput.peak_flops 1e6"
+    build([*words, *gpus.split(), "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"])
+    told = " ".join(capsys.readouterr().out.split())
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config()))
+    inputs = [i + 5 for i in range(1, 14)]  # prompt, output and EOS, less the last
+    pairs = sum(n * (n + 1) // 2 for n in inputs)
+    flops = training_flops(model, 2 * sum(inputs), 2 * 6 * 13, 2 * pairs)
+    for text in (
+        f"{sum(weight.numel() for weight in model.parameters()):,} parameters, all of them trained",
+        "gathered weights",
+        "optimizer steps 8 ",
+        f"tokens {2 * sum(inputs):,}, {2 * 6 * 13} of them of responses",
+        f"useful arithmetic {flops:.3g} FLOPs",
+        f"time {flops / (1e6 * 8 * 0.4):.0f} s, if 40% of 1e+06 FLOP/s on each device",
+        "For 8 CUDA devices, bf16-mixed.",
+    ):
+        assert text in told
+
+
+def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeypatch):
+    words[words.index("train.jsonl")] = "none.jsonl"
+    build([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The data is not looked at: `train_data` is 'none.jsonl', but there is no such file" in told
+    assert "largest microbatch 58 tokens, 58 of responses, 2 sequences, packed" in told
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
+    with pytest.raises(SystemExit, match=r"Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, "--mfu", "40"])
+    with pytest.raises(SystemExit, match=r"`mfu` is 40.0, expected a share"):
+        main()
