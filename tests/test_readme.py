@@ -12,7 +12,7 @@ from support.models import character_tokenizer, tiny_model
 from support.paths import ROOT
 
 from lightning_sft import SFTDataModule
-from lightning_sft.cli.app import build
+from lightning_sft.cli.app import run_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 READMES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "notebooks/README.md", "tests/benchmarks/README.md"]
@@ -53,7 +53,7 @@ def test_a_command_of_the_readmes_is_accepted(command, monkeypatch, tmp_path):
         run_config.parent.mkdir(parents=True)
         run_config.write_text((ROOT / f"configs/{name}.yaml").read_text())
     with pytest.raises(SystemExit) as exit_info:
-        build([*words, "--print_config"] if "--help" not in words else words)
+        run_command([*words, "--print_config"] if "--help" not in words else words)
     assert not exit_info.value.code
 
 
@@ -123,7 +123,7 @@ def test_the_quickstart_learns(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-sft"])
     torch.set_num_threads(2)
-    cli = build(
+    cli = run_command(
         ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.enable_progress_bar", "false"]
     )
     assert cli.trainer.callback_metrics["val/answer_reward"] >= 0.95

@@ -20,7 +20,7 @@ def export(
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     dtype: ExportDtype | None = None,
     merge_lora: bool = True,
-    weights_only: bool = True,
+    weights_only: bool | None = None,
 ) -> None:
     """Write a checkpoint's model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -33,7 +33,8 @@ def export(
         tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
         dtype: To convert weights to. Default: as they are.
         merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
-        weights_only: Refuse what could run code; false for a sharded checkpoint, if you trust whoever made it.
+        weights_only: Refuse what could run code. Default: true, but for `last`. False: for a sharded checkpoint, if you
+            trust whoever made it.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -46,7 +47,7 @@ def export(
     if path is None:
         raise MissingFileError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
     check_export_folder(output)
-    model, facts = load_checkpoint(path, weights_only)
+    model, facts = load_checkpoint(path, weights_only is not False)
     if tokenizer is None:
         tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer

@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import version
 
-COMMANDS = {
+SUMMARIES = {  # of the commands, for the overview and for each command's own help
     "fit": "Train a model; without arguments the quickstart.",
     "validate": "Evaluate a checkpoint on the validation rows.",
     "test": "Evaluate a checkpoint on the test rows, and answer all of their prompts.",
@@ -18,10 +18,14 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point."""
-    if sys.argv[1:] == ["--version"]:
+    words = sys.argv[1:]
+    if words[:1] == ["--version"]:
         print(f"lightning-sft {version('lightning-sft')}")
-    elif sys.argv[1:] in (["--help"], ["-h"]):
+    elif not words or words[0] in ("--help", "-h"):
         print(overview())
+    elif words[0] not in SUMMARIES:
+        print(f"lightning-sft: error: `{words[0]}` is no command; see `lightning-sft --help`.", file=sys.stderr)
+        sys.exit(2)
     else:
         from lightning_sft.cli.app import main as run
 
@@ -30,7 +34,7 @@ def main() -> None:
 
 def overview() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:<17}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<17}{text}" for name, text in SUMMARIES.items()]
     return "\n".join(
         [
             "usage: lightning-sft COMMAND [--config NAME_OR_FILE] [--SETTING VALUE ...]",

@@ -15,7 +15,9 @@ from support.cuda import take_cpu_for_cuda
 from support.models import character_tokenizer, tiny_model
 
 import lightning_sft
-from lightning_sft.cli.app import build, main, packaged_configs
+from lightning_sft.cli import main as program
+from lightning_sft.cli.app import main, run_command
+from lightning_sft.cli.configs import packaged_configs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -32,7 +34,6 @@ def inputs(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(sys, "argv", ["lightning-sft"])  # not pytest's arguments
     return tmp_path
 
 
@@ -57,16 +58,15 @@ def arguments(inputs, command="fit", **changes):
 
 def test_generations_come_before_what_a_user_s_callback_does(inputs):
     """An average of weights puts the model's own back when a validation has ended."""
-    cli = build(arguments(inputs, **{"trainer.fast_dev_run": True, "trainer.callbacks": "LambdaCallback"}))
+    cli = run_command(arguments(inputs, **{"trainer.fast_dev_run": True, "trainer.callbacks": "LambdaCallback"}))
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert kinds.index("GenerationMonitor") < kinds.index("LambdaCallback")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_accepted_beside_the_quickstart(config, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-sft"])
+def test_every_config_is_accepted_beside_the_quickstart(config, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        build(["fit", "--config", "quickstart", "--config", str(config), "--print_config"])
+        run_command(["fit", "--config", "quickstart", "--config", str(config), "--print_config"])
     assert not exit_info.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
 
@@ -81,10 +81,9 @@ def test_every_config_is_accepted_beside_the_quickstart(config, capsys, monkeypa
     check(yaml.safe_load(config.read_text()), printed, "")
 
 
-def test_help_explains_every_setting_in_words(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-sft"])
+def test_help_explains_every_setting_in_words(capsys):
     with pytest.raises(SystemExit):
-        build(["fit", "--help"])
+        run_command(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "--model.loss_normalization {token,sequence}",
@@ -98,8 +97,26 @@ def test_help_explains_every_setting_in_words(capsys, monkeypatch):
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("command", "used"),
+    [
+        ("preview", {"data", "num_rows"}),
+        ("estimate", {"trainer", "model", "data", "throughput", "mfu"}),
+        ("find_lr", {"trainer", "model", "data", "min_lr", "max_lr", "num_steps"}),
+        ("find_batch_size", {"trainer", "model", "data", "memory_gib", "margin"}),
+        ("validate", {"trainer", "model", "data", "generation", "progress_bar", "ckpt_path", "weights_only"}),
+        ("export", {"ckpt_path", "output", "tokenizer", "dtype", "merge_lora", "weights_only"}),
+    ],
+)
+def test_help_shows_only_what_a_command_uses(command, used, capsys):
+    with pytest.raises(SystemExit):
+        run_command([command, "--help"])
+    shown = set(re.findall(r"^  (?:-\w [A-Z]+, )?--(\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown - {"config", "print_config", "seed_everything"} == used - {"help"}
+
+
 def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
-    build(
+    run_command(
         arguments(
             inputs, **{"trainer.max_epochs": 2, "model.optimizer.lr": 0.01, "data.test_data": inputs / "val.jsonl"}
         )
@@ -115,19 +132,24 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     assert (run / "checkpoints" / "best.ckpt").is_file()
     assert json.loads((run / "generations" / "step_8.jsonl").read_text().splitlines()[0])["prompt"] == "q0"
     saved = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
-    validated = build(["validate", *saved]).trainer.callback_metrics
+    validated = run_command(["validate", *saved]).trainer.callback_metrics
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     last_loss = [row["val/loss"] for row in rows if row["val/loss"]][-1]
     assert validated["val/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
-    tested = build(["test", *saved]).trainer.callback_metrics
+    tested = run_command(["test", *saved]).trainer.callback_metrics
     assert tested["test/loss"].item() == pytest.approx(float(last_loss), abs=1e-6)
     for version, name in (("version_1", "step_8"), ("version_2", "test_step_8")):  # of the weights, not the trainer
         assert (run.with_name(version) / "generations" / f"{name}.jsonl").is_file()
     for _ in range(2):  # the second time nothing is left to do
-        cli = build(["predict", *saved, "--data.predict_data", str(inputs / "prompts.jsonl")])
+        cli = run_command(["predict", *saved, "--data.predict_data", str(inputs / "prompts.jsonl")])
         assert not cli.trainer.predict_loop.predictions
         (written,) = Path("predictions").iterdir()
         assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
+    # Every other command takes the run's configuration as it is.
+    for command, *options in (["preview"], ["estimate"], ["find_lr", "--num_steps", "2"]):
+        run_command([command, "--config", str(run / "config.yaml"), *options])
+    run_command(["export", *saved, "--output", "model"])
+    assert Path("model/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +161,7 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
 )
 def test_settings_are_found_and_nothing_is_saved(inputs, capsys, monkeypatch, command, options, flag):
     take_cpu_for_cuda(monkeypatch)
-    build([*arguments(inputs, command), *options])
+    run_command([*arguments(inputs, command), *options])
     assert re.fullmatch(flag, next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--")))
     assert not list(Path.cwd().iterdir())
 
@@ -147,14 +169,14 @@ def test_settings_are_found_and_nothing_is_saved(inputs, capsys, monkeypatch, co
 def test_a_data_file_of_one_line_is_not_taken_for_settings(inputs):
     (inputs / "one.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     words = arguments(inputs, **{"data.train_data": inputs / "one.jsonl", "trainer.fast_dev_run": True})
-    assert build(words).datamodule._data["train"] == str(inputs / "one.jsonl")
+    assert run_command(words).datamodule._data["train"] == str(inputs / "one.jsonl")
 
 
 def test_values_that_two_parts_share_are_given_once(inputs):
-    cli = build(arguments(inputs, **{"data.seed": 7, "trainer.fast_dev_run": True}))
-    assert cli.config.fit.model.seed == 7
-    assert cli.config.fit.data.tokenizer == str(inputs / "model")
-    assert build(arguments(inputs, **{"seed_everything": 9, "trainer.fast_dev_run": True})).config.fit.data.seed == 9
+    cli = run_command(arguments(inputs, **{"data.seed": 7, "trainer.fast_dev_run": True}))
+    assert cli.config.model.seed == 7
+    assert cli.config.data.tokenizer == str(inputs / "model")
+    assert run_command(arguments(inputs, **{"seed_everything": 9, "trainer.fast_dev_run": True})).config.data.seed == 9
 
 
 @pytest.mark.parametrize(
@@ -179,6 +201,17 @@ def test_a_user_s_mistake_ends_in_one_line(inputs, monkeypatch, changes, message
     assert message in str(exit_info.value.code)
 
 
+def test_a_mistake_of_the_package_keeps_its_traceback(inputs, monkeypatch):
+    def fit(trainer, *args, **kwargs):
+        return dict(zip(["a", "b"], [1], strict=True))
+
+    monkeypatch.setattr("lightning.Trainer.fit", fit)
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *arguments(inputs)])
+    with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter than argument 1$") as caught:
+        main()
+    assert caught.traceback[-1].name == "fit"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -192,12 +225,12 @@ def test_a_user_s_mistake_ends_in_one_line(inputs, monkeypatch, changes, message
 )
 def test_an_unknown_key_or_wrong_type_is_named(inputs, capsys, extra, message):
     with pytest.raises(SystemExit) as exit_info:
-        build(arguments(inputs) + extra)
+        run_command(arguments(inputs) + extra)
     assert exit_info.value.code == 2
     assert message in " ".join(capsys.readouterr().err.splitlines()[-2:])
 
 
-def run_command(*words, cwd):
+def in_process(*words, cwd):
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cwd / "cache"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "lightning_sft", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=240
@@ -216,7 +249,7 @@ def test_two_devices_equal_one(inputs):
     for devices, more in ((1, {}), (2, {"trainer.strategy": "ddp"})):
         words = [*arguments(inputs, **changes, **more), "--trainer.devices", str(devices)]
         words += ["--trainer.logger.name", f"on_{devices}"]
-        done = run_command(*words, cwd=inputs)
+        done = in_process(*words, cwd=inputs)
         assert done.returncode == 0, done.stderr[-3000:]
         run = inputs / "runs" / f"on_{devices}" / "version_0"
         rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
@@ -243,7 +276,7 @@ def test_two_devices_equal_one(inputs):
 @pytest.mark.parametrize("command", ["fit", "preview"])
 def test_without_arguments_it_is_the_quickstart(monkeypatch, command):
     monkeypatch.setattr(sys, "argv", ["lightning-sft", command])
-    monkeypatch.setattr("lightning_sft.cli.app.build", lambda: None)
+    monkeypatch.setattr("lightning_sft.cli.app.run_command", lambda words: None)
     main()
     assert sys.argv[2:] == ["--config", str(packaged_configs()["quickstart"])]
 
@@ -253,7 +286,7 @@ def test_a_config_that_comes_with_the_package_is_found_by_name_unless_there_is_a
 
     def printed(*words):
         with pytest.raises(SystemExit) as exit_info:
-            build(["fit", *words, "--print_config"])
+            run_command(["fit", *words, "--print_config"])
         assert not exit_info.value.code
         return yaml.safe_load(capsys.readouterr().out)
 
@@ -268,10 +301,16 @@ def test_a_config_that_comes_with_the_package_is_found_by_name_unless_there_is_a
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-sft", "--version"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert not exit_info.value.code
+    program.main()
     assert capsys.readouterr().out == f"lightning-sft {lightning_sft.__version__}\n"
+
+
+def test_an_unknown_command_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "train", "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        program.main()
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "lightning-sft: error: `train` is no command; see `lightning-sft --help`.\n"
 
 
 def test_preview_shows_rows_and_needs_neither_weights_nor_devices_nor_a_checkpoint(inputs, capsys):
@@ -281,7 +320,7 @@ def test_preview_shows_rows_and_needs_neither_weights_nor_devices_nor_a_checkpoi
     config = {"ckpt_path": "last", "weights_only": None}  # as a run's own configuration has them
     (inputs / "config.yaml").write_text(yaml.safe_dump(config))
     changes = {"trainer.accelerator": "gpu", "trainer.devices": 8, "num_rows": 2}
-    build([*arguments(inputs, "preview", **changes), "--config", str(inputs / "config.yaml")])
+    run_command([*arguments(inputs, "preview", **changes), "--config", str(inputs / "config.yaml")])
     told = " ".join(capsys.readouterr().out.split())
     assert "line 1: 6 tokens, 4 response tokens prompt │q│0│ response │a│b│c│<eos>│ line 2: 9 tokens" in told
     assert "line 3" not in told
@@ -324,14 +363,14 @@ def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog
         return given
 
     command = [*words(3), "--ckpt_path", "last"]
-    build(command)  # nothing to continue: from the beginning
+    run_command(command)  # nothing to continue: from the beginning
     folder = "runs/x" if logger == "TensorBoardLogger" else "lightning_logs"
     assert f"No checkpoint below {folder} yet" in caplog.text
-    build(words(2))
+    run_command(words(2))
     runs = inputs / "work" / folder
     assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 2]
     command[command.index("--trainer.max_steps") + 1] = "5"
-    build(command)
+    run_command(command)
     assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 5]
     assert not (runs / "version_2").exists()
     saved = (runs / "version_1" / "config.yaml").read_text()
@@ -339,10 +378,10 @@ def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog
     assert logger == "true" or "version: null" in saved
     if logger == "TensorBoardLogger":  # an evaluation in the run's own folder
         words = ["--config", f"{runs}/version_1/config.yaml", "--trainer.logger.init_args.version", "version_1"]
-        build(["validate", *words, "--ckpt_path", f"{runs}/version_1/checkpoints/last.ckpt"])
+        run_command(["validate", *words, "--ckpt_path", f"{runs}/version_1/checkpoints/last.ckpt"])
         assert (runs / "version_1" / "config.yaml").read_text() == saved
     (runs / "version_1" / "checkpoints" / "last.ckpt").write_bytes(b"PK torn")
-    build(command)
+    run_command(command)
     assert steps_of(runs / "version_0") == 5  # the newest that is whole
 
 
@@ -351,9 +390,9 @@ def test_last_without_a_configuration_takes_the_newest_runs_own(inputs, monkeypa
     with pytest.raises(SystemExit, match="there is no complete checkpoint below `runs`"):
         main()
     monkeypatch.setattr(sys, "argv", ["lightning-sft"])
-    build(arguments(inputs, **{"trainer.max_steps": 2}))
+    run_command(arguments(inputs, **{"trainer.max_steps": 2}))
     monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit", "--ckpt_path", "last"])
-    monkeypatch.setattr("lightning_sft.cli.app.build", lambda: None)
+    monkeypatch.setattr("lightning_sft.cli.app.run_command", lambda words: None)
     main()
     run = Path("runs/x/version_0")
     assert sys.argv[2:] == ["--config", str(run / "config.yaml"), "--ckpt_path", "last"]
@@ -370,7 +409,7 @@ def test_a_sharded_run_is_evaluated_consolidated_and_loaded(inputs):
     train = [*arguments(inputs, **{"trainer.max_epochs": 1}), "--config", str(ROOT / "configs" / "fsdp.yaml")]
     train[train.index("--trainer.devices") + 1] = "2"
     words = [*train, "--trainer.devices", "2", "--generation.sampling.stop_strings", "['b']"]
-    done = run_command(*words, cwd=inputs)
+    done = in_process(*words, cwd=inputs)
     assert done.returncode == 0, done.stderr[-3000:]
     run = inputs / "runs" / "x" / "version_0"
     last = run / "checkpoints" / "last.ckpt"
@@ -387,7 +426,7 @@ def test_a_sharded_run_is_evaluated_consolidated_and_loaded(inputs):
 
     (file,) = last.parent.glob("*.consolidated")
     loaded = SFTModule.load_from_checkpoint(file)
-    reference = run_command(*arguments(inputs, **{"trainer.max_epochs": 1, "trainer.logger.name": "one"}), cwd=inputs)
+    reference = in_process(*arguments(inputs, **{"trainer.max_epochs": 1, "trainer.logger.name": "one"}), cwd=inputs)
     assert reference.returncode == 0
     weights = torch.load(inputs / "runs" / "one" / "version_0" / "checkpoints" / "last.ckpt")["state_dict"]
     for name, weight in loaded.model.state_dict().items():

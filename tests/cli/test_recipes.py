@@ -9,7 +9,7 @@ import torch
 from support.models import character_tokenizer, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_sft.cli.app import build
+from lightning_sft.cli.app import run_command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
@@ -62,7 +62,7 @@ def test_a_recipe_trains_a_tiny_stand_in(names, tmp_path, monkeypatch):
     else:
         words |= {"data.train_data": tmp_path / "rows.jsonl", "data.val_data": tmp_path / "rows.jsonl"}
     given = [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
-    cli = build(["fit", *given, *(word for name, value in words.items() for word in (f"--{name}", str(value)))])
+    cli = run_command(["fit", *given, *(word for name, value in words.items() for word in (f"--{name}", str(value)))])
     assert cli.trainer.global_step == 2
     trained = {name for name, weight in cli.model.named_parameters() if weight.requires_grad}
     assert all("lora_" in name or "modules_to_save" in name for name in trained) == any(

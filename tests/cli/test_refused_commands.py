@@ -5,13 +5,12 @@ import sys
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 from support.models import save_tiny_model
 from support.refusals import assert_says, in_folder, write
 from support.untrusted import Payload, trace_of_payload
 
-from lightning_sft.cli.app import SFTCLI, main
+from lightning_sft.cli.app import main
 
 HELP = " Settings are explained by `lightning-sft fit --help`."
 USUAL = {
@@ -31,8 +30,6 @@ def command(tmp_path, monkeypatch, capsys):
 
     def run(words, name="fit"):
         how = {option: in_folder(value, tmp_path) for option, value in (USUAL | words).items() if value is not None}
-        only = {name: LightningCLI.subcommands()[name]}  # a parser for each would take seconds
-        monkeypatch.setattr(SFTCLI, "subcommands", staticmethod(lambda: only))
         monkeypatch.setattr(sys, "argv", ["lightning-sft", name, *(f"--{word}={value}" for word, value in how.items())])
         try:
             main()
@@ -105,7 +102,7 @@ CONFIGURATIONS = {
     "list": (b"- a\n- b\n", "a configuration holds `name: value` lines, but this one is - a - b." + HELP),
     "no YAML": (b"a: [1\nb", "Problems parsing config: ...line 1, column 4 did not find expected ',' or ']'..." + HELP),
     "Latin-1": ("a: é".encode("latin-1"), "a configuration is not UTF-8 text (...). Save the file as UTF-8."),
-    "unknown setting": (b"data:\n  batchsize: 3\n", "Subcommand 'fit' does not accept option 'data.batchsize'." + HELP),
+    "unknown setting": (b"data:\n  batchsize: 3\n", "Group 'data' does not accept option 'batchsize'." + HELP),
 }
 
 

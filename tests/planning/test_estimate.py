@@ -10,7 +10,7 @@ from support.models import character_tokenizer, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.cli.app import build, main
+from lightning_sft.cli.app import main, run_command
 from lightning_sft.model.flops import training_flops
 from lightning_sft.planning.estimate import estimate_run
 from lightning_sft.planning.live_bytes import LiveBytes
@@ -74,7 +74,7 @@ def words(tmp_path, monkeypatch):
 
 def test_the_command_needs_no_weights_and_no_devices(words, capsys):
     gpus = "--trainer.accelerator gpu --trainer.devices 8 --trainer.precision bf16-mixed --throughput.peak_flops 1e6"
-    build([*words, *gpus.split(), "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"])
+    run_command([*words, *gpus.split(), "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"])
     told = " ".join(capsys.readouterr().out.split())
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config()))
     inputs = [i + 5 for i in range(1, 14)]  # prompt, output and EOS, less the last
@@ -94,7 +94,7 @@ def test_the_command_needs_no_weights_and_no_devices(words, capsys):
 
 def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeypatch):
     words[words.index("train.jsonl")] = "none.jsonl"
-    build([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60"])
+    run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60"])
     told = " ".join(capsys.readouterr().out.split())
     assert "The data is not looked at: `train_data` is 'none.jsonl', but there is no such file" in told
     assert "largest microbatch 58 tokens, 58 of responses, 2 sequences, packed" in told

@@ -1,0 +1,71 @@
+"""The checkpoint that a command starts from: which one `last` is, and whether it can be loaded."""
+
+import os
+import warnings
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.errors import MissingFileError, path_from_here
+from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
+
+
+def find_last_checkpoint(config: Namespace, continues: bool) -> None:
+    """Put the newest complete checkpoint of this configuration's runs in the place of the word `last`.
+
+    A training run that is found goes on in its own folder, where its logger appends to what it has written.
+
+    Args:
+        config: Settings of the command; `ckpt_path`, `weights_only` and the logger's version are changed in it.
+        continues: Whether a training is to go on, rather than weights to be evaluated.
+
+    Raises:
+        FileNotFoundError: If there is none, and it is not a training that could start from its beginning.
+    """
+    logger = config.trainer.logger
+    if logger in (None, True):  # Lightning's default, spelled out
+        root = config.trainer.default_root_dir or os.getcwd()
+        options = Namespace(save_dir=root, name="lightning_logs", version=None)
+        logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)
+    options = getattr(logger[0] if isinstance(logger, list) else logger, "init_args", Namespace())
+    folder = Path(options.get("save_dir") or config.trainer.default_root_dir or ".")
+    if logger is not False:
+        folder /= options.get("name") or "lightning_logs"
+    path = newest_checkpoint(folder)
+    config.ckpt_path = None if path is None else str(path)
+    config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
+    if path is None and not continues:
+        raise MissingFileError(
+            f"`ckpt_path` is 'last', but there is no complete checkpoint below {path_from_here(folder)}."
+        )
+    if path is None:
+        rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from its beginning.")
+        return
+    run = path.parent.parent
+    appends = str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")  # others begin their files anew
+    if continues and appends and options.version is None and run != folder:
+        options.version = run.name  # the curves go on where they stopped
+        config.trainer.logger = logger
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+
+
+def check_ckpt_path(config: Namespace, continues: bool) -> None:
+    """Refuse a checkpoint that cannot be loaded, before anything else is; allow values alone unless told otherwise.
+
+    Args:
+        config: Settings of the command; `weights_only` is set in it.
+        continues: Whether a training is to go on, which takes more than weights.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, or not whole, or holds what could run code.
+    """
+    path = config.ckpt_path
+    if not path:
+        return
+    if config.weights_only is None:
+        config.weights_only = True  # Lightning's default lets a checkpoint from the network run code
+    named = path in ("best", "hpc") or path.startswith("registry") or "://" in path
+    if not named and config.weights_only:
+        check_checkpoint(path, resume=continues)

@@ -1,0 +1,157 @@
+"""What each command does.
+
+A command is a function. It is given what its settings are built into by name: `model`, `datamodule`, `trainer` ... (see
+`SFTCLI.run`). Its other parameters are settings of its own, which its docstring explains to users.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from lightning_sft.cli.export import export
+from lightning_sft.cli.places import tell_places
+from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.planning import batch_sizes, learning_rates
+from lightning_sft.planning.estimate import estimate_run
+from lightning_sft.training.module import SFTModule
+
+
+def fit(
+    trainer: L.Trainer, model: SFTModule, datamodule: SFTDataModule, ckpt_path: str | None, weights_only: bool | None
+) -> None:
+    """Train, and say where everything is."""
+    trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+    tell_places(trainer)
+
+
+def validate(
+    trainer: L.Trainer, model: SFTModule, datamodule: SFTDataModule, ckpt_path: str | None, weights_only: bool | None
+) -> None:
+    """Evaluate on the validation rows."""
+    trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def test(
+    trainer: L.Trainer, model: SFTModule, datamodule: SFTDataModule, ckpt_path: str | None, weights_only: bool | None
+) -> None:
+    """Evaluate on the test rows, and answer all of their prompts."""
+    trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def predict(
+    trainer: L.Trainer, model: SFTModule, datamodule: SFTDataModule, ckpt_path: str | None, weights_only: bool | None
+) -> None:
+    """Write responses to prompts into a file."""
+    trainer.predict(
+        model,
+        datamodule=datamodule,
+        return_predictions=False,  # they are in the file, and may be many
+        ckpt_path=ckpt_path,
+        weights_only=weights_only,
+    )
+
+
+def preview(datamodule: SFTDataModule, num_rows: int = 3) -> None:
+    """Print some training rows as the model will see them, and statistics of the data; nothing is trained.
+
+    Args:
+        datamodule: The data.
+        num_rows: How many rows.
+    """
+    Console().print(datamodule.preview(num_rows))
+
+
+def estimate(
+    model: SFTModule,
+    datamodule: SFTDataModule,
+    trainer_settings: Mapping[str, Any],
+    peak_flops: float | None,
+    mfu: float = 0.4,
+) -> None:
+    """Print the memory and time that `fit` would need; no weights are read, no device is used, nothing is trained.
+
+    Args:
+        model: The model.
+        datamodule: The data.
+        trainer_settings: Those of the run's trainer, as they are written.
+        peak_flops: Of a device.
+        mfu: Share of the devices' arithmetic (`--throughput.peak_flops`) that is assumed to be put to use.
+    """
+    Console().print(estimate_run(model, datamodule, trainer_settings, mfu, peak_flops))
+
+
+def find_lr(
+    model: SFTModule,
+    datamodule: SFTDataModule,
+    trainer_options: dict[str, Any],
+    min_lr: float = 1e-7,
+    max_lr: float = 1e-1,
+    num_steps: int = 100,
+) -> None:
+    """Print the loss while the learning rate rises, and a rate to begin with; nothing is saved.
+
+    Args:
+        model: The model.
+        datamodule: The data.
+        trainer_options: Arguments of the run's trainer.
+        min_lr: Rate of the first optimizer step.
+        max_lr: Rate of the last one, unless the loss is twice its lowest before.
+        num_steps: Optimizer steps.
+    """
+    found = learning_rates.find_lr(model, datamodule, min_lr, max_lr, num_steps, **trainer_options)
+    rank_zero_only(print)(found)
+
+
+def find_batch_size(
+    model: SFTModule,
+    datamodule: SFTDataModule,
+    trainer_options: dict[str, Any],
+    memory_gib: float | None = None,
+    margin: float = 0.1,
+) -> None:
+    """Print the most tokens in a microbatch that there is memory for, found by trying; nothing is saved.
+
+    Args:
+        model: The model.
+        datamodule: The data.
+        trainer_options: Arguments of the run's trainer.
+        memory_gib: Memory that the process may take of its CUDA device, in GiB. Default: all that is free.
+        margin: Share of the tokens to leave out, for what tries do not show.
+    """
+    found = batch_sizes.find_batch_size(model, datamodule, memory_gib, margin, **trainer_options)
+    rank_zero_only(print)(found)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        function: What it does.
+        parts: The parts of a configuration that it uses, such as `data` for `--data.*`. Others are accepted, since a
+            run's `config.yaml` has them all, but not looked at.
+    """
+
+    function: Callable[..., None]
+    parts: frozenset[str]
+
+
+_RUN = frozenset({"trainer", "model", "data", "generation", "progress_bar"})
+_TRAINING = _RUN | {"throughput", "best_checkpoint", "last_checkpoint", "export"}
+_TRIALS = frozenset({"trainer", "model", "data"})
+
+COMMANDS = {
+    "fit": Command(fit, _TRAINING),
+    "validate": Command(validate, _RUN),
+    "test": Command(test, _RUN),
+    "predict": Command(predict, _RUN),
+    "preview": Command(preview, frozenset({"data"})),
+    "estimate": Command(estimate, frozenset({"trainer", "model", "data", "throughput"})),
+    "find_lr": Command(find_lr, _TRIALS),
+    "find_batch_size": Command(find_batch_size, _TRIALS),
+    "export": Command(export, frozenset()),
+}

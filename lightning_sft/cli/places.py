@@ -1,0 +1,58 @@
+"""Where a run writes: that it can, and what lies there in the end."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_sft.callbacks import HuggingFaceExport, LastCheckpoint
+from lightning_sft.errors import SettingsError, path_from_here
+from lightning_sft.training.run_folder import run_folder
+
+
+def check_log_folders(trainer: L.Trainer) -> None:
+    """Refuse a log folder that cannot be written, before the data is read.
+
+    Raises:
+        ValueError: If it is a file, or below one, or may not be written.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    root = trainer.default_root_dir
+    for folder in {str(logger.save_dir or root) for logger in trainer.loggers} or {str(root)}:
+        if "://" in folder:
+            continue
+        path = Path(folder).absolute()
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            why = "may not be written" if nearest.is_dir() else "is a file"
+            raise SettingsError(
+                f"The logs are to be written to {folder}, but {nearest} {why}. Set `trainer.default_root_dir`, or the "
+                "logger's `save_dir`, to another folder."
+            )
+
+
+def tell_places(trainer: L.Trainer) -> None:
+    """Print where everything is that a training run leaves; every process has to call this.
+
+    Args:
+        trainer: The run's trainer, which is done.
+    """
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    places = {"Run": folder, "Generations": folder / "generations" / "index.html"}
+    for callback in trainer.checkpoint_callbacks:
+        places |= _place_of(callback, folder)
+    lines = [f"{name + ':':<17}{path_from_here(path)}" for name, path in places.items()]
+    print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {path_from_here(folder.parent)}"]))
+
+
+def _place_of(callback: Any, folder: Path) -> dict[str, Path]:
+    if isinstance(callback, LastCheckpoint):
+        return {"Last checkpoint": folder / "checkpoints" / "last.ckpt"}
+    if isinstance(callback, HuggingFaceExport):
+        return {} if callback.folder is None else {"Model": folder / callback.folder}
+    best = getattr(callback, "best_model_path", "")
+    return {"Best checkpoint": Path(best)} if best else {}
