@@ -96,3 +96,10 @@ def test_shards_divide_the_state_and_copies_add_buckets():
     # Embeddings, head and last norm with gradients; two blocks; a block's gradients, twice.
     block = 4 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
     assert shared.gathered == 2 * 4 * (2 * 131 * 16 + 16) + 4 * block
+
+
+def test_on_cuda_a_tile_of_logits_is_large_and_scored_in_a_single_pass():
+    """At the peak the logits' products exist beside what is kept of them; on CPU a small tile of them."""
+    model, shape = meta_model(vocab_size=16384), MicrobatchShape([60], [60], 1)
+    cpu, cuda = (step_memory(model, adamw, shape, devices=Devices(on_cuda=on_cuda)) for on_cuda in (False, True))
+    assert 0.6 < (cuda.peak - cpu.peak) / (60 * 16384 * 4) < 1
