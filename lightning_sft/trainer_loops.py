@@ -80,3 +80,14 @@ def restore_settings(trainer: L.Trainer, settings: dict[str, Any]) -> None:
         setattr(trainer.fit_loop.epoch_loop, name, settings[name])
     for name in ("limit_train_batches", "limit_val_batches", "val_check_interval", "check_val_every_n_epoch"):
         setattr(trainer, name, settings[name])
+
+
+def leave_inference_mode(trainer: L.Trainer) -> None:
+    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there.
+
+    Args:
+        trainer: Before it starts.
+    """
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False

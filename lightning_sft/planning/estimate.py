@@ -104,19 +104,19 @@ def estimate_run(
     notes = [f"For {settings.num_devices} {kind} device{_s(settings.num_devices)}, {settings.precision}."]
     if trainer.get("accelerator") in (None, "auto") and not settings.on_cuda:
         notes.append("This machine has no GPU; for a run on one add `--trainer.accelerator gpu`.")
-    model = module.empty_model(settings.precision)
+    model = module.builder.build_empty(settings.precision)
     layout = datamodule.layout or ("padded" if why_never_packed(model) else "packed")
     work = _work(datamodule, settings, layout)
     devices = Devices(
         on_cuda=settings.on_cuda,
         num_copies=1 if settings.is_sharded else settings.num_devices,
         num_shards=settings.num_devices if settings.is_sharded else 1,
-        whole_gradients=module._sync_every_microbatch is False,
+        whole_gradients=module.sync_every_microbatch is False,
     )
     memory = {
         checkpointing: step_memory(
             model,
-            module._optimizer,
+            module.optimizer_factory,
             work.largest,
             layout,
             devices=devices,

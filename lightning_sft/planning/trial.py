@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_sft.callbacks import StepProgressBar
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError
+from lightning_sft.training.guard import StepGuard
 from lightning_sft.training.module import SFTModule
 
 # No files, no validation, and its own length, whatever the run itself is to have.
@@ -89,13 +90,22 @@ def run_trial(
     bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []
     trainer = L.Trainer(**(options | {"callbacks": [trial, *bar]}))
     trial.check(trainer)
-    states, trainer_of_data = _collect_rng_states(include_cuda=False), getattr(datamodule, "trainer", None)
+    states = _collect_rng_states(include_cuda=False)
+    trainer_of_module, trainer_of_data = _trainer_of(module), getattr(datamodule, "trainer", None)
+    guard, module.guard = module.guard, StepGuard("skip")
     try:
-        with module.trial_run():
-            # An empty list of validation batches, since Lightning warns if it is given none at all.
-            trainer.fit(module, loader, None if loader is None else [], datamodule)
+        # An empty list of validation batches, since Lightning warns if it is given none at all.
+        trainer.fit(module, loader, None if loader is None else [], datamodule)
     finally:
         trial.restore(module)
+        module.guard, module.trainer = guard, trainer_of_module
         if datamodule is not None:
             datamodule.trainer = trainer_of_data
         _set_rng_states(states)  # of CUDA, each step sets its own
+
+
+def _trainer_of(module: L.LightningModule) -> L.Trainer | None:
+    try:
+        return module.trainer
+    except RuntimeError:  # it has none
+        return None

@@ -74,12 +74,11 @@ class StepGuard:
         self._latest.grad_norm = grad_norm
         return not self.skips or self._latest.are_finite()
 
-    def finish_step(self, overflowed: bool = False) -> bool:
+    def finish_step(self, stepped: bool = True) -> bool:
         """Count the step that was started, and check the one before it; on the CPU, where nothing waits, this one too.
 
         Args:
-            overflowed: Whether the gradients overflowed float16, so that the optimizer did nothing. The scale of the
-                loss is lowered then; it is no error.
+            stepped: False if the optimizer did nothing because gradients overflowed float16, which is no error.
 
         Returns:
             Whether the optimizer has changed the weights.
@@ -90,18 +89,18 @@ class StepGuard:
         step = self._latest
         assert step is not None, "`start_step` comes first"
         self.num_steps = step.step
-        if overflowed:
+        if not stepped:
             step.grad_norm = None
         if self.skips:
             is_finite = step.are_finite()
             self.num_skipped += not is_finite
-            return is_finite and not overflowed
+            return is_finite and stepped
         step.copy_to_host()
         if self._earlier is not None:
             self._earlier.check()
         if step.loss.device.type == "cpu":
             self.check()
-        return not overflowed
+        return stepped
 
     def check(self) -> None:
         """Check the latest step, if that is still to be done; this waits for the device.

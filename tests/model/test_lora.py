@@ -372,7 +372,7 @@ def test_layers_in_float32_beside_half_precision_do_not_prevent_packing():
 def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_alone(tmp_path):
     build("tied", torch.bfloat16).save_pretrained(tmp_path)
     module = SFTModule(str(tmp_path), lora=LORA)
-    model = module.empty_model(Precision.of("bf16-mixed"))
+    model = module.builder.build_empty(Precision.of("bf16-mixed"))
     assert model.dtype == torch.bfloat16
     adapters = sum(4 * weight.numel() for weight in model.parameters() if weight.requires_grad)
     shape = MicrobatchShape([20], [10], 1)
@@ -413,7 +413,7 @@ def test_a_quantisation_given_as_an_object_does_not_end_up_in_the_checkpoint(tmp
 
 def test_a_model_that_is_there_already_can_be_estimated():
     model = build("tied", torch.bfloat16)
-    empty = SFTModule(model, lora=LORA).empty_model()
+    empty = SFTModule(model, lora=LORA).builder.build_empty()
     assert {weight.device.type for weight in empty.parameters()} == {"meta"}
     assert empty.dtype == torch.bfloat16
     assert sum(w.numel() for w in empty.parameters() if not w.requires_grad) == sum(

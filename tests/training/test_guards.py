@@ -9,7 +9,7 @@ from support.models import tiny_model
 from support.runs import ROWS, adamw, read_log, train
 
 from lightning_sft import SFTModule
-from lightning_sft.training.module import _leave_inference_mode
+from lightning_sft.trainer_loops import leave_inference_mode
 from lightning_sft.training.trainer_checks import check_trainer
 
 # Every "z" is a NaN: the only row with one stands in line 12.
@@ -121,12 +121,12 @@ def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
             seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
 
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
-    _leave_inference_mode(trainer)
+    leave_inference_mode(trainer)
     trainer.validate(Module(), [0], verbose=False)
     assert seen == [(False, False)]
 
 
 def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setattr("lightning_sft.training.module.is_sharded", lambda module: True)
+    monkeypatch.setattr("lightning_sft.training.model_setup.is_sharded", lambda module: True)
     with pytest.raises(ValueError, match="`compile` is true, but the model is sharded"):
         SFTModule(tiny_model(), compile=True).configure_model()

@@ -1,0 +1,98 @@
+"""What happens to a model between its source and the first optimizer step."""
+
+from typing import cast
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_sft.errors import SettingsError
+from lightning_sft.model.attention import enable_packing
+from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.model.precision import Precision
+from lightning_sft.model.pretrained import enable_gradient_checkpointing
+from lightning_sft.model.quantization import is_quantized
+from lightning_sft.model.sharding import is_sharded, load_sharded, shard
+from lightning_sft.trainer_loops import leave_inference_mode
+
+
+def load_model(builder: ModelBuilder, loaded: PreTrainedModel | None, trainer: L.Trainer | None) -> PreTrainedModel:
+    """The model with its adapters; sharded over all devices if the trainer's strategy asks for that.
+
+    Args:
+        builder: Makes it.
+        loaded: The model, if there is one already: it is adapted and sharded in place.
+        trainer: Whose strategy and precision count; None if there is none.
+
+    Raises:
+        SettingsError: If the model cannot be loaded, or not be sharded.
+    """
+    precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
+    if not isinstance(strategy, ModelParallelStrategy):
+        return builder.build(precision) if loaded is None else builder.adapt(loaded)
+    leave_inference_mode(cast(L.Trainer, trainer))
+    device, dtype = strategy.root_device, precision.autocast
+    if loaded is None:
+        return load_sharded(lambda: builder.build(precision), device, dtype, builder.adapt)
+    if not is_sharded(loaded):
+        shard(builder.adapt(loaded), device.type, dtype)
+    return loaded
+
+
+def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Trainer | None) -> None:
+    """Refuse a model that cannot be trained, or that has fewer embeddings than the data has tokens.
+
+    Args:
+        model: As it is to be trained.
+        trains_adapters: Whether only adapters are trained.
+        trainer: Its datamodule has the tokenizer; None if there is none.
+
+    Raises:
+        SettingsError: Naming the way out.
+    """
+    if is_quantized(model) and (not trains_adapters or is_sharded(model)):
+        why = "not be sharded; use the strategy `ddp`" if trains_adapters else "only train `lora` adapters"
+        raise SettingsError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    num_embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > num_embeddings:
+        raise SettingsError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {num_embeddings} embeddings. "
+            "Use the model's own tokenizer, or call `model.resize_token_embeddings` first."
+        )
+
+
+def prepare_model(
+    model: PreTrainedModel, trainer: L.Trainer | None, gradient_checkpointing: bool, compiled: bool
+) -> str | None:
+    """Switch on all that the training of a model needs.
+
+    Args:
+        model: On the device that it is to be trained on.
+        trainer: Whose precision counts; None if there is none.
+        gradient_checkpointing: Whether activations are computed again in backward.
+        compiled: Whether the model's body is to be compiled.
+
+    Returns:
+        Why the model cannot take packed batches; None if it can.
+
+    Raises:
+        SettingsError: If it is to be compiled and is sharded.
+    """
+    model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    why_not_packed = enable_packing(model, _precision_of(trainer).compute_dtype)
+    if why_not_packed:
+        rank_zero_info(f"Batches are padded: {why_not_packed}.")
+    if compiled and is_sharded(model):
+        raise SettingsError("`compile` is true, but the model is sharded. Set `compile` to false, or use `ddp`.")
+    if compiled:
+        model.base_model.compile(dynamic=True)
+    return why_not_packed
+
+
+def _precision_of(trainer: L.Trainer | None) -> Precision:
+    return Precision.of(getattr(trainer, "precision", None))

@@ -1,0 +1,58 @@
+"""Microbatches through the model."""
+
+from transformers import PreTrainedModel
+
+from lightning_sft.data.microbatch import Microbatch
+from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.errors import SettingsError
+from lightning_sft.model.attention import packed_inputs
+from lightning_sft.model.head import ResponseScores
+from lightning_sft.model.log_probs import score_responses
+from lightning_sft.training.metrics import ResponseMetrics
+
+
+def score_microbatch(
+    model: PreTrainedModel,
+    microbatch: Microbatch,
+    *,
+    normalize_constant: float | None = None,
+    return_is_top1: bool = False,
+) -> ResponseScores:
+    """Log-probabilities and entropies of a microbatch's response tokens, see `score_responses`.
+
+    Args:
+        model: The model.
+        microbatch: On the model's device.
+        normalize_constant: As for `score_responses`.
+        return_is_top1: As for `score_responses`.
+
+    Raises:
+        SettingsError: If a sequence is longer than the model has positions.
+    """
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    if num_positions is not None and microbatch.max_length > num_positions:
+        raise SettingsError(
+            f"A row has {microbatch.max_length + 1} tokens, but the model has only {num_positions} positions. "
+            f"Set `max_length` to {num_positions} at most, and `too_long` to drop or truncate."
+        )
+    return score_responses(
+        model,
+        microbatch.input_ids,
+        microbatch.labels,
+        microbatch.response_positions,
+        normalize_constant=normalize_constant,
+        return_is_top1=return_is_top1,
+        **packed_inputs(model, microbatch.model_inputs()),
+    )
+
+
+def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics) -> None:
+    """Add the sums and counts of all response tokens of a step to metrics.
+
+    Args:
+        model: The model.
+        step: Its microbatches are on the model's device.
+        metrics: Are added to.
+    """
+    for microbatch in step.microbatches:
+        metrics.update(score_microbatch(model, microbatch, return_is_top1=True), microbatch.num_sequences)

@@ -1,0 +1,32 @@
+"""Beside frozen weights, a checkpoint holds only the weights that are trained."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+
+def keep_trained_weights_only(module: nn.Module) -> None:
+    """Leave the frozen weights of `module.model` out of the module's state dict, and do not miss them on loading.
+
+    Args:
+        module: Its `model` may be set later.
+    """
+    module.register_state_dict_post_hook(_drop_frozen)
+    module.register_load_state_dict_post_hook(_do_not_miss_frozen)
+
+
+def _trained(module: nn.Module) -> set[str]:
+    named = module.named_parameters(remove_duplicate=False)
+    return {name for name, weight in named if weight.requires_grad}
+
+
+def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    kept = {prefix + name for name in _trained(module)}
+    for key in [key for key in state_dict if key.startswith(f"{prefix}model.") and key not in kept]:
+        del state_dict[key]
+
+
+def _do_not_miss_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
+    trained = _trained(module)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key.removeprefix("module.") in trained]
