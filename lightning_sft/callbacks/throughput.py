@@ -1,4 +1,4 @@
-"""`TokenThroughput`: tokens per second, peak memory and the share of the device's arithmetic that is put to use."""
+"""`TokenThroughput`: tokens per second, peak memory, and how much of the devices' arithmetic is put to use."""
 
 import sys
 import time
@@ -17,22 +17,23 @@ from lightning_sft.model.precision import Precision
 
 
 class TokenThroughput(L.Callback):
-    """Logs what a run gets out of its devices, averaged from one logging step to the next.
+    """Logs how fast a run trains, averaged from one logging step to the next.
 
     - `train/tokens_per_second`: of prompts and responses, without padding, over all devices.
     - `train/response_tokens_per_second`: of those, the ones that count in the loss.
-    - `train/peak_memory_gib`: on CUDA the most that this process held on its device since the last time; elsewhere the
-      most main memory that it has had.
-    - `train/mfu`, model FLOP utilisation: useful arithmetic over what all devices could do at most. Useful is, forward
-      and backward, every token through the body, every response token through the head, and causal attention counted
-      once; neither padding nor what is computed twice to save memory. Not for mixtures of experts.
+    - `train/peak_memory_gib`: on CUDA the most that this process held on its device since it was last logged;
+      elsewhere the most main memory that the process has held so far.
+    - `train/mfu`, model FLOP utilisation: the useful arithmetic divided by what all devices could do at most. Useful
+      are the forward and backward passes of every token through the body, of every response token through the head, and
+      of causal attention. Padding is not, nor what is computed a second time to save memory. It is not logged for
+      mixtures of experts.
 
     The time is that of the optimizer steps alone, on CUDA by the device's own clock; the device is waited for only at
     logging steps. Put it before callbacks that do long work after a step.
 
     Args:
-        peak_flops: Multiplications and additions per second that one device could do at most. By default what Lightning
-            knows of CUDA devices, newer ones not among them; elsewhere `train/mfu` needs it.
+        peak_flops: Multiplications and additions per second that one device could do at most. Default: what
+            Lightning knows of CUDA devices; it does not know the newest. Without it there is no `train/mfu`.
 
     Raises:
         ValueError: If `peak_flops` is not positive.
@@ -129,14 +130,14 @@ class _DeviceTimer:
 
 
 def known_peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """What a CUDA device could do at most, if Lightning knows it."""
+    """Multiplications and additions per second that a CUDA device could do at most; None if Lightning does not know."""
     if "L40" in torch.cuda.get_device_name(device):  # taken for an L4
         return None
     return get_available_flops(device, precision.compute_dtype)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: on CUDA since the last call, elsewhere since the process began; None where nobody counts."""
+    """The most bytes held: on CUDA since the last call, else since the process began; None if nothing counts them."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -32,14 +32,14 @@ class BatchSizes:
     """What a device has the memory for; `print` it.
 
     Args:
-        max_tokens_per_microbatch: To set: `margin` below `most_tokens`, and at least the longest row.
+        max_tokens_per_microbatch: What to set it to: `most_tokens` less the margin, and at least the longest row.
         batch_size: Rows of this data, even the longest, that fit into one microbatch of so many tokens.
-        most_tokens: The most that worked.
-        tried: What was tried: tokens, and the peak in bytes, or None where memory ran out.
-        memory: Bytes that there are.
+        most_tokens: The most tokens in a microbatch that fitted.
+        tried: Each number of tokens that was tried, with the peak in bytes, or None where memory ran out.
+        memory: Bytes that a run may take.
         longest: Tokens of the longest row, as the model sees it.
         num_rows: Of the data; None if it is streamed, and only its first rows were looked at.
-        margin: Share that is left free.
+        margin: Fraction of the tokens that is left out.
     """
 
     max_tokens_per_microbatch: int
@@ -59,8 +59,8 @@ class BatchSizes:
         return "\n".join(
             [
                 *lines,
-                f"In {self.memory / 2**30:.2f} GiB, {self.most_tokens:,} tokens are the most. {self.margin:.0%} fewer "
-                f"leave room for what a run needs besides. The longest row has {self.longest:,} tokens.",
+                f"{self.most_tokens:,} tokens are the most that fit into {self.memory / 2**30:.2f} GiB. "
+                f"{self.margin:.0%} fewer leave room for what else a run needs. The longest row has {self.longest:,}.",
                 f"--data.max_tokens_per_microbatch {self.max_tokens_per_microbatch}",
                 "This bounds the memory, so any `batch_size` fits: larger steps are split. "
                 + ("All of the data fits" if all_rows else f"Up to {self.batch_size:,} rows, even the longest, fit")
@@ -81,15 +81,16 @@ def find_batch_size(
     """Find the largest `max_tokens_per_microbatch` by trying; and the largest `batch_size` that needs no split.
 
     Each try is an optimizer step on two microbatches of made-up rows, as long as the longest of the data, with every
-    token a response token: what a step of so many tokens in a microbatch takes at most. Sizes double until memory runs
-    out, then the gap is halved until it is 5%. Afterwards module and data are as before, but for the model, which is
-    loaded.
+    token a response token: no step of the data with as many tokens in a microbatch takes more memory. Sizes double
+    until memory runs out, then the gap between what fits and what does not is halved until it is 5%. Afterwards module
+    and data are as before, except that the model is loaded.
 
     Args:
         module: The model, with the optimizer of the run.
         datamodule: The data; its longest row counts, and its `layout`.
         memory_gib: Memory that the process may take of its CUDA device, in GiB. Default: all that is free.
-        margin: Share of the tokens that is left out, for what tries do not show: fragments of memory, generations.
+        margin: Fraction of the tokens that is left out, for what the tries do not show: fragments of memory, and
+            generations.
         **trainer_options: Of the run's trainer, such as `precision`.
 
     Raises:
@@ -98,7 +99,7 @@ def find_batch_size(
             for the longest row.
     """
     check_number("memory_gib", memory_gib, "a positive number of GiB", lambda value: value > 0, optional=True)
-    check_number("margin", margin, "a share: at least 0, below 1", lambda value: 0 <= value < 1)
+    check_number("margin", margin, "a fraction: at least 0, below 1", lambda value: 0 <= value < 1)
     lengths = datamodule.row_lengths()
     steps = _MadeUpSteps(module, datamodule, lengths[0])
     search = _Search(steps, sum(lengths), memory_gib)

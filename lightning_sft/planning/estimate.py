@@ -91,14 +91,14 @@ def estimate_run(
         module: With its settings, and no model yet.
         datamodule: The data; where it cannot be read here, its settings alone are used.
         trainer: Settings of the trainer.
-        mfu: Share of the devices' arithmetic that is assumed to be put to use.
+        mfu: Fraction of the devices' arithmetic that is assumed to be put to use.
         peak_flops: Multiplications and additions per second that one device could do at most. Default: what Lightning
             knows of this machine's CUDA device, if that is what the run is for.
 
     Raises:
-        ValueError: If `mfu` is no share, the model cannot be built, or nothing bounds a microbatch.
+        ValueError: If `mfu` is out of range, the model cannot be built, or nothing bounds a microbatch.
     """
-    check_number("mfu", mfu, "a share above 0, at most 1", lambda value: 0 < value <= 1)
+    check_number("mfu", mfu, "a fraction above 0, at most 1", lambda value: 0 < value <= 1)
     settings = TrainerSettings.of(trainer)
     kind = "CUDA" if settings.on_cuda else "CPU"
     notes = [f"For {settings.num_devices} {kind} device{_s(settings.num_devices)}, {settings.precision}."]

@@ -102,5 +102,5 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
     with pytest.raises(SystemExit, match=r"Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`"):
         main()
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, "--mfu", "40"])
-    with pytest.raises(SystemExit, match=r"`mfu` is 40.0, expected a share"):
+    with pytest.raises(SystemExit, match=r"`mfu` is 40.0, expected a fraction"):
         main()
