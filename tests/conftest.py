@@ -15,7 +15,7 @@ from support.paths import SHARED_DATA
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins by ignoring it
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
-_LONGEST = ["test_resume", "test_cli", "test_splits", "test_notebooks", "test_module", "test_lora"]
+_LONGEST = ["test_resume", "test_cli", "test_splits", "test_notebooks", "test_module", "test_lora_runs"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from support.lora import LORA, build
 from support.models import tiny_config, tiny_model
 
+from lightning_sft import SFTModule
 from lightning_sft.data.collation import collate_packed
 from lightning_sft.data.example import Example
 from lightning_sft.data.plan import MicrobatchShape
@@ -103,3 +105,25 @@ def test_on_cuda_a_tile_of_logits_is_large_and_scored_in_a_single_pass():
     model, shape = meta_model(vocab_size=16384), MicrobatchShape([60], [60], 1)
     cpu, cuda = (step_memory(model, adamw, shape, devices=Devices(on_cuda=on_cuda)) for on_cuda in (False, True))
     assert 0.6 < (cuda.peak - cpu.peak) / (60 * 16384 * 4) < 1
+
+
+def test_an_estimate_counts_frozen_weights_as_stored_and_gradients_of_adapters_alone(tmp_path):
+    build("tied", torch.bfloat16).save_pretrained(tmp_path)
+    module = SFTModule(str(tmp_path), lora=LORA)
+    model = module.builder.build_empty(Precision.of("bf16-mixed"))
+    assert model.dtype == torch.bfloat16
+    adapters = sum(4 * weight.numel() for weight in model.parameters() if weight.requires_grad)
+    shape = MicrobatchShape([20], [10], 1)
+    memory = step_memory(model, adamw, shape, precision=Precision.of("bf16-mixed")).state
+    assert memory.gradients == adapters
+    assert memory.weights == adapters + sum(2 * weight.numel() for weight in build("tied").parameters())
+
+
+def test_a_model_that_is_there_already_can_be_estimated():
+    model = build("tied", torch.bfloat16)
+    empty = SFTModule(model, lora=LORA).builder.build_empty()
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+    assert empty.dtype == torch.bfloat16
+    assert sum(w.numel() for w in empty.parameters() if not w.requires_grad) == sum(
+        w.numel() for w in model.parameters()
+    )
