@@ -26,7 +26,7 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
         seed: Of weights that are drawn.
 
     Raises:
-        ValueError: If there is no such model, or its weights are not those of its configuration.
+        SettingsError: If there is no such model, or its weights are not those of its configuration.
     """
     # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
@@ -46,7 +46,7 @@ def build_empty_model(source: str | dict[str, Any], model_kwargs: dict[str, Any]
     """The model that `build_model` makes, on `meta`: of a pretrained one its configuration alone is read.
 
     Raises:
-        ValueError: If there is no such model.
+        SettingsError: If there is no such model.
     """
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
     try:
