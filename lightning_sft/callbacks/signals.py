@@ -3,9 +3,10 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class DeferredSignals:
@@ -17,7 +18,7 @@ class DeferredSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._earlier: dict[signal.Signals, Any] = {}
+        self._earlier: dict[signal.Signals, _Handler] = {}
 
     def catch(self, numbers: Iterable[signal.Signals]) -> None:
         """Take over from the present handlers. Only the main thread can; elsewhere nothing changes."""

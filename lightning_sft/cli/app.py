@@ -176,7 +176,9 @@ class SFTCLI(LightningCLI):
         if "trainer" in parts:
             for name, default, own in _OWN_SETTINGS:
                 if (value := config.trainer[name]) not in (default, None):
-                    raise SettingsError(f"`trainer.{name}` is {value}, but this model steps by itself. Use `{own}`.")
+                    raise SettingsError(
+                        f"`trainer.{name}` is {value}, which does not work with manual optimization. Use `{own}`."
+                    )
             if not config.trainer.max_epochs and config.trainer.max_steps == -1 and not config.trainer.max_time:
                 config.trainer.max_epochs = 1
         if "trainer" in self._parameters:

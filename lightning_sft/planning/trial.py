@@ -1,5 +1,6 @@
 """Trial runs: training steps on a trainer of their own, after which the module is as it was."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from lightning_sft.callbacks import StepProgressBar
 from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.training.guard import StepGuard
 from lightning_sft.training.module import SFTModule
 
-# No files, no validation, and its own length, whatever the run itself is to have.
+# No files, no validation, and a length of its own.
 _OWN_OPTIONS: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -32,16 +34,27 @@ _OWN_OPTIONS: dict[str, Any] = {
 
 
 class Trial(L.Callback):
-    """What happens in a trial run. It remembers what the run changes in the module."""
+    """What happens in a trial run; subclasses add what they look at. It remembers what the run changes in the module.
+
+    Attributes:
+        saved: Trainable weights and buffers as they were before the first step, in main memory.
+    """
 
     saved: dict[str, Tensor]
 
     def check(self, trainer: L.Trainer) -> None:
-        """Refuse a trainer that the trial cannot run on."""
+        """Refuse a trainer that the trial cannot run on.
+
+        Args:
+            trainer: Of the trial.
+
+        Raises:
+            SettingsError: If the trainer starts processes of its own.
+        """
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise SettingsError(
-                "`strategy` trains in processes that take what they find with them. Use one device, or `ddp` in a "
-                "script or on the command line."
+                "`strategy` trains in processes of its own, and what they find is lost when they end. Use one device, "
+                "or `ddp` in a script or on the command line."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -49,7 +62,11 @@ class Trial(L.Callback):
         self.saved = {name: tensor.to("cpu", copy=True) for name, tensor in _changing(pl_module).items()}
 
     def restore(self, module: L.LightningModule) -> None:
-        """Put them back, and drop gradients."""
+        """Put them back, and drop gradients.
+
+        Args:
+            module: That was trained.
+        """
         tensors = _changing(module)
         for name, value in getattr(self, "saved", {}).items():
             tensors[name].copy_(value)
@@ -69,22 +86,23 @@ def run_trial(
     trainer_options: dict[str, Any],
     *,
     datamodule: SFTDataModule | None = None,
-    loader: Any = None,
+    loader: Iterable[OptimizerStep] | None = None,
 ) -> None:
-    """Train for some steps and put everything back: weights, buffers, random states, and whose trainer it is.
+    """Train for some steps, and leave module, data and random states as they were, but for the model, which is loaded.
 
-    Optimizer and schedule are made anew in every run. Steps that are no finite numbers are skipped.
+    Steps whose loss or gradient norm is not a finite number are skipped. Optimizer and schedule are made for the trial.
 
     Args:
         trial: What to do in it.
         module: What is trained.
         num_steps: Optimizer steps.
-        trainer_options: Of the run itself; what writes files or validates is turned off, and its callbacks stay out.
-        datamodule: The data; or
-        loader: Batches.
+        trainer_options: Arguments of the run's trainer. Those that write files or validate are replaced, and callbacks
+            are left out.
+        datamodule: The data; None if there is a `loader`.
+        loader: Gives optimizer steps in place of the data.
 
     Raises:
-        ValueError: If the strategy trains in processes whose results are lost.
+        SettingsError: If the trial cannot run on this trainer.
     """
     options = trainer_options | _OWN_OPTIONS | {"max_steps": num_steps}
     bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []
@@ -101,7 +119,7 @@ def run_trial(
         module.guard, module.trainer = guard, trainer_of_module
         if datamodule is not None:
             datamodule.trainer = trainer_of_data
-        _set_rng_states(states)  # of CUDA, each step sets its own
+        _set_rng_states(states)  # those of CUDA are set anew in each step
 
 
 def _trainer_of(module: L.LightningModule) -> L.Trainer | None:

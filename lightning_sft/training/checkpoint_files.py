@@ -34,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save a checkpoint to a file.
 
         Raises:
-            OSError: If the file cannot be written; what was there before is still there.
+            CheckpointWriteError: If the file cannot be written; what was there before is still there.
         """
         path = Path(path)
         with _explained(path):
@@ -126,8 +126,8 @@ def check_checkpoint(path: str, resume: bool) -> None:
         resume: Whether a training is to go on from it, which takes more than weights.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint, or not whole, or holds what could run code.
+        MissingFileError: There is no such file.
+        SettingsError: It is no checkpoint, or not whole, or holds what could run code.
     """
     came = f"`ckpt_path` is {path!r}"
     if not os.path.exists(path):

@@ -72,8 +72,8 @@ class SFTModule(L.LightningModule):
             step. On the command line it is the seed of the data.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of range, the model cannot be loaded, or it does not fit the data.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If an argument is out of range.
     """
 
     model: PreTrainedModel
@@ -118,7 +118,7 @@ class SFTModule(L.LightningModule):
         if isinstance(model, PreTrainedModel):
             self.model = model
         if lora is not None:
-            self.strict_loading = False
+            self.strict_loading = False  # frozen weights are in no checkpoint
             keep_trained_weights_only(self)
 
     def setup(self, stage: str) -> None:
@@ -131,21 +131,21 @@ class SFTModule(L.LightningModule):
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
 
         Raises:
-            ValueError: If the strategy cannot train it.
+            SettingsError: If the model cannot be loaded, or not be trained by this trainer.
         """
-        trainer = self._trainer
-        check_trainer(trainer)
+        if (trainer := self._trainer) is not None:
+            check_trainer(trainer)
         self.model = load_model(self.builder, getattr(self, "model", None), trainer)
         if trainer is not None and not is_sharded(self.model):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
         self.why_not_packed = prepare_model(self.model, trainer, self.gradient_checkpointing, self._compile)
-        self._compile = False  # it is compiled, from now on
+        self._compile = False  # once is enough
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
         """Convert or move everything, but keep rotary frequencies in float32."""
         with rotary_frequencies_kept(self):
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -248,7 +248,7 @@ class SFTModule(L.LightningModule):
         """Generate responses to prompts by `generator`, which the run's `GenerationMonitor` has set.
 
         Raises:
-            ValueError: If there is none.
+            SettingsError: If there is none.
         """
         if self.generator is None:
             raise SettingsError(
@@ -277,7 +277,7 @@ class SFTModule(L.LightningModule):
         """Refuse a checkpoint of another model, and, to continue training, of another optimizer.
 
         Raises:
-            ValueError: If names or shapes of weights differ, or settings of adapters or optimizer.
+            SettingsError: If names or shapes of weights differ, or settings of adapters or optimizer.
         """
         check_adapters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), self.builder)
         if "state_dict" in checkpoint:  # of a sharded checkpoint the strategy has loaded it
@@ -293,7 +293,7 @@ class SFTModule(L.LightningModule):
         """Store what makes the same model, and what its card says, so that exporting needs no other file.
 
         Raises:
-            FloatingPointError: If the latest step's loss or gradient norm is not a finite number.
+            NonFiniteError: If the latest step's loss or gradient norm is not a finite number.
         """
         self.guard.check()
         checkpoint["num_skipped_steps"] = self.guard.num_skipped

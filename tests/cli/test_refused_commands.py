@@ -75,11 +75,11 @@ SETTINGS = {
     ),
     "the trainer's clipping": (
         {"trainer.gradient_clip_val": 0.5},
-        "`trainer.gradient_clip_val` is 0.5, but this model steps by itself. Use `model.max_grad_norm`.",
+        "`trainer.gradient_clip_val` is 0.5, which does not work with manual optimization. Use `model.max_grad_norm`.",
     ),
     "the trainer's accumulation": (
         {"trainer.accumulate_grad_batches": 2},
-        "`trainer.accumulate_grad_batches` is 2, but this model steps by itself. Use "
+        "`trainer.accumulate_grad_batches` is 2, which does not work with manual optimization. Use "
         "`data.gradient_accumulation_steps`.",
     ),
     "no device": ({"trainer.devices": 0}, "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),

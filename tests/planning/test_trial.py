@@ -53,7 +53,7 @@ def test_a_run_after_finding_is_the_run_without(find, tmp_path, monkeypatch):
         (find_lr, {"min_lr": 1e-2, "max_lr": 1e-3}, "`min_lr` is 0.01 and `max_lr` 0.001, expected positive numbers"),
         (find_lr, {"min_lr": 0.0}, "`min_lr` is 0.0"),
         (find_lr, {"num_steps": 1}, "`num_steps` is 1, expected at least 2"),
-        (find_lr, {"strategy": "ddp_spawn", "devices": 2}, "take what they find with them"),
+        (find_lr, {"strategy": "ddp_spawn", "devices": 2}, "what they find is lost when they end"),
         (find_batch_size, {"margin": 1.0}, "`margin` is 1.0, expected a fraction"),
         (find_batch_size, {"memory_gib": 0}, "`memory_gib` is 0, expected a positive number"),
         (find_batch_size, {"strategy": "ddp", "devices": 2}, "`devices` are 2, but where memory runs out on one"),
@@ -70,5 +70,8 @@ def test_lightning_s_own_finders_say_who_finds(method, instead):
     data = rows()
     data.batch_size = 8  # what Lightning looks for
     trainer = L.Trainer(**QUIET, logger=False, enable_checkpointing=False, max_steps=2)
-    with pytest.raises(ValueError, match=rf"finds nothing .* Use `lightning_sft.{instead}\(module, datamodule\)`"):
+    with pytest.raises(
+        ValueError,
+        match=rf"does not work with manual optimization. Use `lightning_sft.{instead}\(module, datamodule\)`",
+    ):
         getattr(Tuner(trainer), method)(module(), datamodule=data)

@@ -1,4 +1,4 @@
-"""Lightning's own callbacks beside a module that steps by itself: they count optimizer steps."""
+"""Lightning's own callbacks under manual optimization: they count optimizer steps."""
 
 import csv
 import json
