@@ -45,5 +45,5 @@ def give_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], strict: 
         strict: Whether none may be missing.
     """
     model.load_state_dict(weights, strict=strict, assign=True)
-    if not has_lora(model):  # whose own copies are tied to one another
+    if not has_lora(model):  # adapters tie the copies that they train of tied weights themselves
         model.tie_weights()
