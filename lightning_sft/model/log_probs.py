@@ -1,6 +1,7 @@
 """Log-probabilities of labels and entropies of the next-token distribution, in nats."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.head import Head, ResponseScores, score_labels
-from lightning_sft.model.linear_head import LinearHead, find_linear_head
+from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.tiles import LogitTransform, Tiling, float32_or_more
 
 
@@ -115,55 +116,49 @@ def score_responses(
     if head is None:
         logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
         return _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
-    with _ScoringHead(head, response_positions, chosen, normalize_constant, return_is_top1, tiling) as scoring:
+
+    def score(hidden: Tensor) -> ResponseScores:
+        hidden = hidden.flatten(0, 1).index_select(0, response_positions)
+        weights = None
+        if normalize_constant is not None:
+            dtype = float32_or_more(hidden[:0]).dtype
+            weights = torch.full_like(chosen, 1 / normalize_constant, dtype=dtype)
+        return score_labels(
+            hidden,
+            Head(head.layer.weight, head.layer.bias, head.transform),
+            chosen,
+            token_weights=weights,
+            return_is_top1=return_is_top1,
+            tiling=tiling,
+        )
+
+    with _InPlaceOfLogits(head.layer, score) as found:
         model(input_ids=input_ids, **model_kwargs)
-    return scoring.scores
+    return found.scores
 
 
-class _ScoringHead:
-    """A context in which the model's head scores labels instead of computing logits.
+class _InPlaceOfLogits:
+    """A context in which the model's head scores its hidden states instead of computing logits.
 
     The layer's own call does it, inside the model's, so that sharded weights are gathered. Once the model has run,
-    `scores` holds what it found.
+    `scores` holds what was found.
     """
 
     scores: ResponseScores
 
-    def __init__(
-        self,
-        head: LinearHead,
-        positions: Tensor,
-        labels: Tensor,
-        normalize_constant: float | None,
-        return_is_top1: bool,
-        tiling: Tiling | None,
-    ) -> None:
-        self._head, self._positions, self._labels = head, positions, labels
-        self._normalize_constant, self._return_is_top1, self._tiling = normalize_constant, return_is_top1, tiling
+    def __init__(self, layer: nn.Linear, score: Callable[[Tensor], ResponseScores]) -> None:
+        self._layer, self._score = layer, score
 
-    def __enter__(self) -> "_ScoringHead":
-        self._head.layer.forward = self._score  # type: ignore[method-assign, assignment]
+    def __enter__(self) -> "_InPlaceOfLogits":
+        self._layer.forward = self._forward  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._head.layer.forward
+        del self._layer.forward
 
-    def _score(self, hidden: Tensor) -> Tensor:
-        leading = hidden.shape[:-1]
-        hidden = hidden.flatten(0, 1).index_select(0, self._positions)
-        layer, weights = self._head.layer, None
-        if self._normalize_constant is not None:
-            dtype = float32_or_more(hidden[:0]).dtype
-            weights = torch.full_like(self._labels, 1 / self._normalize_constant, dtype=dtype)
-        self.scores = score_labels(
-            hidden,
-            Head(layer.weight, layer.bias, self._head.transform),
-            self._labels,
-            token_weights=weights,
-            return_is_top1=self._return_is_top1,
-            tiling=self._tiling,
-        )
-        return hidden.new_zeros(*leading, 1)  # where there would be logits
+    def _forward(self, hidden: Tensor) -> Tensor:
+        self.scores = self._score(hidden)
+        return hidden.new_zeros(*hidden.shape[:-1], 1)  # where there would be logits
 
 
 def _scores_of_logits(
