@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -13,15 +12,12 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
-    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
-from support.models import tiny_config
 from support.runs import ROWS, read_log, train
 
-from lightning_sft import HuggingFaceExport, SFTModule
+from lightning_sft import HuggingFaceExport
 
 DATA = {"val_data": ROWS[:5], "gradient_accumulation_steps": 2}
 CONSTANT = {"lr_scheduler": "constant", "warmup_steps": 0}
@@ -116,18 +112,3 @@ def test_a_run_with_an_average_goes_on_to_the_last_bit(tmp_path):
         assert torch.equal(continued["weights"][name], weight), name
     logs = [read_log(tmp_path / name / "validations_0.jsonl") for name in ("straight", "continued")]
     assert json.dumps(logs[0]) == json.dumps(logs[1])
-
-
-def test_an_average_by_epochs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`StochasticWeightAveraging` counts epochs"):
-        train(tmp_path, data=DATA, callbacks=[StochasticWeightAveraging(0.1, swa_epoch_start=1)])
-
-
-def test_an_average_of_a_sharded_model_is_refused():
-    """Without processes to shard over: the trainer is none."""
-    module = SFTModule(tiny_config())
-    module._trainer = SimpleNamespace(
-        callbacks=[averaging()], strategy=ModelParallelStrategy(), state=SimpleNamespace(fn="fit")
-    )
-    with pytest.raises(ValueError, match="`EMAWeightAveraging` copies the whole model, but the model is sharded"):
-        module.configure_model()

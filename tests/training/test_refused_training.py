@@ -14,6 +14,19 @@ TRAINING = {
     "unknown loss": Refusal(
         module({}, loss_normalization="tokens"), "`loss_normalization` is 'tokens', expected one of token, sequence."
     ),
+    "constant of zero": Refusal(
+        module({}, normalize_constant=0.0), "`normalize_constant` is 0.0, expected a positive number."
+    ),
+    "unknown word for steps that are not finite": Refusal(
+        module({}, nonfinite="ignore"), "`nonfinite` is 'ignore', expected one of error, skip."
+    ),
+    "negative max_grad_norm": Refusal(
+        module({}, max_grad_norm=-1.0), "`max_grad_norm` is -1.0, expected a positive number or none."
+    ),
+    "negative seed": Refusal(module({}, seed=-1), "`seed` is -1, expected at least 0."),
+    "negative warmup_steps": Refusal(
+        module({}, warmup_steps=-1), "`warmup_steps` is -1, expected a number of steps or a share below 1."
+    ),
     "max_grad_norm of NaN": Refusal(
         module({}, max_grad_norm=math.nan), "`max_grad_norm` is nan, expected a positive number or none."
     ),

@@ -121,3 +121,10 @@ def test_a_sharded_model_in_half_precision_stays_close(tmp_path, whole_steps):
     assert result["losses"] != pytest.approx(reference["losses"], rel=1e-6)
     for kind in ("gradients", "weights"):
         assert {tensor.dtype for tensor in result[kind].values()} == {torch.float32}
+
+
+def test_deterministic_runs_are_equal_to_the_last_bit(tmp_path):
+    runs = [train(tmp_path / name, config={"attention_dropout": 0.3}, deterministic=True) for name in "ab"]
+    torch.use_deterministic_algorithms(False)  # Lightning leaves it on
+    for one, other in zip(*(run["weights"].values() for run in runs), strict=True):
+        assert torch.equal(one, other)

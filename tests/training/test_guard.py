@@ -1,16 +1,13 @@
-"""Steps that are no numbers, strategies that cannot train, runs that have to be the same."""
-
-from types import SimpleNamespace
+"""Optimizer steps whose loss or gradient norm is not a finite number."""
 
 import lightning as L
 import pytest
 import torch
 from support.models import tiny_model
-from support.runs import ROWS, adamw, read_log, train
+from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTModule
-from lightning_sft.trainer_loops import leave_inference_mode
-from lightning_sft.training.trainer_checks import check_trainer
+from lightning_sft.training.guard import StepGuard
 
 # Every "z" is a NaN: the only row with one stands in line 12.
 POISONED = [*ROWS[:11], {"prompt": "z", "output": "zzz"}, *ROWS[11:22]]
@@ -90,43 +87,11 @@ def test_skipped_steps_leave_weights_optimizer_and_schedule_alone_and_are_counte
     assert len(again["losses"]) == 9
 
 
-def test_deterministic_runs_are_equal_to_the_last_bit(tmp_path):
-    runs = [train(tmp_path / name, config={"attention_dropout": 0.3}, deterministic=True) for name in "ab"]
-    torch.use_deterministic_algorithms(False)  # Lightning leaves it on
-    for one, other in zip(*(run["weights"].values() for run in runs), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_strategies_that_cannot_train_are_refused_with_the_way_out(name):
-    module = SFTModule(tiny_model(), optimizer=adamw)
-    module._trainer = type("Trainer", (), {"strategy": type(name, (), {})()})()
-    with pytest.raises(ValueError, match=rf"`trainer.strategy` is {name}, which cannot .* `--config fsdp`"):
-        module.configure_model()
-
-
-def test_a_device_without_float64_is_refused():
-    strategy = type("SingleDeviceStrategy", (), {"root_device": torch.device("mps")})()
-    with pytest.raises(ValueError, match=r"`trainer.accelerator` is MPS, which has no float64.* Set it to 'cpu'"):
-        check_trainer(
-            SimpleNamespace(strategy=strategy, precision_plugin=None, callbacks=[], state=SimpleNamespace(fn="fit"))
-        )
-
-
-def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
-    seen = []
-
-    class Module(L.LightningModule):
-        def validation_step(self, batch, batch_idx):
-            seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
-
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
-    leave_inference_mode(trainer)
-    trainer.validate(Module(), [0], verbose=False)
-    assert seen == [(False, False)]
-
-
-def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setattr("lightning_sft.training.model_setup.is_sharded", lambda module: True)
-    with pytest.raises(ValueError, match="`compile` is true, but the model is sharded"):
-        SFTModule(tiny_model(), compile=True).configure_model()
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
+def test_gradients_that_overflow_float16_are_neither_an_error_nor_skipped(nonfinite):
+    guard = StepGuard(nonfinite)
+    guard.start_step(1, ["row 1"], torch.tensor(1.0))
+    guard.allows(torch.tensor(torch.inf))
+    assert not guard.finish_step(stepped=False)
+    assert (guard.num_steps, guard.num_skipped) == (1, 0)
+    guard.check()

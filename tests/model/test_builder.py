@@ -1,0 +1,60 @@
+"""Models from names, settings or models, with their adapters."""
+
+import pytest
+import torch
+from support.models import tiny_config, tiny_model
+
+from lightning_sft import SFTModule
+from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.model.lora import add_lora
+from lightning_sft.model.pretrained import build_model
+
+
+def test_models_are_made_in_main_memory_whatever_the_default_device(tmp_path):
+    """Lightning makes the training device the default one, where other numbers would be drawn for the same seed."""
+    tiny_model().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        drawn, loaded = build_model(tiny_config(), {}, seed=1), build_model(str(tmp_path), {}, seed=1)
+    lora = build_model(tiny_config(), {}, seed=1)
+    with torch.device("meta"):
+        add_lora(lora, {"r": 2})
+    assert {weight.device.type for model in (drawn, loaded, lora) for weight in model.parameters()} == {"cpu"}
+    torch.testing.assert_close(drawn.state_dict(), build_model(tiny_config(), {}, seed=1).state_dict())
+
+
+def test_weights_from_a_configuration_follow_from_the_seed_and_disturb_no_other_randomness():
+    def weights(seed):
+        module = SFTModule(tiny_config(), seed=seed)
+        before = torch.get_rng_state()
+        module.configure_model()
+        assert torch.equal(before, torch.get_rng_state())
+        return module.model.lm_head.weight
+
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    module = SFTModule(str(tmp_path / "half"))
+    module.configure_model()
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_adapters_are_on_top_of_a_name_or_settings_and_of_nothing_if_a_model_has_no_name():
+    assert ModelBuilder("some/model").base == "some/model"
+    assert ModelBuilder(tiny_config()).base == tiny_config()
+    model = tiny_model()
+    assert ModelBuilder(model).base is None
+    model.config._name_or_path = "its/name"
+    assert ModelBuilder(type(model)(model.config)).base == "its/name"
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_empty_model_has_the_shapes_and_types_of_the_model_and_no_values(lora, given):
+    builder = ModelBuilder(tiny_model().bfloat16() if given else tiny_config(), lora=lora)
+    empty = builder.build_empty()  # first, since a model that is given is adapted in place
+    found = [[(name, w.shape, w.dtype) for name, w in each.named_parameters()] for each in (empty, builder.build())]
+    assert found[0] == found[1]
+    assert {weight.device.type for weight in empty.parameters()} == {"meta"}

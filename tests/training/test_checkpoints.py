@@ -1,0 +1,57 @@
+"""What a checkpoint of a run holds, and what can be done with it."""
+
+import lightning as L
+import pytest
+import torch
+from support.fits import ROWS, Recorder, fit, make_data, make_trainer, sgd
+from support.models import tiny_config, tiny_model
+
+from lightning_sft import SFTModule
+
+
+def test_a_checkpoint_loads_without_the_original_weights(tmp_path):
+    source = tmp_path / "pretrained"
+    tiny_model().save_pretrained(source)
+    module, _, trainer = fit(tmp_path, SFTModule(str(source), optimizer=sgd, max_grad_norm=0.25), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
+    for file in source.iterdir():
+        file.unlink()
+    loaded = SFTModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.hparams.max_grad_norm == 0.25
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(ids).logits, module(ids).logits)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    def module():
+        config = tiny_config(attention_dropout=0.2)
+        return SFTModule(config, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01), warmup_steps=2)
+
+    straight, straight_log, _ = fit(tmp_path, module(), max_epochs=4)
+    data = make_data(num_workers=1)
+    trainer = make_trainer(tmp_path, callbacks=[first_log := Recorder()], max_epochs=4)
+
+    class StopAt5(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "five.ckpt", weights_only=False)
+                trainer.should_stop = True
+
+    trainer.callbacks.append(StopAt5())
+    trainer.fit(module(), data)
+    resumed, resumed_log, _ = fit(tmp_path, module(), make_data(), max_epochs=4, ckpt_path=tmp_path / "five.ckpt")
+    assert first_log.losses + resumed_log.losses == straight_log.losses
+    assert first_log.rows + resumed_log.rows == straight_log.rows
+    for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"batch_size": 4}, "batch_size"), ({"seed": 1}, "seed"), ({"train_data": ROWS[:9]}, "num_rows")],
+)
+def test_resuming_with_other_data_is_refused(tmp_path, changes, name):
+    _, _, trainer = fit(tmp_path, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt", weights_only=False)
+    with pytest.raises(ValueError, match=f"`{name}` = .* the run cannot continue"):
+        fit(tmp_path, data=make_data(**changes), ckpt_path=tmp_path / "two.ckpt")

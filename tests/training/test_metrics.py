@@ -1,0 +1,54 @@
+"""Metrics of a validation, against sums over one row at a time."""
+
+import math
+
+import pytest
+import torch
+from support.fits import ROWS, fit, make_data, make_trainer, sgd
+from support.models import tiny_config, tiny_model
+
+from lightning_sft import SFTModule
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_validation_divides_by_what_training_divides_by(tmp_path, normalization):
+    """The loss of a run of no learning rate, on the same rows, is that of its validation."""
+    module = SFTModule(
+        tiny_config(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        loss_normalization=normalization,
+        normalize_constant=5.0,
+    )
+    data = make_data(val_data=ROWS, batch_size=len(ROWS))
+    metrics = fit(tmp_path, module, data, max_steps=1)[2].callback_metrics
+    assert metrics["val/loss"] == pytest.approx(metrics["train/loss"].item(), rel=1e-5)
+
+
+def test_validation_metrics_are_exact_over_all_response_tokens(tmp_path):
+    module = SFTModule(tiny_model(), optimizer=sgd)
+    data = make_data(val_data=ROWS[:7], batch_size=3, gradient_accumulation_steps=2)
+    trainer = make_trainer(tmp_path)
+    (metrics,) = trainer.validate(module, data, verbose=False)
+    nll, entropy, top1 = [], [], []
+    for row in ROWS[:7]:
+        prompt, output = [ord(c) for c in row["prompt"]], [ord(c) for c in row["output"]] + [128]
+        with torch.no_grad():
+            p = module.model(torch.tensor([prompt + output])).logits[0].double().softmax(-1)
+        for i, token in enumerate(output):
+            at = p[len(prompt) + i - 1]
+            nll.append(-math.log(at[token]))
+            entropy.append(-sum(x * math.log(x) for x in at.tolist()))
+            top1.append(float(at.argmax() == token))
+    mean = sum(nll) / len(nll)
+    assert metrics["val/loss"] == pytest.approx(mean, rel=1e-6)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
+    assert metrics["val/token_entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-6)
+    assert metrics["val/token_accuracy"] == pytest.approx(sum(top1) / len(top1))
+
+
+def test_the_validation_loss_is_normalised_as_the_training_loss(tmp_path):
+    module = SFTModule(tiny_model(), loss_normalization="sequence", normalize_constant=3.0)
+    data = make_data(val_data=ROWS[:7])
+    (metrics,) = make_trainer(tmp_path).validate(module, data, verbose=False)
+    num_tokens = sum(len(row["output"]) + 1 for row in ROWS[:7])
+    assert metrics["val/loss"] == pytest.approx(math.log(metrics["val/perplexity"]) * num_tokens / (3 * 7), rel=1e-5)

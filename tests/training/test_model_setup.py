@@ -1,0 +1,28 @@
+"""What happens to a model before the first optimizer step."""
+
+import lightning as L
+import pytest
+import torch
+from support.models import tiny_model
+
+from lightning_sft import SFTModule
+from lightning_sft.trainer_loops import leave_inference_mode
+
+
+def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
+    seen = []
+
+    class Module(L.LightningModule):
+        def validation_step(self, batch, batch_idx):
+            seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    leave_inference_mode(trainer)
+    trainer.validate(Module(), [0], verbose=False)
+    assert seen == [(False, False)]
+
+
+def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):
+    monkeypatch.setattr("lightning_sft.training.model_setup.is_sharded", lambda module: True)
+    with pytest.raises(ValueError, match="`compile` is true, but the model is sharded"):
+        SFTModule(tiny_model(), compile=True).configure_model()

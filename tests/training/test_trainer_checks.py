@@ -1,0 +1,46 @@
+"""Strategies, devices and callbacks that `SFTModule` cannot be trained with."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from support.models import tiny_config, tiny_model
+from support.runs import adamw, train
+
+from lightning_sft import SFTModule
+from lightning_sft.training.trainer_checks import check_trainer
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_cannot_train_are_refused_with_the_way_out(name):
+    module = SFTModule(tiny_model(), optimizer=adamw)
+    module._trainer = type("Trainer", (), {"strategy": type(name, (), {})()})()
+    with pytest.raises(ValueError, match=rf"`trainer.strategy` is {name}, which cannot .* `--config fsdp`"):
+        module.configure_model()
+
+
+def test_a_device_without_float64_is_refused():
+    strategy = type("SingleDeviceStrategy", (), {"root_device": torch.device("mps")})()
+    with pytest.raises(ValueError, match=r"`trainer.accelerator` is MPS, which has no float64.* Set it to 'cpu'"):
+        check_trainer(
+            SimpleNamespace(strategy=strategy, precision_plugin=None, callbacks=[], state=SimpleNamespace(fn="fit"))
+        )
+
+
+def test_an_average_by_epochs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`StochasticWeightAveraging` counts epochs"):
+        train(tmp_path, callbacks=[StochasticWeightAveraging(0.1, swa_epoch_start=1)])
+
+
+def test_an_average_of_a_sharded_model_is_refused():
+    """Without processes to shard over: the trainer is none."""
+    module = SFTModule(tiny_config())
+    module._trainer = SimpleNamespace(
+        callbacks=[EMAWeightAveraging(decay=0.75, use_buffers=False)],
+        strategy=ModelParallelStrategy(),
+        state=SimpleNamespace(fn="fit"),
+    )
+    with pytest.raises(ValueError, match="`EMAWeightAveraging` copies the whole model, but the model is sharded"):
+        module.configure_model()
