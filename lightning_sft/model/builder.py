@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -32,6 +33,8 @@ class ModelBuilder:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, Path):
+            self.source = str(self.source)
         check_type("model", self.source, (str, dict, PreTrainedModel), "a name, a path, settings or a model")
         check_type("model_kwargs", self.model_kwargs, dict, "a mapping of arguments", optional=True)
         check_type("lora", self.lora, dict, "a mapping of arguments", optional=True)

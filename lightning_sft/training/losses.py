@@ -67,7 +67,7 @@ def sft_loss(
     loss_normalization: LossNormalization = "token",
     normalize_constant: float = 1.0,
 ) -> Tensor:
-    """One microbatch's share of an optimizer step's loss: over all microbatches and ranks the shares sum to the loss.
+    """What one microbatch contributes to an optimizer step's loss: summed over all microbatches and ranks, the loss.
 
     The loss of the step is the negative log-likelihood of its response tokens, summed, and divided by
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -55,7 +54,7 @@ class SFTModule(L.LightningModule):
         max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
         optimizer: Any torch optimizer, by class path, and its arguments. Default: AdamW without weight decay, 1e-5.
         lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
-        warmup_steps: Optimizer steps over which the learning rate rises; below 1: a share of the run.
+        warmup_steps: Optimizer steps over which the learning rate rises; below 1: a fraction of the run.
         lr_scheduler_kwargs: Further arguments of the schedule.
         gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
         compile: Compile the model's body for training and validation: a minute or two at the start, faster steps.
@@ -101,7 +100,7 @@ class SFTModule(L.LightningModule):
         super().__init__()
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_callable("optimizer", optimizer, "a function of the parameters")
-        self.builder = ModelBuilder(str(model) if isinstance(model, Path) else model, model_kwargs, lora, seed)
+        self.builder = ModelBuilder(model, model_kwargs, lora, seed)
         self.loss_scale = LossScale(loss_normalization, normalize_constant)
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
         self.guard = StepGuard(nonfinite)
@@ -250,11 +249,9 @@ class SFTModule(L.LightningModule):
         Raises:
             SettingsError: If there is none.
         """
-        if self.generator is None:
-            raise SettingsError(
-                "`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none."
-            )
-        return self.generator(batch)
+        if self.generator is not None:
+            return self.generator(batch)
+        raise SettingsError("`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none.")
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------
 

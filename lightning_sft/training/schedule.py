@@ -19,7 +19,7 @@ class Schedule:
 
     Attributes:
         name: That `transformers` gives it, such as `cosine`.
-        warmup_steps: Optimizer steps over which the learning rate rises; below 1: a share of the run.
+        warmup_steps: Optimizer steps over which the learning rate rises; below 1: a fraction of the run.
         kwargs: Further arguments of the schedule.
 
     Raises:
@@ -34,7 +34,7 @@ class Schedule:
         check_number(
             "warmup_steps",
             self.warmup_steps,
-            "a number of steps or a share below 1",
+            "a number of steps or a fraction below 1",
             lambda steps: steps >= 0 and (steps <= 1 or steps % 1 == 0),
         )
         check_type("lr_scheduler_kwargs", self.kwargs, dict, "a mapping of arguments", optional=True)
@@ -61,8 +61,8 @@ class Schedule:
             raise SettingsError(
                 "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
             )
-        share = self.warmup_steps < 1
-        num_warmup_steps = math.ceil(self.warmup_steps * num_steps) if share else int(self.warmup_steps)
+        is_fraction = self.warmup_steps < 1
+        num_warmup_steps = math.ceil(self.warmup_steps * num_steps) if is_fraction else int(self.warmup_steps)
         try:
             scheduler: LRScheduler = get_scheduler(
                 self.name, optimizer, num_warmup_steps, max(num_steps, 1), self.kwargs

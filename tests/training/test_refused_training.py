@@ -25,7 +25,7 @@ TRAINING = {
     ),
     "negative seed": Refusal(module({}, seed=-1), "`seed` is -1, expected at least 0."),
     "negative warmup_steps": Refusal(
-        module({}, warmup_steps=-1), "`warmup_steps` is -1, expected a number of steps or a share below 1."
+        module({}, warmup_steps=-1), "`warmup_steps` is -1, expected a number of steps or a fraction below 1."
     ),
     "max_grad_norm of NaN": Refusal(
         module({}, max_grad_norm=math.nan), "`max_grad_norm` is nan, expected a positive number or none."
@@ -36,7 +36,7 @@ TRAINING = {
         SettingsTypeError,
     ),
     "warmup_steps of two and a half": Refusal(
-        module({}, warmup_steps=2.5), "`warmup_steps` is 2.5, expected a number of steps or a share below 1."
+        module({}, warmup_steps=2.5), "`warmup_steps` is 2.5, expected a number of steps or a fraction below 1."
     ),
     "model_kwargs of a list": Refusal(
         module({}, model_kwargs=[1]),
