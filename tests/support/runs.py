@@ -130,7 +130,8 @@ class Processes:
 
     def __init__(self, function: Any, *args: Any, world_size: int = 1, **kwargs: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["lightning_sft.cli.app"])  # imported once
+        # Imported once, not in each process: the second brings peft, bitsandbytes and with these torch's compiler.
+        context.set_forkserver_preload(["lightning_sft.cli.app", "transformers.optimization"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
