@@ -6,7 +6,7 @@ import torch
 
 from lightning_sft.data.example import Example
 from lightning_sft.data.microbatch import Microbatch, Packing
-from lightning_sft.data.plan import Layout
+from lightning_sft.data.microbatch_cuts import Layout
 
 
 def collate(examples: Sequence[Example], layout: Layout, pad_id: int = 0) -> Microbatch:

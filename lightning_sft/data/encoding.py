@@ -50,6 +50,11 @@ class Encoding:
         check_choice("too_long", self.too_long, TooLong)
         check_type("append_eos", self.append_eos, bool, "true or false")
 
+    @property
+    def limit_in_words(self) -> str:
+        """What is wrong with the rows that are dropped or cut."""
+        return f"longer than `max_length` = {self.max_length} tokens"
+
 
 @dataclass(frozen=True)
 class ExampleText:

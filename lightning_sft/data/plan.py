@@ -1,20 +1,17 @@
 """The plan of optimizer steps: which examples form a step, on which rank, in which microbatch."""
 
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapreplace
 from itertools import pairwise
-from math import gcd
-from typing import Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lightning_sft.checks import check_integer
+from lightning_sft.data.epoch_order import epoch_order
+from lightning_sft.data.microbatch_cuts import Layout, cut_by_cost, cut_by_count, deal_to_ranks, microbatch_cost
 from lightning_sft.errors import SettingsError
-
-Layout = Literal["packed", "padded"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,37 @@ class MicrobatchShape:
     num_microbatches: int
 
 
+def largest_allowed_microbatch(rule: StepRule, max_length: int | None, world_size: int) -> MicrobatchShape:
+    """The most that the settings allow in a microbatch, whatever the data: every row as long as it may be.
+
+    Args:
+        rule: How sequences are put into steps and microbatches.
+        max_length: The most tokens of a row; no limit if None.
+        world_size: Number of ranks.
+
+    Raises:
+        SettingsError: If nothing bounds it.
+    """
+    budget = rule.max_tokens_per_microbatch
+    if budget is None and max_length is None:
+        raise SettingsError(
+            "Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`, or `max_length`."
+        )
+    limits = [limit for limit in (budget, None if max_length is None else max_length - 1) if limit is not None]
+    length, num_microbatches = min(limits), rule.gradient_accumulation_steps or 1
+    num_sequences = -(-rule.batch_size // (world_size * num_microbatches))
+    if budget is not None:
+        num_sequences = min(budget // length, num_sequences)
+    is_split = budget is not None or num_microbatches > 1
+    return MicrobatchShape([length] * num_sequences, [length] * num_sequences, 2 if is_split else 1)
+
+
+def model_lengths(num_tokens: ArrayLike) -> NDArray[np.integer[Any]]:
+    """Tokens of rows as the model sees them: the last token of a row is only a label."""
+    lengths: NDArray[np.integer[Any]] = np.maximum(np.asarray(num_tokens) - 1, 1)
+    return lengths
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step: which examples, on which rank, in which microbatch.
@@ -106,131 +134,6 @@ class StepPlan:
 
     ranks: list[list[list[int]]]
     totals: StepTotals
-
-
-def microbatch_cost(lengths: Sequence[int], start: int, end: int, layout: Layout) -> int:
-    """Tokens that sequences `start:end` of `lengths` (longest first) occupy as one microbatch, padding included.
-
-    Padded: `num_sequences * longest`; packed: their sum. The cuts below rely on one thing: dropping a sequence from
-    either end never costs more.
-    """
-    return sum(lengths[start:end]) if layout == "packed" else (end - start) * lengths[start]
-
-
-def deal_to_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
-    """Deal sequences out, each to the rank with the fewest tokens so far; of equals, the fewest sequences, the lowest.
-
-    The ranks' totals then differ by no more than the longest sequence, and no rank stays empty while there are at
-    least `world_size` sequences.
-
-    Args:
-        lengths: Tokens of each sequence, longest first.
-        world_size: Number of ranks.
-
-    Returns:
-        For each rank the positions in `lengths` that it gets, ascending.
-    """
-    dealt: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [(0, 0, rank) for rank in range(world_size)]  # a heap of (tokens, sequences, rank)
-    for position, length in enumerate(lengths):
-        num_tokens, num_sequences, rank = loads[0]
-        dealt[rank].append(position)
-        heapreplace(loads, (num_tokens + length, num_sequences + 1, rank))
-    return dealt
-
-
-def cut_by_cost(lengths: Sequence[int], budget: int, layout: Layout = "padded") -> list[int]:
-    """Cut sequences into the fewest contiguous microbatches that cost at most `budget` each, filling one by one.
-
-    Args:
-        lengths: Tokens of each sequence, longest first, none longer than `budget`.
-        budget: Tokens, as `microbatch_cost` counts them.
-        layout: Of the microbatch.
-
-    Returns:
-        The cuts: microbatch `i` is `lengths[cuts[i]:cuts[i + 1]]`.
-    """
-    cuts = [0]
-    while (start := cuts[-1]) < len(lengths):
-        fitting = bisect_right(
-            range(start + 2, len(lengths) + 1), budget, key=lambda end: microbatch_cost(lengths, start, end, layout)
-        )
-        cuts.append(start + 1 + fitting)
-    return cuts
-
-
-def cut_by_count(lengths: Sequence[int], count: int, layout: Layout = "padded") -> list[int]:
-    """Cut sequences into exactly `min(count, len(lengths))` contiguous microbatches, the costliest as cheap as can be.
-
-    Args:
-        lengths: Tokens of each sequence, longest first.
-        count: Number of microbatches wanted.
-        layout: Of the microbatch.
-
-    Returns:
-        The cuts, as `cut_by_cost` gives them.
-    """
-    if count >= len(lengths):
-        return list(range(len(lengths) + 1))
-    budgets = range(lengths[0], microbatch_cost(lengths, 0, len(lengths), layout) + 1)
-    enough = bisect_left(budgets, True, key=lambda budget: len(cut_by_cost(lengths, budget, layout)) - 1 <= count)
-    cuts = cut_by_cost(lengths, budgets[enough], layout)
-    while len(cuts) - 1 < count:
-        splittable = [pair for pair in pairwise(cuts) if pair[1] - pair[0] > 1]
-        start, end = max(splittable, key=lambda pair: microbatch_cost(lengths, pair[0], pair[1], layout))
-        middles = range(start + 1, end)
-        costs = [
-            max(microbatch_cost(lengths, start, at, layout), microbatch_cost(lengths, at, end, layout))
-            for at in middles
-        ]
-        insort(cuts, middles[costs.index(min(costs))])
-    return cuts
-
-
-def epoch_order(sources: Sequence[tuple[int, int]], seed: int | None, epoch: int) -> np.ndarray:
-    """The examples of an epoch in order: those of each source (`source_order`), all shuffled together.
-
-    Args:
-        sources: Of each, how many examples it has and how many of these an epoch takes.
-        seed: Of the order; None: every epoch takes the first of each source, in the order of the data.
-        epoch: Counts from 0.
-    """
-    if len(sources) == 1:
-        order = source_order(*sources[0], None if seed is None else [seed, 0], epoch)
-    else:
-        order, at, start = np.empty(sum(taken for _, taken in sources), dtype=np.int32), 0, 0
-        for number, (size, taken) in enumerate(sources):
-            order[at : at + taken] = source_order(size, taken, None if seed is None else [seed, number], epoch)
-            order[at : at + taken] += start
-            at, start = at + taken, start + size
-    if seed is not None:
-        np.random.default_rng([seed, epoch]).shuffle(order)
-    return order
-
-
-def source_order(size: int, taken: int, seed: Sequence[int] | None, epoch: int) -> np.ndarray:
-    """Which of a source's examples an epoch takes: it goes on in a shuffled order where the epoch before stopped.
-
-    At the order's end it begins again, so within any stretch of epochs, a single one too, examples are taken equally
-    often, give or take one. A new order is drawn whenever an epoch begins with one; drawn earlier, its first examples
-    could be those that the same epoch has just taken.
-
-    Args:
-        size: Examples of the source.
-        taken: How many of them an epoch takes, perhaps more than there are.
-        seed: Of the orders; None: every epoch takes the first examples.
-        epoch: Counts from 0.
-
-    Returns:
-        Indices, `(taken,)`.
-    """
-    order = np.arange(size, dtype=np.int32)
-    if seed is not None and taken % size:  # whole rounds take the same, whatever their order
-        start = epoch * taken % size
-        num_orders = epoch // (size // gcd(size, taken))
-        np.random.default_rng([*seed, num_orders, 1]).shuffle(order)  # a last 0 would be as good as none
-        order = np.roll(order, -start)
-    return order if taken == size else np.resize(order, taken)
 
 
 class BatchPlan:
@@ -295,13 +198,13 @@ class BatchPlan:
         self.steps_per_epoch = -(-sum(taken for _, taken in self._sources) // rule.batch_size)
         if limit_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
-        self._latest: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
+        self._latest: tuple[int, NDArray[np.int32]] | None = None  # the epoch last asked for, and its order
 
     def totals(self) -> StepTotals:
         """Of an epoch."""
         return self._totals(self._order(0))
 
-    def _totals(self, examples: np.ndarray) -> StepTotals:
+    def _totals(self, examples: NDArray[np.int32]) -> StepTotals:
         lengths = self._lengths[examples].astype(np.int64)  # their squares do not fit into 32 bits
         return StepTotals(
             num_sequences=examples.size,
@@ -350,7 +253,7 @@ class BatchPlan:
             microbatches.extend([] for _ in range(most - len(microbatches)))
         return StepPlan(ranks, self._totals(examples))
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> NDArray[np.int32]:
         """The examples of one epoch in order; kept until another epoch is asked for."""
         if self._latest is None or self._latest[0] != epoch:
             self._latest = None  # not two orders at once

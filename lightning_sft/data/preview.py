@@ -1,7 +1,7 @@
 """The first training rows as the model will see them, and statistics of the data."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from io import StringIO
 
@@ -11,30 +11,38 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.marked_rows import MarkedRow, percent, rows_html, terminal_text
+from lightning_sft.data.collation import collate_packed
+from lightning_sft.data.encoding import Encoding
+from lightning_sft.data.marked_rows import MarkedRow, marked_rows, percent, rows_html, terminal_text
+from lightning_sft.data.prepared_rows import PreparedRows
+from lightning_sft.data.split_statistics import SplitStatistics
+from lightning_sft.data.step_loader import ExampleReader
+from lightning_sft.data.training_rows import TrainingRows
 
 _TERMINAL_TOKENS = 500  # of a row
 
 
-@dataclass(frozen=True)
-class SplitStatistics:
-    """What a split holds.
+def preview_rows(
+    train: TrainingRows,
+    val: PreparedRows | None,
+    num_rows: int,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+) -> "Preview":
+    """The first training rows as the model will see them, and what the splits hold.
 
     Args:
-        num_tokens: Of each row, prompt and response, `(num_rows,)`.
-        num_response_tokens: Of each row, the labels that count in the loss, `(num_rows,)`.
-        num_dropped: Rows of its data that were too long.
-        num_truncated: Rows of its data that were cut.
-        steps_per_epoch: Optimizer steps; None if the split is not trained on.
-        sources: How many rows it has of each source; empty if an epoch takes every row once.
+        train: The training rows.
+        val: The validation rows.
+        num_rows: How many rows are shown.
+        tokenizer: Of the rows.
+        encoding: How they became token ids.
     """
-
-    num_tokens: np.ndarray
-    num_response_tokens: np.ndarray
-    num_dropped: int = 0
-    num_truncated: int = 0
-    steps_per_epoch: int | None = None
-    sources: Mapping[str, int] = field(default_factory=dict)
+    splits = {train.label: train.statistics()}
+    if val is not None:
+        splits[val.label] = replace(val.statistics(), steps_per_epoch=None)
+    examples = ExampleReader(train.rows).read(list(range(min(num_rows, len(train.rows)))))
+    return Preview(list(marked_rows(collate_packed(examples))), splits, tokenizer, encoding.limit_in_words)
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,8 +17,9 @@ from lightning_sft.checks import check_number
 from lightning_sft.data.collation import collate
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.example import Example
+from lightning_sft.data.microbatch_cuts import microbatch_cost
 from lightning_sft.data.optimizer_step import OptimizerStep
-from lightning_sft.data.plan import StepTotals, microbatch_cost
+from lightning_sft.data.plan import StepTotals
 from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
 from lightning_sft.training.module import SFTModule
@@ -100,7 +101,7 @@ def find_batch_size(
     """
     check_number("memory_gib", memory_gib, "a positive number of GiB", lambda value: value > 0, optional=True)
     check_number("margin", margin, "a fraction: at least 0, below 1", lambda value: 0 <= value < 1)
-    lengths = datamodule.row_lengths()
+    lengths = datamodule.training_rows.lengths()
     steps = _MadeUpSteps(module, datamodule, lengths[0])
     search = _Search(steps, sum(lengths), memory_gib)
     options = trainer_options | {"limit_train_batches": None, "overfit_batches": 0.0, "enable_progress_bar": False}

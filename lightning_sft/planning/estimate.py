@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from lightning_sft.callbacks.throughput import known_peak_flops
 from lightning_sft.checks import check_number
 from lightning_sft.data.datamodule import SFTDataModule
-from lightning_sft.data.plan import Layout, MicrobatchShape, StepTotals
+from lightning_sft.data.microbatch_cuts import Layout
+from lightning_sft.data.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.attention import why_never_packed
 from lightning_sft.model.flops import training_flops
@@ -159,10 +160,11 @@ class _Work:
 
 def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) -> _Work:
     try:
-        plan = datamodule.training_plan(settings.num_devices)
+        plan = datamodule.training_rows.plan(settings.num_devices)
     except (SettingsError, OSError) as error:
         note = f"The data is not looked at: {one_line(error, 200)} Every token counts as one of a response."
-        return _Work(datamodule.microbatch_limit(settings.num_devices), notes=[note])
+        largest = largest_allowed_microbatch(datamodule.rule, datamodule.encoding.max_length, settings.num_devices)
+        return _Work(largest, notes=[note])
     of_run = settings.num_steps(plan.steps_per_epoch)
     num_steps = of_run or plan.steps_per_epoch
     totals = plan.totals().times(num_steps / plan.steps_per_epoch)

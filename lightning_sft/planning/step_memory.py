@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lightning_sft.data.collation import collate
 from lightning_sft.data.example import Example
 from lightning_sft.data.microbatch import Microbatch
-from lightning_sft.data.plan import Layout, MicrobatchShape
+from lightning_sft.data.microbatch_cuts import Layout
+from lightning_sft.data.plan import MicrobatchShape
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.attention import VARLEN, packed_inputs
 from lightning_sft.model.linear_head import configured_transform

@@ -130,7 +130,7 @@ def is_read(data: object, rows: list[object] | None, *places: str) -> bool:
     except Exception as error:
         assert_clear(error, *places)
         return False
-    encoded = module._rows["train"][:]
+    encoded = module.training_rows.rows[:]
     for prompt, output, ids, length in zip(
         *(encoded[name] for name in ("prompt", "output", "input_ids", "num_prompt_tokens")), strict=True
     ):
@@ -214,7 +214,7 @@ def test_any_template_is_filled_or_refused():
         outcomes.add("filled")
         assert re.fullmatch(r"(?:[^{}]|\{\{|\}\}|\{a\})*", template)
         filled = re.sub(r"\{\{|\}\}|\{a\}", lambda part: {"{{": "{", "}}": "}", "{a}": "{a}"}[part[0]], template)
-        assert module._rows["train"]["prompt"][:] == [filled]
+        assert module.training_rows.rows["prompt"][:] == [filled]
 
     check()
     assert outcomes == {"refused", "filled"}

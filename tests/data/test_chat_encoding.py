@@ -31,7 +31,7 @@ from lightning_sft.data.chat_template import ChatTemplate, with_chat_template
 from lightning_sft.data.conversation import read_conversation
 from lightning_sft.data.encoded_rows import content_hash
 from lightning_sft.data.prompts import Prompt
-from lightning_sft.data.step_loader import StepDataset
+from lightning_sft.data.step_loader import LoaderOptions
 from lightning_sft.data.tokenization import encode_prompts
 
 
@@ -83,7 +83,7 @@ def test_padded_and_packed_batches_mark_the_same_tokens_and_the_plan_knows_how_m
     for layout in ("padded", "packed"):
         data = SFTDataModule(tokenizer, rows, max_length=max_length, too_long="truncate", batch_size=3)
         data.setup("fit")
-        (step,) = [StepDataset(data._rows["train"], data._plans["train"], 0, 0, layout)[0]]
+        (step,) = data.training_rows.loader(None, None, LoaderOptions(tokenizer, layout))
         (batch,) = step.microbatches
         assert step.totals.num_response_tokens == batch.response_mask.sum() == len(batch.response_positions)
         marked[layout] = tokenizer.decode(batch.labels[batch.response_mask])
@@ -106,7 +106,7 @@ def test_the_prompt_to_generate_from_is_the_conversation_up_to_the_last_turn():
     first = "<bos>" + header.format("user") + "2+2?<|eot_id|>" + header.format("assistant")
     whole = first + "4.<|eot_id|>" + header.format("user") + "3+3?<|eot_id|>" + header.format("assistant")
     assert [(prompt.text, prompt.ground_truth) for prompt in data.prompts("fit")] == [(whole, "6!"), (whole, "six")]
-    assert data._rows["train"]["output"] == ["6!", "6!"]
+    assert data.training_rows.rows["output"] == ["6!", "6!"]
     assert data.prompts("predict") == [
         Prompt(0, whole, None, is_chat=True),
         Prompt(1, whole, "6!", is_chat=True),

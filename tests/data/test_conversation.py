@@ -21,8 +21,8 @@ from support.chat import (
     user,
 )
 
+from lightning_sft.data.row_stream import open_streams
 from lightning_sft.data.sources import own_keys
-from lightning_sft.data.stream import open_streams
 
 
 def test_tool_calls_are_learnt_and_tool_results_are_not():

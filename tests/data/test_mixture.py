@@ -12,7 +12,8 @@ from support.models import character_tokenizer
 from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.plan import BatchPlan, StepRule, StepTotals, source_order
+from lightning_sft.data.epoch_order import source_order
+from lightning_sft.data.plan import BatchPlan, StepRule, StepTotals
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def prepared(train_data, **options):
 
 def epoch_of(data, epoch=0):
     """The prompts of an epoch, step by step."""
-    plan, prompts = data._plans["train"], data._rows["train"]["prompt"]
+    plan, prompts = data.training_rows.plan(world_size=1), data.training_rows.rows["prompt"]
     first = epoch * plan.steps_per_epoch
     steps = [plan.step(index).ranks for index in range(first, first + plan.steps_per_epoch)]
     return [[prompts[row] for rank in step for part in rank for row in part] for step in steps]
@@ -100,8 +101,8 @@ def test_the_order_is_that_of_one_device_on_any_number():
 def test_validation_rows_are_those_without_weights_and_come_once(sources):
     plain = prepared(["a.jsonl", "b.jsonl"], val_fraction=0.3, batch_size=2)
     data = prepared({"a.jsonl": 3, "b.jsonl": 1}, val_fraction=0.3, batch_size=2)
-    held_out = data._rows["val"]["prompt"]
-    assert held_out == plain._rows["val"]["prompt"]
+    held_out = data._rows.val.rows["prompt"]
+    assert held_out == plain._rows.val.rows["prompt"]
     expected = Counter({f"a{i}": 3 for i in range(4)} | {f"b{i}": 1 for i in range(5)})
     for prompt in held_out:
         del expected[prompt]
@@ -119,7 +120,7 @@ def test_a_split_may_leave_rows_that_stand_together(sources):
             data = prepared({"x.jsonl": 3, "y.jsonl": 1}, val_fraction=0.5, seed=seed)
         except ValueError:  # a source has no rows left
             continue
-        x, y = ({f"{name}{i}" for i in range(2)} - set(data._rows["val"]["prompt"]) for name in "xy")
+        x, y = ({f"{name}{i}" for i in range(2)} - set(data._rows.val.rows["prompt"]) for name in "xy")
         assert flat(epoch_of(data)) == {x.pop(): 3, y.pop(): 1}
         left.add(tuple(sorted(flat(epoch_of(data)))))
     assert left == {("x0", "y0"), ("x0", "y1"), ("x1", "y0"), ("x1", "y1")}

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sft.data.plan import BatchPlan, MicrobatchShape, StepPlan, StepRule, StepTotals, cut_by_count
+from lightning_sft.data.microbatch_cuts import cut_by_count
+from lightning_sft.data.plan import BatchPlan, MicrobatchShape, StepPlan, StepRule, StepTotals
 
 untimed = settings(deadline=None)  # a busy machine is no failure of the plan
 

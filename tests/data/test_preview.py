@@ -1,16 +1,13 @@
 """Data as users see it before training: the batch's own mask, every character, statistics."""
 
 import html
-import pickle
 import re
 from io import StringIO
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from support.models import character_tokenizer
 from transformers import AutoTokenizer
@@ -119,33 +116,6 @@ def test_a_loader_s_batch_shows_itself_with_and_without_workers():
     assert set(prompt) <= set("0123456789=")
     assert set(response) == {"x", "<eos>"}
     assert re.search(r"row \d+: \d tokens, \d response tokens", words)
-
-
-@pytest.mark.parametrize("layout", COLLATE)
-def test_a_step_moved_to_a_device_is_the_same_and_shows_itself(layout):
-    step = batch_of(layout)
-    moved = move_data_to_device(step, torch.device("meta"))
-    for tensor in tensors_of(moved):
-        assert tensor.is_meta
-    back = move_data_to_device(step, torch.device("cpu"))
-    assert back._repr_html_() == step._repr_html_()
-    assert back.microbatches[0].locations == step.microbatches[0].locations
-    assert back.totals == step.totals
-
-
-def test_copies_have_no_tokenizer_and_show_ids():
-    copied = pickle.loads(pickle.dumps(batch_of()))
-    assert copied.tokenizer is None
-    assert shown(copied._repr_html_())[0] == [" 97", " 98", " 99"]
-    for tensor, original in zip(tensors_of(copied), tensors_of(batch_of()), strict=True):
-        assert torch.equal(tensor, original)
-
-
-def tensors_of(step):
-    (microbatch,) = step.microbatches
-    packing = microbatch.packing
-    packed = [] if packing is None else [packing.position_ids, packing.cu_seq_lens]
-    return [microbatch.input_ids, microbatch.labels, microbatch.response_mask, microbatch.response_positions, *packed]
 
 
 # -- preview -----------------------------------------------------------------------------------------------------------

@@ -134,11 +134,11 @@ SETTINGS = {
         "microbatches. Give one of them.",
     ),
     "val_fraction of 1": Refusal(
-        data(val_fraction=1.0), "`val_fraction` is 1.0, expected a share of the rows: at least 0, below 1."
+        data(val_fraction=1.0), "`val_fraction` is 1.0, expected a fraction of the rows: at least 0, below 1."
     ),
     "val_fraction of text": Refusal(
         data(val_fraction="0.1"),
-        "`val_fraction` is '0.1' of type str, expected a share of the rows.",
+        "`val_fraction` is '0.1' of type str, expected a fraction of the rows: at least 0, below 1.",
         SettingsTypeError,
     ),
     "val_fraction of one row": Refusal(

@@ -1,7 +1,6 @@
 """Rows read while training: the steps of rows prepared before, the same on any number of processes, and resumed."""
 
 import json
-from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,8 +10,13 @@ from support.models import character_tokenizer
 from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.encoding import Encoding
-from lightning_sft.data.stream import BEGINNING, open_streams, ordered_rows
+from lightning_sft.data.encoding import Encoding, RowEncoder
+from lightning_sft.data.plan import StepRule
+from lightning_sft.data.row_format import RowFormat
+from lightning_sft.data.row_stream import open_streams
+from lightning_sft.data.step_loader import LoaderOptions
+from lightning_sft.data.stream_order import StreamPosition, ordered_rows
+from lightning_sft.data.streamed_rows import StreamedRows
 
 LONG = {"prompt": "long", "output": "x" * 100}
 
@@ -43,13 +47,13 @@ def test_in_the_order_of_the_data_a_run_is_that_of_prepared_rows(tmp_path):
 
 
 def test_ranks_share_the_step_that_one_rank_has(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*ROWS, LONG])
+    encoder = RowEncoder(RowFormat(), character_tokenizer(), Encoding(max_length=40, too_long="drop"))
+    rows = StreamedRows(path, encoder, StepRule(8, max_tokens_per_microbatch=40), rows_per_block=9)
+
     def steps(rank, world_size):
-        data = streamed(write(tmp_path / "rows.jsonl", [*ROWS, LONG]), max_length=40, too_long="drop", shuffle_buffer=9)
-        dataset = data.train_dataloader()._dataset
-        dataset._rule = replace(dataset._rule, max_tokens_per_microbatch=40)
-        dataset._world_size = world_size
-        dataset._rank, dataset._layout = rank, "packed"
-        return [step for step, _ in islice(dataset, 12)]
+        options = LoaderOptions(character_tokenizer(), "packed", rank, world_size)
+        return list(rows.loader(None, range(12), options))
 
     one, ranks = steps(0, 1), [steps(rank, 3) for rank in range(3)]
     for step, *parts in zip(one, *ranks, strict=True):
@@ -94,14 +98,15 @@ def test_from_any_place_on_the_rows_are_the_same(tmp_path, kind, monkeypatch):
         data = ["more.jsonl", "rows.jsonl", "more.jsonl"] if kind == "several" else data
 
     streams = open_streams(data, "train_data")
-    straight = list(islice(ordered_rows(streams, 4, 0, BEGINNING), 40))
+    straight = list(islice(ordered_rows(streams, 4, 0, StreamPosition()), 40))
     size = 13 if kind == "several" else 11
-    assert len({where for _, where, _ in straight[:size]}) == (12 if kind == "several" else 11)
-    found, place = [], BEGINNING
+    assert len({each.location for each in straight[:size]}) == (12 if kind == "several" else 11)
+    found, position = [], StreamPosition()
     while len(found) < 40:
-        found += list(islice(ordered_rows(streams, 4, 0, json.loads(json.dumps(place))), 3))
-        place = found[-1][0]
-    assert [(where, row) for _, where, row in found[:40]] == [(where, row) for _, where, row in straight]
+        position = StreamPosition.from_values(json.loads(json.dumps(position.to_values())))
+        found += list(islice(ordered_rows(streams, 4, 0, position), 3))
+        position = found[-1].after
+    assert [(each.location, each.row) for each in found[:40]] == [(each.location, each.row) for each in straight]
 
 
 def test_a_run_goes_on_as_if_nothing_had_happened_and_not_with_other_rows(tmp_path):
@@ -193,7 +198,9 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
 
 
 def test_when_all_later_rows_are_too_long_it_is_an_error_and_not_an_endless_search(tmp_path):
-    loader = streamed(write(tmp_path / "a.jsonl", ROWS), too_long="drop", max_length=90).train_dataloader()
-    loader._dataset._encoder.encoding = Encoding(max_length=4, too_long="drop")
+    encoder = RowEncoder(RowFormat(), character_tokenizer(), Encoding(max_length=90, too_long="drop"))
+    rows = StreamedRows(write(tmp_path / "a.jsonl", ROWS), encoder, StepRule(8), rows_per_block=10)
+    loader = rows.loader(None, None, LoaderOptions(character_tokenizer()))
+    encoder.encoding = Encoding(max_length=4, too_long="drop")  # as if later rows were longer
     with pytest.raises(ValueError, match="`train_data`: all rows are longer than `max_length` = 4 tokens"):
         next(iter(loader))

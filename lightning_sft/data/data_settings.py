@@ -1,0 +1,70 @@
+"""Where the rows of each split come from, as the user has given it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lightning_sft.checks import check_integer, check_number, check_type
+from lightning_sft.data.mixture import read_weights
+from lightning_sft.data.sources import Data
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the rows of each split come from; all arguments as `SFTDataModule` has them.
+
+    Args:
+        train_data: Sources of the training rows, perhaps with weights.
+        val_data: Sources of the validation rows.
+        test_data: Sources of the test rows.
+        predict_data: Sources of the prompts of `predict`.
+        val_fraction: Share of the training rows that is for validation.
+        streaming: Whether training rows are read while training.
+        shuffle_buffer: Of streamed rows, how many are shuffled together.
+
+    Raises:
+        SettingsError: If an argument is of another type or out of range, or two exclude each other.
+    """
+
+    train_data: Data | Mapping[str, Any] | None = None
+    val_data: Data | None = None
+    test_data: Data | None = None
+    predict_data: Data | None = None
+    val_fraction: float = 0.0
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+
+    def __post_init__(self) -> None:
+        expected = "a fraction of the rows: at least 0, below 1"
+        check_number("val_fraction", self.val_fraction, expected, lambda fraction: 0.0 <= fraction < 1.0)
+        check_type("streaming", self.streaming, bool, "true or false")
+        check_integer("shuffle_buffer", self.shuffle_buffer, at_least=1)
+        if self.val_fraction and self.val_data is not None:
+            raise SettingsError(
+                "Both `val_data` and `val_fraction` are given; the validation rows come from one of them."
+            )
+        for split in ("val", "test", "predict"):
+            if isinstance(data := self.of(split), Mapping):
+                read_weights(data, f"{split}_data")  # refuses a `DatasetDict` in its own words
+                raise SettingsTypeError(
+                    f"`{split}_data` is {shorten(data)}, but weights are for `train_data` alone. "
+                    "Give a list of the sources."
+                )
+        weights = self.weights  # read here, so that wrong ones are refused at once
+        if self.streaming and (self.val_fraction or weights):
+            given = f"`val_fraction` is {self.val_fraction}" if self.val_fraction else "`train_data` has weights"
+            raise SettingsError(
+                f"{given}, but with `streaming` nobody knows how many training rows there are. Give `val_data` and a "
+                "list of sources, or leave out `streaming`."
+            )
+
+    def of(self, split: str) -> Any:
+        """What is given for a split: `train`, `val`, `test` or `predict`."""
+        return getattr(self, f"{split}_data")
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The names of the sources of training rows with their weights; empty if these have none."""
+        return read_weights(self.train_data, "train_data") if isinstance(self.train_data, Mapping) else {}

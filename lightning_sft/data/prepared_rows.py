@@ -1,0 +1,143 @@
+"""Rows of a split that are tokenised before they are used."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from lightning_sft.data.encoded_rows import content_hash, read_numbers
+from lightning_sft.data.mixture import WeightedSource, weighted_sources
+from lightning_sft.data.plan import BatchPlan, StepRule, model_lengths
+from lightning_sft.data.run_identity import check_same_data
+from lightning_sft.data.split_statistics import SplitStatistics
+from lightning_sft.data.step_loader import LoaderOptions, PlanLoader, StepDataset, StepNumbers
+from lightning_sft.trainer_loops import Epoch
+
+
+class PreparedRows:
+    """Encoded rows, and the optimizer steps over them.
+
+    Args:
+        label: The name of the split.
+        rows: With the columns of `EncodedRows.dataset`.
+        rule: How they are put into optimizer steps.
+        sources: Where the rows come from, in their order, with weights; empty if an epoch takes every row once.
+        num_dropped: Rows of the data that were too long.
+        num_truncated: Rows of the data that were cut.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        rows: Dataset,
+        rule: StepRule,
+        *,
+        sources: Sequence[WeightedSource] = (),
+        num_dropped: int = 0,
+        num_truncated: int = 0,
+    ) -> None:
+        self.label, self.rows, self._rule, self._sources = label, rows, rule, sources
+        self._num_dropped, self._num_truncated = num_dropped, num_truncated
+
+    def selected(self, indices: NDArray[np.integer[Any]]) -> "PreparedRows":
+        """Some of the rows; those of each source stay together, and the sources keep their weights."""
+        sources = self._sources
+        if sources:
+            bounds = np.cumsum([source.num_rows for source in sources])
+            of_source = np.searchsorted(bounds, indices, side="right")
+            indices = indices[np.argsort(of_source, kind="stable")]
+            sizes = np.bincount(of_source, minlength=len(bounds)).tolist()
+            sources = weighted_sources({source.name: source.weight for source in sources}, sizes, "train_data")
+        return PreparedRows(
+            self.label,
+            self.rows.select(indices),
+            self._rule,
+            sources=sources,
+            num_dropped=self._num_dropped,
+            num_truncated=self._num_truncated,
+        )
+
+    def plan(self, world_size: int, epoch: Epoch | None = None) -> BatchPlan:
+        """The optimizer steps.
+
+        Args:
+            world_size: Number of devices.
+            epoch: What an epoch takes of the rows. None: all, shuffled.
+
+        Raises:
+            ValueError: If a row is longer than `max_tokens_per_microbatch`.
+        """
+        return BatchPlan(
+            model_lengths(read_numbers(self.rows, "num_tokens")),
+            read_numbers(self.rows, "num_response_tokens"),
+            self._rule,
+            world_size=world_size,
+            shuffle=epoch is None or epoch.shuffle,
+            limit_steps_per_epoch=None if epoch is None else epoch.num_steps,
+            sources=[(source.num_rows, source.num_rows_per_epoch) for source in self._sources] or None,
+        )
+
+    def count_steps(self) -> int:
+        """Optimizer steps of an epoch.
+
+        Raises:
+            ValueError: If a row is longer than `max_tokens_per_microbatch`.
+        """
+        return self.plan(world_size=1).steps_per_epoch
+
+    def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> PlanLoader:
+        """As `TrainingRows.loader`."""
+        plan = self.plan(options.world_size, epoch)
+        dataset = StepDataset(self.rows, plan, options)
+        return PlanLoader(dataset, range(plan.steps_per_epoch) if steps is None else steps, options)
+
+    def in_order(self, options: LoaderOptions) -> PlanLoader:
+        """Iterates over all rows once, in the order of the data."""
+        return self.loader(Epoch(self.count_steps(), shuffle=False), None, options)
+
+    def lengths(self) -> list[int]:
+        """Tokens of the rows as the model sees them, the longest first."""
+        lengths: list[int] = np.sort(model_lengths(read_numbers(self.rows, "num_tokens")))[::-1].tolist()
+        return lengths
+
+    def statistics(self) -> SplitStatistics:
+        """What the rows are, in numbers."""
+        return SplitStatistics(
+            read_numbers(self.rows, "num_tokens"),
+            read_numbers(self.rows, "num_response_tokens"),
+            self._num_dropped,
+            self._num_truncated,
+            self.count_steps(),
+            {str(source): source.num_rows for source in self._sources},
+        )
+
+    def facts(self, source: str | None) -> dict[str, Any]:
+        """What a model card says of them: where they come from, and their numbers."""
+        return {self.label: source, **{f"{self.label} {name}": size for name, size in self._sizes.items()}}
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {
+            "rows": len(self.rows),
+            "tokens": int(read_numbers(self.rows, "num_tokens").sum()),
+            "response tokens": int(read_numbers(self.rows, "num_response_tokens").sum()),
+        }
+
+    def state(self, num_steps: int) -> dict[str, Any]:
+        """What the order of the rows depends on; the same after any number of steps."""
+        return self._identity
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """As `TrainingRows.resume`."""
+        check_same_data(state, self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        identity = {"num_rows": len(self.rows), "rows": content_hash(self.rows)}
+        identity |= {"batch_size": self._rule.batch_size, "seed": self._rule.seed}
+        if self._sources:
+            identity["weights"] = [[source.num_rows, source.num_rows_per_epoch] for source in self._sources]
+        return identity

@@ -1,0 +1,162 @@
+"""The rows of each split, read and tokenised when a stage first needs them."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import cast
+
+from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.data.data_settings import DataSettings
+from lightning_sft.data.encoded_rows import EncodedRows, encode_rows, read_numbers
+from lightning_sft.data.encoding import Encoding, RowEncoder
+from lightning_sft.data.mixture import WeightedSource, open_weighted, weighted_sources
+from lightning_sft.data.plan import StepRule
+from lightning_sft.data.prepared_rows import PreparedRows
+from lightning_sft.data.prompt_rows import render_prompts
+from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.sources import Source, open_sources
+from lightning_sft.data.streamed_rows import StreamedRows
+from lightning_sft.data.training_rows import TrainingRows
+from lightning_sft.errors import SettingsError
+
+_NUM_SOURCES_NAMED = 20  # in one message
+
+
+class RowStore:
+    """Encoded rows by split; None until a stage that needs them is loaded.
+
+    Args:
+        settings: Where rows come from.
+        rule: How they are put into optimizer steps.
+        num_proc: Processes that tokenise.
+
+    Attributes:
+        train: The training rows.
+        val: The validation rows.
+        test: The test rows.
+        predict: The prompts of `predict`: the columns `prompt`, `ground_truth` and `is_chat`.
+    """
+
+    def __init__(self, settings: DataSettings, rule: StepRule, num_proc: int | None = None) -> None:
+        self._settings, self._rule, self._num_proc = settings, rule, num_proc
+        self.train: TrainingRows | None = None
+        self.val: PreparedRows | None = None
+        self.test: PreparedRows | None = None
+        self.predict: Dataset | None = None
+
+    def load(self, stage: str, encoder: RowEncoder) -> None:
+        """Read and tokenise what a stage needs and is not there yet.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+            encoder: Tokenises rows.
+
+        Raises:
+            ValueError: If its data is not given or cannot be used.
+        """
+        if stage == "fit":
+            self._load_training(encoder)
+            self._load_validation(encoder)
+        elif stage == "validate":
+            self._load_validation(encoder)
+            if self.val is None:
+                raise _missing("val", stage)
+        elif stage == "test" and self.test is None:
+            self.test = self._prepare("test", stage, encoder)
+        elif stage == "predict" and self.predict is None:
+            self.predict = self._load_prompts(encoder)
+
+    def prompts(self, stage: str, num_prompts: int | None) -> list[Prompt]:
+        """The first prompts of the rows of a stage that is loaded, as `SFTDataModule.prompts`."""
+        of_stage = {"fit": self.val or self.train, "validate": self.val or self.train, "test": self.test}
+        split = of_stage.get(stage)
+        rows = cast(Dataset, self.predict) if split is None else split.rows
+        rows = rows.select_columns(["prompt", "ground_truth", "is_chat"])
+        rows = rows.select(range(min(len(rows), num_prompts or len(rows))))
+        return [
+            Prompt(index, row["prompt"], row["ground_truth"], row["is_chat"])
+            for index, row in enumerate(rows.to_list())
+        ]
+
+    def _load_training(self, encoder: RowEncoder) -> None:
+        if self.train is not None:
+            return
+        settings = self._settings
+        if settings.streaming and settings.train_data is not None:
+            self.train = StreamedRows(settings.train_data, encoder, self._rule, settings.shuffle_buffer)
+        elif settings.val_fraction:
+            self._divide_training(encoder)
+        else:
+            self.train = self._prepare("train", "fit", encoder)
+
+    def _load_validation(self, encoder: RowEncoder) -> None:
+        if self.val is not None:
+            return
+        if self._settings.val_data is not None:
+            self.val = self._prepare("val", "validate", encoder)
+        elif self._settings.val_fraction:
+            self._divide_training(encoder)
+
+    def _load_prompts(self, encoder: RowEncoder) -> Dataset:
+        if self._settings.predict_data is not None:
+            sources = open_sources(self._settings.predict_data, "predict_data")
+            return render_prompts(sources, encoder.row_format, encoder.tokenizer)
+        self._load_validation(encoder)
+        if self.val is None:
+            raise SettingsError("`predict_data` is needed for predict, as there is no `val_data` to take prompts from.")
+        return self.val.rows
+
+    def _prepare(self, split: str, stage: str, encoder: RowEncoder) -> PreparedRows:
+        data, argument = self._settings.of(split), f"{split}_data"
+        if data is None:
+            raise _missing(split, stage)
+        weights = self._settings.weights if split == "train" else {}
+        sources, sources_per_name = open_weighted(weights, argument) if weights else (open_sources(data, argument), [])
+        encoded = encode_rows(sources, encoder.row_format, encoder.tokenizer, encoder.encoding, self._num_proc)
+        _report_long_rows(argument, sources, encoded, encoder.encoding)
+        weighted: list[WeightedSource] = []
+        if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
+            bounds = pairwise([0, *accumulate(sources_per_name)])
+            sizes = [sum(encoded.sizes[start:end]) for start, end in bounds]
+            weighted = weighted_sources(weights, sizes, argument)
+        return PreparedRows(
+            split,
+            encoded.dataset,
+            self._rule,
+            sources=weighted,
+            num_dropped=encoded.num_dropped,
+            num_truncated=encoded.num_truncated,
+        )
+
+    def _divide_training(self, encoder: RowEncoder) -> None:
+        """Take the validation rows from the training rows, by the seed of the order."""
+        whole, fraction = self._prepare("train", "fit", encoder), self._settings.val_fraction
+        if len(whole.rows) < 2:
+            raise SettingsError(f"`val_fraction` is {fraction}, but `train_data` has one row, which cannot be split.")
+        numbers = Dataset.from_dict({"row": range(len(whole.rows))})
+        parts = numbers.train_test_split(fraction, seed=self._rule.seed)
+        self.val = PreparedRows("val", whole.rows.select(read_numbers(parts["test"], "row")), self._rule)
+        self.train = whole.selected(read_numbers(parts["train"], "row"))
+
+
+def _missing(split: str, stage: str) -> SettingsError:
+    return SettingsError(f"`{split}_data` is needed for {stage}; expected a file, a data set or a list of rows.")
+
+
+def _report_long_rows(argument: str, sources: Sequence[Source], rows: EncodedRows, encoding: Encoding) -> None:
+    """Say what became of rows that are too long, and refuse data of which nothing is left."""
+    num_kept, limit = len(rows.dataset), encoding.limit_in_words
+    num_rows = num_kept + rows.num_dropped
+    if rows.num_dropped:
+        lost = [(len(source.rows) - size, source) for source, size in zip(sources, rows.sizes, strict=True)]
+        each = ", ".join(f"{num} of {len(source.rows)} of {source.name}" for num, source in lost if num)
+        each = f" ({each})" if 1 < len(sources) <= _NUM_SOURCES_NAMED else ""
+        rank_zero_info(f"{argument}: dropped {rows.num_dropped} of {num_rows} rows{each}, {limit}.")
+    if rows.num_truncated:
+        rank_zero_info(
+            f"{argument}: truncated {rows.num_truncated} of {num_rows} rows, {limit}; their responses lose the end and "
+            "the EOS."
+        )
+    if not num_kept:
+        raise SettingsError(f"`{argument}`: all {rows.num_dropped} rows are {limit}. Raise `max_length`.")

@@ -1,0 +1,129 @@
+"""Training rows that are read and tokenised while training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+
+from lightning_sft.data.encoded_rows import rows_in_memory
+from lightning_sft.data.encoding import RowEncoder
+from lightning_sft.data.plan import BatchPlan, StepRule
+from lightning_sft.data.prepared_rows import PreparedRows
+from lightning_sft.data.row_stream import RowStream, only_name, open_streams
+from lightning_sft.data.run_identity import check_same_data
+from lightning_sft.data.split_statistics import SplitStatistics
+from lightning_sft.data.step_loader import LoaderOptions, StepNumbers
+from lightning_sft.data.streamed_steps import Bookmark, StreamedSteps, StreamLoader, StreamOrder
+from lightning_sft.errors import SettingsError
+from lightning_sft.trainer_loops import Epoch
+
+_NUM_FIRST_ROWS = 1000
+_ENDLESS = 2**31
+
+
+class StreamedRows:
+    """Rows behind a data argument, as `TrainingRows`.
+
+    The first of them are encoded at once. They are shown, prompt the model where there are no validation rows, and
+    tell of errors before training.
+
+    Args:
+        data: A file, a glob pattern, a hub data set's name or a list of these.
+        encoder: Tokenises rows, and drops some.
+        rule: How rows are put into optimizer steps.
+        rows_per_block: Rows that are in memory, and shuffled, together.
+
+    Raises:
+        FileNotFoundError: If a file is missing or a pattern matches none.
+        ValueError: If a row cannot be used, or all of the first rows are too long.
+    """
+
+    label = f"first {_NUM_FIRST_ROWS:,} rows"
+
+    def __init__(self, data: object, encoder: RowEncoder, rule: StepRule, rows_per_block: int) -> None:
+        self._streams = open_streams(data, "train_data")
+        self._encoder, self._rule, self._rows_per_block = encoder, rule, rows_per_block
+        self._bookmarks: dict[int, Bookmark] = {}
+        self._first = _first_rows(self._streams, encoder, rule)
+
+    @property
+    def rows(self) -> Dataset:
+        """The first rows, encoded."""
+        return self._first.rows
+
+    def plan(self, world_size: int) -> BatchPlan:
+        """The optimizer steps over the first rows."""
+        return self._first.plan(world_size)
+
+    def count_steps(self) -> None:
+        """Nobody knows; but as for prepared rows, a row of the first ones that is too long is refused."""
+        self._first.count_steps()
+
+    def lengths(self) -> list[int]:
+        """Tokens of the first rows as the model sees them, the longest first.
+
+        Where `max_length` bounds the others, the longest counts as so long.
+        """
+        lengths, max_length = self._first.lengths(), self._encoder.encoding.max_length
+        return lengths if max_length is None else [max(max_length - 1, 1), *lengths[1:]]
+
+    def statistics(self) -> SplitStatistics:
+        """What the first rows are, in numbers."""
+        return replace(self._first.statistics(), steps_per_epoch=None)
+
+    def facts(self, source: str | None) -> dict[str, Any]:
+        """What a model card says of them: where they come from."""
+        return {"train": f"{source}, streamed"}
+
+    def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> StreamLoader:
+        """As `TrainingRows.loader`."""
+        epoch = epoch or Epoch(_ENDLESS)
+        order = StreamOrder(
+            self._rows_per_block,
+            self._rule.seed if epoch.shuffle else None,
+            epoch.num_steps if epoch.is_limited else None,
+        )
+        dataset = StreamedSteps(self._streams, self._encoder, self._rule, order, options)
+        return StreamLoader(dataset, range(_ENDLESS) if steps is None else steps, options, self._bookmarks)
+
+    def state(self, num_steps: int) -> dict[str, Any]:
+        """What the order of the rows depends on, and the bookmark of the last step."""
+        bookmark = self._bookmarks.get(num_steps)
+        return {**self._identity, "last": None if bookmark is None else bookmark.to_values()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """As `TrainingRows.resume`; whether the rows are the same is found out when the first step is made."""
+        saved = dict(state)
+        last = saved.pop("last", None)
+        check_same_data(saved, self._identity)
+        self._bookmarks.clear()
+        if last is not None:
+            self._bookmarks[last["num_steps"]] = Bookmark.from_values(last)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "streaming": True,
+            "shuffle_buffer": self._rows_per_block,
+            "batch_size": self._rule.batch_size,
+            "seed": self._rule.seed,
+        }
+
+
+def _first_rows(streams: Sequence[RowStream], encoder: RowEncoder, rule: StepRule) -> PreparedRows:
+    read = list(islice((row for stream in streams for row in stream.read()), _NUM_FIRST_ROWS))
+    encoded = encoder.encode(read, only_name(streams))
+    if not encoded:
+        raise SettingsError(
+            f"`train_data`: all of the first {len(read)} rows are {encoder.encoding.limit_in_words}. "
+            "Raise `max_length`."
+        )
+    return PreparedRows(
+        StreamedRows.label,
+        rows_in_memory(encoded),
+        rule,
+        num_dropped=len(read) - len(encoded),
+        num_truncated=sum(row.is_truncated for row in encoded),
+    )
