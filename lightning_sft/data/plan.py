@@ -158,8 +158,8 @@ class BatchPlan:
 
     Raises:
         TypeError: If an argument is no whole number.
-        ValueError: If there are no examples, the arrays differ in shape, a number is too small, both microbatch rules
-            are given, or an example is longer than `max_tokens_per_microbatch`.
+        ValueError: If there are no examples, the arrays differ in shape, a number is too small, or an example is longer
+            than `max_tokens_per_microbatch`.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class BatchPlan:
         self._latest: tuple[int, NDArray[np.int32]] | None = None  # the epoch last asked for, and its order
 
     def totals(self) -> StepTotals:
-        """Of an epoch."""
+        """What the examples of the first epoch hold together."""
         return self._totals(self._order(0))
 
     def _totals(self, examples: NDArray[np.int32]) -> StepTotals:

@@ -58,13 +58,17 @@ class StreamedRows:
         return self._first.plan(world_size)
 
     def count_steps(self) -> None:
-        """Nobody knows; but as for prepared rows, a row of the first ones that is too long is refused."""
+        """None, since the number of rows is not known.
+
+        Raises:
+            ValueError: If one of the first rows is longer than `max_tokens_per_microbatch`.
+        """
         self._first.count_steps()
 
     def lengths(self) -> list[int]:
         """Tokens of the first rows as the model sees them, the longest first.
 
-        Where `max_length` bounds the others, the longest counts as so long.
+        A later row may be longer, so the longest counts as long as `max_length` allows, if that is given.
         """
         lengths, max_length = self._first.lengths(), self._encoder.encoding.max_length
         return lengths if max_length is None else [max(max_length - 1, 1), *lengths[1:]]

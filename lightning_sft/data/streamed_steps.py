@@ -55,7 +55,7 @@ class StreamOrder:
     Attributes:
         rows_per_block: Rows that are in memory, and shuffled, together.
         seed: Of the order; None: that of the data.
-        steps_per_pass: After so many steps the data begins anew; None: at its end.
+        steps_per_pass: After so many optimizer steps the data begins again. None: only where it ends.
     """
 
     rows_per_block: int

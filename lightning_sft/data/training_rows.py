@@ -29,7 +29,7 @@ class TrainingRows(Protocol):
         """What a model card says of them: where they come from, by the key `train`, and their numbers."""
 
     def lengths(self) -> list[int]:
-        """Tokens of `rows` as the model sees them, the longest first; no later row of a stream is longer."""
+        """Tokens of `rows` as the model sees them, the longest first; of a stream it is as long as any row may be."""
 
     def plan(self, world_size: int) -> BatchPlan:
         """The optimizer steps over `rows`."""
