@@ -31,7 +31,6 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, seconds: int, **envir
         km=kernel,
         timeout=seconds,
         record_timing=False,
-        store_widget_state=False,
         resources={"metadata": {"path": str(folder)}},
     )
     backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
