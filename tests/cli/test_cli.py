@@ -169,7 +169,8 @@ def test_settings_are_found_and_nothing_is_saved(inputs, capsys, monkeypatch, co
 def test_a_data_file_of_one_line_is_not_taken_for_settings(inputs):
     (inputs / "one.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     words = arguments(inputs, **{"data.train_data": inputs / "one.jsonl", "trainer.fast_dev_run": True})
-    assert run_command(words).datamodule._data["train"] == str(inputs / "one.jsonl")
+    facts = run_command(words).datamodule.facts()["data"]
+    assert (facts["train"], facts["train rows"]) == ("one.jsonl", 1)
 
 
 def test_values_that_two_parts_share_are_given_once(inputs):
