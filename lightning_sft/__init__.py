@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         TokenThroughput,
     )
     from lightning_sft.data.datamodule import SFTDataModule
-    from lightning_sft.data.tokenization import tokenize_prompt_and_output
+    from lightning_sft.data.tokens.tokenization import tokenize_prompt_and_output
     from lightning_sft.export.huggingface import export_model
     from lightning_sft.generation.generate import log_generations
     from lightning_sft.generation.records import GenerationRecord
@@ -43,7 +43,7 @@ _MODULES = {
         "TokenThroughput",
     ),
     "data.datamodule": ("SFTDataModule",),
-    "data.tokenization": ("tokenize_prompt_and_output",),
+    "data.tokens.tokenization": ("tokenize_prompt_and_output",),
     "errors": ("SettingsError",),
     "export.huggingface": ("export_model",),
     "generation.generate": ("log_generations",),

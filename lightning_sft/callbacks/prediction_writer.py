@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.predictions import EarlierPredictions, PredictionFile, prediction_run
 from lightning_sft.generation.records import GenerationRecord

@@ -10,8 +10,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from transformers import PreTrainedModel
 
 from lightning_sft.checks import check_number
-from lightning_sft.data.optimizer_step import OptimizerStep
-from lightning_sft.data.plan import StepTotals
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.plan import StepTotals
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.precision import Precision
 

@@ -6,8 +6,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.chat_template import read_chat_template, with_chat_template
-from lightning_sft.data.tokenizer import load_tokenizer
+from lightning_sft.data.chat.chat_template import read_chat_template, with_chat_template
+from lightning_sft.data.tokens.tokenizer import load_tokenizer
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
 from lightning_sft.export.checkpoint import load_checkpoint
 from lightning_sft.export.huggingface import ExportDtype, check_export_folder, export_model

@@ -14,12 +14,12 @@ def cache_folder() -> Path:
 
 @cache
 def code_hash() -> str:
-    """A hash of all files of this folder, so that the cache never serves what older code has made.
+    """A hash of all files in and below this folder, so that the cache never serves what older code has made.
 
     Most of them read, write or tokenise rows. To list those alone would save some work after a change of the others,
     and would give wrong results as soon as one were forgotten.
     """
     hasher = blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         hasher.update(path.read_bytes())
     return hasher.hexdigest()

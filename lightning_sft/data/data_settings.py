@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from lightning_sft.checks import check_integer, check_number, check_type
-from lightning_sft.data.mixture import read_weights
-from lightning_sft.data.sources import Data
+from lightning_sft.data.rows.mixture import read_weights
+from lightning_sft.data.rows.sources import Data
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 

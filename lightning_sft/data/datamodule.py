@@ -9,21 +9,21 @@ import lightning as L
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer, check_type
-from lightning_sft.data.chat_encoding import TrainOnTurns
-from lightning_sft.data.chat_template import read_chat_template, with_chat_template
+from lightning_sft.data.chat.chat_encoding import TrainOnTurns
+from lightning_sft.data.chat.chat_template import read_chat_template, with_chat_template
 from lightning_sft.data.data_settings import DataSettings
 from lightning_sft.data.encoding import Encoding, RowEncoder, TooLong
-from lightning_sft.data.microbatch_cuts import Layout
-from lightning_sft.data.plan import StepRule
 from lightning_sft.data.prepared_rows import PreparedRows
 from lightning_sft.data.preview import Preview, preview_rows
-from lightning_sft.data.prompts import Prompt, PromptLoader
-from lightning_sft.data.row_format import Row, RowFormat
 from lightning_sft.data.row_store import RowStore
-from lightning_sft.data.shown import shown_data
-from lightning_sft.data.sources import Data
-from lightning_sft.data.step_loader import LoaderOptions, PlanLoader, StepLoader
-from lightning_sft.data.tokenizer import load_tokenizer
+from lightning_sft.data.rows.prompts import Prompt, PromptLoader
+from lightning_sft.data.rows.row_format import Row, RowFormat
+from lightning_sft.data.rows.shown import shown_data
+from lightning_sft.data.rows.sources import Data
+from lightning_sft.data.steps.plan import StepRule
+from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
+from lightning_sft.data.tokens.microbatch import Layout
+from lightning_sft.data.tokens.tokenizer import load_tokenizer
 from lightning_sft.data.training_rows import TrainingRows
 from lightning_sft.errors import SettingsError
 from lightning_sft.trainer_loops import TrainingRun

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.cache import cache_folder
 from lightning_sft.data.encoding import ENCODED_FEATURES, EncodedRow, Encoding, RowEncoder, to_columns
-from lightning_sft.data.example import Example
-from lightning_sft.data.row_format import RowFormat
-from lightning_sft.data.sources import Source
+from lightning_sft.data.rows.row_format import RowFormat
+from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
 
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer, check_type
 from lightning_sft.data.cache import code_hash
-from lightning_sft.data.chat_encoding import ChatEncoder, WrittenConversation
-from lightning_sft.data.example import Example
-from lightning_sft.data.row_format import PlainRow, Row, RowFormat
-from lightning_sft.data.sources import Source
-from lightning_sft.data.tokenization import encode_examples
+from lightning_sft.data.chat.chat_encoding import ChatEncoder, WrittenConversation
+from lightning_sft.data.rows.row_format import PlainRow, Row, RowFormat
+from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.tokenization import encode_examples
 from lightning_sft.errors import SettingsError, located, shorten
 
 TooLong = Literal["error", "drop", "truncate"]

@@ -9,11 +9,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from lightning_sft.data.encoded_rows import content_hash, read_numbers
-from lightning_sft.data.mixture import WeightedSource, weighted_sources
-from lightning_sft.data.plan import BatchPlan, StepRule, model_lengths
+from lightning_sft.data.rows.mixture import WeightedSource, weighted_sources
 from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
-from lightning_sft.data.step_loader import LoaderOptions, PlanLoader, StepDataset, StepNumbers
+from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
+from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepDataset, StepNumbers
 from lightning_sft.trainer_loops import Epoch
 
 

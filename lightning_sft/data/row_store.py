@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sft.data.data_settings import DataSettings
 from lightning_sft.data.encoded_rows import EncodedRows, encode_rows, read_numbers
 from lightning_sft.data.encoding import Encoding, RowEncoder
-from lightning_sft.data.mixture import WeightedSource, open_weighted, weighted_sources
-from lightning_sft.data.plan import StepRule
 from lightning_sft.data.prepared_rows import PreparedRows
-from lightning_sft.data.prompt_rows import render_prompts
-from lightning_sft.data.prompts import Prompt
-from lightning_sft.data.sources import Source, open_sources
+from lightning_sft.data.rows.mixture import WeightedSource, open_weighted, weighted_sources
+from lightning_sft.data.rows.prompt_rows import render_prompts
+from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.rows.sources import Source, open_sources
+from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.streamed_rows import StreamedRows
 from lightning_sft.data.training_rows import TrainingRows
 from lightning_sft.errors import SettingsError

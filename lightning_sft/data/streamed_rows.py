@@ -9,13 +9,13 @@ from datasets import Dataset
 
 from lightning_sft.data.encoded_rows import rows_in_memory
 from lightning_sft.data.encoding import RowEncoder
-from lightning_sft.data.plan import BatchPlan, StepRule
 from lightning_sft.data.prepared_rows import PreparedRows
-from lightning_sft.data.row_stream import RowStream, only_name, open_streams
 from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
-from lightning_sft.data.step_loader import LoaderOptions, StepNumbers
-from lightning_sft.data.streamed_steps import Bookmark, StreamedSteps, StreamLoader, StreamOrder
+from lightning_sft.data.steps.plan import BatchPlan, StepRule
+from lightning_sft.data.steps.step_loader import LoaderOptions, StepNumbers
+from lightning_sft.data.stream.row_stream import RowStream, only_name, open_streams
+from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedSteps, StreamLoader, StreamOrder
 from lightning_sft.errors import SettingsError
 from lightning_sft.trainer_loops import Epoch
 

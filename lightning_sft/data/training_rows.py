@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
-from lightning_sft.data.plan import BatchPlan
 from lightning_sft.data.split_statistics import SplitStatistics
-from lightning_sft.data.step_loader import LoaderOptions, StepLoader, StepNumbers
+from lightning_sft.data.steps.plan import BatchPlan
+from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
 from lightning_sft.trainer_loops import Epoch
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.prompts import Prompt
-from lightning_sft.data.tokenization import encode_prompts
+from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.tokens.tokenization import encode_prompts
 from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
 

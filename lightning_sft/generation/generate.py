@@ -7,10 +7,10 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.collation import collate_padded
-from lightning_sft.data.example import Example
-from lightning_sft.data.prompts import Prompt
-from lightning_sft.data.tokenization import pad_token_id, token_texts
+from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.tokens.collation import collate_padded
+from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.tokenization import pad_token_id, token_texts
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.batches import make_batches, make_requests
 from lightning_sft.generation.records import GenerationRecord, summarize, write_records

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.errors import SettingsError, shorten
 from lightning_sft.generation.records import GenerationRecord, write_records
 from lightning_sft.generation.settings import GenerationSettings

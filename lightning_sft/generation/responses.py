@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.chat_encoding import end_of_turn_id
-from lightning_sft.data.prompts import Prompt
-from lightning_sft.data.tokenization import pad_token_id
+from lightning_sft.data.chat.chat_encoding import end_of_turn_id
+from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.tokens.tokenization import pad_token_id
 from lightning_sft.generation.sampling import Sampling
 
 

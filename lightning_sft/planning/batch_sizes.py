@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import nn
 
 from lightning_sft.checks import check_number
-from lightning_sft.data.collation import collate
 from lightning_sft.data.datamodule import SFTDataModule
-from lightning_sft.data.example import Example
-from lightning_sft.data.microbatch_cuts import microbatch_cost
-from lightning_sft.data.optimizer_step import OptimizerStep
-from lightning_sft.data.plan import StepTotals
+from lightning_sft.data.steps.microbatch_cuts import microbatch_cost
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.plan import StepTotals
+from lightning_sft.data.tokens.collation import collate
+from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
 from lightning_sft.training.module import SFTModule

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from lightning_sft.callbacks.throughput import known_peak_flops
 from lightning_sft.checks import check_number
 from lightning_sft.data.datamodule import SFTDataModule
-from lightning_sft.data.microbatch_cuts import Layout
-from lightning_sft.data.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
+from lightning_sft.data.steps.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
+from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.attention import why_never_packed
 from lightning_sft.model.flops import training_flops

@@ -15,11 +15,10 @@ from torch.optim import Optimizer
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_sft.data.collation import collate
-from lightning_sft.data.example import Example
-from lightning_sft.data.microbatch import Microbatch
-from lightning_sft.data.microbatch_cuts import Layout
-from lightning_sft.data.plan import MicrobatchShape
+from lightning_sft.data.steps.plan import MicrobatchShape
+from lightning_sft.data.tokens.collation import collate
+from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.microbatch import Layout, Microbatch
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.attention import VARLEN, packed_inputs
 from lightning_sft.model.linear_head import configured_transform

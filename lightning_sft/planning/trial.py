@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sft.callbacks import StepProgressBar
 from lightning_sft.data.datamodule import SFTDataModule
-from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.training.guard import StepGuard
 from lightning_sft.training.module import SFTModule

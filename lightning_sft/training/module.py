@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_sft.checks import check_callable, check_number
-from lightning_sft.data.optimizer_step import OptimizerStep
-from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.rotary import rotary_frequencies_kept

@@ -6,7 +6,7 @@ from typing import Any, cast
 import lightning as L
 from transformers import PreTrainedModel
 
-from lightning_sft.data.shown import shown_path
+from lightning_sft.data.rows.shown import shown_path
 
 _OF_OPTIMIZER = ("lr", "betas", "momentum", "weight_decay")
 _OF_MODULE = ("lr_scheduler", "warmup_steps", "max_grad_norm", "loss_normalization", "normalize_constant")

@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedModel
 
-from lightning_sft.data.microbatch import Microbatch
-from lightning_sft.data.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.tokens.microbatch import Microbatch
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.head import ResponseScores

@@ -186,7 +186,7 @@ def many_rows(folder: Path, num_rows: int) -> Numbers:
     One row in a hundred is too long, and dropped; the validation rows are split off, so that every row is found
     through a selection.
     """
-    from lightning_sft.data.sources import open_sources
+    from lightning_sft.data.rows.sources import open_sources
 
     path = folder / f"{num_rows}.jsonl"
     folder = folder / f"{num_rows}"
@@ -217,7 +217,7 @@ def many_rows(folder: Path, num_rows: int) -> Numbers:
 
 def long_plan(num_rows: int, **_: Any) -> Numbers:
     """Plan an epoch's first step, one in its middle, and the next epoch's first."""
-    from lightning_sft.data.plan import BatchPlan, StepRule
+    from lightning_sft.data.steps.plan import BatchPlan, StepRule
 
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 2000, num_rows, dtype=np.int32)

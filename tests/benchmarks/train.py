@@ -325,8 +325,8 @@ def prepare(case: str, data: Path, folder: Path, num_steps: int) -> list[dict[st
     """Rows, tokenizer and, in the order of our steps, the token ids."""
     from transformers import AutoTokenizer
 
-    from lightning_sft.data.plan import BatchPlan, StepRule
-    from lightning_sft.data.tokenization import encode_examples
+    from lightning_sft.data.steps.plan import BatchPlan, StepRule
+    from lightning_sft.data.tokens.tokenization import encode_examples
 
     rows = read_rows(data)
     (folder / "qwen2_tokenizer").symlink_to((data.parents[1] / "qwen2_tokenizer").resolve())

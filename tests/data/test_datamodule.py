@@ -7,7 +7,7 @@ import torch
 from support.models import character_tokenizer
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.prompts import Prompt
+from lightning_sft.data.rows.prompts import Prompt
 
 ROWS = [{"prompt": f"{i:02d}", "output": "x" * (1 + i % 5), "ground_truth": str(i)} for i in range(20)]
 EOS = 128

@@ -32,7 +32,7 @@ from support.rows import (
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from lightning_sft.data import cache, encoded_rows, encoding, sources
+from lightning_sft.data import cache, encoded_rows, encoding
 from lightning_sft.data.encoded_rows import (
     content_hash,
     hash_of_examples,
@@ -40,9 +40,10 @@ from lightning_sft.data.encoded_rows import (
     rows_in_memory,
 )
 from lightning_sft.data.encoding import Encoding, RowEncoder
-from lightning_sft.data.readers import read_file
-from lightning_sft.data.row_format import RowFormat
-from lightning_sft.data.tokenization import encode_examples
+from lightning_sft.data.rows import sources
+from lightning_sft.data.rows.readers import read_file
+from lightning_sft.data.rows.row_format import RowFormat
+from lightning_sft.data.tokens.tokenization import encode_examples
 
 
 @pytest.fixture

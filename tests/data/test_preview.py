@@ -13,11 +13,11 @@ from support.models import character_tokenizer
 from transformers import AutoTokenizer
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.collation import collate_packed, collate_padded
-from lightning_sft.data.marked_rows import MarkedRow, marked_rows
-from lightning_sft.data.optimizer_step import OptimizerStep
-from lightning_sft.data.plan import StepTotals
-from lightning_sft.data.tokenization import encode_examples
+from lightning_sft.data.steps.marked_rows import MarkedRow, marked_rows
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.plan import StepTotals
+from lightning_sft.data.tokens.collation import collate_packed, collate_padded
+from lightning_sft.data.tokens.tokenization import encode_examples
 
 COLLATE = {"padded": collate_padded, "packed": collate_packed}
 TEXTS = ["ab", "c"], ["<x>\n", "y z"]

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft import r1_zero_reward
-from lightning_sft.data.tokenization import encode_examples
+from lightning_sft.data.tokens.tokenization import encode_examples
 from lightning_sft.examples import story_questions, word_problems, word_tokenizer
 
 OPERATORS = {"+": operator.add, "-": operator.sub}

@@ -6,8 +6,8 @@ from support.models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_sft.data.collation import collate_packed
-from lightning_sft.data.example import Example
+from lightning_sft.data.tokens.collation import collate_packed
+from lightning_sft.data.tokens.example import Example
 from lightning_sft.model import attention
 from lightning_sft.model.attention import VARLEN, enable_packing, packed_inputs, varlen_attention
 from lightning_sft.model.pretrained import enable_gradient_checkpointing

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_sft.data.collation import collate_packed, collate_padded
-from lightning_sft.data.example import Example
+from lightning_sft.data.tokens.collation import collate_packed, collate_padded
+from lightning_sft.data.tokens.example import Example
 from lightning_sft.model.attention import enable_packing, packed_inputs
 from lightning_sft.model.log_probs import compute_entropy, get_response_log_probs, score_responses
 

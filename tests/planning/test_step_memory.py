@@ -6,9 +6,9 @@ from support.lora import LORA, build
 from support.models import tiny_config, tiny_model
 
 from lightning_sft import SFTModule
-from lightning_sft.data.collation import collate_packed
-from lightning_sft.data.example import Example
-from lightning_sft.data.plan import MicrobatchShape
+from lightning_sft.data.steps.plan import MicrobatchShape
+from lightning_sft.data.tokens.collation import collate_packed
+from lightning_sft.data.tokens.example import Example
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import build_empty_model

@@ -17,8 +17,8 @@ from lightning_sft.data.encoded_rows import (
     encode_rows,
 )
 from lightning_sft.data.encoding import Encoding
-from lightning_sft.data.row_format import RowFormat
-from lightning_sft.data.sources import open_sources
+from lightning_sft.data.rows.row_format import RowFormat
+from lightning_sft.data.rows.sources import open_sources
 from support.models import character_tokenizer
 
 

@@ -1,0 +1,195 @@
+"""The format of rows: which columns are the prompt, the output and the ground truth, or a conversation."""
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_sft.checks import check_callable, check_choice, check_type
+from lightning_sft.data.chat.chat_encoding import TrainOnTurns
+from lightning_sft.data.chat.conversation import Conversation, read_conversation
+from lightning_sft.data.tokens.texts import check_is_text, read_template_file
+from lightning_sft.errors import SettingsError, one_line, shorten
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PlainPrompt:
+    """What a row without messages says to a model.
+
+    Attributes:
+        prompt: The text that the model goes on from.
+        ground_truth: The reference answer; None if the row has none.
+    """
+
+    prompt: str
+    ground_truth: str | None
+
+
+@dataclass(frozen=True)
+class PlainRow:
+    """What a row without messages says.
+
+    Attributes:
+        prompt: The text before the response.
+        output: The response, which is to be learnt.
+        ground_truth: The reference answer; the output if the row has no other.
+    """
+
+    prompt: str
+    output: str
+    ground_truth: str
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """What a row of messages says.
+
+    Attributes:
+        conversation: The messages.
+        ground_truth: The reference answer; None if the row has none.
+    """
+
+    conversation: Conversation
+    ground_truth: str | None
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Which columns of a row are its prompt, output and ground truth, and how the prompt is written.
+
+    Args:
+        prompt_field: Column with the text before; unused with a template.
+        output_field: Column with the text to learn.
+        ground_truth_field: Column with the reference answer; a row without the default column uses its output.
+        prompt_template: Text with `{column}` in it, or the path of a file that holds such a text (its last line
+            break is dropped). Literal braces are doubled.
+        row_transform: Called with each row first; returns the row to use instead.
+        train_on_turns: Of a conversation: whether all of the assistant's turns are learnt or the last one.
+        chat_template_kwargs: More that the chat template can use; a row's own column of this name comes first.
+
+    A row is a conversation if it has the column `messages` or `conversations` while neither `prompt_field` nor
+    `prompt_template` is given, or if its prompt or output is a list of messages.
+
+    Raises:
+        FileNotFoundError: If the template has no `{column}` and is no file either.
+        TypeError: If an argument is of another type.
+        ValueError: If the template's braces are not of this form, or its file is not UTF-8 text.
+    """
+
+    prompt_field: str = "prompt"
+    output_field: str = "output"
+    ground_truth_field: str = "ground_truth"
+    prompt_template: str | None = None
+    row_transform: Callable[[dict[str, Any]], Row] | None = None
+    train_on_turns: TrainOnTurns = "all"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_field", "output_field", "ground_truth_field"):
+            check_type(name, getattr(self, name), str, "the name of a column")
+        check_callable("row_transform", self.row_transform, "a function", optional=True)
+        if self.prompt_template is not None:
+            check_type("prompt_template", self.prompt_template, str, "a text or the path of a file, as a string")
+            object.__setattr__(self, "prompt_template", _read_prompt_template(self.prompt_template))
+        check_choice("train_on_turns", self.train_on_turns, TrainOnTurns)
+        if self.chat_template_kwargs is not None:
+            check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
+
+    def render(self, row: Row) -> PlainRow | ChatRow:
+        """What a row says that is to be learnt.
+
+        Raises:
+            ValueError: If a column is missing or its value is not a string, or `row_transform` fails.
+        """
+        row = self._transformed(row)
+        conversation = self._conversation(row)
+        if conversation is not None:
+            return ChatRow(conversation, self._ground_truth(row))
+        prompt, output = self._prompt(row), _text(row, self.output_field, "output_field")
+        ground_truth = self._ground_truth(row)
+        return PlainRow(prompt, output, output if ground_truth is None else ground_truth)
+
+    def render_prompt(self, row: Row) -> PlainPrompt | ChatRow:
+        """What a row says that a model is to go on from; an output is not needed.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        row = self._transformed(row)
+        conversation = self._conversation(row)
+        if conversation is not None:
+            return ChatRow(conversation, self._ground_truth(row))
+        return PlainPrompt(self._prompt(row), self._ground_truth(row))
+
+    def _transformed(self, row: Row) -> Row:
+        if self.row_transform is None:
+            return row
+        try:
+            row = self.row_transform(dict(row))
+        except Exception as error:
+            raise SettingsError(f"`row_transform` failed: {type(error).__name__}: {one_line(error)}") from error
+        if not isinstance(row, Mapping):
+            raise SettingsError(f"`row_transform` returned {shorten(row)}, expected a dictionary.")
+        return row
+
+    def _conversation(self, row: Row) -> Conversation | None:
+        if self.prompt_template is not None:
+            return None
+        if self.prompt_field == RowFormat.prompt_field:
+            for column in ("messages", "conversations"):
+                if row.get(column) is not None:
+                    return read_conversation(row, [column], self.chat_template_kwargs)
+        columns = [self.prompt_field, self.output_field]
+        if columns[1] == RowFormat.output_field and row.get(columns[1]) is None:
+            columns[1] = "completion"
+        first = [value[0] for value in map(row.get, columns) if isinstance(value, list) and value]
+        if not any(isinstance(message, Mapping) for message in first):
+            return None
+        return read_conversation(row, columns, self.chat_template_kwargs)
+
+    def _prompt(self, row: Row) -> str:
+        if self.prompt_template is None:
+            return _text(row, self.prompt_field, "prompt_field")
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+        return self.prompt_template.format(**{field: _text(row, field, "prompt_template") for field in fields})
+
+    def _ground_truth(self, row: Row) -> str | None:
+        if self.ground_truth_field == RowFormat.ground_truth_field and row.get(self.ground_truth_field) is None:
+            return None
+        return _text(row, self.ground_truth_field, "ground_truth_field")
+
+
+def _read_prompt_template(template: str) -> str:
+    if "{" not in template:
+        way_out = "Give a text such as 'Question: {question}', or the path of a file with such a text."
+        template = read_template_file("prompt_template", template, "{column}", way_out).removesuffix("\n")
+    try:
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise SettingsError(f"`prompt_template` has unbalanced braces ({error}). Write literal braces twice.") from None
+    if not parts:
+        raise SettingsError("`prompt_template` has no {column} in it, so all prompts would be the same.")
+    for _, field, spec, conversion in parts:
+        if not str(field).isidentifier() or spec or conversion:
+            extras = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            found = shorten(f"{{{field}{extras}}}", 80).strip("'")  # a JSON example has line breaks
+            raise SettingsError(
+                f"`prompt_template` has {found}, but expects plain column names such as {{question}}. "
+                "Write literal braces twice."
+            )
+    return template
+
+
+def _text(row: Row, field: str, argument: str) -> str:
+    value = row.get(field)
+    if value is None:
+        columns = shorten(sorted(map(str, row)), 200)
+        raise SettingsError(f"no value for `{field}` (`{argument}`). The row has {columns}.")
+    if not isinstance(value, str):
+        raise SettingsError(
+            f"`{field}` (`{argument}`) is {shorten(value)} of type {type(value).__name__}, expected a string."
+        )
+    check_is_text(f"`{field}` (`{argument}`)", value)
+    return value

@@ -1,0 +1,1 @@
+"""The plan of optimizer steps, and loaders that hand them out."""

@@ -1,0 +1,46 @@
+"""Everything that one optimizer step needs on one device."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.steps.marked_rows import MarkedRows, counted, marked_rows
+from lightning_sft.data.steps.plan import StepTotals
+from lightning_sft.data.tokens.microbatch import Microbatch
+
+
+@dataclass(eq=False)
+class OptimizerStep:
+    """What an item of `train_dataloader` is. A notebook shows its rows, each token coloured by the mask.
+
+    Attributes:
+        microbatches: Of this device; their gradients add up.
+        totals: Over all devices.
+        tokenizer: Turns ids into text where the step is shown. Copies and files have none, and show ids.
+    """
+
+    microbatches: list[Microbatch]
+    totals: StepTotals
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+
+    @property
+    def locations(self) -> list[str]:
+        """Where the rows come from, such as `line 3`."""
+        return [location for microbatch in self.microbatches for location in microbatch.locations]
+
+    def to(self, device: torch.device | str) -> "OptimizerStep":
+        """The same on a device."""
+        return replace(self, microbatches=[microbatch.to(device) for microbatch in self.microbatches])
+
+    def pin_memory(self) -> "OptimizerStep":
+        """The same in memory that CUDA copies from by itself."""
+        return replace(self, microbatches=[microbatch.pin_memory() for microbatch in self.microbatches])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.microbatches, self.totals)
+
+    def _repr_html_(self) -> str:
+        rows = [row for microbatch in self.microbatches for row in marked_rows(microbatch)]
+        return MarkedRows(rows, self.tokenizer).html(f", {counted(len(self.microbatches), 'microbatch', 'es')}")

@@ -1,0 +1,146 @@
+"""What one device needs for each optimizer step of a plan, in order, from any position on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.plan import BatchPlan
+from lightning_sft.data.tokens.collation import collate
+from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.microbatch import Layout
+from lightning_sft.data.tokens.tokenization import pad_token_id
+
+
+class StepNumbers(Sized, Iterable[int], Protocol):
+    """Numbers of optimizer steps over the whole run, from 0, such as a `range`."""
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How optimizer steps are made for one device.
+
+    Attributes:
+        tokenizer: Of the rows. Steps show themselves with it.
+        layout: Of the microbatches.
+        rank: Of the device.
+        world_size: Number of devices.
+        num_workers: Processes that make steps ahead of time.
+        pin_memory: Whether steps are put into memory that CUDA copies from by itself.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout = "padded"
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padded positions."""
+        return pad_token_id(self.tokenizer)
+
+
+class ExampleReader:
+    """Reads examples out of encoded rows.
+
+    Args:
+        rows: With the columns of `EncodedRows.dataset`.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self._columns = ["input_ids", "num_prompt_tokens"]
+        # A list for each row takes its time to read, and few data sets have any.
+        if any(len(chunk.flatten()) for chunk in rows.data.column("excluded_spans").chunks):
+            self._columns.append("excluded_spans")
+        self._rows = rows.select_columns([*self._columns, "location"]).with_format("numpy")
+
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        """The rows at these indices."""
+        if not indices:
+            return []
+        batch = self._rows[indices]
+        columns = zip(*(batch[name] for name in self._columns), strict=True)
+        return [
+            Example(**dict(zip(self._columns, values, strict=True)), location=location)
+            for values, location in zip(columns, batch["location"].tolist(), strict=True)
+        ]
+
+
+class StepDataset(TorchDataset[OptimizerStep]):
+    """The optimizer steps of a plan, for one device.
+
+    Args:
+        rows: With the columns of `EncodedRows.dataset`.
+        plan: Of the steps.
+        options: How they are made.
+    """
+
+    def __init__(self, rows: Dataset, plan: BatchPlan, options: LoaderOptions) -> None:
+        self._reader, self._plan = ExampleReader(rows), plan
+        self._rank, self._layout, self._pad_id = options.rank, options.layout, options.pad_id
+
+    def __getitem__(self, step: int) -> OptimizerStep:
+        plan = self._plan.step(step, self._layout)
+        microbatches = [
+            collate(self._reader.read(indices), self._layout, self._pad_id) for indices in plan.ranks[self._rank]
+        ]
+        return OptimizerStep(microbatches, plan.totals)
+
+
+class StepLoader(ABC):
+    """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone.
+
+    Args:
+        steps: Their numbers, asked for when the first step is needed.
+        options: How they are made.
+    """
+
+    def __init__(self, steps: StepNumbers, options: LoaderOptions) -> None:
+        self._steps, self._options = steps, options
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[OptimizerStep]:
+        """The steps. It must be a generator, whose body runs at the first `next`: a checkpoint has been restored."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Empty: a run's step says where to begin. Having it tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:  # noqa: B027 - meant to be empty
+        """Nothing to restore here."""
+
+
+class PlanLoader(StepLoader):
+    """Iterates over the optimizer steps of a plan.
+
+    Args:
+        dataset: The steps by their number.
+        steps: Which of them.
+        options: How they are made.
+    """
+
+    def __init__(self, dataset: StepDataset, steps: StepNumbers, options: LoaderOptions) -> None:
+        super().__init__(steps, options)
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[OptimizerStep]:
+        loader = DataLoader(
+            self._dataset,
+            sampler=self._steps,
+            batch_size=None,
+            num_workers=self._options.num_workers,
+            pin_memory=self._options.pin_memory,
+        )
+        for step in loader:
+            yield replace(step, tokenizer=self._options.tokenizer)  # here, so that no worker has to pass it on

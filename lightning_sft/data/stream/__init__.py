@@ -1,0 +1,1 @@
+"""Rows that are read and tokenised while training."""

@@ -1,0 +1,107 @@
+"""Rows of one source that are read while they are used, from any position on."""
+
+import glob
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import IterableDataset, load_dataset
+
+from lightning_sft.data.rows.readers import read_file
+from lightning_sft.data.rows.row_format import Row
+from lightning_sft.data.rows.sources import find_files, load_named, own_keys
+from lightning_sft.errors import SettingsError, SettingsTypeError, one_line, shorten
+
+
+@dataclass(frozen=True)
+class SourcePosition:
+    """Where the next row of a source is read.
+
+    Attributes:
+        num_read: Rows before it. Those of a JSONL, JSON or CSV file are skipped.
+        state: Of the data set, as `datasets` keeps it, which goes on where it was; None for a file that is read here.
+    """
+
+    num_read: int = 0
+    state: dict[str, Any] | None = None
+
+
+class RowStream:
+    """The rows of one file or data set in their order, read when they are asked for.
+
+    Args:
+        name: What messages call it, and the path if it is a file.
+        argument: What messages call the argument that it comes from.
+        dataset: What `datasets` streams; None: the file is read here.
+    """
+
+    def __init__(self, name: str, argument: str, dataset: IterableDataset | None = None) -> None:
+        self.name, self._argument = name, argument
+        self._dataset, self._current, self._num_read = dataset, dataset, 0
+
+    def read(self, position: SourcePosition | None = None) -> Iterator[tuple[str, Row]]:
+        """The rows from a position on, each with its location, such as `line 3 of train.jsonl`.
+
+        Raises:
+            ValueError: If the source cannot be read; the message names file and line.
+        """
+        position = position or SourcePosition()
+        self._num_read = position.num_read
+        try:
+            if self._dataset is None:
+                for location, row in read_file(self.name, self._num_read):
+                    self._num_read += 1
+                    yield f"{location} of {self.name}", row
+            else:
+                self._current = deepcopy(self._dataset)  # a copy, because it keeps its position
+                if position.state is not None:
+                    self._current.load_state_dict(position.state)
+                for row in self._current:
+                    self._num_read += 1
+                    yield f"row {self._num_read} of {self.name}", own_keys(row, self._dataset.features)
+        except Exception as error:
+            problem = one_line(error.__cause__ or error)
+            raise SettingsError(f"`{self._argument}`: cannot read {self.name}: {problem}") from error
+
+    def position(self) -> SourcePosition:
+        """Where `read` is to go on after the row that it has given last."""
+        return SourcePosition(self._num_read, None if self._current is None else self._current.state_dict())
+
+
+def open_streams(data: object, argument: str) -> list[RowStream]:
+    """Find the rows behind a data argument without reading them.
+
+    Args:
+        data: A file, a glob pattern, a hub data set's name or a list of these, as in `open_sources`.
+        argument: What messages call the argument.
+
+    Raises:
+        FileNotFoundError: If a file is missing or a pattern matches none.
+        TypeError: If `data` is none of these.
+        ValueError: If a data set cannot be loaded.
+    """
+    names = [data] if isinstance(data, str | Path) else data
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str | Path) for name in names):
+        raise SettingsTypeError(
+            f"`{argument}` is {shorten(data)} of type {type(data).__name__}; with `streaming` expected a file, a data "
+            "set's name, or a list of these."
+        )
+    streams = []
+    for name in map(str, names):
+        paths = find_files(name, argument)
+        if not paths:
+            streams.append(RowStream(name, argument, load_named(name, argument, streaming=True)))
+        for path in paths:
+            parquet = {"data_files": [glob.escape(path)], "split": "train", "streaming": True}
+            dataset = load_dataset("parquet", **parquet) if path.endswith(".parquet") else None
+            streams.append(RowStream(path, argument, dataset))
+    if not streams:
+        raise SettingsError(f"`{argument}` has no rows; expected at least one.")
+    return streams
+
+
+def only_name(streams: Sequence[RowStream]) -> str | None:
+    """The name of the source if there is one alone: then no location needs to say it."""
+    return streams[0].name if len(streams) == 1 else None

@@ -1,0 +1,213 @@
+"""Optimizer steps of rows that are read and tokenised while training: data sets too large to prepare.
+
+Every process reads the same rows in the same order and tokenises all rows of a step, whose lengths decide which are its
+own; so a step is the same on any number of processes, and its totals are exact.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_sft.data.encoded_rows import hash_of_examples
+from lightning_sft.data.encoding import RowEncoder
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
+from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
+from lightning_sft.data.stream.row_stream import RowStream, only_name
+from lightning_sft.data.stream.stream_order import StreamedRow, StreamPosition, ordered_rows
+from lightning_sft.data.tokens.collation import collate
+from lightning_sft.data.tokens.example import Example
+from lightning_sft.errors import SettingsError, located
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """What a checkpoint keeps of a step, so that a run finds the next one.
+
+    Attributes:
+        num_steps: Optimizer steps of the run up to this one.
+        begin: Where its rows begin.
+        content: A hash of its rows' tokens.
+    """
+
+    num_steps: int
+    begin: StreamPosition
+    content: str
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Bookmark":
+        """The bookmark that `to_values` has written."""
+        return cls(values["num_steps"], StreamPosition.from_values(values["begin"]), values["content"])
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """In which order rows are taken.
+
+    Attributes:
+        rows_per_block: Rows that are in memory, and shuffled, together.
+        seed: Of the order; None: that of the data.
+        steps_per_pass: After so many optimizer steps the data begins again. None: only where it ends.
+    """
+
+    rows_per_block: int
+    seed: int | None
+    steps_per_pass: int | None = None
+
+
+@dataclass
+class StreamedStep:
+    """An optimizer step and its bookmark."""
+
+    step: OptimizerStep
+    bookmark: Bookmark
+
+    def pin_memory(self) -> "StreamedStep":
+        """The same in memory that CUDA copies from by itself."""
+        return StreamedStep(self.step.pin_memory(), self.bookmark)
+
+
+class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
+    """The optimizer steps of streamed rows, for one device, from `begin_after` on.
+
+    Args:
+        streams: The sources.
+        encoder: Tokenises rows, and drops some.
+        rule: How rows are put into steps.
+        order: Of the rows.
+        options: How steps are made.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[RowStream],
+        encoder: RowEncoder,
+        rule: StepRule,
+        order: StreamOrder,
+        options: LoaderOptions,
+    ) -> None:
+        self._streams, self._encoder, self._rule, self._order = streams, encoder, rule, order
+        self._options, self._pad_id = options, options.pad_id
+        self._last: Bookmark | None = None
+
+    def begin_after(self, last: Bookmark | None) -> None:
+        """Set after which step the next iteration begins; None: at the first."""
+        self._last = last
+
+    def __iter__(self) -> Iterator[StreamedStep | SettingsError]:
+        try:
+            yield from self._steps()
+        except SettingsError as error:  # raised by the loader, not wrapped by a worker process: it is our own message
+            yield error
+
+    def _steps(self) -> Iterator[StreamedStep]:
+        num_steps, begin = 0, StreamPosition()
+        if self._last is not None:  # that step is made once more: it tells whether these are still the same rows
+            num_steps, begin = self._last.num_steps - 1, self._last.begin
+        rows = self._rows(begin)
+        while True:
+            examples, after = self._take(rows, begin)
+            num_steps += 1
+            bookmark = Bookmark(num_steps, begin, hash_of_examples(examples))
+            if self._last is None or num_steps > self._last.num_steps:
+                yield StreamedStep(self._step(examples), bookmark)
+            elif bookmark != self._last:
+                raise SettingsError(
+                    "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
+                    "place in the data. Use those, or start anew from the weights."
+                )
+            begin = after
+            if self._order.steps_per_pass is not None and num_steps % self._order.steps_per_pass == 0:
+                begin = begin.next_pass()
+                rows = self._rows(begin)
+
+    def _rows(self, begin: StreamPosition) -> Iterator[StreamedRow]:
+        return ordered_rows(self._streams, self._order.rows_per_block, self._order.seed, begin)
+
+    def _step(self, examples: Sequence[Example]) -> OptimizerStep:
+        """This device's part of a step, of which these are all rows."""
+        num_tokens = [len(example.input_ids) for example in examples]
+        num_response_tokens = [example.num_response_labels for example in examples]
+        layout = self._options.layout
+        with located(examples[int(np.argmax(num_tokens))].location):  # whatever is too long, this one is
+            plan = BatchPlan(
+                model_lengths(num_tokens),
+                num_response_tokens,
+                self._rule,
+                world_size=self._options.world_size,
+                shuffle=False,
+            ).step(0, layout)
+        microbatches = [
+            collate([examples[index] for index in indices], layout, self._pad_id)
+            for indices in plan.ranks[self._options.rank]
+        ]
+        return OptimizerStep(microbatches, plan.totals)
+
+    def _take(self, rows: Iterator[StreamedRow], begin: StreamPosition) -> tuple[list[Example], StreamPosition]:
+        """The rows of a step, tokenised, and the position after the last. For each dropped row the next is taken."""
+        examples: list[Example] = []
+        position, last_kept = begin, begin.num_passes
+        while missing := self._rule.batch_size - len(examples):
+            taken = list(islice(rows, missing))
+            position = taken[-1].after
+            kept = self._encoder.encode([(each.location, each.row) for each in taken], only_name(self._streams))
+            examples += [row.example for row in kept]
+            if kept:
+                last_kept = position.num_passes
+            elif position.num_passes > last_kept + 1:
+                raise SettingsError(
+                    f"`train_data`: all rows are longer than `max_length` = {self._encoder.encoding.max_length} "
+                    "tokens. Raise `max_length`."
+                )
+        return examples, position
+
+
+class StreamLoader(StepLoader):
+    """Iterates over streamed optimizer steps, and keeps their bookmarks.
+
+    Args:
+        dataset: The steps.
+        steps: Their numbers.
+        options: How they are made; at most one process reads and tokenises ahead.
+        bookmarks: By the number of optimizer steps; here each step puts its own, and only the latest two stay.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamedSteps,
+        steps: StepNumbers,
+        options: LoaderOptions,
+        bookmarks: dict[int, Bookmark],
+    ) -> None:
+        super().__init__(steps, options)
+        self._dataset, self._bookmarks = dataset, bookmarks
+
+    def __iter__(self) -> Iterator[OptimizerStep]:
+        first = next(iter(self._steps), 0)
+        if first and first not in self._bookmarks:
+            raise SettingsError(
+                f"The run is at step {first}, but its checkpoint does not say where that is in the stream of "
+                "`train_data`. Start anew from the weights."
+            )
+        self._dataset.begin_after(self._bookmarks.get(first))
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            num_workers=self._options.num_workers,
+            pin_memory=self._options.pin_memory,
+        )
+        for _, item in zip(self._steps, loader, strict=False):
+            if isinstance(item, SettingsError):
+                raise item
+            num_steps = item.bookmark.num_steps
+            self._bookmarks[num_steps] = item.bookmark
+            self._bookmarks.pop(num_steps - 2, None)
+            yield replace(item.step, tokenizer=self._options.tokenizer)

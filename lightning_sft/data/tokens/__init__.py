@@ -1,0 +1,1 @@
+"""From text to token ids, and ids side by side in a microbatch, the response marked."""

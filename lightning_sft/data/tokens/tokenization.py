@@ -1,0 +1,186 @@
+"""From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
+
+from collections.abc import Sequence
+from itertools import pairwise, takewhile
+
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.tokens.collation import collate_padded
+from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.texts import check_is_text
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
+
+
+def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before a text of its own accord, such as a BOS; usually none or one."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded positions: the pad token, or else EOS, or else 0. No mask is ever read off this id."""
+    token_ids: tuple[int | None, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token_id for token_id in token_ids if token_id is not None), 0)
+
+
+def encode_prompts(
+    prompt_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, as_written: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt, with the tokenizer's own prefix and without a suffix such as EOS.
+
+    A prompt that already spells the prefix out does not get it twice.
+
+    Args:
+        prompt_strs: The texts.
+        tokenizer: Any Hugging Face tokenizer.
+        as_written: For each prompt, whether it is tokenised as it stands, without the prefix, since a chat template
+            wrote it. By default no prompt is.
+
+    Raises:
+        TypeError: If `prompt_strs` is one string, or holds anything else than strings.
+        ValueError: If a prompt is not text: a lone surrogate cannot be encoded.
+    """
+    if not prompt_strs:
+        return []
+    encoded = _encode(prompt_strs, tokenizer, "prompt")
+    prefix = prompt_prefix(tokenizer)
+    return [
+        ids if whole or ids[: len(prefix)] == prefix else prefix + ids
+        for ids, whole in zip(encoded, as_written or [False] * len(encoded), strict=True)
+    ]
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str) -> list[list[int]]:
+    if isinstance(texts, str):
+        raise SettingsTypeError(
+            f"Expected a list of {kind}s, but got one string, {shorten(texts)}. Put it into a list."
+        )
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise SettingsTypeError(
+                f"{kind} {index} is {shorten(text)} of type {type(text).__name__}, expected a string."
+            )
+        check_is_text(f"{kind} {index}", text)
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def encode_examples(
+    prompt_strs: Sequence[str],
+    output_strs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool = False,
+) -> list[Example]:
+    """Tokenise prompts and outputs apart and join each pair. The response never gains a BOS.
+
+    Args:
+        prompt_strs: The texts before. An empty one is the tokenizer's prefix alone.
+        output_strs: The texts after, one for each prompt.
+        tokenizer: Any Hugging Face tokenizer.
+        append_eos: Whether each response ends in the tokenizer's EOS.
+
+    Raises:
+        TypeError: If either is one string, or holds anything else than strings.
+        ValueError: If the numbers of prompts and outputs differ, a text holds a lone surrogate, or EOS is wanted and
+            the tokenizer has none.
+    """
+    if len(prompt_strs) != len(output_strs):
+        raise SettingsError(
+            f"`prompt_strs` and `output_strs` must pair up, but there are {len(prompt_strs)} prompts "
+            f"and {len(output_strs)} outputs."
+        )
+    if append_eos and tokenizer.eos_token_id is None:
+        raise SettingsError(
+            "`append_eos` is True, but the tokenizer has no EOS token. Set `tokenizer.eos_token`, or pass "
+            "`append_eos=False` (the model then never learns to stop)."
+        )
+    if not output_strs:
+        return []
+    prompts = encode_prompts(prompt_strs, tokenizer)
+    outputs = _encode(output_strs, tokenizer, "output")
+    eos = [tokenizer.eos_token_id] if append_eos else []
+    return [
+        Example(input_ids=prompt + output + eos, num_prompt_tokens=len(prompt))
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special tokens included.
+
+    Where a character is made of several tokens, the one that completes it has it whole and those before have "".
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        ids: Token ids of one text, or of any part of it.
+
+    Returns:
+        One piece for each id. Joined they are
+        `tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)`.
+    """
+    ids = [int(token_id) for token_id in ids]
+
+    def decode(length: int) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(ids[:length], **options))
+
+    whole = decode(len(ids))
+    pieces = _streamed(tokenizer, ids)
+    if not whole.startswith("".join(pieces)) or not pieces:  # slower, by decoding again from the start for each token
+        ends = [0]
+        for length in range(1, len(ids) + 1):
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, decode(length), strict=False))
+            ends.append(max(ends[-1], sum(1 for _ in same)))
+        pieces = [whole[start:end] for start, end in pairwise(ends)]
+    if pieces:
+        pieces[-1] += whole[len("".join(pieces)) :]  # bytes that complete no character
+    return pieces
+
+
+def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The pieces as far as complete characters go; none if the tokenizer cannot tell them one by one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    stream = DecodeStream(skip_special_tokens=False)
+    try:
+        return [stream.step(backend, token_id) or "" for token_id in ids]
+    except Exception:  # noqa: BLE001 (its only type)
+        # Where byte tokens are no UTF-8, a text's start can change with what follows.
+        return []
+
+
+def tokenize_prompt_and_output(
+    prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Tokenise prompts and outputs apart, join each pair, right-pad, and mark the response.
+
+    The prompt keeps the tokenizer's own prefix (such as BOS); the output gets no special token. The mask is True
+    where the *label* is a response token. Without any prompt token the first response token is no label: nothing
+    stands before it.
+
+    Args:
+        prompt_strs: The texts before.
+        output_strs: The texts after, one for each prompt.
+        tokenizer: Any Hugging Face tokenizer, with or without a pad token.
+
+    Returns:
+        `input_ids`, `labels` and `response_mask`, each `(batch_size, max(prompt_and_output_lens) - 1)`.
+
+    Raises:
+        TypeError: If either is one string, or holds anything else than strings.
+        ValueError: If there is no pair, the numbers of prompts and outputs differ, or a text holds a lone surrogate.
+
+    Source: Stanford CS336, assignment 5, "SFT helper methods".
+    """
+    examples = encode_examples(prompt_strs, output_strs, tokenizer)
+    if not examples:
+        raise SettingsError("`prompt_strs` and `output_strs` are empty; expected at least one pair.")
+    batch = collate_padded(examples, pad_token_id(tokenizer))
+    return {"input_ids": batch.input_ids, "labels": batch.labels, "response_mask": batch.response_mask}

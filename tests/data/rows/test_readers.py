@@ -1,0 +1,91 @@
+"""Files of text, read row by row; what cannot be read is named with its location."""
+
+import csv
+import json
+import re
+
+import pytest
+from support.rows import write, write_csv
+
+from lightning_sft.data.rows.readers import read_file
+
+LINES = [
+    (name, content + ending)
+    for ending in ("", "\n", "\r\n")
+    for name, content in (
+        ("rows.jsonl", '\n{"n": "1"}\n \t\n{"n": "2"}\r\n\n{"n": "3"}'),
+        ("rows.json", '{"n": "1"}\n{"n": "2"}\n{"n": "3"}'),
+        ("rows.json", ' \r\n[{"n": "1"},\n {"n": "2"}, {"n": "3"}\n] '),
+        ("rows.csv", '\nn\n1\n\r\n"2"\n3'),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "content"), LINES)
+def test_rows_have_locations_and_may_be_skipped(tmp_path, name, content):
+    path = write(tmp_path / name, content)
+    rows = list(read_file(path))
+    assert [row for _, row in rows] == [{"n": "1"}, {"n": "2"}, {"n": "3"}]
+    lines = [2, 4, 6] if name == "rows.jsonl" else [1, 2, 3]
+    word = "line" if content.lstrip().startswith("{") else "row"
+    assert [location for location, _ in rows] == [f"{word} {number}" for number in lines]
+    for skip in range(5):
+        assert list(read_file(path, skip)) == rows[skip:]
+
+
+def test_lines_that_are_skipped_are_not_parsed(tmp_path):
+    path = write(tmp_path / "rows.jsonl", 'no JSON\n{"n": 1}\n')
+    assert list(read_file(path, 1)) == [("line 2", {"n": 1})]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_only_a_line_feed_ends_a_line(tmp_path, name):
+    text = "a\u2028b\u2029c\x85d"
+    line = f"n\n{text}" if name == "rows.csv" else json.dumps({"n": text}, ensure_ascii=False)
+    assert [row for _, row in read_file(write(tmp_path / name, line + "\n"))] == [{"n": text}]
+
+
+def test_a_long_field_of_a_csv_file_is_read_and_the_limit_of_other_readers_is_left_alone(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", {"n": "a" * 140_000})
+    limit = csv.field_size_limit(100)
+    try:
+        assert [len(row["n"]) for _, row in read_file(path)] == [140_000]
+        assert csv.field_size_limit() == 100
+    finally:
+        csv.field_size_limit(limit)
+
+
+GOOD = b'{"prompt": "a", "output": "b"}\n'
+UNREADABLE = {
+    "empty JSON": ("rows.json", b"", "it has no rows."),
+    "empty CSV": ("rows.csv", b"", "it has no rows."),
+    "blank lines": ("rows.jsonl", b"\n \r\n\n", "it has no rows."),
+    "header alone": ("rows.csv", b"prompt,output\n", "it has no rows."),
+    "list of nothing": ("rows.json", b" []", "it has no rows."),
+    "no JSON": ("rows.jsonl", b"prompt: a\n", "line 1: not valid JSON (Expecting value at column 1): 'prompt: a\\n'"),
+    "JSON list with more behind it": ("rows.json", b'[{"prompt": "a"}]\n, {}]', "Extra data: line 2 column 1"),
+    "JSON list without comma": ("rows.json", b'[{"prompt": "a"}\n{}]', "Expecting ',' delimiter: line 2 column 1"),
+    "null line": ("rows.jsonl", b"null\n", "line 1: expected a JSON object, got None."),
+    "row without object": ("rows.json", b'[{"prompt": "a"}, 5]', "row 2: expected a JSON object, got 5."),
+    "Latin-1 in JSON": (
+        "rows.json",
+        b"[\n" + '"ü"]'.encode("latin-1"),
+        "line 2: not UTF-8 text (invalid start byte). Save the",
+    ),
+    "Latin-1 in CSV": ("rows.csv", 'prompt,output\n1,"a\nÄ"'.encode("latin-1"), "line 3: not UTF-8 text"),
+    "UTF-16": ("rows.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8 text (invalid start byte)"),
+    "field too many": (
+        "rows.csv",
+        b"prompt,output\na,b\nc,d,e\n",
+        "row 2: expected 2 fields, as in the header, got 3.",
+    ),
+    "field too few": ("rows.csv", b"prompt,output\na,b\nc\n", "row 2: expected 2 fields, as in the header, got 1."),
+    "stray quote": ("rows.csv", b'prompt,output\na,b\n"c"d,e\n', "line 3: ',' expected after '\"'."),
+}
+
+
+@pytest.mark.parametrize("problem", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_refused_with_the_line(tmp_path, problem):
+    name, content, reason = UNREADABLE[problem]
+    with pytest.raises(ValueError, match="^" + re.escape(reason)):
+        list(read_file(write(tmp_path / name, content)))

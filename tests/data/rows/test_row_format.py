@@ -1,0 +1,147 @@
+"""Which columns are used, how templates are filled, and what `row_transform` may do."""
+
+import codecs
+import re
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from support.rows import (
+    ROWS,
+    HeldBackError,
+    encode,
+    raise_held_back,
+    refusal,
+    write,
+    write_lines,
+    write_parquet,
+)
+
+from lightning_sft.data.rows.row_format import PlainPrompt, PlainRow, RowFormat
+
+
+def test_the_ground_truth_is_the_output_unless_the_row_has_one():
+    rows = [{"prompt": "a", "output": "b"} | more for more in ({}, {"ground_truth": None}, {"ground_truth": ""})]
+    assert encode(rows).dataset["ground_truth"][:] == ["b", "b", ""]
+    assert [RowFormat().render_prompt(row).ground_truth for row in rows] == [None, None, ""]
+
+
+def test_columns_are_taken_by_the_names_given():
+    row = {"q": "a", "a": "b", "answer": "c", "prompt": 1, "output": 2, "ground_truth": 3}
+    names = {"prompt_field": "q", "output_field": "a", "ground_truth_field": "answer"}
+    assert RowFormat(**names).render(row) == PlainRow(prompt="a", output="b", ground_truth="c")
+    assert encode([row], **names).dataset[0]["input_ids"] == [97, 98, 128]
+
+
+def test_a_prompt_alone_needs_no_output():
+    assert RowFormat().render_prompt({"prompt": "a"}) == PlainPrompt(prompt="a", ground_truth=None)
+    with pytest.raises(ValueError, match="no value for `answer`"):
+        RowFormat(ground_truth_field="answer").render_prompt({"prompt": "a"})
+
+
+TEMPLATES = {
+    "{a}": "x",
+    "Q: {a}\n": "Q: x\n",
+    "{a}{b} {a}": "x{y} x",
+    "{{{a}}} {{b}}": "{x} {b}",
+    "}}{a}": "}x",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_is_filled_with_columns_and_doubled_braces_are_literal(template):
+    row = {"a": "x", "b": "{y}", "output": "z"}
+    assert RowFormat(prompt_template=template).render(row).prompt == TEMPLATES[template]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_may_come_from_a_file_whose_last_line_break_is_dropped(tmp_path, template):
+    row = {"a": "x", "b": "{y}", "output": "z"}
+    for ending in ("\n", "\r\n"):
+        path = write(tmp_path / "template.txt", codecs.BOM_UTF8 + (template + ending).encode())
+        assert RowFormat(prompt_template=path).render(row).prompt == TEMPLATES[template]
+    assert RowFormat(prompt_template=write(tmp_path / "no_end", "{a}")).render(row).prompt == "x"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (
+            "{a} {}",
+            "`prompt_template` has {}, but expects plain column names such as {question}. Write literal braces twice.",
+        ),
+        ("{a} {0}", "has {0}, but expects plain column names"),
+        ("{a.b}", "has {a.b}, but expects plain column names"),
+        ("{a[0]}", "has {a[0]}, but expects plain column names"),
+        ("{a!r}", "has {a!r}, but expects plain column names"),
+        ("{a:>5}", "has {a:>5}, but expects plain column names"),
+        ("{a:{b}}", "has {a:{b}}, but expects plain column names"),
+        ('{"answer": 1} {a}', 'has {"answer": 1}, but expects plain column names'),
+        (
+            "{a",
+            "`prompt_template` has unbalanced braces (expected '}' before end of string). Write literal braces twice.",
+        ),
+        ("{a}}", "has unbalanced braces (Single '}' encountered in format string)"),
+        ("{{a}}", "`prompt_template` has no {column} in it, so all prompts would be the same."),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_refused_at_once(template, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RowFormat(prompt_template=template)
+
+
+@pytest.mark.parametrize("template", ["missing.txt", "Solve the problem. " * 50, "Question }"])
+def test_a_template_that_is_neither_text_with_a_column_nor_a_file_is_refused(template):
+    words = (
+        f"`prompt_template` is {template!r}, which has no {{column}} in it and is no file either. Give a text such as"
+    )
+    with pytest.raises(FileNotFoundError, match=re.escape(words)):
+        RowFormat(prompt_template=template)
+
+
+def test_a_template_with_an_unknown_column_names_row_and_column(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS[0])
+    message = refusal(path, prompt_template="{prompt} {question}")
+    assert f"line 1 of {path}: no value for `question` (`prompt_template`). The row has [" in message
+    assert "line 1 of" in refusal(write_lines(tmp_path / "n.jsonl", {"n": 1, "output": "a"}), prompt_template="{n}")
+
+
+def test_the_transform_is_applied_first_and_to_a_copy():
+    def transform(row: dict[str, object]) -> dict[str, object]:
+        row["output"] = f"{row.pop('n')}!"
+        return row
+
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    assert encode(rows, row_transform=transform).dataset["input_ids"][:] == [[97, 49, 33, 128], [98, 50, 33, 128]]
+    assert RowFormat(row_transform=transform).render_prompt(rows[0]) == PlainPrompt("a", None)
+    assert rows == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+
+
+def test_a_transform_gets_the_values_of_a_data_set_with_their_types(tmp_path):
+    def transform(row: dict[str, object]) -> dict[str, object]:
+        return {"prompt": row["day"].strftime("%d"), "output": ",".join(map(str, row["steps"]))}
+
+    path = write_parquet(tmp_path / "rows.parquet", {"day": pd.Timestamp("2020-03-04"), "steps": [1, 2]})
+    for data in (path, Dataset.from_parquet(path)):
+        assert encode(data, row_transform=transform).dataset["input_ids"][:] == [[48, 52, 49, 44, 50, 128]]
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        (raise_held_back, "`row_transform` failed: HeldBackError: not today"),
+        (lambda row: None, "`row_transform` returned None, expected a dictionary."),
+        (lambda row: "a", "`row_transform` returned 'a', expected a dictionary."),
+        (lambda row: {1: "a", "prompt": "b"}, "no value for `output` (`output_field`). The row has ['1', 'prompt']."),
+    ],
+)
+def test_a_transform_that_fails_is_named_with_file_and_line(tmp_path, transform, words):
+    path = write(tmp_path / "rows.jsonl", '\n{"prompt": "a", "output": "b"}\n')
+    assert refusal(path, row_transform=transform) == f"line 2 of {path}: {words}"
+
+
+def test_the_failure_of_a_transform_keeps_its_traceback():
+    with pytest.raises(ValueError, match="HeldBackError") as caught:
+        encode(ROWS, row_transform=raise_held_back)
+    assert isinstance(caught.value.__cause__, HeldBackError)
+    assert caught.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_name == "raise_held_back"

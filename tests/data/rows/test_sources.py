@@ -1,0 +1,109 @@
+"""Every kind of data gives the same rows; what cannot be read is named with the reason."""
+
+from datetime import date
+
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+from support.rows import (
+    DATA,
+    ENCODED,
+    ROWS,
+    encode,
+    encoded,
+    folder_of_a_data_set,
+    refusal,
+    write,
+)
+
+from lightning_sft.data.rows.sources import open_sources
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_every_kind_of_data_gives_the_same_rows(tmp_path, kind):
+    rows = encode(DATA[kind](tmp_path))
+    assert encoded(rows) == ENCODED
+    assert (rows.num_dropped, rows.num_truncated) == (0, 0)
+
+
+def test_columns_that_are_not_asked_for_may_hold_anything():
+    extras = [None, 3, {"of": [date(2020, 1, 1)]}]
+    assert encoded(encode([{"extra": extra} | row for row, extra in zip(ROWS, extras, strict=True)])) == ENCODED
+    assert encoded(encode([ROWS[0] | {"only here": 1}, *ROWS[1:]])) == ENCODED
+
+
+def test_the_rows_of_several_sources_stand_one_after_another(tmp_path):
+    folder = folder_of_a_data_set(tmp_path)
+    assert encode([f"{folder}::test", f"{folder}/train.parquet"]).dataset["prompt"][:] == [
+        'a\n"b"',
+        "12",
+        *ENCODED["prompt"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b", ("a/b", None, "train", None)),
+        ("a/b:main:test", ("a/b", "main", "test", None)),
+        ("a/b@v1.0:main:test[:10%]", ("a/b", "main", "test[:10%]", "v1.0")),
+        ("a/b@v1.0::test", ("a/b", None, "test", "v1.0")),
+    ],
+)
+def test_a_hub_name_has_configuration_split_and_revision(name, expected, monkeypatch):
+    asked = []
+
+    def load(path, config, *, split, revision, streaming):
+        asked.append((path, config, split, revision))
+        return Dataset.from_list([{"prompt": "a", "output": "b"}])
+
+    monkeypatch.setattr("lightning_sft.data.rows.sources.load_dataset", load)
+    open_sources(name, "train_data")
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "*.jsonl", "**/rows[0-9]*"])
+def test_a_missing_file_and_a_pattern_without_match_are_named(tmp_path, name):
+    message = refusal(str(tmp_path / name), FileNotFoundError)
+    assert message == f"`train_data` is '{tmp_path / name}', but there is no such file."
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.JSONL", "rows"])
+def test_a_file_of_another_kind_is_refused(tmp_path, name):
+    for data in (write(tmp_path / name, '{"prompt": "a", "output": "b"}'), str(tmp_path / "row*")):
+        message = refusal(data)
+        assert (
+            message == f"`train_data` is '{tmp_path / name}'; expected a file ending in .jsonl, .json, .csv, .parquet."
+        )
+
+
+def test_a_folder_that_is_no_data_set_is_refused_with_the_reason(tmp_path):
+    message = refusal(str(tmp_path))
+    assert f"`train_data` is '{tmp_path}': neither a file (.jsonl, .json, .csv, .parquet) nor a data set" in message
+    assert "doesn't contain any data files" in message
+
+
+@pytest.mark.parametrize(
+    "data", [[], (), Dataset.from_dict({"prompt": [], "output": []})], ids=["list", "tuple", "data set"]
+)
+def test_no_rows_are_refused(data):
+    assert refusal(data) == "`train_data` has no rows; expected at least one."
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        ([1, 2], "[1, 2] of type list"),
+        ([ROWS[0], "rows.jsonl"], "of type list"),
+        (ROWS[0], "of type dict"),
+        (DatasetDict(train=Dataset.from_list(ROWS)), "of type DatasetDict"),
+        (pd.DataFrame(ROWS), "of type DataFrame"),
+    ],
+)
+def test_anything_else_is_refused_with_what_is_expected(data, kind):
+    message = refusal(data, TypeError)
+    assert kind in message
+    assert message.startswith("`train_data` is ")
+    assert message.endswith(
+        "expected a file, a data set's name, a list of these, a `datasets.Dataset`, or a list of dictionaries."
+    )
