@@ -113,6 +113,7 @@ def test_each_filter_shows_its_records_and_counts_them(page):
 
 def test_a_card_says_what_came_of_the_record(page):
     browser = page([record(0, "a"), record(0, "b", 0.0, 0.0, sample=1, reward_error="ValueError: <b>no</b>")])
+    browser.wait("document.querySelector('article header').innerText")  # a card is laid out when it comes into view
     heads = browser.evaluate(
         "[...document.querySelectorAll('article header')].map(h => h.innerText.split(/\\s*\\n\\s*/))"
     )
