@@ -19,11 +19,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path, seconds: int, **environment: str) -> None:
-    """Run all cells with this interpreter, in `folder`, and put what they show into the notebook.
-
-    Progress bars, which are shown by widgets, are left out: there is nothing to see of them afterwards.
-    """
-    metadata = notebook.metadata.copy()
+    """Run all cells with this interpreter, in `folder`, and put what they show into the notebook."""
     # Without folders to search, "python3" is this interpreter, whatever kernels are installed on the machine.
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(
@@ -35,10 +31,29 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, seconds: int, **envir
     )
     backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     client.execute(env=os.environ | backend | environment, cleanup_kc=True)
-    notebook.metadata = metadata
+
+
+def tidy(notebook: nbformat.NotebookNode) -> None:
+    """Leave out what can only be seen in a browser beside the run, or speaks of this machine.
+
+    That is: the state of widgets, which show progress; frames with a page of the run; warnings; and the plain text of
+    what is shown as HTML.
+    """
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = [output for output in cell.outputs if is_lasting(output)]
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}):
+                    output.data.pop("text/plain", None)
+
+
+def is_lasting(output: nbformat.NotebookNode) -> bool:
+    """Whether an output says something where it is stored."""
+    data = output.get("data", {})
+    is_empty = "text/html" in data and not data.get("text/plain", "").strip()
+    return not (is_empty or WIDGET in data or "<iframe" in data.get("text/html", "") or output.get("name") == "stderr")
 
 
 def main() -> None:
@@ -50,6 +65,7 @@ def main() -> None:
         notebook = nbformat.read(path, as_version=4)
         with tempfile.TemporaryDirectory() as folder:
             execute(notebook, Path(folder), seconds=3600)
+        tidy(notebook)
         nbformat.write(notebook, path)
 
 
