@@ -1,5 +1,6 @@
 """Hugging Face folders: a trained model that `from_pretrained` loads by itself, wherever the folder goes."""
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_sft.errors import SettingsError
 from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
+from lightning_sft.generation.response_end import end_ids
 from lightning_sft.model.adapter_weights import adapter_weights, plain_weights, save_adapter
 from lightning_sft.model.lora import changes_base, has_lora, lora_settings
 from lightning_sft.model.sharding import is_sharded
@@ -36,8 +38,10 @@ def export_model(
     """Write a model to a folder that `AutoModelForCausalLM.from_pretrained` loads; its logits are the same to the bit.
 
     The folder holds safetensors, configuration, generation configuration, tokenizer with chat template, and a model
-    card. It appears once it is complete, in the place of an earlier export. Nothing about `model` changes. Of a
-    checkpoint: `export_model(SFTModule.load_from_checkpoint(path).model, folder, tokenizer)`.
+    card. As what ends a response the configurations name, beside what `model` says, the tokenizer's EOS and the token
+    with which its chat template ends a turn. The folder appears once it is complete, in the place of an earlier export.
+    Nothing about `model` changes. Of a checkpoint:
+    `export_model(SFTModule.load_from_checkpoint(path).model, folder, tokenizer)`.
 
     Args:
         model: If it is sharded, every process has to call this. The first gathers the weights in main memory and
@@ -67,7 +71,7 @@ def export_model(
             whole = plain_model(model)
             give_weights(whole, weights)
             num_parameters, kind = whole.num_parameters(), whole.dtype
-            _save_model(whole, model, partial)
+            _save_model(whole, model, tokenizer, partial)
         else:
             num_parameters, kind = sum(map(torch.numel, weights.values())), next(iter(weights.values())).dtype
             save_adapter(model, weights, partial)
@@ -134,11 +138,21 @@ def _converted(weights: dict[str, Tensor], dtype: ExportDtype | None) -> dict[st
     return {name: weight.to(kind) if weight.is_floating_point() else weight for name, weight in weights.items()}
 
 
-def _save_model(whole: PreTrainedModel, model: PreTrainedModel, folder: Path) -> None:
+def _save_model(
+    whole: PreTrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """Write the weights of `whole`, and configurations that name each token with which a response ends."""
+    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    for config in (whole.config.get_text_config(), generation_config):
+        if config is not None and tokenizer is not None:
+            own = getattr(config, "eos_token_id", None)
+            ids = end_ids(own, tokenizer)
+            if ids not in (own, [own], []):
+                config.eos_token_id = ids if len(ids) > 1 else ids[0]
     whole.save_pretrained(folder)
-    if model.can_generate():  # as it came: published ones do not always pass the check that saving makes
+    if generation_config is not None:  # as it came: published ones do not always pass the check that saving makes
         path = folder / "generation_config.json"
-        model.generation_config.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
+        generation_config.to_json_file(path, use_diff=True, keys_to_pop=["compile_config"])
 
 
 @contextmanager
@@ -150,8 +164,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.rglob("*"):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         shutil.rmtree(earlier, ignore_errors=True)
         if folder.is_dir():
             os.replace(folder, earlier)

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.chat.chat_encoding import end_of_turn_id
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import pad_token_id
+from lightning_sft.generation.response_end import end_ids
 from lightning_sft.generation.sampling import Sampling
 
 
@@ -66,7 +66,8 @@ def generate_responses(
         One response for each request.
     """
     prompts, pad_id = [request.prompt_ids for request in requests], pad_token_id(tokenizer)
-    width, eos_ids = max(len(prompt) for prompt in prompts), _eos_ids(model, tokenizer)
+    width = max(len(prompt) for prompt in prompts)
+    eos_ids = end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     processors = sampling.processors([(request.prompt.index, request.sample) for request in requests], width)
@@ -90,13 +91,6 @@ def generate_responses(
             **stopping,
         )
     return [_until_its_end(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a response ends with: EOS of the model or the tokenizer, or the end of a turn in the chat template."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
-    return sorted({token_id for token_id in ids if token_id is not None})
 
 
 def _until_its_end(

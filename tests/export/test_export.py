@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support import chat
 from support.models import character_tokenizer, tiny_config
 from support.runs import ROWS, Processes, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -225,3 +226,51 @@ def test_the_chat_template_of_a_run_goes_with_its_exported_checkpoint(tmp_path, 
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     export_command(monkeypatch, "--ckpt_path", tmp_path / "checkpoints" / "last.ckpt", "--output", tmp_path / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == chat_tokenizer().chat_template
+
+
+def test_a_base_model_taught_chatml_stops_after_its_turn_in_another_program(tmp_path, monkeypatch):
+    tokenizer = chat.chat_tokenizer(chat.CHATML)
+    settings = tiny_config(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=128, pad_token_id=128)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    messages = [chat.user("hi"), chat.assistant("yo")]
+    torch.manual_seed(0)
+    train(
+        tmp_path,
+        data={"tokenizer": tokenizer, "train_data": [{"messages": messages}] * 4, "batch_size": 4},
+        module={"model": AutoModelForCausalLM.from_config(config)},
+        callbacks=[HuggingFaceExport()],
+        max_steps=60,
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"tokenizer": str(tmp_path / "huggingface")}}))
+    export_command(monkeypatch, "--ckpt_path", tmp_path / "checkpoints" / "last.ckpt", "--output", tmp_path / "again")
+    for folder in (tmp_path / "huggingface", tmp_path / "again"):
+        loaded, its_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        prompt = its_tokenizer.apply_chat_template(
+            messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = loaded.generate(**prompt, max_new_tokens=20)[0, prompt["input_ids"].shape[1] :]
+        assert its_tokenizer.decode(answer) == "yo<|im_end|>"
+        im_end = its_tokenizer.convert_tokens_to_ids("<|im_end|>")
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((folder / name).read_text())["eos_token_id"] == [128, im_end]
+
+
+def test_configurations_that_name_every_end_stay_as_they_are(tmp_path):
+    model = build("tied")
+    model.generation_config.eos_token_id = [7, 128]
+    export_model(model, tmp_path / "out", character_tokenizer())
+    written = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert [each["eos_token_id"] for each in written] == [128, [7, 128]]
+
+
+def test_a_tokenizer_with_several_named_templates_trains_and_exports(tmp_path):
+    templates = {"default": chat.CHATML, "tool_use": chat.QWEN}
+    tokenizer = chat.chat_tokenizer(templates)
+    rows = [{"messages": [chat.user("hi"), chat.assistant("yo")]}] * 8
+    config = {"vocab_size": len(tokenizer)}
+    data = {"tokenizer": tokenizer, "train_data": rows}
+    train(tmp_path, data=data, config=config, callbacks=[HuggingFaceExport()], max_steps=1)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "huggingface")
+    assert exported.chat_template == templates
+    ends = json.loads((tmp_path / "huggingface" / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends

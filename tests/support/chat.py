@@ -62,7 +62,7 @@ FORMATS = {  # template, and what ends a turn
 }
 
 
-def chat_tokenizer(template: str | None = None, bos: bool = True) -> PreTrainedTokenizerFast:
+def chat_tokenizer(template: str | dict[str, str] | None = None, bos: bool = True) -> PreTrainedTokenizerFast:
     tokenizer = character_tokenizer(bos=bos)
     swallows_line_breaks = AddedToken("<|end|>", rstrip=True, special=True)
     tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, swallows_line_breaks]})

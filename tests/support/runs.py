@@ -105,7 +105,8 @@ def train(
         }
         | trainer_options
     )
-    rows = SFTDataModule(character_tokenizer(), **({"train_data": ROWS, "batch_size": 8} | (data or {})))
+    how = {"tokenizer": character_tokenizer(), "train_data": ROWS, "batch_size": 8} | (data or {})
+    rows = SFTDataModule(**how)
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(sft, rows, ckpt_path=last if last.exists() else None)
     result = {
