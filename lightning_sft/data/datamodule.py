@@ -78,8 +78,8 @@ class SFTDataModule(L.LightningDataModule):
             the model can take it.
         max_length: The most tokens of prompt and response together, EOS included. No limit if None.
         too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
-        append_eos: Whether every response ends in EOS, so that the model learns to stop. Turns of messages end as the
-            chat template has it, whatever this says.
+        append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that does already
+            gets no second one. Turns of messages end as the chat template has it, whatever this says.
         seed: Of the order of the rows and of the validation split.
         streaming: Read and tokenise the training rows while training, not all of them before it: for data that is too
             large to prepare, in files or data sets given by name. How many rows there are is not known, so

@@ -83,7 +83,8 @@ def encode_examples(
         prompt_strs: The texts before. An empty one is the tokenizer's prefix alone.
         output_strs: The texts after, one for each prompt.
         tokenizer: Any Hugging Face tokenizer.
-        append_eos: Whether each response ends in the tokenizer's EOS.
+        append_eos: Whether each response ends in the tokenizer's EOS. An output whose last token is EOS already gets
+            no second one.
 
     Raises:
         TypeError: If either is one string, or holds anything else than strings.
@@ -106,7 +107,7 @@ def encode_examples(
     outputs = _encode(output_strs, tokenizer, "output")
     eos = [tokenizer.eos_token_id] if append_eos else []
     return [
-        Example(input_ids=prompt + output + eos, num_prompt_tokens=len(prompt))
+        Example(input_ids=prompt + output + ([] if output[-1:] == eos else eos), num_prompt_tokens=len(prompt))
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
 

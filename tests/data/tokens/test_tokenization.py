@@ -269,6 +269,14 @@ def test_encode_examples_ends_each_response_in_eos_if_asked():
     ]
 
 
+def test_encode_examples_appends_no_eos_to_an_output_that_ends_in_it(shared_data):
+    examples = encode_examples(["a<eos>"] * 4, ["x<eos>", "x<eos>y", "<eos>", ""], character_tokenizer(), True)
+    assert [example.input_ids[2:] for example in examples] == [[X, EOS], [X, EOS, Y, EOS], [EOS], [EOS]]
+    stories = pretrained(shared_data / "stories260k")
+    with_eos, without = encode_examples(["Once"] * 2, ["upon</s>", "upon"], stories, append_eos=True)
+    assert with_eos == without
+
+
 def test_encode_examples_appends_no_eos_unless_asked():
     assert encode_examples(["a"], ["x"], character_tokenizer()) == [Example(input_ids=[A, X], num_prompt_tokens=1)]
 
