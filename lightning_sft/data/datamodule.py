@@ -40,10 +40,10 @@ class SFTDataModule(L.LightningDataModule):
     To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
     into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
 
-    Rows with `messages` or `conversations`, or with lists of messages as prompt and output (or `completion`), are
-    written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it has them. A column
-    `system` beside them is their first turn. The response is the assistant's turns, each with the token that ends it; a
-    turn with the `weight` 0 is not part of it.
+    Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
+    `completion`), are written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it
+    has them. A column `system` beside them is their first turn. The response is the assistant's turns, each with the
+    token that ends it, but for those whose `weight`, `train`, `trainable`, `training`, `loss` or `loss_mask` is 0.
 
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.

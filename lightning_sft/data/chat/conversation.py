@@ -17,10 +17,16 @@ _ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
+    "function_response": "tool",
     "observation": "tool",
 }
+
+_SWITCHES = ("weight", "train", "trainable", "training", "loss", "loss_mask")
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,8 @@ class Conversation:
     """Messages as templates expect them, and what else a template is given.
 
     Attributes:
-        messages: Each with `role` and `content`; some with `tool_calls` and whatever else their template knows. One
-            with the `weight` 0 is not learnt.
+        messages: Each with `role` and `content`; some with `tool_calls` and whatever else their template knows. One of
+            the assistant's with the `weight` 0 is not learnt; no other has a `weight`.
         num_prompt_messages: This many at the start are a prompt: nothing of them is learnt.
         tools: The schemas of the tools that the assistant may call.
         variables: More that the template can use, by name.
@@ -47,12 +53,13 @@ def read_conversation(
     """The conversation of a row.
 
     Args:
-        row: Has the columns, and may have `tools` and `chat_template_kwargs`, too, as objects or as JSON text, and
-            `system`, the text of a first turn, from which turns are counted then.
+        row: Has the columns, and may have `tools` (or `functions`, as OpenAI called them before) and
+            `chat_template_kwargs`, too, as objects or as JSON text, and `system`, the text of a first turn, from which
+            turns are counted then.
         columns: The name of one column for all messages, or of two: one for a prompt, and one for what follows, which
-            may be missing. Each holds a list of messages in OpenAI's spelling (`role`, `content`, for a turn that is
-            not to be learnt `weight` 0) or ShareGPT's (`from`, `value`), or such a list as JSON text. Of two, one may
-            hold plain text.
+            may be missing. Each holds a list of messages in OpenAI's spelling (`role`, `content`) or ShareGPT's
+            (`from`, `value`), or such a list as JSON text. Of two, one may hold plain text. A turn of the assistant
+            is not learnt if its `weight`, `train`, `trainable`, `training`, `loss` or `loss_mask` is 0 or false.
         variables: For the template; the row's own `chat_template_kwargs` come first.
 
     Raises:
@@ -67,10 +74,9 @@ def read_conversation(
         elif value is not None or not parts:
             parts.append(_read_messages(column, value))
     parts[0][:0] = _read_system(row.get("system"), parts[0][0])
-    tools = _from_json("`tools`", row.get("tools"), list, "a list of tools") or None
     own = _from_json("`chat_template_kwargs`", row.get("chat_template_kwargs"), dict, "an object") or {}
     num_prompt_messages = len(parts[0]) if len(columns) == 2 else 0
-    return Conversation([*chain(*parts)], num_prompt_messages, tools, {**(variables or {}), **own})
+    return Conversation([*chain(*parts)], num_prompt_messages, _read_tools(row), {**(variables or {}), **own})
 
 
 def _read_system(system: object, first: Message) -> list[Message]:
@@ -88,6 +94,20 @@ def _read_system(system: object, first: Message) -> list[Message]:
     return []
 
 
+def _read_tools(row: Mapping[str, Any]) -> list[Any] | None:
+    """The tools of a row as OpenAI spells them now; before, and elsewhere, each was nothing but its function."""
+    tools = _from_json("`tools`", row.get("tools"), list, "a list of tools")
+    functions = _from_json("`functions`", row.get("functions"), list, "a list of functions")
+    if tools and functions:
+        raise SettingsError("the row has both `tools` and `functions`. Remove one.")
+    return [_read_tool(tool) for tool in tools or functions or []] or None
+
+
+def _read_tool(tool: object) -> object:
+    is_function = isinstance(tool, Mapping) and "name" in tool and not {"type", "function"} & set(tool)
+    return {"type": "function", "function": tool} if is_function else tool
+
+
 def _read_messages(column: str, value: object) -> list[Message]:
     messages = _from_json(f"`{column}`", value, list, "a list of messages")
     if not messages:
@@ -103,20 +123,54 @@ def _read_message(turn: str, message: object) -> Message:
     role, content = rest.pop("role", rest.pop("from", None)), rest.pop("content", rest.pop("value", None))
     if not isinstance(role, str) or role not in _ROLES:
         raise SettingsError(f"{turn} has the role {shorten(role)}, expected one of {', '.join(_ROLES)}.")
+    calls, content = _take_calls(turn, role, rest, content)
     if isinstance(content, list):  # a template that expects text would write such a list out as Python does
         content = "".join(_part_text(turn, part) for part in content)
-    if rest.get("tool_calls"):
-        calls = _from_json(f"{turn}, tool_calls", rest["tool_calls"], list, "a list") or []
-        rest["tool_calls"] = [_read_call(turn, call) for call in calls]
-        content = "" if content is None and calls else content
     if not isinstance(content, str):
         raise SettingsError(f"{turn} ({role}) has the content {shorten(content)}, expected a string.")
-    if rest.get("weight", 1) not in (0, 1):
-        raise SettingsError(
-            f"{turn} ({role}) has the `weight` {shorten(rest['weight'])}, expected 1, or 0 for a turn that is not to "
-            "be learnt."
-        )
-    return {"role": _ROLES[role], "content": content, **rest}
+    role = _ROLES[role]
+    is_learnt = _take_switches(f"{turn} ({role})", role, rest)
+    return {"role": role, "content": content, **calls, **rest, **({} if is_learnt else {"weight": 0})}
+
+
+def _take_calls(turn: str, role: str, rest: Message, content: object) -> tuple[Message, object]:
+    """Take a message's tool calls from it; return them as `tool_calls`, if there are any, and the content beside them.
+
+    OpenAI has them in `tool_calls`, and before that had one in `function_call`; a turn from ShareGPT's `function_call`
+    has nothing else to say.
+    """
+    spellings = {key: value for key in ("tool_calls", "function_call") if (value := rest.pop(key, None))}
+    if role == "function_call":
+        spellings["content"], content = content, None
+    if len(spellings) > 1:
+        raise SettingsError(f"{turn} has calls in `{'` and in `'.join(spellings)}`. Remove one.")
+    for key, value in spellings.items():
+        calls = _from_json(f"{turn}, {key}", value, (list, dict), "a call or a list of calls")
+        if calls:
+            calls = [_read_call(turn, call) for call in (calls if isinstance(calls, list) else [calls])]
+            return {"tool_calls": calls}, "" if content is None else content
+    return {}, content
+
+
+def _take_switches(turn: str, role: str, rest: Message) -> bool:
+    """Take from a message whatever says whether it is learnt, by any of its names; return whether it is."""
+    switches = {name: rest.pop(name) for name in _SWITCHES if name in rest}
+    for name, value in switches.items():
+        if value not in (0, 1):
+            raise SettingsError(
+                f"{turn} has the `{name}` {shorten(value)}, expected 1 (or true), or 0 (or false) for a turn that is "
+                "not to be learnt."
+            )
+        if value and role != "assistant":
+            raise SettingsError(
+                f"{turn} has the `{name}` {shorten(value)}, but only turns of the assistant are learnt. Remove it."
+            )
+        if value != (first := next(iter(switches.values()))):
+            raise SettingsError(
+                f"{turn} has the `{next(iter(switches))}` {shorten(first)}, but the `{name}` {shorten(value)}. "
+                "Remove one."
+            )
+    return role != "assistant" or all(switches.values())
 
 
 def _part_text(turn: str, part: object) -> str:
@@ -127,18 +181,22 @@ def _part_text(turn: str, part: object) -> str:
 
 
 def _read_call(turn: str, call: object) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which is what templates turn into JSON themselves."""
+    """A tool call as OpenAI spells it, with its arguments as an object, which templates turn into JSON themselves."""
     if not isinstance(call, Mapping):
         raise SettingsError(f"{turn} has the tool call {shorten(call)}, expected an object.")
-    inner = call.get("function", call)
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("arguments"), str):
-        return dict(call)
-    arguments = _from_json(f"{turn}, arguments", inner["arguments"], dict, "a JSON object")
-    inner = {**inner, "arguments": arguments}
-    return {**call, "function": inner} if "function" in call else inner
+    if "function" not in call:  # a function's name and arguments alone
+        outer = {key: value for key, value in call.items() if key in ("id", "type")}
+        call = {**outer, "function": {key: value for key, value in call.items() if key not in outer}}
+    inner = call["function"]
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise SettingsError(f"{turn} has the tool call {shorten(call)}, expected one with the `name` of a function.")
+    if isinstance(inner.get("arguments"), str):
+        arguments = _from_json(f"{turn}, arguments", inner["arguments"], dict, "a JSON object")
+        inner = {**inner, "arguments": arguments}
+    return {"type": "function", **call, "function": dict(inner)}
 
 
-def _from_json(name: str, value: object, kind: type, expected: str) -> Any:
+def _from_json(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> Any:
     """A value of this kind, given as itself or as JSON text; or None."""
     found = value
     if isinstance(value, str):

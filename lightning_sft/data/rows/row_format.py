@@ -13,6 +13,8 @@ from lightning_sft.errors import SettingsError, one_line, shorten
 
 Row = Mapping[str, Any]
 
+_CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold one
+
 
 @dataclass(frozen=True)
 class PlainPrompt:
@@ -69,8 +71,8 @@ class RowFormat:
         train_on_turns: Of a conversation: whether all of the assistant's turns are learnt or the last one.
         chat_template_kwargs: More that the chat template can use; a row's own column of this name comes first.
 
-    A row is a conversation if it has the column `messages` or `conversations` while neither `prompt_field` nor
-    `prompt_template` is given, or if its prompt or output is a list of messages.
+    A row is a conversation if it has the column `messages`, `conversations` or `conversation` while neither
+    `prompt_field` nor `prompt_template` is given, or if its prompt or output is a list of messages.
 
     Raises:
         FileNotFoundError: If the template has no `{column}` and is no file either.
@@ -138,7 +140,7 @@ class RowFormat:
         if self.prompt_template is not None:
             return None
         if self.prompt_field == RowFormat.prompt_field:
-            for column in ("messages", "conversations"):
+            for column in _CONVERSATIONS:
                 if row.get(column) is not None:
                     return read_conversation(row, [column], self.chat_template_kwargs)
         columns = [self.prompt_field, self.output_field]

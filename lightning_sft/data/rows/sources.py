@@ -196,7 +196,8 @@ def own_keys(row: Row, features: Features | None) -> Row:
     return {column: _own_keys(value, (features or {}).get(column), column in _WRITTEN) for column, value in row.items()}
 
 
-_WRITTEN = ("tools", "tool_calls", "chat_template_kwargs")  # as whole objects, whatever keys they have
+# Columns and keys whose values a template writes as whole objects, whatever keys they have:
+_WRITTEN = ("tools", "tool_calls", "functions", "function_call", "chat_template_kwargs")
 _JSON_FEATURE: Any = getattr(datasets, "Json", ())  # which older versions do not have
 
 

@@ -6,6 +6,7 @@ import re
 import datasets
 import pytest
 from support.chat import (
+    CALL,
     CALLED,
     CHATML,
     LLAMA3,
@@ -171,7 +172,32 @@ BAD_MESSAGES = {
     ),
     "a share of a turn": (
         [user("a"), assistant("b", weight=0.5)],
-        "`messages`, turn 2 (assistant) has the `weight` 0.5, expected 1, or 0 for a turn that is not to be learnt.",
+        "`messages`, turn 2 (assistant) has the `weight` 0.5, expected 1 (or true), or 0 (or false) for a turn "
+        "that is not to be learnt.",
+    ),
+    "a switch of text": (
+        [user("a"), assistant("b", train="no")],
+        "`messages`, turn 2 (assistant) has the `train` 'no', expected 1 (or true), or 0 (or false)",
+    ),
+    "switches that contradict each other": (
+        [user("a"), assistant("b", train=True, loss=0)],
+        "turn 2 (assistant) has the `train` True, but the `loss` 0. Remove one.",
+    ),
+    "a user to learn from": (
+        [{**user("a"), "loss_mask": 1}, assistant("b")],
+        "turn 1 (user) has the `loss_mask` 1, but only turns of the assistant are learnt. Remove it.",
+    ),
+    "calls in two spellings": (
+        [user("a"), assistant("", tool_calls=[CALL], function_call=CALL)],
+        "turn 2 has calls in `tool_calls` and in `function_call`. Remove one.",
+    ),
+    "a turn of a call without one": (
+        [user("a"), {"from": "function_call", "value": "add"}],
+        "`messages`, turn 2, content is 'add', which is not JSON",
+    ),
+    "a call without a name": (
+        [user("a"), assistant("", tool_calls=[{"function": {"arguments": "{}"}}])],
+        "turn 2 has the tool call {'function': {'arguments': '{}'}}, expected one with the `name` of a function.",
     ),
     "no weight anywhere": (
         [user("a"), assistant("b", weight=0), assistant("c", weight=0)],

@@ -1,0 +1,103 @@
+"""Other spellings of conversations: names of roles, calls, tools, and switches that leave a turn out."""
+
+import json
+
+import datasets
+import pytest
+from support.chat import (
+    CALLED,
+    CHATML,
+    LONG,
+    QWEN,
+    TOOL,
+    WITH_TOOLS,
+    assistant,
+    chat_tokenizer,
+    encode,
+    responses,
+    user,
+)
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers", "reports"),
+    [("human", "gpt", "observation"), ("user", "model", "function_response"), ("user", "bot", "function")],
+)
+def test_each_name_of_a_role_means_the_same(asks, answers, reports):
+    tokenizer = chat_tokenizer(QWEN)
+    turns = [(asks, "user", "1+2?"), (answers, "assistant", "3"), (reports, "tool", "x"), (answers, "assistant", "y")]
+    named = [{"role": name, "content": text} for name, _, text in turns]
+    sharegpt = [{"from": name, "value": text} for name, _, text in turns]
+    usual = [{"role": role, "content": text} for _, role, text in turns]
+    rows = [{"conversation": named}, {"conversation": json.dumps(sharegpt)}, {"messages": usual}]
+    first, second, third = encode(rows, tokenizer)
+    assert first["input_ids"] == second["input_ids"] == third["input_ids"]
+    assert responses(first, tokenizer) == responses(third, tokenizer) == ["3<|im_end|>", "y<|im_end|>"]
+
+
+BARE_CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
+TEXT_CALL = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+OTHER_CALLS = {
+    "OpenAI's older call": [
+        WITH_TOOLS[0],
+        {"role": "assistant", "content": None, "function_call": TEXT_CALL},
+        {"role": "function", "name": "add", "content": "3"},
+        WITH_TOOLS[3],
+    ],
+    "a call without its type": [WITH_TOOLS[0], assistant(None, tool_calls=[BARE_CALL]), *WITH_TOOLS[2:]],
+    "ShareGPT's turn of a call": [
+        {"from": "human", "value": "1+2?"},
+        {"from": "function_call", "value": json.dumps(BARE_CALL)},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "It is 3."},
+    ],
+    "ShareGPT's turn of several calls": [
+        WITH_TOOLS[0],
+        {"from": "function_call", "value": json.dumps([TEXT_CALL])},
+        *WITH_TOOLS[2:],
+    ],
+}
+
+
+@pytest.mark.parametrize("spelling", OTHER_CALLS)
+def test_calls_and_tools_in_older_spellings_are_written_like_todays(spelling):
+    needs_type = "{{ raise_exception('no type') if c.type != 'function' }}{{ c.function.name }}"
+    tokenizer = chat_tokenizer(QWEN.replace("{{ c.function.name }}", needs_type))
+    (expected,) = encode([{"messages": WITH_TOOLS, "tools": [TOOL]}], tokenizer)
+    functions = [{"functions": [TOOL["function"]]}, {"tools": json.dumps([TOOL["function"]])}, {"functions": [TOOL]}]
+    for tools in functions:
+        (row,) = encode([{"messages": OTHER_CALLS[spelling], **tools}], tokenizer)
+        assert row["input_ids"] == expected["input_ids"]
+        assert responses(row, tokenizer) == responses(expected, tokenizer) == [CALLED, "It is 3.<|im_end|>"]
+
+
+def test_no_row_of_a_table_gets_the_arguments_of_another_ones_older_call():
+    def row(name, **arguments):
+        call = {"name": name, "arguments": arguments}
+        return {
+            "messages": [user("?"), assistant(None, function_call=call)],
+            "functions": [{"name": name, **arguments}],
+        }
+
+    rows, tokenizer = [row("weather", city="Rome"), row("add", a=1)], chat_tokenizer(QWEN)
+    expected = encode(rows, tokenizer)["input_ids"]
+    assert encode(datasets.Dataset.from_list(rows), tokenizer)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("switch", ["weight", "train", "trainable", "training", "loss", "loss_mask"])
+def test_a_turn_is_left_out_by_any_switch_which_no_template_sees(switch):
+    tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }} {{ m.keys() | join }}"))
+    for on, off in ((1, 0), (True, False), (None, 0.0)):
+        turns = [{**user("a"), switch: off}, assistant("b", **{switch: off}), user("c"), assistant("d", **{switch: on})]
+        (row,) = encode([{"messages": turns}], tokenizer)
+        assert responses(row, tokenizer) == ["d rolecontent<|im_end|>"]
+        assert switch == "weight" or switch not in row["prompt"]
+    agreeing = [user("a"), assistant("b", train=True, loss=1), user("c"), assistant("d", train=False, loss=0)]
+    (row,) = encode([{"messages": agreeing}], tokenizer)
+    assert responses(row, tokenizer) == ["b rolecontent<|im_end|>"]
+
+
+def test_tools_in_two_spellings_are_refused():
+    row = {"messages": LONG, "tools": [TOOL], "functions": [TOOL["function"]]}
+    with pytest.raises(ValueError, match=r"row 1 .*: the row has both `tools` and `functions`. Remove one."):
+        encode([row], chat_tokenizer(QWEN))
