@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         TokenThroughput,
     )
     from lightning_sft.data.datamodule import SFTDataModule
+    from lightning_sft.data.rows.transforms import alpaca_row, chosen_row, query_row
     from lightning_sft.data.tokens.tokenization import tokenize_prompt_and_output
     from lightning_sft.export.huggingface import export_model
     from lightning_sft.generation.generate import log_generations
@@ -43,6 +44,7 @@ _MODULES = {
         "TokenThroughput",
     ),
     "data.datamodule": ("SFTDataModule",),
+    "data.rows.transforms": ("alpaca_row", "chosen_row", "query_row"),
     "data.tokens.tokenization": ("tokenize_prompt_and_output",),
     "errors": ("SettingsError",),
     "export.huggingface": ("export_model",),
@@ -69,7 +71,9 @@ __all__ = [
     "SettingsError",
     "StepProgressBar",
     "TokenThroughput",
+    "alpaca_row",
     "boxed_answer_reward",
+    "chosen_row",
     "compute_entropy",
     "exact_match_reward",
     "export_model",
@@ -79,6 +83,7 @@ __all__ = [
     "log_generations",
     "masked_normalize",
     "numeric_match_reward",
+    "query_row",
     "r1_zero_reward",
     "sft_loss",
     "sft_microbatch_train_step",

@@ -1,4 +1,4 @@
-"""Where the rows of each split come from, as the user has given it."""
+"""Where the rows of each split come from and how they are read, as the user has given it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the rows of each split come from; all arguments as `SFTDataModule` has them.
+    """Where the rows of each split come from and how they are read; all arguments as `SFTDataModule` has them.
 
     Args:
         train_data: Sources of the training rows, perhaps with weights.
@@ -23,6 +23,8 @@ class DataSettings:
         val_fraction: Share of the training rows that is for validation.
         streaming: Whether training rows are read while training.
         shuffle_buffer: Of streamed rows, how many are shuffled together.
+        num_workers: Processes that collate batches ahead of time.
+        num_proc: Processes that tokenise.
 
     Raises:
         SettingsError: If an argument is of another type or out of range, or two exclude each other.
@@ -35,12 +37,21 @@ class DataSettings:
     val_fraction: float = 0.0
     streaming: bool = False
     shuffle_buffer: int = 10_000
+    num_workers: int = 0
+    num_proc: int | None = None
 
     def __post_init__(self) -> None:
         expected = "a fraction of the rows: at least 0, below 1"
         check_number("val_fraction", self.val_fraction, expected, lambda fraction: 0.0 <= fraction < 1.0)
         check_type("streaming", self.streaming, bool, "true or false")
         check_integer("shuffle_buffer", self.shuffle_buffer, at_least=1)
+        check_integer("num_workers", self.num_workers, at_least=0)
+        check_integer("num_proc", self.num_proc, at_least=1, optional=True)
+        if self.streaming and self.num_workers > 1:
+            raise SettingsError(
+                f"`num_workers` is {self.num_workers}, expected 0 or 1 with `streaming`, which reads one row after "
+                "another."
+            )
         if self.val_fraction and self.val_data is not None:
             raise SettingsError(
                 "Both `val_data` and `val_fraction` are given; the validation rows come from one of them."

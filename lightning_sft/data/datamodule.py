@@ -64,7 +64,11 @@ class SFTDataModule(L.LightningDataModule):
         ground_truth_field: Column with the reference answer, for rewards. Rows without the default column use the
             output.
         prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
-        row_transform: Function called with each row first; returns the row to use instead.
+        row_transform: Function called with each row first; returns the row to use instead. `lightning_sft.alpaca_row`
+            makes messages of `instruction`, `input`, `output`, `system` and `history`; `lightning_sft.query_row` of
+            `query` and `response`; `lightning_sft.chosen_row` takes the chosen of two answers.
+        as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
+            assistant's turn, after a column `system`.
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
         chat_template_kwargs: More that the chat template can use, by name.
         train_on_turns: Which of the assistant's turns in a row are the response: `all`, or the `last`.
@@ -110,6 +114,7 @@ class SFTDataModule(L.LightningDataModule):
         ground_truth_field: str = "ground_truth",
         prompt_template: str | None = None,
         row_transform: Callable[[dict[str, Any]], Row] | None = None,
+        as_chat: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         train_on_turns: TrainOnTurns = "all",
@@ -130,24 +135,18 @@ class SFTDataModule(L.LightningDataModule):
         if tokenizer is None:
             raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
         check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
-        check_integer("num_workers", num_workers, at_least=0)
-        check_integer("num_proc", num_proc, at_least=1, optional=True)
         check_choice("layout", layout, Layout, optional=True)
-        if streaming and num_workers > 1:
-            raise SettingsError(
-                f"`num_workers` is {num_workers}, expected 0 or 1 with `streaming`, which reads one row after another."
-            )
-        self._data = DataSettings(
-            train_data, val_data, test_data, predict_data, val_fraction, streaming, shuffle_buffer
-        )
+        data = (train_data, val_data, test_data, predict_data)
+        self._data = DataSettings(*data, val_fraction, streaming, shuffle_buffer, num_workers, num_proc)
         columns = (prompt_field, output_field, ground_truth_field)
-        self._row_format = RowFormat(*columns, prompt_template, row_transform, train_on_turns, chat_template_kwargs)
+        turns = (train_on_turns, chat_template_kwargs, as_chat)
+        self._row_format = RowFormat(*columns, prompt_template, row_transform, *turns)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self.encoding = Encoding(max_length, too_long, append_eos)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)
         self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-        self.layout, self.streaming, self._num_workers = layout, streaming, num_workers
-        self._rows = RowStore(self._data, self.rule, num_proc)
+        self.layout, self.streaming = layout, streaming
+        self._rows = RowStore(self._data, self.rule)
         self._run: TrainingRun | None = None
 
     @cached_property
@@ -294,6 +293,6 @@ class SFTDataModule(L.LightningDataModule):
             self.layout_for(getattr(self.trainer, "lightning_module", None)),
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size,
-            num_workers=self._num_workers,
+            num_workers=self._data.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

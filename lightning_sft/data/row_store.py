@@ -29,7 +29,6 @@ class RowStore:
     Args:
         settings: Where rows come from.
         rule: How they are put into optimizer steps.
-        num_proc: Processes that tokenise.
 
     Attributes:
         train: The training rows.
@@ -38,8 +37,8 @@ class RowStore:
         predict: The prompts of `predict`: the columns `prompt`, `ground_truth` and `is_chat`.
     """
 
-    def __init__(self, settings: DataSettings, rule: StepRule, num_proc: int | None = None) -> None:
-        self._settings, self._rule, self._num_proc = settings, rule, num_proc
+    def __init__(self, settings: DataSettings, rule: StepRule) -> None:
+        self._settings, self._rule, self._num_proc = settings, rule, settings.num_proc
         self.train: TrainingRows | None = None
         self.val: PreparedRows | None = None
         self.test: PreparedRows | None = None

@@ -46,7 +46,7 @@ class PlainRow:
 
 @dataclass(frozen=True)
 class ChatRow:
-    """What a row of messages says.
+    """What a row says that its chat template is to write.
 
     Attributes:
         conversation: The messages.
@@ -70,6 +70,8 @@ class RowFormat:
         row_transform: Called with each row first; returns the row to use instead.
         train_on_turns: Of a conversation: whether all of the assistant's turns are learnt or the last one.
         chat_template_kwargs: More that the chat template can use; a row's own column of this name comes first.
+        as_chat: Whether the prompt and output of a row without messages are a user's and an assistant's turn, after a
+            column `system`.
 
     A row is a conversation if it has the column `messages`, `conversations` or `conversation` while neither
     `prompt_field` nor `prompt_template` is given, or if its prompt or output is a list of messages.
@@ -87,6 +89,7 @@ class RowFormat:
     row_transform: Callable[[dict[str, Any]], Row] | None = None
     train_on_turns: TrainOnTurns = "all"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    as_chat: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "output_field", "ground_truth_field"):
@@ -98,6 +101,7 @@ class RowFormat:
         check_choice("train_on_turns", self.train_on_turns, TrainOnTurns)
         if self.chat_template_kwargs is not None:
             check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
+        check_type("as_chat", self.as_chat, bool, "true or false")
 
     def render(self, row: Row) -> PlainRow | ChatRow:
         """What a row says that is to be learnt.
@@ -106,11 +110,13 @@ class RowFormat:
             ValueError: If a column is missing or its value is not a string, or `row_transform` fails.
         """
         row = self._transformed(row)
-        conversation = self._conversation(row)
+        self._refuse_preferences(row)
+        conversation, ground_truth = self._conversation(row), self._ground_truth(row)
         if conversation is not None:
-            return ChatRow(conversation, self._ground_truth(row))
+            return ChatRow(conversation, ground_truth)
         prompt, output = self._prompt(row), _text(row, self.output_field, "output_field")
-        ground_truth = self._ground_truth(row)
+        if self.as_chat:
+            return self._chat_row(row, prompt, output, ground_truth)
         return PlainRow(prompt, output, output if ground_truth is None else ground_truth)
 
     def render_prompt(self, row: Row) -> PlainPrompt | ChatRow:
@@ -120,16 +126,21 @@ class RowFormat:
             ValueError: As `render`.
         """
         row = self._transformed(row)
-        conversation = self._conversation(row)
+        conversation, ground_truth = self._conversation(row), self._ground_truth(row)
         if conversation is not None:
-            return ChatRow(conversation, self._ground_truth(row))
-        return PlainPrompt(self._prompt(row), self._ground_truth(row))
+            return ChatRow(conversation, ground_truth)
+        prompt = self._prompt(row)
+        if self.as_chat:
+            return self._chat_row(row, prompt, None, ground_truth)
+        return PlainPrompt(prompt, ground_truth)
 
     def _transformed(self, row: Row) -> Row:
         if self.row_transform is None:
             return row
         try:
             row = self.row_transform(dict(row))
+        except SettingsError:  # of a ready one, in our own words
+            raise
         except Exception as error:
             raise SettingsError(f"`row_transform` failed: {type(error).__name__}: {one_line(error)}") from error
         if not isinstance(row, Mapping):
@@ -151,10 +162,32 @@ class RowFormat:
             return None
         return read_conversation(row, columns, self.chat_template_kwargs)
 
+    def _chat_row(self, row: Row, prompt: str, output: str | None, ground_truth: str | None) -> ChatRow:
+        """A row without messages, whose prompt and output become turns."""
+        columns = ["prompt", "output"]
+        row_of_texts = {**row, "prompt": prompt, "output": output}
+        conversation = read_conversation(row_of_texts, columns, self.chat_template_kwargs)
+        return ChatRow(conversation, ground_truth)
+
+    def _refuse_preferences(self, row: Row) -> None:
+        has_preferences = row.get("chosen") is not None and row.get("rejected") is not None
+        outputs = (*_CONVERSATIONS, self.output_field, "completion")
+        if has_preferences and all(row.get(column) is None for column in outputs):
+            raise SettingsError(
+                "the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. Here one output is "
+                "learnt. To learn the chosen one alone, set `row_transform` to `lightning_sft.chosen_row`."
+            )
+
+    @property
+    def _prompt_columns(self) -> list[str]:
+        if self.prompt_template is None:
+            return [self.prompt_field]
+        return [field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None]
+
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:
             return _text(row, self.prompt_field, "prompt_field")
-        fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+        fields = self._prompt_columns
         return self.prompt_template.format(**{field: _text(row, field, "prompt_template") for field in fields})
 
     def _ground_truth(self, row: Row) -> str | None:

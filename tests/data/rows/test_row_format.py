@@ -6,6 +6,7 @@ import re
 import pandas as pd
 import pytest
 from datasets import Dataset
+from support.chat import CHATML, LONG, SYSTEM, assistant, chat_tokenizer, responses, user
 from support.rows import (
     ROWS,
     HeldBackError,
@@ -17,7 +18,9 @@ from support.rows import (
     write_parquet,
 )
 
-from lightning_sft.data.rows.row_format import PlainPrompt, PlainRow, RowFormat
+from lightning_sft import chosen_row
+from lightning_sft.data.chat.conversation import Conversation
+from lightning_sft.data.rows.row_format import ChatRow, PlainPrompt, PlainRow, RowFormat
 
 
 def test_the_ground_truth_is_the_output_unless_the_row_has_one():
@@ -145,3 +148,62 @@ def test_the_failure_of_a_transform_keeps_its_traceback():
         encode(ROWS, row_transform=raise_held_back)
     assert isinstance(caught.value.__cause__, HeldBackError)
     assert caught.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_name == "raise_held_back"
+
+
+# -- plain columns in the chat template --------------------------------------------------------------------------------
+
+
+def test_as_chat_makes_turns_of_prompt_and_output():
+    tokenizer = chat_tokenizer(CHATML)
+    row = {"instruction": "2+2?", "output": "4.", "system": "Be brief.", "ground_truth": "4"}
+    for columns in ({"prompt_field": "instruction"}, {"prompt_template": "{instruction}"}):
+        plain, chat = encode([row], tokenizer, **columns), encode([row], tokenizer, **columns, as_chat=True)
+        (expected,) = encode([{"messages": [SYSTEM, *LONG[:2]], "ground_truth": "4"}], tokenizer).dataset
+        assert chat.dataset[0] == expected
+        assert responses(chat.dataset[0], tokenizer) == ["4.<|im_end|>"]
+        assert plain.dataset["prompt"][:] == ["2+2?"]
+    (without,) = encode([{"prompt": "2+2?", "output": "4."}], tokenizer, as_chat=True).dataset
+    assert without["input_ids"] == tokenizer.apply_chat_template(LONG[:2])["input_ids"]
+
+
+def test_as_chat_leaves_conversations_as_they_are():
+    tokenizer = chat_tokenizer(CHATML)
+    for row in ({"messages": LONG}, {"prompt": LONG[:3], "completion": LONG[3:]}):
+        assert encode([row], tokenizer, as_chat=True).dataset[:] == encode([row], tokenizer).dataset[:]
+
+
+def test_as_chat_prompts_a_model_as_it_was_taught_whatever_the_output():
+    row = {"question": "2+2?", "system": "Be brief.", "output": 3}
+    rendered = RowFormat(prompt_field="question", as_chat=True).render_prompt(row)
+    assert rendered == ChatRow(Conversation([SYSTEM, user("2+2?")], num_prompt_messages=2), None)
+
+
+def test_as_chat_names_a_column_that_is_not_there():
+    assert refusal([{"prompt": "a"}], as_chat=True) == (
+        "row 1 of `train_data`: no value for `output` (`output_field`). The row has ['prompt']."
+    )
+    with pytest.raises(TypeError, match="`as_chat` is 'yes' of type str, expected true or false"):
+        RowFormat(as_chat="yes")
+
+
+# -- preferences -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "b"),
+        ({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}, "b"),
+        ({"chosen": LONG[:2], "rejected": LONG[:2]}, "4."),
+    ],
+)
+def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(row, answer):
+    tokenizer = chat_tokenizer(CHATML)
+    assert refusal([row], tokenizer=tokenizer) == (
+        "row 1 of `train_data`: the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. "
+        "Here one output is learnt. To learn the chosen one alone, set `row_transform` to `lightning_sft.chosen_row`."
+    )
+    (learnt,) = encode([row], tokenizer, row_transform=chosen_row).dataset
+    assert learnt["output"] == answer
+    assert encode([row | {"messages": LONG}], tokenizer).dataset["output"][:] == ["6!"]
+    assert RowFormat().render_prompt({"prompt": "a", "chosen": "b", "rejected": "c"}) == PlainPrompt("a", None)

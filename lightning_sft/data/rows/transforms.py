@@ -1,0 +1,87 @@
+"""Ready row transforms: rows in the forms of other programs become conversations."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_sft.errors import SettingsError, shorten
+
+_ASKING_ROLES = ("system", "developer", "user", "human")
+
+
+def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a conversation of a row in the form of Alpaca or LLaMA-Factory; a `row_transform` of the datamodule.
+
+    Args:
+        row: With `instruction`, and perhaps `input`, which goes on a line of its own below it; `output`, which a row
+            whose answer is to be generated may lack; `system`; and `history`, a list of `[question, answer]` before it.
+
+    Returns:
+        The row with `messages` in the place of these columns.
+
+    Raises:
+        ValueError: If there is no instruction, or a value is of another type.
+    """
+    return _conversation(row, ("instruction", "input"), "output")
+
+
+def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a conversation of a row with `query` and `response`; a `row_transform` of the datamodule.
+
+    Args:
+        row: With `query`; `response`, which a row whose answer is to be generated may lack; and perhaps `system`, and
+            `history`, a list of `[question, answer]` before it.
+
+    Returns:
+        The row with `messages` in the place of these columns.
+
+    Raises:
+        ValueError: If there is no query, or a value is of another type.
+    """
+    return _conversation(row, ("query",), "response")
+
+
+def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the chosen one of two answers, and leave the rejected one; a `row_transform` of the datamodule.
+
+    Args:
+        row: With `chosen`: a text or messages that answer the row's `prompt`, or messages that begin with the question.
+
+    Returns:
+        The row without `chosen` and `rejected`, and with `output`, or with `messages` if the question is in them.
+
+    Raises:
+        ValueError: If there is no chosen answer.
+    """
+    chosen = row.get("chosen")
+    if chosen is None:
+        raise SettingsError(f"no value for `chosen`. The row has {shorten(sorted(map(str, row)), 200)}.")
+    rest = {column: value for column, value in row.items() if column not in ("chosen", "rejected")}
+    first = chosen[0] if isinstance(chosen, list) and chosen else None
+    if isinstance(first, Mapping) and (first.get("role") or first.get("from")) in _ASKING_ROLES:
+        return {**rest, "messages": chosen}
+    return {**rest, "output": chosen}
+
+
+def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str) -> dict[str, Any]:
+    """The row with `messages` in the place of the columns that they are made of."""
+    if row.get(questions[0]) is None:
+        raise SettingsError(f"no value for `{questions[0]}`. The row has {shorten(sorted(map(str, row)), 200)}.")
+    texts = [_text(f"`{column}`", row.get(column) or "") for column in ("system", *questions)]
+    system, question = texts[0], "\n".join(filter(None, texts[1:]))
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for number, pair in enumerate(row.get("history") or [], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise SettingsError(f"`history`, pair {number}, is {shorten(pair)}, expected `[question, answer]`.")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": _text(f"`history`, pair {number},", text)})
+    messages.append({"role": "user", "content": question})
+    if answer in row:
+        messages.append({"role": "assistant", "content": row[answer]})
+    used = {*questions, answer, "system", "history"}
+    return {**{column: value for column, value in row.items() if column not in used}, "messages": messages}
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} is {shorten(value)} of type {type(value).__name__}, expected a string.")
+    return value
