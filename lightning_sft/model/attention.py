@@ -15,7 +15,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lightning_sft.errors import SettingsError
-from lightning_sft.model.modes import evaluating
 
 VARLEN = "lightning_sft_varlen"
 _LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
@@ -108,7 +107,7 @@ def _attend_each(
                 enable_gqa=True,
             )
         )
-    return torch.cat(attended, dim=2).transpose(1, 2)
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
 
 
 def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
@@ -154,84 +153,3 @@ def packed_inputs(model: PreTrainedModel, packing: Mapping[str, Any]) -> dict[st
     if inputs and model.config._attn_implementation == VARLEN:
         inputs["attention_mask"] = packing["position_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)
     return inputs
-
-
-def enable_packing(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None:
-    """Let the model take packed batches, if it can; nothing else about it changes.
-
-    Models with `sdpa` attention get `VARLEN`, and are tried out on two short documents: convolutions and recurrent
-    states mix documents without any attention. Flash attention takes packed batches by itself.
-
-    Args:
-        model: On the device that it is to be trained on.
-        dtype: Type in which matrices will be multiplied. It matters since kernels for half precision do not take every
-            shape on every device. Default: the type of the weights.
-
-    Returns:
-        None, or why the model cannot.
-    """
-    attention = model.config._attn_implementation
-    why_not = why_never_packed(model)
-    if why_not or attention != "sdpa":
-        return why_not
-    if next(model.parameters()).is_meta:
-        return f"{_name(model)} has no weights yet"
-    model.set_attn_implementation(VARLEN)
-    try:
-        why_not = "lets packed documents see each other" if _mixes_documents(model, dtype) else None
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-        why_not = f"does not run on packed documents: {error}"
-    if why_not is None:
-        return None
-    model.set_attn_implementation(attention)
-    return f"{_name(model)} {why_not}"
-
-
-def why_never_packed(model: PreTrainedModel) -> str | None:
-    """Why the model cannot take packed batches, as far as can be told without running it; None if it perhaps can."""
-    attention = model.config._attn_implementation or ""
-    if attention == VARLEN or attention.startswith("flash_attention"):
-        return None
-    if attention != "sdpa":
-        return f"{_name(model)} attends by `{attention}`"
-    if not model._supports_flash_attn or not model._can_set_attn_implementation():
-        return f"{_name(model)} does not attend by plain causal attention"
-    return None
-
-
-def _name(model: PreTrainedModel) -> str:
-    return type(model).__name__.removeprefix("FSDP")
-
-
-def _mixes_documents(model: PreTrainedModel, dtype: torch.dtype | None) -> bool:
-    """Whether the logits of a document change with what stands before it in the row.
-
-    Two documents in a row are compared with one alone: the second behind the first, and the second behind itself.
-    """
-    device, length = model.device, 6
-    first, second = torch.arange(2 * length, device=device).view(2, length) % model.config.get_text_config().vocab_size
-    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
-    packing = {
-        "position_ids": torch.arange(length, device=device).repeat(2).unsqueeze(0),
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": length,
-        "max_length_k": length,
-    }
-
-    def logits(*documents: Tensor) -> Tensor:
-        input_ids = torch.cat(documents).unsqueeze(0)
-        output: Tensor = model(input_ids=input_ids, use_cache=False, **packed_inputs(model, packing)).logits
-        return output[0].double()
-
-    dtypes = (dtype, *(weight.dtype for weight in model.parameters()))
-    half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)
-    # Autocast, since adapters may be float32 beside half-precision weights.
-    with evaluating(model), torch.autocast(device.type, half, enabled=half is not None):
-        behind_another, behind_itself = logits(first, second), logits(second, second)
-    alone = behind_itself[:length]  # nothing stands before it
-    tolerance = 2e-2 if half else 1e-4
-    return any(
-        (found[length:] - alone).norm() > tolerance * (alone - alone.mean()).norm()
-        for found in (behind_another, behind_itself)
-    )

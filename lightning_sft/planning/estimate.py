@@ -15,8 +15,8 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.steps.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
 from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.errors import SettingsError, one_line
-from lightning_sft.model.attention import why_never_packed
 from lightning_sft.model.flops import training_flops
+from lightning_sft.model.packing import why_never_packed
 from lightning_sft.planning.step_memory import Devices, StepMemory, step_memory
 from lightning_sft.planning.trainer_settings import TrainerSettings
 from lightning_sft.training.module import SFTModule

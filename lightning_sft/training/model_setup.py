@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_sft.errors import SettingsError
-from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.model.causality import check_causal
+from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.quantization import is_quantized
@@ -79,12 +80,14 @@ def prepare_model(
         Why the model cannot take packed batches; None if it can.
 
     Raises:
-        SettingsError: If it is to be compiled and is sharded.
+        SettingsError: If it is not causal, or if it is to be compiled and is sharded.
     """
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    why_not_packed = enable_packing(model, _precision_of(trainer).compute_dtype)
+    dtype = _precision_of(trainer).compute_dtype
+    check_causal(model, dtype)
+    why_not_packed = enable_packing(model, dtype)
     if why_not_packed:
         rank_zero_info(f"Batches are padded: {why_not_packed}.")
     if compiled and is_sharded(model):

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import HuggingFaceExport, SFTModule, export_model
 from lightning_sft.cli.app import main
-from lightning_sft.model.attention import VARLEN, enable_packing
+from lightning_sft.model.attention import VARLEN
+from lightning_sft.model.packing import enable_packing
 
 MODELS = {
     "tied": {"model_type": "qwen2", "tie_word_embeddings": True},

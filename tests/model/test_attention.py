@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_sft.data.tokens.collation import collate_packed
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.model import attention
-from lightning_sft.model.attention import VARLEN, enable_packing, packed_inputs, varlen_attention
+from lightning_sft.model.attention import VARLEN, packed_inputs, varlen_attention
+from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 
 LENGTHS = (8, 13, 2, 5)

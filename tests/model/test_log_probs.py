@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_sft.data.tokens.collation import collate_packed, collate_padded
 from lightning_sft.data.tokens.example import Example
-from lightning_sft.model.attention import enable_packing, packed_inputs
+from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.log_probs import compute_entropy, get_response_log_probs, score_responses
+from lightning_sft.model.packing import enable_packing
 
 INF = math.inf
 

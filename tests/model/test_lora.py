@@ -7,8 +7,8 @@ import torch
 from support.lora import LORA, MODELS, build, disturb, logits
 
 from lightning_sft import SettingsError, SFTModule
-from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.lora import add_lora
+from lightning_sft.model.packing import enable_packing
 
 
 @pytest.mark.parametrize("name", MODELS)

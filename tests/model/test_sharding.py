@@ -8,8 +8,8 @@ from support.runs import Processes, whole
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import Sampling, SettingsError, log_generations
-from lightning_sft.model.attention import enable_packing
 from lightning_sft.model.log_probs import score_responses
+from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded, transformer_blocks
 
 MODELS = {

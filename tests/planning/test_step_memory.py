@@ -49,7 +49,7 @@ def kept_by_a_real_forward(model):
 
 
 def test_activations_are_what_autograd_keeps_of_a_real_forward_pass():
-    from lightning_sft.model.attention import enable_packing
+    from lightning_sft.model.packing import enable_packing
 
     model = tiny_model(hidden_size=64, intermediate_size=128).train()
     assert enable_packing(model) is None

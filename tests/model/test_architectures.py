@@ -1,0 +1,78 @@
+"""One member of each family of architectures: what it is trained with is each row alone, or it is refused."""
+
+import copy
+
+import pytest
+from support.architectures import tiny_architecture
+from support.flash import NAIVE_FLASH, attend_by_naive_flash
+from support.sweep import ROWS, difference, first_step, naive_step
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of architectures that miss their kernels
+
+# Type, settings, and why it is padded (None: packed).
+FAMILIES = {
+    "llama": ("llama", {}, None),
+    "windows that are handed over": ("mistral", {"sliding_window": 8}, None),
+    "a window in the mask alone": ("phimoe", {"sliding_window": 4}, "has a window of 4 tokens in its mask alone"),
+    "a window longer than what is tried": (
+        "phimoe",
+        {"sliding_window": 40},
+        "has a window of 40 tokens in its mask alone",
+    ),
+    "some layers with a window": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "has a window of 8 tokens in its mask alone",
+    ),
+    "positions counted from padding_idx": ("roberta", {}, "reads packed documents otherwise than each alone"),
+    "recurrent layers": ("jamba", {}, "lets packed documents see each other"),
+    "convolutions": ("lfm2", {}, "lets packed documents see each other"),
+    "state space": ("granitemoehybrid", {}, "lets packed documents see each other"),
+    "a view of what is attended": ("jetmoe", {}, None),
+}
+
+
+def check_first_step(model, rows=ROWS, tolerance=2e-5, **options):
+    """Loss and gradients against each row alone through the plain model."""
+    model.train()
+    loss, gradients = naive_step(model, rows)
+    sft, given_loss, given = first_step(copy.deepcopy(model), rows, **options)
+    assert given_loss == pytest.approx(loss, rel=tolerance)
+    assert difference(given, gradients) < tolerance
+    return sft
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_step_is_that_of_each_row_alone(family):
+    model_type, settings, why_padded = FAMILIES[family]
+    sft = check_first_step(tiny_architecture(model_type, **settings), gradient_accumulation_steps=2)
+    assert (sft.why_not_packed or "none").endswith(why_padded or "none")
+
+
+RECURRENT = ("jamba", "granitemoehybrid", "bamba", "nemotron_h", "lfm2", "minimax")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", *RECURRENT])
+def test_what_flash_attention_keeps_apart_other_layers_may_mix(model_type):
+    model = attend_by_naive_flash(tiny_architecture(model_type))
+    sft = check_first_step(model)
+    assert sft.model.config._attn_implementation == NAIVE_FLASH
+    if model_type in RECURRENT:
+        assert sft.why_not_packed.endswith("lets packed documents see each other")
+    else:
+        assert sft.why_not_packed is None
+
+
+NOT_CAUSAL = {
+    "bert": {"is_decoder": False},
+    "roberta": {"is_decoder": False},
+    "cpmant": {},
+    "xlm": {"causal": False},
+    "gemma3_text": {"use_bidirectional_attention": True},
+}
+
+
+@pytest.mark.parametrize("model_type", NOT_CAUSAL)
+def test_a_model_that_sees_what_follows_is_refused(model_type):
+    with pytest.raises(ValueError, match="whose logits change with the tokens that follow: it would see the response"):
+        first_step(tiny_architecture(model_type, **NOT_CAUSAL[model_type]))
