@@ -6,32 +6,34 @@ Names are imported when they are first used, so that a helper brings torch and `
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lightning_sft.callbacks import (
-        GenerationMonitor,
-        HuggingFaceExport,
-        LastCheckpoint,
-        StepProgressBar,
-        TokenThroughput,
-    )
-    from lightning_sft.data.datamodule import SFTDataModule
-    from lightning_sft.data.rows.transforms import alpaca_row, chosen_row, query_row
-    from lightning_sft.data.tokens.tokenization import tokenize_prompt_and_output
-    from lightning_sft.export.huggingface import export_model
-    from lightning_sft.generation.generate import log_generations
-    from lightning_sft.generation.records import GenerationRecord
-    from lightning_sft.generation.sampling import Sampling
-    from lightning_sft.model.log_probs import compute_entropy, get_response_log_probs
-    from lightning_sft.planning.batch_sizes import find_batch_size
-    from lightning_sft.planning.learning_rates import find_lr
-    from lightning_sft.rewards.functions import (
-        boxed_answer_reward,
-        exact_match_reward,
-        numeric_match_reward,
-        r1_zero_reward,
-    )
-    from lightning_sft.training.losses import masked_normalize, sft_loss, sft_microbatch_train_step
-    from lightning_sft.training.module import SFTModule
+if TYPE_CHECKING:  # `as`: these are public
+    from lightning_sft.callbacks import GenerationMonitor as GenerationMonitor
+    from lightning_sft.callbacks import HuggingFaceExport as HuggingFaceExport
+    from lightning_sft.callbacks import LastCheckpoint as LastCheckpoint
+    from lightning_sft.callbacks import StepProgressBar as StepProgressBar
+    from lightning_sft.callbacks import TokenThroughput as TokenThroughput
+    from lightning_sft.data.datamodule import SFTDataModule as SFTDataModule
+    from lightning_sft.data.rows.transforms import alpaca_row as alpaca_row
+    from lightning_sft.data.rows.transforms import chosen_row as chosen_row
+    from lightning_sft.data.rows.transforms import query_row as query_row
+    from lightning_sft.data.tokens.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
+    from lightning_sft.errors import SettingsError as SettingsError
+    from lightning_sft.export.huggingface import export_model as export_model
+    from lightning_sft.generation.generate import log_generations as log_generations
+    from lightning_sft.generation.records import GenerationRecord as GenerationRecord
+    from lightning_sft.generation.sampling import Sampling as Sampling
+    from lightning_sft.model.log_probs import compute_entropy as compute_entropy
+    from lightning_sft.model.log_probs import get_response_log_probs as get_response_log_probs
+    from lightning_sft.planning.batch_sizes import find_batch_size as find_batch_size
+    from lightning_sft.planning.learning_rates import find_lr as find_lr
+    from lightning_sft.rewards.functions import boxed_answer_reward as boxed_answer_reward
+    from lightning_sft.rewards.functions import exact_match_reward as exact_match_reward
+    from lightning_sft.rewards.functions import numeric_match_reward as numeric_match_reward
+    from lightning_sft.rewards.functions import r1_zero_reward as r1_zero_reward
+    from lightning_sft.training.losses import masked_normalize as masked_normalize
+    from lightning_sft.training.losses import sft_loss as sft_loss
+    from lightning_sft.training.losses import sft_microbatch_train_step as sft_microbatch_train_step
+    from lightning_sft.training.module import SFTModule as SFTModule
 
     __version__: str
 
@@ -60,35 +62,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "GenerationMonitor",
-    "GenerationRecord",
-    "HuggingFaceExport",
-    "LastCheckpoint",
-    "SFTDataModule",
-    "SFTModule",
-    "Sampling",
-    "SettingsError",
-    "StepProgressBar",
-    "TokenThroughput",
-    "alpaca_row",
-    "boxed_answer_reward",
-    "chosen_row",
-    "compute_entropy",
-    "exact_match_reward",
-    "export_model",
-    "find_batch_size",
-    "find_lr",
-    "get_response_log_probs",
-    "log_generations",
-    "masked_normalize",
-    "numeric_match_reward",
-    "query_row",
-    "r1_zero_reward",
-    "sft_loss",
-    "sft_microbatch_train_step",
-    "tokenize_prompt_and_output",
-]
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

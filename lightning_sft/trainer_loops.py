@@ -80,7 +80,7 @@ class TrainingRun:
         epoch: What it takes of the data.
 
     Raises:
-        ValueError: If nobody knows how long the data is, and the trainer does not say how long the run is, or is to
+        SettingsError: If nobody knows how long the data is, and the trainer does not say how long the run is, or is to
             take a share of the data.
     """
 

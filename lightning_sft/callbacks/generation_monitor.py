@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -55,8 +56,8 @@ class GenerationMonitor(L.Callback):
             that depends on prompts, weights, rewards and sampling.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If a number is too small.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If a number is too small.
     """
 
     def __init__(
@@ -133,17 +134,9 @@ class GenerationMonitor(L.Callback):
         generate = partial(self._generate, trainer, module)
         module.generator = self._predictions.start(trainer, module, prompts, generate)
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Keep the batch's records."""
-        self._predictions.on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._predictions.on_predict_batch_end(*args, **kwargs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the records are."""

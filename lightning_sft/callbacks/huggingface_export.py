@@ -27,7 +27,7 @@ class HuggingFaceExport(Checkpoint):
             for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
-        ValueError: If `dtype` is no dtype, or the folder holds something other than an earlier export.
+        SettingsError: If `dtype` is no dtype, or the folder holds something other than an earlier export.
     """
 
     def __init__(

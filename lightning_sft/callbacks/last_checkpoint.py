@@ -14,7 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer
-from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link, remove_partial
+from lightning_sft.training.checkpoint_files import (
+    AtomicCheckpointIO,
+    put_folder_behind_link,
+    remove_partial,
+    take_place,
+)
 from lightning_sft.training.host_copy import HostCopy
 from lightning_sft.training.run_folder import run_folder
 
@@ -131,12 +136,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._saved_step = trainer.global_step
-        strategy = trainer.strategy
-        if not (isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint):
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.save_checkpoint(path, weights_only=False)
             return
         partial = path.with_name(f".step_{trainer.global_step}.partial")
         trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and partial.is_dir():
             put_folder_behind_link(partial, path.with_name(f"step_{trainer.global_step}"), link=path)
-        strategy.barrier("LastCheckpoint")
+        elif trainer.is_global_zero:
+            take_place(partial, path)
+        trainer.strategy.barrier("LastCheckpoint")

@@ -49,7 +49,7 @@ class PredictionWriter(BasePredictionWriter):
             are those of the file, or none if the trainer does not return them.
 
         Raises:
-            ValueError: If the file holds anything else than records of this run.
+            SettingsError: If the file holds anything else than records of this run.
         """
         run = prediction_run(module.model, prompts, self._settings)
         path = Path(self._path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl")

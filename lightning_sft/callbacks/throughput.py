@@ -36,7 +36,7 @@ class TokenThroughput(L.Callback):
             Lightning knows of CUDA devices; it does not know the newest. Without it there is no `train/mfu`.
 
     Raises:
-        ValueError: If `peak_flops` is not positive.
+        SettingsError: If `peak_flops` is not positive.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:

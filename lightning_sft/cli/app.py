@@ -23,9 +23,8 @@ from lightning_sft.callbacks import (
 )
 from lightning_sft.cli.checkpoints import check_ckpt_path, find_last_checkpoint
 from lightning_sft.cli.commands import COMMANDS
-from lightning_sft.cli.configs import ConfigByName, packaged_configs
 from lightning_sft.cli.main import SUMMARIES
-from lightning_sft.cli.parser import SFTArgumentParser
+from lightning_sft.cli.parser import ConfigByName, SFTArgumentParser, packaged_configs
 from lightning_sft.cli.places import check_log_folders
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, one_line

@@ -21,7 +21,7 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
         continues: Whether a training is to go on, rather than weights to be evaluated.
 
     Raises:
-        FileNotFoundError: If there is none, and it is not a training that could start from its beginning.
+        MissingFileError: If there is none, and it is not a training that could start from its beginning.
     """
     logger = config.trainer.logger
     if logger in (None, True):  # Lightning's default, spelled out
@@ -58,8 +58,8 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
         continues: Whether a training is to go on, which takes more than weights.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint, or not whole, or holds what could run code.
+        MissingFileError: There is no such file.
+        SettingsError: It is no checkpoint, or not whole, or holds what could run code.
     """
     path = config.ckpt_path
     if not path:

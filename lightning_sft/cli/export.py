@@ -37,8 +37,8 @@ def export(
             trust whoever made it.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
+        MissingFileError: If there is no such checkpoint.
+        SettingsError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
     """
     path: Path | None = Path(ckpt_path)
     if ckpt_path == "last":

@@ -15,7 +15,7 @@ def check_log_folders(trainer: L.Trainer) -> None:
     """Refuse a log folder that cannot be written, before the data is read.
 
     Raises:
-        ValueError: If it is a file, or below one, or may not be written.
+        SettingsError: If it is a file, or below one, or may not be written.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

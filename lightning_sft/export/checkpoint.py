@@ -34,13 +34,16 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
             plain values.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no whole checkpoint of an `SFTModule`, or could run code.
+        MissingFileError: There is no such file.
+        SettingsError: It is no whole checkpoint of an `SFTModule`, or could run code.
     """
     path = Path(path)
     if weights_only or not path.exists():
         check_checkpoint(str(path), resume=False)
-    checkpoint = _read_folder(path) if path.is_dir() else _read_file(path, weights_only)
+    if path.is_dir():
+        checkpoint = _read_folder(path)
+    else:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
     settings, lora = hyper_parameters.get("model"), hyper_parameters.get("lora")
     if lora is not None:
@@ -70,11 +73,6 @@ def _load_base(path: Path, hyper_parameters: Mapping[str, Any]) -> PreTrainedMod
             "`SFTModule.load_from_checkpoint(path, model=base_model)`, and pass its `model` to `export_model`."
         )
     return build_model(source, hyper_parameters.get("model_kwargs", {}), hyper_parameters.get("seed", 0))
-
-
-def _read_file(path: Path, weights_only: bool) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-    return checkpoint
 
 
 def _read_folder(path: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def export_model(
             for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
-        ValueError: If the folder holds something else, or there are no adapters to be written alone.
+        SettingsError: If the folder holds something else, or there are no adapters to be written alone.
     """
     folder = Path(folder).absolute()
     if not merge_lora:
@@ -103,7 +103,7 @@ def check_export_folder(folder: str | Path) -> None:
     """Refuse to write over anything but an earlier export.
 
     Raises:
-        ValueError: If there is something else.
+        SettingsError: If there is something else.
     """
     folder = Path(folder)
     came = f"The model is to be exported to {folder}, "

@@ -22,8 +22,8 @@ def make_requests(
         sampling: How many samples are wanted, and how long they may be.
 
     Raises:
-        TypeError: If a prompt is no string.
-        ValueError: If a prompt is not text: a lone surrogate cannot be encoded.
+        SettingsTypeError: If a prompt is no string.
+        SettingsError: If a prompt is not text: a lone surrogate cannot be encoded.
     """
     texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
     return [

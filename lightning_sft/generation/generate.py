@@ -65,8 +65,8 @@ def log_generations(
         The records, in the order of the prompts, each prompt's samples together; and their `summarize`.
 
     Raises:
-        TypeError: If an argument is of another type, or prompts are no list of strings.
-        ValueError: If prompts and ground truths do not pair up, a number is too small, or there can be no file at
+        SettingsTypeError: If an argument is of another type, or prompts are no list of strings.
+        SettingsError: If prompts and ground truths do not pair up, a number is too small, or there can be no file at
             `path`.
 
     Source: Stanford CS336, assignment 5, "Logging generations".
@@ -83,7 +83,7 @@ def log_generations(
         )
     ]
     records = generate_records(model, tokenizer, numbered, settings, distributed=distributed)
-    if path is not None and _processes(model, distributed).rank == 0:
+    if path is not None and _rank_and_world_size(model, distributed)[0] == 0:
         write_records(Path(path), records)
     return records, summarize(records)
 
@@ -117,40 +117,29 @@ def generate_records(
     Returns:
         The records, in the order of the prompts' numbers, each prompt's samples together.
     """
-    processes = _processes(model, distributed)
+    rank, world_size = _rank_and_world_size(model, distributed)
     requests = make_requests(model, tokenizer, prompts, settings.sampling)
     records = [
         _record(request, Response([]), _TokenValues([], []), tokenizer)
-        for request in processes.own([request for request in requests if not request.max_new_tokens])
+        for request in [request for request in requests if not request.max_new_tokens][rank::world_size]
     ]
     with evaluating(model):
-        for batch in make_batches(requests, settings.max_tokens_per_batch, processes.number):
-            own = processes.own(batch)
+        for batch in make_batches(requests, settings.max_tokens_per_batch, world_size):
+            own = batch[rank::world_size]
             if own or is_sharded(model):  # whose processes all take part
                 records += _answer(model, tokenizer, own, settings.sampling)
     for record in records:
         _add_rewards(record, settings)
-    if processes.number > 1:
-        parts = [records] * processes.number
+    if world_size > 1:
+        parts = [records] * world_size
         dist.all_gather_object(parts, records)
         records = [record for part in parts for record in part]
     return sorted(records, key=lambda record: (record.index, record.sample))
 
 
-@dataclass(frozen=True)
-class _Processes:
-    """Those that share the prompts, and which of them this one is."""
-
-    rank: int = 0
-    number: int = 1
-
-    def own(self, requests: Sequence[ResponseRequest]) -> list[ResponseRequest]:
-        """Those that this process answers."""
-        return list(requests[self.rank :: self.number])
-
-
-def _processes(model: PreTrainedModel, distributed: bool) -> _Processes:
-    return _Processes(dist.get_rank(), dist.get_world_size()) if distributed or is_sharded(model) else _Processes()
+def _rank_and_world_size(model: PreTrainedModel, distributed: bool) -> tuple[int, int]:
+    """Of the processes that share the prompts."""
+    return (dist.get_rank(), dist.get_world_size()) if distributed or is_sharded(model) else (0, 1)
 
 
 def _answer(

@@ -52,7 +52,7 @@ class PredictionFile:
             keep_records: Whether to return the records, too.
 
         Raises:
-            ValueError: If the file holds anything else than the records of this run.
+            SettingsError: If the file holds anything else than the records of this run.
         """
         num_lines = end = whole = 0
         records: list[GenerationRecord] = []

@@ -27,8 +27,8 @@ class Sampling:
         seed: Of the samples; training never sees it. The same seed draws the same responses on any number of devices.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If a number is out of range, or a stop string is empty.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If a number is out of range, or a stop string is empty.
     """
 
     max_new_tokens: int = 256

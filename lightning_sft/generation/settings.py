@@ -22,8 +22,8 @@ class GenerationSettings:
         reward_seconds: The most that the reward function may take for one response. None: no limit.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If a number is too small.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If a number is too small.
     """
 
     reward_fn: RewardFunction = r1_zero_reward

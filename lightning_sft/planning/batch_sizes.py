@@ -95,9 +95,9 @@ def find_batch_size(
         **trainer_options: Of the run's trainer, such as `precision`.
 
     Raises:
-        TypeError: If an argument is no number.
-        ValueError: If an argument is out of range, there is no CUDA device or more than one, or the memory is too small
-            for the longest row.
+        SettingsTypeError: If an argument is no number.
+        SettingsError: If an argument is out of range, there is no CUDA device or more than one, or the memory is too
+            small for the longest row.
     """
     check_number("memory_gib", memory_gib, "a positive number of GiB", lambda value: value > 0, optional=True)
     check_number("margin", margin, "a fraction: at least 0, below 1", lambda value: 0 <= value < 1)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from lightning_sft.callbacks.throughput import known_peak_flops
 from lightning_sft.checks import check_number
@@ -97,7 +96,7 @@ def estimate_run(
             knows of this machine's CUDA device, if that is what the run is for.
 
     Raises:
-        ValueError: If `mfu` is out of range, the model cannot be built, or nothing bounds a microbatch.
+        SettingsError: If `mfu` is out of range, the model cannot be built, or nothing bounds a microbatch.
     """
     check_number("mfu", mfu, "a fraction above 0, at most 1", lambda value: 0 < value <= 1)
     settings = TrainerSettings.of(trainer)
@@ -128,7 +127,9 @@ def estimate_run(
     }
     run = work.lines | {"largest microbatch": _in_words(work.largest, layout)}
     notes += work.notes
-    if work.totals is not None and (flops := _flops(model, work.totals)) is not None:
+    if (totals := work.totals) is not None and (
+        flops := training_flops(model, totals.num_tokens, totals.num_response_tokens, totals.num_attended)
+    ) is not None:
         run["useful arithmetic"] = f"{flops:.3g} FLOPs"
         if peak_flops is None and settings.on_cuda and torch.cuda.is_available():
             peak_flops = known_peak_flops(torch.device("cuda"), settings.precision)
@@ -175,10 +176,6 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
     note = "Of streamed data the first rows alone are looked at; longer ones may follow."
     largest = plan.largest_microbatch(min(num_steps, _STEPS_LOOKED_AT), layout)
     return _Work(largest, totals, lines, [note] if datamodule.streaming else [])
-
-
-def _flops(model: PreTrainedModel, totals: StepTotals) -> float | None:
-    return training_flops(model, totals.num_tokens, totals.num_response_tokens, totals.num_attended)
 
 
 def _in_words(shape: MicrobatchShape, layout: Layout) -> str:

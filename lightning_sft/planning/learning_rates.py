@@ -142,8 +142,9 @@ def find_lr(
         forget what it knows.
 
     Raises:
-        TypeError: If an argument is not a number.
-        ValueError: If an argument is out of range, or the strategy starts processes of its own, whose results are lost.
+        SettingsTypeError: If an argument is not a number.
+        SettingsError: If an argument is out of range, or the strategy starts processes of its own, whose results are
+            lost.
     """
     check_type("min_lr", min_lr, Real, "a learning rate")
     check_type("max_lr", max_lr, Real, "a learning rate")

@@ -102,7 +102,7 @@ def step_memory(
         gradient_checkpointing: Whether activations are computed again.
 
     Raises:
-        ValueError: If the model cannot be run without values.
+        SettingsError: If the model cannot be run without values.
     """
     with torch.device("meta"):
         model = copy.deepcopy(model)

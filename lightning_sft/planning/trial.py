@@ -1,11 +1,12 @@
 """Trial runs: training steps on a trainer of their own, after which the module is as it was."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_sft.callbacks import StepProgressBar
@@ -108,7 +109,8 @@ def run_trial(
     bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []
     trainer = L.Trainer(**(options | {"callbacks": [trial, *bar]}))
     trial.check(trainer)
-    states = _collect_rng_states(include_cuda=False)
+    random_states = ExitStack()
+    random_states.enter_context(isolate_rng(include_cuda=False))  # those of CUDA are set anew in each step
     trainer_of_module, trainer_of_data = _trainer_of(module), getattr(datamodule, "trainer", None)
     guard, module.guard = module.guard, StepGuard("skip")
     try:
@@ -119,7 +121,7 @@ def run_trial(
         module.guard, module.trainer = guard, trainer_of_module
         if datamodule is not None:
             datamodule.trainer = trainer_of_data
-        _set_rng_states(states)  # those of CUDA are set anew in each step
+        random_states.close()  # which `isolate_rng` itself does not do after an exception
 
 
 def _trainer_of(module: L.LightningModule) -> L.Trainer | None:
