@@ -8,6 +8,16 @@ import pytest
 import lightning_sft
 from lightning_sft.cli.main import SUMMARIES, overview
 
+HELPERS = [
+    "tokenize_prompt_and_output",
+    "compute_entropy",
+    "get_response_log_probs",
+    "masked_normalize",
+    "sft_microbatch_train_step",
+    "log_generations",
+    "r1_zero_reward",
+]
+
 
 def run(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -40,23 +50,13 @@ def test_a_name_that_is_not_there_is_an_attribute_error(name):
         getattr(lightning_sft, name.rpartition(".")[2])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tokenize_prompt_and_output",
-        "compute_entropy",
-        "get_response_log_probs",
-        "masked_normalize",
-        "sft_microbatch_train_step",
-        "log_generations",
-        "r1_zero_reward",
-    ],
-)
-def test_helpers_bring_neither_lightning_nor_datasets(name):
+def test_helpers_bring_neither_lightning_nor_datasets():
     run(
-        f"import sys\nfrom lightning_sft import {name}\n"
-        "brought = {'lightning', 'pytorch_lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
-        "assert not brought, brought"
+        "import sys, lightning_sft\n"
+        f"for name in {HELPERS}:\n"
+        "    getattr(lightning_sft, name)\n"
+        "    brought = {'lightning', 'pytorch_lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
+        "    assert not brought, (name, brought)\n"
     )
 
 

@@ -338,14 +338,10 @@ def prepare(case: str, data: Path, folder: Path, num_steps: int) -> list[dict[st
     examples = encode_examples(prompts, outputs, tokenizer, append_eos=True)
     plan = BatchPlan([1] * len(rows), [1] * len(rows), StepRule(BATCH_SIZE))
     order = [index for step in range(num_steps) for index in plan.step(step).ranks[0][0]]
-    chosen = [
-        {
-            "input_ids": examples[i]["input_ids"],
-            "labels": [-100] * examples[i]["num_prompt_tokens"]
-            + examples[i]["input_ids"][examples[i]["num_prompt_tokens"] :],
-        }
-        for i in order
-    ]
+    chosen = []
+    for example in (examples[index] for index in order):
+        labels = [-100] * example.num_prompt_tokens + list(example.input_ids[example.num_prompt_tokens :])
+        chosen.append({"input_ids": list(example.input_ids), "labels": labels})
     (folder / "case" / "encoded.json").write_text(json.dumps(chosen))
     return chosen
 

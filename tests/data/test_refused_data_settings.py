@@ -28,20 +28,6 @@ TEMPLATES = {
         "'Question: {question}', or the path of a file with such a text.",
         MissingFileError,
     ),
-    "template with an open brace": Refusal(
-        data(prompt_template="{prompt"),
-        "`prompt_template` has unbalanced braces (expected '}' before end of string). Write literal braces twice.",
-    ),
-    "template with code": Refusal(
-        data(prompt_template="{prompt.__class__}"),
-        "`prompt_template` has {prompt.__class__}, but expects plain column names such as {question}. Write literal "
-        "braces twice.",
-    ),
-    "template with an example in JSON": Refusal(
-        data(prompt_template='{prompt} Answer as {\n "answer": 1}'),
-        '`prompt_template` has {\\n "answer": 1}, but expects plain column names such as {question}. Write literal '
-        "braces twice.",
-    ),
     "template with an unknown column": Refusal(
         data(prompt_template="{question}"),
         "row 1 of `train_data`: no value for `question` (`prompt_template`). The row has ['output', 'prompt'].",

@@ -56,9 +56,11 @@ def watched(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("layout", "limit"), [("packed", 400), ("padded", 300), ("packed", 44)])
-@pytest.mark.parametrize("of", ["the device", "`memory_gib`"])
-def test_sizes_are_tried_until_memory_runs_out(watched, layout, limit, of):
+@pytest.mark.parametrize(
+    ("of", "layout", "limit"),
+    [("the device", "packed", 400), ("`memory_gib`", "padded", 300), ("`memory_gib`", "packed", 44)],
+)
+def test_sizes_are_tried_until_memory_runs_out(watched, of, layout, limit):
     options = {}
     if of == "the device":
         watched.limit = limit

@@ -15,10 +15,20 @@ from lightning_sft.rewards import answers
 from lightning_sft.rewards.answers import equal
 
 
+@pytest.fixture(scope="module")
+def short_limit():
+    """A worker for these tests, with two seconds per question; it takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "MATH_VERIFY_SECONDS", 2.0)
+        patch.setattr(answers, "_workers", {})
+        yield
+        for worker in answers._workers.values():
+            worker.stop()
+
+
 @pytest.fixture
-def short_limit(monkeypatch):
-    """A worker of its own, with two seconds per question."""
-    monkeypatch.setattr(answers, "MATH_VERIFY_SECONDS", 2.0)
+def new_worker(short_limit, monkeypatch):
+    """A worker that is still to be started, for this test alone."""
     monkeypatch.setattr(answers, "_workers", {})
     yield
     for worker in answers._workers.values():
@@ -57,7 +67,7 @@ def test_nothing_is_left_running_or_said_at_exit():
     assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
-def test_math_verify_answers_many_threads_each_its_own_question():
+def test_math_verify_answers_many_threads_each_its_own_question(short_limit):
     def is_equal(number: int) -> bool:
         assert threading.current_thread() is not threading.main_thread()
         return equal(rf"\frac{{{number}}}{{7}}", f"{number - number % 2}/7")
@@ -66,7 +76,7 @@ def test_math_verify_answers_many_threads_each_its_own_question():
         assert list(pool.map(is_equal, range(1, 65))) == [False, True] * 32
 
 
-def test_math_verify_leaves_the_alarm_of_the_main_thread_alone():
+def test_math_verify_leaves_the_alarm_of_the_main_thread_alone(short_limit):
     before = signal.getsignal(signal.SIGALRM)
     signal.alarm(100)
     try:
@@ -151,14 +161,14 @@ def test_a_process_forked_while_a_question_is_open_does_not_wait_for_its_end(sho
     assert equal("0.5", "1/2")
 
 
-def test_a_broken_math_verify_raises_instead_of_judging_everything_wrong(short_limit, monkeypatch, tmp_path):
+def test_a_broken_math_verify_raises_instead_of_judging_everything_wrong(new_worker, monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="math-verify does not work here"):
         equal("0.5", "1/2")
 
 
-def test_the_worker_takes_no_print_for_a_reply_and_imports_nothing_from_our_folder(short_limit, monkeypatch, tmp_path):
+def test_the_worker_takes_no_print_for_a_reply_and_imports_nothing_from_our_folder(new_worker, monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text(
         "import sys\n"
         f"assert {os.path.dirname(answers.__file__)!r} not in sys.path\n"

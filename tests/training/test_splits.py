@@ -1,7 +1,6 @@
 """How a step is split over microbatches, layouts and processes changes nothing."""
 
 import json
-from itertools import product
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +11,7 @@ from support.runs import Processes, read_log, train
 # 43 rows in steps of 8: the last step of an epoch has 3 rows, and of these longest first, one process gets 1 of them.
 NORMALIZATIONS = {"token": {}, "sequence": {"loss_normalization": "sequence", "normalize_constant": 7.0}}
 TOLERANCES = {"float32": {"rtol": 1e-4, "atol": 2e-6}, "float64": {"rtol": 1e-10, "atol": 1e-13}}
-CASES = list(product(NORMALIZATIONS, TOLERANCES))
+CASES = [("token", "float64"), ("sequence", "float32")]
 SPLITS = {
     "8 microbatches": {"gradient_accumulation_steps": 8},
     "by tokens": {"max_tokens_per_microbatch": 70},
@@ -116,7 +115,7 @@ def test_a_sharded_model_in_half_precision_stays_close(tmp_path, whole_steps):
     """Blocks are gathered in bfloat16; weights, sums of gradients and the optimizer stay in float32."""
     processes = Processes(train, tmp_path, strategy="fsdp", precision="bf16-mixed", world_size=2)
     assert processes.wait() == [0, 0]
-    result, reference = torch.load(tmp_path / "result.pt"), whole_steps["token", "float32"]
+    result, reference = torch.load(tmp_path / "result.pt"), whole_steps["token", "float64"]
     assert result["losses"] == pytest.approx(reference["losses"], rel=0.02)
     assert result["losses"] != pytest.approx(reference["losses"], rel=1e-6)
     for kind in ("gradients", "weights"):
