@@ -288,11 +288,13 @@ class SFTDataModule(L.LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def _loader_options(self) -> LoaderOptions:
+        module = getattr(self.trainer, "lightning_module", None)
         return LoaderOptions(
             self.tokenizer,
-            self.layout_for(getattr(self.trainer, "lightning_module", None)),
+            self.layout_for(module),
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self._world_size,
             num_workers=self._data.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            num_positions=getattr(module, "num_positions", None),
         )

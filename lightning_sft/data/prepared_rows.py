@@ -14,6 +14,8 @@ from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepDataset, StepNumbers
+from lightning_sft.data.tokens.example import check_length
+from lightning_sft.errors import located
 from lightning_sft.trainer_loops import Epoch
 
 
@@ -90,9 +92,18 @@ class PreparedRows:
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> PlanLoader:
         """As `TrainingRows.loader`."""
+        self._check_lengths(options.num_positions)
         plan = self.plan(options.world_size, epoch)
         dataset = StepDataset(self.rows, plan, options)
         return PlanLoader(dataset, range(plan.steps_per_epoch) if steps is None else steps, options)
+
+    def _check_lengths(self, num_positions: int | None) -> None:
+        if num_positions is None or not len(self.rows):
+            return
+        num_tokens = read_numbers(self.rows, "num_tokens")
+        longest = int(np.argmax(num_tokens))
+        with located(f"`{self.label}_data`: {self.rows[longest]['location']}"):
+            check_length(int(num_tokens[longest]), num_positions)
 
     def in_order(self, options: LoaderOptions) -> PlanLoader:
         """Iterates over all rows once, in the order of the data."""

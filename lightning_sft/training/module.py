@@ -9,7 +9,6 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
@@ -22,8 +21,10 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.model.positions import num_positions
 from lightning_sft.model.rotary import rotary_frequencies_kept
-from lightning_sft.model.sharding import gradient_sync, is_sharded
+from lightning_sft.model.sharding import is_sharded
+from lightning_sft.training.accumulation import accumulate_gradients
 from lightning_sft.training.checkpoint_fit import check_adapters, check_optimizer, check_weights
 from lightning_sft.training.grad_scaler import GradScaling
 from lightning_sft.training.guard import NonFinite, StepGuard
@@ -32,7 +33,7 @@ from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import check_model, load_model, prepare_model
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule
-from lightning_sft.training.scoring import evaluate, score_microbatch
+from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import parameter_counts, state_memory
 from lightning_sft.training.trained_weights import keep_trained_weights_only
 from lightning_sft.training.trainer_checks import check_trainer
@@ -77,6 +78,7 @@ class SFTModule(L.LightningModule):
 
     model: PreTrainedModel
     why_not_packed: str | None = "its model is not loaded yet"
+    num_positions: int | None = None  # that the datamodule holds rows against
     generator: Callable[[Sequence[Prompt]], Sequence[object]] | None = None  # makes the predictions of a run
 
     def __init__(
@@ -139,6 +141,7 @@ class SFTModule(L.LightningModule):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
         self.why_not_packed = prepare_model(self.model, trainer, self.gradient_checkpointing, self._compile)
+        self.num_positions = num_positions(self.model)
         self._compile = False  # once is enough
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
@@ -164,32 +167,13 @@ class SFTModule(L.LightningModule):
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
-        loss, entropy = self._accumulate_gradients(batch)
+        sums = accumulate_gradients(self, self.model, batch, self.loss_scale, self.sync_every_microbatch)
         learning_rate = optimizer.param_groups[0]["lr"]
-        self.guard.start_step(self.global_step + 1, batch.locations, loss)
+        self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
-        self._log_step(loss, entropy / batch.totals.num_response_tokens, learning_rate)
-
-    def _accumulate_gradients(self, batch: OptimizerStep) -> Tensor:
-        """Backward passes through all microbatches; the step's loss and its summed entropy, over all devices."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        num_devices = self.trainer.world_size
-        # Strategies average gradients over devices, but the loss is a sum over them.
-        divisor = self.loss_scale.divisor(batch.totals.num_response_tokens, batch.totals.num_sequences) / num_devices
-        every = is_sharded(self.model) if self.sync_every_microbatch is None else self.sync_every_microbatch
-        for index, microbatch in enumerate(batch.microbatches):
-            last = index == len(batch.microbatches) - 1
-            with gradient_sync(cast(nn.Module, self.trainer.strategy.model), enabled=every or last):
-                scores = score_microbatch(self.model, microbatch, normalize_constant=divisor)
-                assert scores.loss is not None  # `normalize_constant` asks for it
-                self.manual_backward(scores.loss)
-            sums[0] += scores.loss.detach() / num_devices
-            sums[1] += scores.token_entropy.sum()
-        if num_devices > 1:
-            dist.all_reduce(sums)  # Lightning's `reduce` would wait for all devices first
-        return sums
+        self._log_step(sums.loss, sums.token_entropy / batch.totals.num_response_tokens, learning_rate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""

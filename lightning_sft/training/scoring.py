@@ -4,7 +4,6 @@ from transformers import PreTrainedModel
 
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.tokens.microbatch import Microbatch
-from lightning_sft.errors import SettingsError
 from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
@@ -25,16 +24,7 @@ def score_microbatch(
         microbatch: On the model's device.
         normalize_constant: As for `score_responses`.
         return_is_top1: As for `score_responses`.
-
-    Raises:
-        SettingsError: If a sequence is longer than the model has positions.
     """
-    num_positions = getattr(model.config, "max_position_embeddings", None)
-    if num_positions is not None and microbatch.max_length > num_positions:
-        raise SettingsError(
-            f"A row has {microbatch.max_length + 1} tokens, but the model has only {num_positions} positions. "
-            f"Set `max_length` to {num_positions} at most, and `too_long` to drop or truncate."
-        )
     return score_responses(
         model,
         microbatch.input_ids,

@@ -33,6 +33,7 @@ class LoaderOptions:
         world_size: Number of devices.
         num_workers: Processes that make steps ahead of time.
         pin_memory: Whether steps are put into memory that CUDA copies from by itself.
+        num_positions: Inputs that the model takes at the most. None: any number.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ class LoaderOptions:
     world_size: int = 1
     num_workers: int = 0
     pin_memory: bool = False
+    num_positions: int | None = None
 
     @property
     def pad_id(self) -> int:

@@ -20,7 +20,7 @@ from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, Step
 from lightning_sft.data.stream.row_stream import RowStream, only_name
 from lightning_sft.data.stream.stream_order import StreamedRow, StreamPosition, ordered_rows
 from lightning_sft.data.tokens.collation import collate
-from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.example import Example, check_length
 from lightning_sft.errors import SettingsError, located
 
 
@@ -138,6 +138,7 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
         num_response_tokens = [example.num_response_labels for example in examples]
         layout = self._options.layout
         with located(examples[int(np.argmax(num_tokens))].location):  # whatever is too long, this one is
+            check_length(max(num_tokens), self._options.num_positions)
             plan = BatchPlan(
                 model_lengths(num_tokens),
                 num_response_tokens,

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_sft.errors import SettingsError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -36,3 +38,20 @@ class Example:
         """The example without the tokens from position `length` on."""
         excluded_spans = [min(bound, length) for bound in self.excluded_spans]
         return replace(self, input_ids=self.input_ids[:length], excluded_spans=excluded_spans)
+
+
+def check_length(num_tokens: int, num_positions: int | None) -> None:
+    """Refuse a row that is longer than the model has positions.
+
+    Args:
+        num_tokens: Of the row. The last is only a label.
+        num_positions: Inputs that the model takes at the most. None: any number.
+
+    Raises:
+        SettingsError: If the row is too long.
+    """
+    if num_positions is not None and num_tokens > num_positions + 1:
+        raise SettingsError(
+            f"The row has {num_tokens} tokens, but the model has only {num_positions} positions. Set `max_length` to "
+            f"{num_positions + 1} at most, and `too_long` to drop or truncate."
+        )

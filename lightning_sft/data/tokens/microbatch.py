@@ -39,6 +39,7 @@ class Microbatch:
         response_mask: True where the label counts in the loss.
         response_positions: Where that is, in the flattened mask, `(num_response_tokens,)`.
         locations: Where each sequence comes from, such as `line 3`.
+        lengths: Inputs of each sequence; 1 of the masked token, if there is that alone.
         packing: What keeps the sequences apart; None if they are padded.
     """
 
@@ -47,6 +48,7 @@ class Microbatch:
     response_mask: Tensor
     response_positions: Tensor
     locations: list[str]
+    lengths: list[int]
     packing: Packing | None = None
 
     @classmethod
@@ -56,6 +58,7 @@ class Microbatch:
         labels: Tensor,
         response_mask: Tensor,
         locations: list[str] | None = None,
+        lengths: list[int] | None = None,
         packing: Packing | None = None,
     ) -> "Microbatch":
         """A microbatch whose `response_positions` are found here, in main memory: a device would have to be waited for.
@@ -65,11 +68,13 @@ class Microbatch:
             labels: As the attribute.
             response_mask: As the attribute.
             locations: As the attribute. Default: each row is a sequence of which nothing is known.
+            lengths: As the attribute. Default: nothing is padded.
             packing: As the attribute.
         """
         positions = response_mask.flatten().nonzero().squeeze(-1)
         locations = [""] * len(input_ids) if locations is None else locations
-        return cls(input_ids, labels, response_mask, positions, locations, packing)
+        lengths = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
+        return cls(input_ids, labels, response_mask, positions, locations, lengths, packing)
 
     @property
     def num_sequences(self) -> int:
@@ -79,7 +84,7 @@ class Microbatch:
     @property
     def max_length(self) -> int:
         """Inputs of the longest sequence."""
-        return self.input_ids.shape[1] if self.packing is None else self.packing.max_length
+        return max(self.lengths)
 
     def model_inputs(self) -> dict[str, Any]:
         """What a model takes beside `input_ids`, by the names that `transformers` has; empty if padded."""
@@ -112,5 +117,6 @@ class Microbatch:
             function(self.response_mask),
             function(self.response_positions),
             self.locations,
+            self.lengths,
             packing,
         )

@@ -1,0 +1,62 @@
+"""Backward passes through the microbatches of an optimizer step."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.model.sharding import gradient_sync, is_sharded
+from lightning_sft.training.losses import LossScale
+from lightning_sft.training.scoring import score_microbatch
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Numbers of an optimizer step over all devices, float64.
+
+    Attributes:
+        loss: The loss, a scalar.
+        token_entropy: Summed over the response tokens, in nats, a scalar.
+    """
+
+    loss: Tensor
+    token_entropy: Tensor
+
+
+def accumulate_gradients(
+    module: L.LightningModule,
+    model: PreTrainedModel,
+    step: OptimizerStep,
+    scale: LossScale,
+    sync_every_microbatch: bool | None,
+) -> StepSums:
+    """Add the gradients of an optimizer step's loss to the model's.
+
+    Args:
+        module: Whose trainer runs the backward passes.
+        model: What is trained.
+        step: This device's microbatches, on the device, and the totals of all devices.
+        scale: What the summed negative log-likelihood is divided by.
+        sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    num_devices = module.trainer.world_size
+    # Strategies average gradients over devices, but the loss is a sum over them.
+    divisor = scale.divisor(step.totals.num_response_tokens, step.totals.num_sequences) / num_devices
+    every = is_sharded(model) if sync_every_microbatch is None else sync_every_microbatch
+    for index, microbatch in enumerate(step.microbatches):
+        last = index == len(step.microbatches) - 1
+        with gradient_sync(cast(nn.Module, module.trainer.strategy.model), enabled=every or last):
+            scores = score_microbatch(model, microbatch, normalize_constant=divisor)
+            assert scores.loss is not None  # `normalize_constant` asks for it
+            module.manual_backward(scores.loss)
+        sums[0] += scores.loss.detach() / num_devices
+        sums[1] += scores.token_entropy.sum()
+    if num_devices > 1:
+        dist.all_reduce(sums)  # Lightning's `reduce` would wait for all devices first
+    return StepSums(sums[0], sums[1])
