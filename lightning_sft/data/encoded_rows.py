@@ -3,22 +3,28 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.cache import cache_folder
-from lightning_sft.data.encoding import ENCODED_FEATURES, EncodedRow, Encoding, RowEncoder, to_columns
+from lightning_sft.data.chat.notices import Notice
+from lightning_sft.data.encoding import ENCODED_FEATURES, EncodedExample, Encoding, RowEncoder, to_columns
+from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, count_notices
 from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
+
+_ROWS_READ_AT_ONCE = 10_000
+_ONLY_COUNTED = ["row", "is_truncated", "is_dropped", "notices"]  # columns that are no part of an example
 
 
 @dataclass(frozen=True)
@@ -26,19 +32,21 @@ class EncodedRows:
     """Tokenised rows and what became of the over-long ones.
 
     Attributes:
-        dataset: The rows that are not dropped, with the columns `prompt`, `output`, `ground_truth` (`ExampleText`),
+        dataset: The examples that are not dropped, with the columns `prompt`, `output`, `ground_truth` (`ExampleText`),
             `is_chat`, `input_ids`, `num_prompt_tokens`, `excluded_spans` (`Example`), `num_tokens`,
             `num_response_tokens` (labels that count in the loss) and `location` (`line 3`, or of several sources
             `line 3 of b.jsonl`).
-        num_dropped: Rows that are left out.
-        num_truncated: Rows that are cut.
-        sizes: The numbers of rows of each source in `dataset`.
+        row_numbers: Which row each example comes from, of all sources together, `(num_examples,)`.
+        sizes: The numbers of examples of each source in `dataset`.
+        num_dropped: The numbers of examples of each source that are left out.
+        report: What became of the rows.
     """
 
     dataset: Dataset
-    num_dropped: int
-    num_truncated: int
+    row_numbers: NDArray[np.integer[Any]]
     sizes: list[int]
+    num_dropped: list[int]
+    report: EncodingReport
 
 
 def encode_rows(
@@ -65,11 +73,42 @@ def encode_rows(
     cache_folder().mkdir(parents=True, exist_ok=True)
     # Alone, the same rows by another name are the same, and are found in the cache.
     keep_names = len(sources) > 1
-    parts = [_encode_source(source, encoder, key, keep_names, num_proc) for source in sources]
+    encoded = [_encode_source(source, encoder, key, keep_names, num_proc) for source in sources]
+    return _collect(encoded, list(accumulate((len(source.rows) for source in sources[:-1]), initial=0)))
+
+
+def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRows:
+    """Examples of all sources, without those that are dropped; the rows of each are counted from a first one on."""
+    dropped = [read_numbers(part, "is_dropped") for part in encoded]
+    parts = [
+        part.select(np.flatnonzero(~out)) if out.any() else part for part, out in zip(encoded, dropped, strict=True)
+    ]
     dataset = concatenate_datasets(parts)
-    num_dropped = sum(len(source.rows) for source in sources) - len(dataset)
-    num_truncated = int(read_numbers(dataset, "is_truncated").sum())
-    return EncodedRows(dataset.remove_columns("is_truncated"), num_dropped, num_truncated, list(map(len, parts)))
+    numbers = [first + read_numbers(part, "row") for part, first in zip(parts, first_rows, strict=True)]
+    row_numbers = np.concatenate(numbers)
+    num_dropped = [int(out.sum()) for out in dropped]
+    report = EncodingReport(
+        len(np.unique(row_numbers)),
+        len(dataset),
+        sum(num_dropped),
+        int(read_numbers(dataset, "is_truncated").sum()),
+        _count_notices(dataset, row_numbers),
+    )
+    return EncodedRows(dataset.remove_columns(_ONLY_COUNTED), row_numbers, list(map(len, parts)), num_dropped, report)
+
+
+def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> list[CountedNotice]:
+    """Notices of each kind; the rows that have none, which are most, are not looked at one by one."""
+    notices = dataset.select_columns("notices").with_format("arrow")
+    counts = [
+        pc.list_value_length(table["notices"]).to_numpy() for table in notices.iter(batch_size=_ROWS_READ_AT_ONCE)
+    ]
+    noticed = np.flatnonzero(np.concatenate([np.zeros(0), *counts]))
+    found = dataset.select(noticed).select_columns("notices")
+    return count_notices(
+        (row, [Notice(**notice) for notice in each["notices"]])
+        for row, each in zip(row_numbers[noticed].tolist(), found, strict=True)
+    )
 
 
 def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: bool, num_proc: int | None) -> Dataset:
@@ -94,9 +133,9 @@ def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: boo
         raise error.with_traceback(None) from error.__cause__
 
 
-def rows_in_memory(rows: Sequence[EncodedRow]) -> Dataset:
-    """Rows as `EncodedRows.dataset` holds them, without a cache."""
-    return Dataset.from_dict(to_columns(rows), ENCODED_FEATURES).remove_columns("is_truncated")
+def rows_in_memory(encoded: Sequence[EncodedExample]) -> EncodedRows:
+    """Examples of one source as `encode_rows` returns them, without a cache."""
+    return _collect([Dataset.from_dict(to_columns(encoded), ENCODED_FEATURES)], [0])
 
 
 def read_numbers(dataset: Dataset, column: str) -> NDArray[Any]:
@@ -125,7 +164,7 @@ def content_hash(dataset: Dataset) -> str:
                 table["num_tokens"],
             )
         ]
-        for table in columns.with_format("arrow").iter(batch_size=_ROWS_HASHED_AT_ONCE)
+        for table in columns.with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE)
     )
 
 
@@ -141,12 +180,9 @@ def hash_of_examples(examples: Sequence[Example]) -> str:
                 (len(example.input_ids) for example in block),
             )
         ]
-        for start in range(0, len(examples), _ROWS_HASHED_AT_ONCE)
-        for block in [examples[start : start + _ROWS_HASHED_AT_ONCE]]
+        for start in range(0, len(examples), _ROWS_READ_AT_ONCE)
+        for block in [examples[start : start + _ROWS_READ_AT_ONCE]]
     )
-
-
-_ROWS_HASHED_AT_ONCE = 10_000
 
 
 def _hash(blocks: Iterable[Iterable[NDArray[np.int32]]]) -> str:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer, check_type
 from lightning_sft.data.cache import code_hash
-from lightning_sft.data.chat.chat_encoding import ChatEncoder, WrittenConversation
+from lightning_sft.data.chat.chat_encoding import ChatEncoder, WrittenExample
+from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.rows.row_format import PlainRow, Row, RowFormat
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.tokens.example import Example
@@ -61,33 +62,39 @@ class ExampleText:
     """What an example says, before it is tokenised.
 
     Attributes:
+        row: The number of its row among those that are encoded together, from 0.
         location: Where its row comes from, such as `line 3 of train.jsonl`.
-        prompt: The text before the response; of a conversation, all up to the last turn that is learnt.
+        prompt: The text before the response; of a conversation, what prompts for the last turn that is learnt.
         output: The response; of a conversation, the last turn that is learnt.
         ground_truth: The reference answer; by default the output, or what this turn says.
-        conversation: The whole conversation, if it is one.
+        conversation: The conversation, if it is one.
     """
 
+    row: int
     location: str
     prompt: str
     output: str
     ground_truth: str
-    conversation: WrittenConversation | None = None
+    conversation: WrittenExample | None = None
 
 
 @dataclass(frozen=True)
-class EncodedRow:
-    """A row as text and as token ids.
+class EncodedExample:
+    """An example as text and as token ids.
 
     Attributes:
         text: What it says, whole even where it is truncated.
         example: Its tokens.
         is_truncated: Whether they are cut off at `max_length`.
+        is_dropped: Whether it is left out, since it is longer than `max_length`.
+        notices: What a user is to know of it.
     """
 
     text: ExampleText
     example: Example
-    is_truncated: bool
+    is_truncated: bool = False
+    is_dropped: bool = False
+    notices: Sequence[Notice] = ()
 
 
 ENCODED_FEATURES = Features(
@@ -102,14 +109,17 @@ ENCODED_FEATURES = Features(
         "num_tokens": Value("int32"),
         "num_response_tokens": Value("int32"),
         "location": Value("string"),
+        "row": Value("int32"),
         "is_truncated": Value("bool"),
+        "is_dropped": Value("bool"),
+        "notices": [{"kind": Value("string"), "example": Value("string")}],
     }
 )
 
 
-def to_columns(rows: Sequence[EncodedRow]) -> dict[str, list[Any]]:
+def to_columns(encoded: Sequence[EncodedExample]) -> dict[str, list[Any]]:
     """The columns of `ENCODED_FEATURES`."""
-    texts, examples = [row.text for row in rows], [row.example for row in rows]
+    texts, examples = [each.text for each in encoded], [each.example for each in encoded]
     return {
         "prompt": [text.prompt for text in texts],
         "output": [text.output for text in texts],
@@ -121,7 +131,10 @@ def to_columns(rows: Sequence[EncodedRow]) -> dict[str, list[Any]]:
         "num_tokens": [len(example.input_ids) for example in examples],
         "num_response_tokens": [example.num_response_labels for example in examples],
         "location": [example.location for example in examples],
-        "is_truncated": [row.is_truncated for row in rows],
+        "row": [text.row for text in texts],
+        "is_truncated": [each.is_truncated for each in encoded],
+        "is_dropped": [each.is_dropped for each in encoded],
+        "notices": [[asdict(notice) for notice in each.notices] for each in encoded],
     }
 
 
@@ -153,10 +166,11 @@ class RowEncoder:
         Raises:
             ValueError: As `encode`.
         """
-        return to_columns(self.encode(source.decode(batch, indices), None if keep_name else source.name))
+        columns = to_columns(self.encode(source.decode(batch, indices), None if keep_name else source.name))
+        return {**columns, "row": [indices[row] for row in columns["row"]]}
 
-    def encode(self, rows: Iterable[tuple[str, Row]], only_source: str | None = None) -> list[EncodedRow]:
-        """Tokenise rows. Those that are dropped are left out.
+    def encode(self, rows: Iterable[tuple[str, Row]], only_source: str | None = None) -> list[EncodedExample]:
+        """Tokenise rows. A conversation can become several examples.
 
         Args:
             rows: Each with its location, such as `line 3 of train.jsonl`.
@@ -166,11 +180,11 @@ class RowEncoder:
             ValueError: If a row is malformed, has no response token, or is too long; the message begins with its
                 location.
         """
-        chat_encoder = ChatEncoder(self.tokenizer, self.row_format.train_on_turns)
-        texts = []
-        for location, row in rows:
+        chat_encoder = ChatEncoder(self.tokenizer, self.row_format.train_on_turns, self.encoding.append_eos)
+        texts: list[ExampleText] = []
+        for number, (location, row) in enumerate(rows):
             with located(location):
-                texts.append(self._text(location, row, chat_encoder))
+                texts += self._texts(number, location, row, chat_encoder)
         plain = [text for text in texts if text.conversation is None]
         prompts, outputs = [text.prompt for text in plain], [text.output for text in plain]
         plain_examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.encoding.append_eos))
@@ -178,40 +192,50 @@ class RowEncoder:
         encoded = []
         for text in texts:
             with located(text.location):
-                example = next(plain_examples if text.conversation is None else chat_examples)
-                short_location = text.location.removesuffix(f" of {only_source}")
-                encoded_row = self._within_length(text, replace(example, location=short_location))
-            if encoded_row is not None:
-                encoded.append(encoded_row)
+                if text.conversation is None:
+                    each = EncodedExample(text, next(plain_examples))
+                else:
+                    conversation = next(chat_examples)
+                    each = EncodedExample(text, conversation.example, notices=conversation.notices)
+                short_location = text.location.removesuffix(f" of {only_source}") + _turn_in_words(text)
+                encoded.append(
+                    self._within_length(replace(each, example=replace(each.example, location=short_location)))
+                )
         return encoded
 
-    def _text(self, location: str, row: Row, chat_encoder: ChatEncoder) -> ExampleText:
+    def _texts(self, number: int, location: str, row: Row, chat_encoder: ChatEncoder) -> list[ExampleText]:
         rendered = self.row_format.render(row)
         if isinstance(rendered, PlainRow):
-            return ExampleText(location, rendered.prompt, rendered.output, rendered.ground_truth)
+            return [ExampleText(number, location, rendered.prompt, rendered.output, rendered.ground_truth)]
         written = chat_encoder.write(rendered.conversation)
-        ground_truth = written.answer if rendered.ground_truth is None else rendered.ground_truth
-        return ExampleText(location, written.prompt, written.output, ground_truth, written)
+        answers = [each.answer for each in written]
+        if rendered.ground_truth is not None:
+            answers[-1] = rendered.ground_truth
+        return [
+            ExampleText(number, location, each.prompt, each.output, answer, each)
+            for each, answer in zip(written, answers, strict=True)
+        ]
 
-    def _within_length(self, text: ExampleText, example: Example) -> EncodedRow | None:
-        """The row, cut if it is too long; None if it is dropped."""
-        max_length = self.encoding.max_length
+    def _within_length(self, encoded: EncodedExample) -> EncodedExample:
+        """The example, cut or marked as dropped if it is too long."""
+        max_length, example = self.encoding.max_length, encoded.example
         if not example.num_response_labels:
             raise SettingsError(
-                f"no response token to learn from; `{self.row_format.output_field}` is {shorten(text.output)}. "
+                f"no response token to learn from; `{self.row_format.output_field}` is {shorten(encoded.text.output)}. "
                 "Remove the row, or set `append_eos=True`."
             )
         if max_length is None or len(example.input_ids) <= max_length:
-            return EncodedRow(text, example, is_truncated=False)
+            return encoded
         if self.encoding.too_long == "error":
             raise SettingsError(
                 f"{len(example.input_ids)} tokens ({example.num_prompt_tokens} of the prompt) exceed `max_length` = "
                 f'{max_length}. Raise `max_length`, or set `too_long` to "drop" or "truncate".'
             )
-        example = example.truncated(max_length)
-        if self.encoding.too_long == "drop" or not example.num_response_labels:
-            return None
-        return EncodedRow(text, example, is_truncated=True)
+        truncated = example.truncated(max_length)
+        if self.encoding.too_long == "drop" or not truncated.num_response_labels:
+            text = replace(encoded.text, prompt="", output="", ground_truth="")  # nothing of it is stored
+            return EncodedExample(text, Example([], 0, location=example.location), is_dropped=True)
+        return replace(encoded, example=truncated, is_truncated=True)
 
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code that reads and encodes."""
@@ -227,3 +251,10 @@ class RowEncoder:
         file = getattr(module, "__file__", None)
         code = [code_hash(), Path(file).read_bytes() if file else b""]
         return str(Hasher.hash([code, content, special, template, (self.row_format, self.encoding)]))
+
+
+def _turn_in_words(text: ExampleText) -> str:
+    """Which turn the example is of, if its row becomes several."""
+    if text.conversation is None or text.conversation.is_whole:
+        return ""
+    return f", turn {text.conversation.turns[-1].index + 1}"

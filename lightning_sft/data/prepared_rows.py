@@ -1,6 +1,7 @@
 """Rows of a split that are tokenised before they are used."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +10,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from lightning_sft.data.encoded_rows import content_hash, read_numbers
+from lightning_sft.data.encoding_report import EncodingReport
 from lightning_sft.data.rows.mixture import WeightedSource, weighted_sources
 from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
@@ -27,8 +29,8 @@ class PreparedRows:
         rows: With the columns of `EncodedRows.dataset`.
         rule: How they are put into optimizer steps.
         sources: Where the rows come from, in their order, with weights; empty if an epoch takes every row once.
-        num_dropped: Rows of the data that were too long.
-        num_truncated: Rows of the data that were cut.
+        row_numbers: Which row of the data each example comes from, `(num_examples,)`. By default one from each.
+        report: What became of the data's rows. By default all became examples.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class PreparedRows:
         rule: StepRule,
         *,
         sources: Sequence[WeightedSource] = (),
-        num_dropped: int = 0,
-        num_truncated: int = 0,
+        row_numbers: NDArray[np.integer[Any]] | None = None,
+        report: EncodingReport | None = None,
     ) -> None:
         self.label, self.rows, self._rule, self._sources = label, rows, rule, sources
-        self._num_dropped, self._num_truncated = num_dropped, num_truncated
+        self.row_numbers = np.arange(len(rows)) if row_numbers is None else row_numbers
+        self._report = report or EncodingReport(len(np.unique(self.row_numbers)), len(rows))
 
     def selected(self, indices: NDArray[np.integer[Any]]) -> "PreparedRows":
         """Some of the rows; those of each source stay together, and the sources keep their weights."""
@@ -53,13 +56,14 @@ class PreparedRows:
             indices = indices[np.argsort(of_source, kind="stable")]
             sizes = np.bincount(of_source, minlength=len(bounds)).tolist()
             sources = weighted_sources({source.name: source.weight for source in sources}, sizes, "train_data")
+        row_numbers = self.row_numbers[indices]
         return PreparedRows(
             self.label,
             self.rows.select(indices),
             self._rule,
             sources=sources,
-            num_dropped=self._num_dropped,
-            num_truncated=self._num_truncated,
+            row_numbers=row_numbers,
+            report=replace(self._report, num_rows=len(np.unique(row_numbers)), num_examples=len(indices)),
         )
 
     def plan(self, world_size: int, epoch: Epoch | None = None) -> BatchPlan:
@@ -119,8 +123,7 @@ class PreparedRows:
         return SplitStatistics(
             read_numbers(self.rows, "num_tokens"),
             read_numbers(self.rows, "num_response_tokens"),
-            self._num_dropped,
-            self._num_truncated,
+            self._report,
             self.count_steps(),
             {str(source): source.num_rows for source in self._sources},
         )

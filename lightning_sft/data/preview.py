@@ -64,14 +64,16 @@ class Preview:
     def _table(self) -> list[tuple[str, list[str]]]:
         """What is counted, and a value for each split."""
         splits = list(self.splits.values())
-        lines = [("rows", [f"{len(split.num_tokens):,}" for split in splits])]
+        lines = [("rows", [f"{split.report.num_rows:,}" for split in splits])]
+        if any(split.report.num_examples > split.report.num_rows for split in splits):
+            lines.append(("examples, one for each turn", [f"{len(split.num_tokens):,}" for split in splits]))
         lines += [
             (source, [f"{split.sources[source]:,}" if split.sources else "" for split in splits])
             for source in dict.fromkeys(source for split in splits for source in split.sources)
         ]
         for word, counts in (
-            ("dropped", [split.num_dropped for split in splits]),
-            ("truncated", [split.num_truncated for split in splits]),
+            ("dropped", [split.report.num_dropped for split in splits]),
+            ("truncated", [split.report.num_truncated for split in splits]),
         ):
             if any(counts):
                 lines.append((f"{word}, {self.limit}", [f"{count:,}" for count in counts]))

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import cast
 
+import numpy as np
 from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sft.data.data_settings import DataSettings
 from lightning_sft.data.encoded_rows import EncodedRows, encode_rows, read_numbers
@@ -113,7 +114,7 @@ class RowStore:
         weights = self._settings.weights if split == "train" else {}
         sources, sources_per_name = open_weighted(weights, argument) if weights else (open_sources(data, argument), [])
         encoded = encode_rows(sources, encoder.row_format, encoder.tokenizer, encoder.encoding, self._num_proc)
-        _report_long_rows(argument, sources, encoded, encoder.encoding)
+        _report(argument, sources, encoded, encoder.encoding)
         weighted: list[WeightedSource] = []
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
             bounds = pairwise([0, *accumulate(sources_per_name)])
@@ -124,38 +125,50 @@ class RowStore:
             encoded.dataset,
             self._rule,
             sources=weighted,
-            num_dropped=encoded.num_dropped,
-            num_truncated=encoded.num_truncated,
+            row_numbers=encoded.row_numbers,
+            report=encoded.report,
         )
 
     def _divide_training(self, encoder: RowEncoder) -> None:
-        """Take the validation rows from the training rows, by the seed of the order."""
+        """Take the validation rows from the training rows, by the seed of the order, each with all its examples."""
         whole, fraction = self._prepare("train", "fit", encoder), self._settings.val_fraction
-        if len(whole.rows) < 2:
+        rows, first_examples = np.unique(whole.row_numbers, return_index=True)
+        if len(rows) < 2:
             raise SettingsError(f"`val_fraction` is {fraction}, but `train_data` has one row, which cannot be split.")
-        numbers = Dataset.from_dict({"row": range(len(whole.rows))})
-        parts = numbers.train_test_split(fraction, seed=self._rule.seed)
-        self.val = PreparedRows("val", whole.rows.select(read_numbers(parts["test"], "row")), self._rule)
-        self.train = whole.selected(read_numbers(parts["train"], "row"))
+        parts = Dataset.from_dict({"row": range(len(rows))}).train_test_split(fraction, seed=self._rule.seed)
+        examples_of_row = np.split(np.arange(len(whole.rows)), first_examples[1:])
+        examples = {
+            part: np.concatenate([examples_of_row[row] for row in read_numbers(parts[part], "row")])
+            for part in ("train", "test")
+        }
+        val = examples["test"]
+        self.val = PreparedRows("val", whole.rows.select(val), self._rule, row_numbers=whole.row_numbers[val])
+        self.train = whole.selected(examples["train"])
 
 
 def _missing(split: str, stage: str) -> SettingsError:
     return SettingsError(f"`{split}_data` is needed for {stage}; expected a file, a data set or a list of rows.")
 
 
-def _report_long_rows(argument: str, sources: Sequence[Source], rows: EncodedRows, encoding: Encoding) -> None:
-    """Say what became of rows that are too long, and refuse data of which nothing is left."""
-    num_kept, limit = len(rows.dataset), encoding.limit_in_words
-    num_rows = num_kept + rows.num_dropped
-    if rows.num_dropped:
-        lost = [(len(source.rows) - size, source) for source, size in zip(sources, rows.sizes, strict=True)]
-        each = ", ".join(f"{num} of {len(source.rows)} of {source.name}" for num, source in lost if num)
+def _report(argument: str, sources: Sequence[Source], rows: EncodedRows, encoding: Encoding) -> None:
+    """Say what became of rows, and refuse data of which nothing is left."""
+    num_kept, limit, report = len(rows.dataset), encoding.limit_in_words, rows.report
+    num_examples = num_kept + report.num_dropped
+    word = "rows" if report.num_rows == report.num_examples else "examples"
+    if report.num_dropped:
+        lost = zip(sources, rows.sizes, rows.num_dropped, strict=True)
+        each = ", ".join(f"{num} of {num + size} of {source.name}" for source, size, num in lost if num)
         each = f" ({each})" if 1 < len(sources) <= _NUM_SOURCES_NAMED else ""
-        rank_zero_info(f"{argument}: dropped {rows.num_dropped} of {num_rows} rows{each}, {limit}.")
-    if rows.num_truncated:
+        rank_zero_info(f"{argument}: dropped {report.num_dropped} of {num_examples} {word}{each}, {limit}.")
+    if report.num_truncated:
         rank_zero_info(
-            f"{argument}: truncated {rows.num_truncated} of {num_rows} rows, {limit}; their responses lose the end and "
-            "the EOS."
+            f"{argument}: truncated {report.num_truncated} of {num_examples} {word}, {limit}; their responses lose the "
+            "end and the EOS."
         )
     if not num_kept:
-        raise SettingsError(f"`{argument}`: all {rows.num_dropped} rows are {limit}. Raise `max_length`.")
+        raise SettingsError(f"`{argument}`: all {report.num_dropped} rows are {limit}. Raise `max_length`.")
+    if report.num_examples > report.num_rows:
+        rank_zero_info(f"{argument}: {report.examples_in_words}")
+    for counted in report.notices:
+        say = rank_zero_warn if counted.notice.is_warning else rank_zero_info
+        say(f"{argument}: {counted.in_words(report.num_rows)}")

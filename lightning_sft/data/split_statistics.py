@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_sft.data.encoding_report import EncodingReport
+
 
 @dataclass(frozen=True)
 class SplitStatistics:
     """What a split holds.
 
     Attributes:
-        num_tokens: Of each row, prompt and response, `(num_rows,)`.
-        num_response_tokens: Of each row, the labels that count in the loss, `(num_rows,)`.
-        num_dropped: Rows of its data that were too long.
-        num_truncated: Rows of its data that were cut.
+        num_tokens: Of each example, prompt and response, `(num_examples,)`.
+        num_response_tokens: Of each example, the labels that count in the loss, `(num_examples,)`.
+        report: What became of the rows of its data.
         steps_per_epoch: Optimizer steps; None if the split is not trained on, or nobody knows.
-        sources: How many rows it has of each source; empty if an epoch takes every row once.
+        sources: How many examples it has of each source; empty if an epoch takes every one once.
     """
 
     num_tokens: NDArray[np.integer[Any]]
     num_response_tokens: NDArray[np.integer[Any]]
-    num_dropped: int = 0
-    num_truncated: int = 0
+    report: EncodingReport
     steps_per_epoch: int | None = None
     sources: Mapping[str, int] = field(default_factory=dict)

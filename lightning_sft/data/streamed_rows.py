@@ -118,16 +118,10 @@ class StreamedRows:
 
 def _first_rows(streams: Sequence[RowStream], encoder: RowEncoder, rule: StepRule) -> PreparedRows:
     read = list(islice((row for stream in streams for row in stream.read()), _NUM_FIRST_ROWS))
-    encoded = encoder.encode(read, only_name(streams))
-    if not encoded:
+    encoded = rows_in_memory(encoder.encode(read, only_name(streams)))
+    if not len(encoded.dataset):
         raise SettingsError(
             f"`train_data`: all of the first {len(read)} rows are {encoder.encoding.limit_in_words}. "
             "Raise `max_length`."
         )
-    return PreparedRows(
-        StreamedRows.label,
-        rows_in_memory(encoded),
-        rule,
-        num_dropped=len(read) - len(encoded),
-        num_truncated=sum(row.is_truncated for row in encoded),
-    )
+    return PreparedRows(StreamedRows.label, encoded.dataset, rule, report=encoded.report)

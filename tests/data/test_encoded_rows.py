@@ -353,13 +353,13 @@ def test_numbers_are_those_of_the_rows_wherever_they_were_selected_from():
 
 @pytest.mark.parametrize("num_rows_at_once", [1, 3, 10_000])
 def test_examples_have_the_hash_of_the_data_set_that_holds_them(monkeypatch, num_rows_at_once):
-    monkeypatch.setattr(encoded_rows, "_ROWS_HASHED_AT_ONCE", num_rows_at_once)
+    monkeypatch.setattr(encoded_rows, "_ROWS_READ_AT_ONCE", num_rows_at_once)
     encoder = RowEncoder(RowFormat(), character_tokenizer(), Encoding(max_length=9, too_long="truncate"))
     rows = encoder.encode((f"row {number}", row) for number, row in enumerate(ROWS * 2))
     assert len({len(row.example.input_ids) for row in rows}) == 3
     rows[0] = replace(rows[0], example=replace(rows[0].example, excluded_spans=[4, 5]))
     examples = [row.example for row in rows]
-    assert hash_of_examples(examples) == content_hash(rows_in_memory(rows))
+    assert hash_of_examples(examples) == content_hash(rows_in_memory(rows).dataset)
     assert hash_of_examples(examples) != hash_of_examples(examples[::-1])
     assert hash_of_examples(examples) != hash_of_examples([replace(examples[0], excluded_spans=[3, 5]), *examples[1:]])
 

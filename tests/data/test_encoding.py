@@ -101,7 +101,7 @@ def test_a_row_as_long_as_max_length_is_kept_whole():
         rows = encode(LENGTHS, max_length=8, too_long=too_long)
         assert rows.dataset[:] == encode(LENGTHS).dataset[:]
         assert rows.dataset["num_tokens"][:] == [4, 5, 7, 6, 8]
-        assert (rows.num_dropped, rows.num_truncated) == (0, 0)
+        assert (rows.report.num_dropped, rows.report.num_truncated) == (0, 0)
 
 
 def test_a_longer_row_is_an_error_that_names_file_row_lengths_and_way_out(tmp_path):
@@ -117,14 +117,14 @@ def test_longer_rows_are_dropped_and_counted():
     rows = encode(LENGTHS, max_length=5, too_long="drop")
     assert rows.dataset["input_ids"][:] == [[97, 98, 99, 128], [97, 98, 99, 100, 128]]
     assert rows.dataset["prompt"][:] == ["ab", "ab"]
-    assert (rows.num_dropped, rows.num_truncated) == (3, 0)
+    assert (rows.report.num_dropped, rows.report.num_truncated) == (3, 0)
 
 
-def test_dropped_rows_are_not_stored_even_where_they_come_in_thousands():
-    lengths = [9 if index < 1300 or index % 2 else 1 for index in range(2500)]
+def test_of_dropped_rows_neither_text_nor_tokens_are_stored():
+    lengths = [9000 if index < 1300 or index % 2 else 1 for index in range(2500)]
     rows = encode([{"prompt": "a" * length, "output": "b"} for length in lengths], max_length=5, too_long="drop")
-    assert (len(rows.dataset), rows.num_dropped, rows.num_truncated) == (600, 1900, 0)
-    assert len(rows.dataset.data) == 600
+    assert (len(rows.dataset), rows.report.num_dropped, rows.report.num_truncated) == (600, 1900, 0)
+    assert rows.dataset.data.nbytes < 2500 * 200
 
 
 def test_longer_rows_are_cut_without_eos_and_those_without_room_for_a_response_are_dropped():
@@ -134,14 +134,14 @@ def test_longer_rows_are_cut_without_eos_and_those_without_room_for_a_response_a
     assert rows.dataset["num_tokens"][:] == [4, 4, 4]
     assert rows.dataset["num_response_tokens"][:] == [2, 2, 1]
     assert rows.dataset["output"][:] == ["c", "cd", "def"]
-    assert (rows.num_dropped, rows.num_truncated) == (2, 2)
+    assert (rows.report.num_dropped, rows.report.num_truncated) == (2, 2)
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
 def test_no_row_may_be_left(too_long):
     rows = encode(LENGTHS[3:], max_length=3, too_long=too_long)
     assert encoded(rows) == {column: [] for column in ENCODED}
-    assert (rows.num_dropped, rows.num_truncated) == (2, 0)
+    assert (rows.report.num_dropped, rows.report.num_truncated) == (2, 0)
 
 
 def test_without_eos_there_is_one_token_less():

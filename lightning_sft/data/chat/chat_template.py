@@ -1,13 +1,19 @@
 """The chat template of a tokenizer: where it comes from, and what it writes."""
 
 import copy
+import json
 import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_sft.checks import check_type
-from lightning_sft.data.chat.conversation import Conversation
+from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.tokens.texts import read_template_file
 from lightning_sft.errors import SettingsError, one_line
 
@@ -62,13 +68,76 @@ class ChatTemplate:
                 "the row has messages, but the tokenizer has no chat template. Pass `chat_template`, a text or a file, "
                 "or name the columns of a prompt and an output."
             )
-        messages = conversation.messages[:num_messages]
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": conversation.tools}
+        messages = self._messages(conversation.messages[:num_messages])
         try:
-            return str(self._tokenizer.apply_chat_template(messages, **{**conversation.variables, **options}))
+            return self._apply(messages, conversation, add_generation_prompt)
         except Exception as error:  # whatever a template raises
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise SettingsError(f"the chat template refuses the first {len(messages)} messages: {reason}") from error
+
+    def _apply(self, messages: list[Message], conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": conversation.tools}
+        return str(self._tokenizer.apply_chat_template(messages, **{**conversation.variables, **options}))
+
+    def _messages(self, messages: list[Message]) -> list[Message]:
+        """The messages as the template takes them."""
+        return list(map(_with_parts, messages)) if self._takes_parts else messages
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template writes contents that are lists of parts, as those of models that see, and no texts."""
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
+        for takes_parts in (False, True):
+            try:
+                text = self._apply(list(map(_with_parts, messages)) if takes_parts else messages, Conversation([]))
+            except Exception:  # noqa: BLE001 (whatever a template raises)
+                continue
+            if "response" in text:
+                return takes_parts
+        return False
+
+    def marked_spans(self, conversation: Conversation, num_messages: int | None = None) -> list[tuple[int, int]] | None:
+        """Start and end of each text that the template marks by `{% generation %}`, in what `write` returns.
+
+        Args:
+            conversation: The messages, and what else the template is given.
+            num_messages: Write the first messages alone, so many. None: all.
+
+        Returns:
+            The spans in their order; None if the template has no such marks.
+        """
+        template = self._tokenizer.get_chat_template(tools=conversation.tools)
+        if not _MARK.search(template):
+            return None
+        rendered = render_jinja_template(
+            [self._messages(conversation.messages[:num_messages])],
+            tools=conversation.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **conversation.variables},
+        )
+        spans: list[tuple[int, int]] = cast(Any, rendered)[1][0]  # annotated as a text, which it is not
+        return spans
+
+    def fitted(self, conversation: Conversation) -> Conversation:
+        """The conversation with the arguments of tool calls as its template takes them: objects, or else JSON text.
+
+        Some templates join the arguments to other text, which fails for an object, or writes it as Python does.
+        """
+        calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+        objects = [arguments for call in calls if isinstance(arguments := _function(call).get("arguments"), Mapping)]
+        if not objects:
+            return conversation
+        as_text = replace(conversation, messages=[_with_arguments_as_text(each) for each in conversation.messages])
+        try:
+            text = self.write(conversation)
+        except SettingsError:
+            with suppress(SettingsError):
+                self.write(as_text)
+                return as_text
+            return conversation
+        is_python = any(str(arguments) in text and json.dumps(arguments) != str(arguments) for arguments in objects)
+        return as_text if is_python else conversation
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
@@ -76,3 +145,31 @@ class ChatTemplate:
         tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= set(self._tokenizer.all_special_tokens)
         return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for it
+
+
+def _with_parts(message: Message) -> Message:
+    """The message with its text as a list of one part."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a tool call names: its function, or itself in the short spelling."""
+    function = call.get("function", call)
+    return function if isinstance(function, Mapping) else {}
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_call_with_text(call) for call in message["tool_calls"]]}
+
+
+def _call_with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = _function(call)
+    if not isinstance(function.get("arguments"), Mapping):
+        return call
+    function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return {**call, "function": function} if "function" in call else function

@@ -1,110 +1,179 @@
-"""Where the assistant's turns begin and end in the text of a conversation.
+"""The assistant's turns as a chat template writes them: what stands before a turn, what it says, and how it ends.
 
-Nothing about a chat template is assumed. A turn begins where the template's own generation prompt for it ends, which
-must stand in the whole conversation as it is; it ends with the last special token before the template goes on. Where
-one of these fails there is an error, never a turn that is nearly right. Marks that a template may have of its own
-(`{% generation %}`) are not needed, and not asked.
+Nothing about a chat template is assumed. What stands before a turn is the template's own generation prompt for it. The
+turn itself is what the template writes after that when the conversation ends with the turn, up to the token that ends
+it. Where one of these cannot be told there is an error, never a turn that is nearly right.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
-from lightning_sft.data.chat.conversation import Conversation
+from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.tokens.texts import around
 from lightning_sft.errors import SettingsError
 
 
 @dataclass(frozen=True)
 class Turn:
-    """An assistant's turn in the text of a conversation.
+    """An assistant's turn, at the end of the conversation up to it.
 
     Attributes:
-        number: Which of the conversation's messages it is, from 1.
-        start: Its first character.
-        end: The character after the token that ends it.
-        content_end: The character after what it says, where the token that ends it begins.
+        index: Which of the conversation's messages it is, from 0.
+        prompt: What the template writes to prompt a model for the turn.
+        text: The conversation from its beginning to the end of the turn.
+        start: Where the turn begins in the text. What stands before it is the prompt; or where the template never
+            writes some end of the prompt (an opened `<think>`) before such a turn, the prompt without that.
+        content_end: Where the token that ends the turn begins; the end of the text if there is none.
+        moved: How much later the turn stands in the text than where the template writes it; the difference is what it
+            writes before.
+        words_end: Where in the prompt the words of the message before the turn end; 0 if they are written otherwise.
     """
 
-    number: int
+    index: int
+    prompt: str
+    text: str
     start: int
-    end: int
     content_end: int
+    moved: int
+    words_end: int
+
+    @property
+    def end(self) -> int:
+        """Where the turn ends in the text."""
+        return len(self.text)
+
+    @property
+    def context(self) -> str:
+        """What stands before the turn."""
+        return self.text[: self.start]
+
+    @property
+    def response(self) -> str:
+        """The turn itself, with the token that ends it."""
+        return self.text[self.start :]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether a special token ends the turn."""
+        return self.content_end < self.end
 
 
-def find_turn(template: ChatTemplate, conversation: Conversation, index: int, text: str) -> Turn:
-    """Find an assistant's turn.
+def write_turn(template: ChatTemplate, conversation: Conversation, index: int) -> Turn:
+    """Write a conversation up to one of the assistant's turns.
 
     Args:
-        template: What wrote the text.
+        template: Writes the text.
         conversation: All messages.
         index: Which of them is the turn.
-        text: All of the conversation, as the template writes it.
 
     Raises:
-        ValueError: If the turn's start or end cannot be told for certain; the message names the turn.
+        SettingsError: If the template refuses the messages, or where the turn begins cannot be told; the message names
+            the turn.
     """
-    start = _find_start(template, conversation, index, text)
-    content_end, end = _find_end(template, conversation, index, text, start)
-    return Turn(index + 1, start, end, content_end)
+    check_has_context(index)
+    prompt = template.write(conversation, index, add_generation_prompt=True)
+    whole = template.write(conversation, index + 1)
+    context, start = prompt, len(prompt)
+    words = conversation.messages[index - 1]["content"].strip()
+    words_end = prompt.rfind(words) + len(words) if words in prompt else 0
+    if not whole.startswith(prompt):
+        start = common_length(prompt, whole)
+        prompt_start = max(words_end, common_length(template.write(conversation, index), prompt))
+        if start < prompt_start:
+            start, shared = _find_start(template, conversation, index, prompt[prompt_start:], whole)
+            context = prompt[: prompt_start + shared]
+        else:
+            context = prompt[:start]
+    content_end, end = _find_end(template, conversation, index, whole, start)
+    moved = len(context) - start
+    return Turn(index, prompt, context + whole[start:end], len(context), content_end + moved, moved, words_end)
 
 
 def check_has_context(index: int) -> None:
     """Refuse a turn that no message stands before.
 
     Raises:
-        ValueError: If it is the first.
+        SettingsError: If it is the first.
     """
     if index == 0:
         raise SettingsError("turn 1 (assistant) has nothing before it that a model could answer. Remove it.")
 
 
-def _find_start(template: ChatTemplate, conversation: Conversation, index: int, text: str) -> int:
-    """Where the template's generation prompt for the turn ends, which must be how the whole text begins."""
-    check_has_context(index)
-    prompt = template.write(conversation, index, add_generation_prompt=True)
-    if not text.startswith(prompt):
-        position = _common_length(prompt, text)
-        raise SettingsError(
-            f"turn {index + 1} (assistant): to prompt for it the chat template writes {around(prompt, position)!r}, "
-            f"but in the whole conversation {around(text, position)!r}: what it writes depends on later turns. "
-            f"{_way_out(conversation, index)}"
-        )
-    return len(prompt)
+def _find_start(
+    template: ChatTemplate, conversation: Conversation, index: int, generation_prompt: str, whole: str
+) -> tuple[int, int]:
+    """Where a turn begins, if the template writes earlier turns otherwise once this one is there.
+
+    That is after the generation prompt, or as much of it as is written, which stands last before the turn's own words.
+    What follows must be the same whatever the message before the turn says, so that nothing of it is learnt.
+
+    Returns:
+        Where the turn begins in the whole text; and how many characters of the generation prompt stand before it.
+    """
+    before, turn = conversation.messages[:index], conversation.messages[index]
+    words_start = common_length(whole, template.write(replace(conversation, messages=[*before, _reworded(turn)])))
+    reworded = template.write(replace(conversation, messages=[*before[:-1], _reworded(before[-1]), turn]))
+    marker = template.special_tokens.match(generation_prompt)
+    for shared in range(len(generation_prompt), marker.end() - 1 if marker else len(generation_prompt) - 1, -1):
+        found = whole.rfind(generation_prompt[:shared], 0, words_start) if shared else -1
+        if found >= 0 and reworded.endswith(whole[found:]):
+            return found + shared, shared
+    raise SettingsError(
+        f"turn {index + 1} (assistant): the chat template prompts for it with {generation_prompt!r}, but this does not "
+        f"stand before the turn: {around(whole, words_start)!r}. Give another `chat_template`."
+    )
 
 
-def _find_end(template: ChatTemplate, conversation: Conversation, index: int, text: str, start: int) -> tuple[int, int]:
-    """Start and end of the token that ends the turn: the last special token before the template goes on."""
-    closed, continued = text, text  # up to the turn, as a whole conversation and as one that goes on
-    if index + 1 < len(conversation.messages):
-        closed = template.write(conversation, index + 1)
-    special = list(template.special_tokens.finditer(closed, start))
-    if closed is text and len(special) > 1 and not text[special[-2].end() : special[-1].start()].strip():
-        # Some templates close whole conversations with one more token. A model never gets to write that one.
-        continued = template.write(conversation, index + 1, add_generation_prompt=True)
-    limit = len(closed) if continued.startswith(closed) else _common_length(closed, continued)
-    limit = next((token.start() for token in special if token.start() < limit < token.end()), limit)
-    closing = max((token.span() for token in special if token.end() <= limit), default=None)
-    is_open = closing is None or bool(closed[closing[1] : limit].strip())
-    if template.special_tokens.sub("", closed[limit:]).strip() or (is_open and limit < len(closed)):
-        raise SettingsError(
-            f"turn {index + 1} (assistant): the chat template writes {around(closed, limit)!r}, but when others "
-            f"follow {around(continued, limit)!r}. {_way_out(conversation, index)}"
-        )
-    if closing is None or is_open:
-        raise SettingsError(
-            f"turn {index + 1} (assistant): it ends in {closed[max(limit - 20, start) : limit]!r}, in no special "
-            "token, so that a model could not learn where to stop. Let it end in one of the tokenizer's "
-            "(`tokenizer.add_special_tokens`), or give another `chat_template`."
-        )
-    return closing
+def _find_end(
+    template: ChatTemplate, conversation: Conversation, index: int, whole: str, start: int
+) -> tuple[int, int]:
+    """Start and end of the token that ends the turn; both the end of the turn's words if no special token does."""
+    tokens = [match.span() for match in template.special_tokens.finditer(whole, start)]
+    turn = conversation.messages[index]
+    if not tokens or whole[tokens[-1][1] :].strip():
+        has_space = turn["content"][-1:].isspace()
+        end = len(whole) if has_space else max(len(whole.rstrip()), start)
+        return end, end
+    if len(tokens) == 1 or whole[tokens[-2][1] : tokens[-1][0]].strip():
+        return tokens[-1]
+    # Several tokens end the text. Some templates close whole conversations with one more token, which a model that is
+    # asked for a turn never gets to write.
+    if not turn["content"] and not turn.get("tool_calls"):  # the first of them may also begin the turn
+        messages = [*conversation.messages[:index], {**turn, "content": "a"}]
+        with_words = template.write(replace(conversation, messages=messages))
+        closing = _find_end(template, replace(conversation, messages=messages), index, with_words, start)
+        return closing[0] + len(whole) - len(with_words), closing[1] + len(whole) - len(with_words)
+    limit = common_length(whole, template.write(conversation, index + 1, add_generation_prompt=True))
+    return next((token for token in reversed(tokens) if token[1] <= limit), tokens[-1])
 
 
-def _way_out(conversation: Conversation, index: int) -> str:
-    is_last = all(message["role"] != "assistant" for message in conversation.messages[index + 1 :])
-    return "Give another `chat_template`" + ("." if is_last else ', or set `train_on_turns` to "last".')
+def _reworded(message: Message) -> Message:
+    """The message with other words in it."""
+    return {key: value if key == "role" else _other_words(value) for key, value in message.items()}
 
 
-def _common_length(first: str, second: str) -> int:
+def _other_words(value: Any) -> Any:
+    if isinstance(value, str):
+        return ("b" if value.lstrip().startswith("a") else "a") + value
+    if isinstance(value, dict):
+        return {key: _other_words(item) for key, item in value.items()}
+    return [_other_words(item) for item in value] if isinstance(value, list) else value
+
+
+def common_length(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    differ = (at for at, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
-    return next(differ, min(len(first), len(second)))
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # by halves: comparing long slices is much faster than comparing characters one by one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low
+
+
+def short_conversation(conversation: Conversation, index: int) -> Conversation:
+    """The system's words, and all from the last question before a turn on."""
+    messages = conversation.messages
+    roles = [message["role"] for message in messages[: index + 1]]
+    first = next((number for number, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    question = next((number for number in range(index, first, -1) if roles[number] == "user"), first)
+    return replace(conversation, messages=[*messages[:first], *messages[question:]])

@@ -21,6 +21,7 @@ class StreamPosition:
         source: Which of the sources the block begins in, from 0.
         source_position: Where in that source; None at its beginning.
         num_taken: Rows of the block that have been taken, in its shuffled order.
+        num_examples_taken: Examples of the next row that have been taken; others of it are still to come.
     """
 
     num_passes: int = 0
@@ -28,6 +29,7 @@ class StreamPosition:
     source: int = 0
     source_position: SourcePosition | None = None
     num_taken: int = 0
+    num_examples_taken: int = 0
 
     def next_pass(self) -> "StreamPosition":
         """The beginning of the data once more."""
@@ -79,7 +81,7 @@ def ordered_rows(
             np.random.default_rng([seed, start.num_passes, start.num_blocks, 1]).shuffle(order)
         for taken in range(start.num_taken, len(block)):
             location, row = block[order[taken]]
-            yield StreamedRow(location, row, replace(start, num_taken=taken + 1))
+            yield StreamedRow(location, row, replace(start, num_taken=taken + 1, num_examples_taken=0))
 
 
 def _read_blocks(

@@ -4,6 +4,7 @@ Every process reads the same rows in the same order and tokenises all rows of a 
 own; so a step is the same on any number of processes, and its totals are exact.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -75,6 +76,14 @@ class StreamedStep:
         return StreamedStep(self.step.pin_memory(), self.bookmark)
 
 
+@dataclass(frozen=True)
+class PlacedExample:
+    """An example, and where the next one is taken."""
+
+    example: Example
+    after: StreamPosition
+
+
 class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
     """The optimizer steps of streamed rows, for one device, from `begin_after` on.
 
@@ -112,9 +121,9 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
         num_steps, begin = 0, StreamPosition()
         if self._last is not None:  # that step is made once more: it tells whether these are still the same rows
             num_steps, begin = self._last.num_steps - 1, self._last.begin
-        rows = self._rows(begin)
+        rows, waiting = self._rows(begin), deque[PlacedExample]()
         while True:
-            examples, after = self._take(rows, begin)
+            examples, after = self._take(rows, begin, waiting)
             num_steps += 1
             bookmark = Bookmark(num_steps, begin, hash_of_examples(examples))
             if self._last is None or num_steps > self._last.num_steps:
@@ -127,7 +136,7 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
             begin = after
             if self._order.steps_per_pass is not None and num_steps % self._order.steps_per_pass == 0:
                 begin = begin.next_pass()
-                rows = self._rows(begin)
+                rows, waiting = self._rows(begin), deque[PlacedExample]()
 
     def _rows(self, begin: StreamPosition) -> Iterator[StreamedRow]:
         return ordered_rows(self._streams, self._order.rows_per_block, self._order.seed, begin)
@@ -152,23 +161,42 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
         ]
         return OptimizerStep(microbatches, plan.totals)
 
-    def _take(self, rows: Iterator[StreamedRow], begin: StreamPosition) -> tuple[list[Example], StreamPosition]:
-        """The rows of a step, tokenised, and the position after the last. For each dropped row the next is taken."""
-        examples: list[Example] = []
-        position, last_kept = begin, begin.num_passes
-        while missing := self._rule.batch_size - len(examples):
-            taken = list(islice(rows, missing))
-            position = taken[-1].after
-            kept = self._encoder.encode([(each.location, each.row) for each in taken], only_name(self._streams))
-            examples += [row.example for row in kept]
-            if kept:
-                last_kept = position.num_passes
-            elif position.num_passes > last_kept + 1:
-                raise SettingsError(
-                    f"`train_data`: all rows are longer than `max_length` = {self._encoder.encoding.max_length} "
-                    "tokens. Raise `max_length`."
-                )
-        return examples, position
+    def _take(
+        self, rows: Iterator[StreamedRow], begin: StreamPosition, waiting: deque[PlacedExample]
+    ) -> tuple[list[Example], StreamPosition]:
+        """The examples of a step, and the position after the last.
+
+        For each row that is dropped the next is taken. Of a row that becomes several examples, some can wait for the
+        next step.
+        """
+        taken: list[PlacedExample] = []
+        after = begin
+        while missing := self._rule.batch_size - len(taken):
+            if not waiting:
+                block = list(islice(rows, missing))
+                waiting.extend(self._encode(block, after))
+                if not waiting and block[-1].after.num_passes > after.num_passes + 1:
+                    raise SettingsError(
+                        f"`train_data`: all rows are longer than `max_length` = {self._encoder.encoding.max_length} "
+                        "tokens. Raise `max_length`."
+                    )
+            taken += [waiting.popleft() for _ in range(min(missing, len(waiting)))]
+            after = taken[-1].after if taken else begin
+        return [each.example for each in taken], after
+
+    def _encode(self, rows: Sequence[StreamedRow], begin: StreamPosition) -> list[PlacedExample]:
+        """The examples of rows, but for those that were taken before; `begin` says how many."""
+        encoded = self._encoder.encode([(each.location, each.row) for each in rows], only_name(self._streams))
+        placed: list[PlacedExample] = []
+        before = replace(begin, num_examples_taken=0)
+        for number, row in enumerate(rows):
+            examples = [each.example for each in encoded if each.text.row == number and not each.is_dropped]
+            for num_taken, example in enumerate(examples, 1):
+                is_last = num_taken == len(examples)
+                after = row.after if is_last else replace(before, num_examples_taken=num_taken)
+                placed.append(PlacedExample(example, after))
+            before = placed[-1].after if placed else before
+        return placed[begin.num_examples_taken :]
 
 
 class StreamLoader(StepLoader):

@@ -96,13 +96,13 @@ def encode_examples(
             f"`prompt_strs` and `output_strs` must pair up, but there are {len(prompt_strs)} prompts "
             f"and {len(output_strs)} outputs."
         )
+    if not output_strs:
+        return []
     if append_eos and tokenizer.eos_token_id is None:
         raise SettingsError(
             "`append_eos` is True, but the tokenizer has no EOS token. Set `tokenizer.eos_token`, or pass "
             "`append_eos=False` (the model then never learns to stop)."
         )
-    if not output_strs:
-        return []
     prompts = encode_prompts(prompt_strs, tokenizer)
     outputs = _encode(output_strs, tokenizer, "output")
     eos = [tokenizer.eos_token_id] if append_eos else []

@@ -1,7 +1,5 @@
 """From conversations to token ids, batches, prompts and generation."""
 
-import re
-
 import datasets
 import lightning as L
 import pytest
@@ -44,20 +42,12 @@ def test_the_ids_are_those_of_the_template(name):
     assert row["num_response_tokens"] == len(tokenizer("".join(texts), add_special_tokens=False)["input_ids"])
 
 
-def test_a_turn_that_begins_or_ends_within_a_token_is_refused():
-    header, end = "{% if add_generation_prompt %}assistant:{% endif %}", "<|im_end|>{% endfor %}"
-    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + header)
-    tokenizer.add_tokens([":6"])
-    words = "turn 4 (assistant) begins within a token, between '<|im_end|>assistant:' and '6!<|im_end|>'."
-    with pytest.raises(ValueError, match="row 1 of `train_data`: " + re.escape(words)):
-        encode([{"messages": LONG}], tokenizer)
-
-
 def test_the_real_qwen2_tokenizer(shared_data):
     tokenizer = with_chat_template(AutoTokenizer.from_pretrained(shared_data / "qwen2_tokenizer"), QWEN)
     messages = [user("Wie spät ist es?"), assistant("  Fünf — 五点.\n"), *WITH_TOOLS]
     encoder, conversation = ChatEncoder(tokenizer), read_conversation({"m": messages, "tools": [TOOL]}, ["m"])
-    (row,) = encoder.encode([encoder.write(conversation)])
+    (encoded,) = encoder.encode(encoder.write(conversation))
+    row = encoded.example
     assert row.input_ids == tokenizer.apply_chat_template(messages, tools=[TOOL])["input_ids"]
     assert responses(vars(row), tokenizer) == ["  Fünf — 五点.\n<|im_end|>", CALLED, "It is 3.<|im_end|>"]
     assert tokenizer.decode(end_of_turn_id(tokenizer)) == "<|im_end|>"
@@ -150,7 +140,7 @@ def test_rows_are_tokenised_again_when_the_template_changes_and_only_then(monkey
     assert renders("{{ ' ' }}" + CHATML)
     assert renders(train_on_turns="last")
     assert renders(chat_template_kwargs={"a": 1})
-    assert renders(tools=[TOOL])
+    assert renders(QWEN, tools=[TOOL])
     assert not renders()
 
 

@@ -18,6 +18,11 @@ from support.chat import (
     user,
 )
 
+from lightning_sft import SFTDataModule
+from lightning_sft.data.chat.chat_encoding import ChatEncoder
+from lightning_sft.data.chat.chat_template import ChatTemplate
+from lightning_sft.data.chat.conversation import Conversation
+
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_response_is_each_turn_of_the_assistant_up_to_the_token_that_ends_it(name):
@@ -68,55 +73,172 @@ def test_whole_conversations_named_as_prompts_are_told_which_column_is_theirs():
         encode([{"dialog": LONG}], chat_tokenizer(CHATML), prompt_field="dialog")
 
 
-def refusal(messages, template):
+def examples(messages, template, **options):
+    """What stands before and what is learnt of each example that a conversation becomes."""
+    tokenizer = chat_tokenizer(template)
+    rows = encode([{"messages": messages}], tokenizer, **options)
+    return [
+        (tokenizer.decode(row["input_ids"][: row["num_prompt_tokens"]]), *responses(row, tokenizer)) for row in rows
+    ]
+
+
+def prompt(messages, template):
+    return chat_tokenizer(template).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def refusal(messages, template, **row):
     with pytest.raises(ValueError, match="row 1 of") as caught:
-        encode([{"messages": messages}], chat_tokenizer(template))
+        encode([{"messages": messages, **row}], chat_tokenizer(template))
     return str(caught.value)
 
 
-def test_a_template_that_drops_earlier_reasoning_is_refused_unless_only_the_last_turn_is_learnt():
-    thinking = [
-        user("2+2?"),
-        assistant("4.", reasoning_content="easy"),
-        user("3+3?"),
-        assistant("6!", reasoning_content="harder"),
+THOUGHT = [
+    user("2+2?"),
+    assistant("4.", reasoning_content="easy"),
+    user("3+3?"),
+    assistant("6!", reasoning_content="harder"),
+]
+
+
+def test_where_earlier_reasoning_is_dropped_each_turn_is_an_example_of_its_own():
+    first = (prompt(THOUGHT[:1], THINKING), "<think>easy</think>4.<|im_end|>")
+    last = (prompt(THOUGHT[:3], THINKING), "<think>harder</think>6!<|im_end|>")
+    assert examples(THOUGHT, THINKING) == [first, last]
+    assert "easy" not in last[0]
+    assert examples(THOUGHT[:2], THINKING) == [first]
+    assert examples(THOUGHT, THINKING, train_on_turns="last") == [last]
+
+
+def test_examples_of_one_row_say_which_turn_they_are_and_a_ground_truth_is_that_of_the_last():
+    rows = encode([{"messages": THOUGHT, "ground_truth": "six"}], chat_tokenizer(THINKING))
+    assert rows["location"][:] == ["row 1, turn 2", "row 1, turn 4"]
+    assert rows["output"][:] == ["<think>easy</think>4.", "<think>harder</think>6!"]
+    assert rows["ground_truth"][:] == ["4.", "six"]
+
+
+def test_a_prompt_that_changes_with_the_number_of_turns_stands_before_each_turn_as_it_is_then():
+    template = "{{ messages | length }}" + CHATML
+    expected = [(prompt(LONG[:number], template), f"{LONG[number]['content']}<|im_end|>") for number in (1, 3)]
+    assert examples(LONG, template) == expected
+    assert [context[0] for context, _ in expected] == ["1", "3"]
+
+
+def test_the_end_of_a_conversation_is_learnt_for_each_turn_if_it_differs_from_that_of_a_turn_within():
+    template = CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}")
+    assert examples(LONG, template) == [
+        (prompt(LONG[:1], template), "4.<|end|>"),
+        (prompt(LONG[:3], template), "6!<|end|>"),
     ]
-    assert learnt(thinking[:2], THINKING) == ["<think>easy</think>4.<|im_end|>"]
-    assert refusal(thinking, THINKING) == (
-        "row 1 of `train_data`: turn 2 (assistant): the chat template writes "
-        "'im_start|>assistant\\n<think>easy</think>4', but when others follow "
-        "'im_start|>assistant\\n4.<|im_end|>\\n<|im_st'. "
-        'Give another `chat_template`, or set `train_on_turns` to "last".'
+
+
+OPEN = {  # a turn ends in no special token
+    "a line break": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    "after a special token": "{% for m in messages %}{{ m.role }}:<|user|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:<|user|>{% endif %}",
+    "the marker of the next turn": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_a_turn_that_ends_in_no_special_token_is_an_example_of_its_own_that_ends_in_eos(name):
+    template = OPEN[name]
+    expected = [(prompt(LONG[:1], template), "4.<eos>"), (prompt(LONG[:3], template), "6!<eos>")]
+    assert examples(LONG, template) == expected
+    without = [(context, turn.removesuffix("<eos>")) for context, turn in expected]
+    assert examples(LONG, template, append_eos=False) == without
+
+
+def test_a_turn_without_an_end_is_refused_if_the_tokenizer_has_no_eos():
+    tokenizer = chat_tokenizer(OPEN["a line break"])
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"row 1 of .* no special token, and the tokenizer has no EOS"):
+        encode([{"messages": LONG}], tokenizer)
+
+
+OPENED = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+
+def test_where_the_prompt_holds_more_than_is_written_the_response_begins_where_they_part():
+    rows = [{"messages": LONG}, {"prompt": "a", "output": "b"}, {"messages": LONG[:2]}]
+    data = SFTDataModule(chat_tokenizer(OPENED), rows, batch_size=1)
+    with pytest.warns(UserWarning, match="train_data: in 2 of 3 rows the chat template prompts .*") as caught:
+        data.setup("fit")
+    (words,) = [str(warning.message) for warning in caught]
+    assert r"It prompts with 'im_start|>assistant\n<think>\n', but before this turn 'im_start|>assistant\n4." in words
+    assert "`reasoning_content`" in words
+    assert "`chat_template_kwargs`" in words
+    first, _, last = data.training_rows.rows.to_list()
+    tokenizer = chat_tokenizer(OPENED)
+    assert responses(first, tokenizer) == ["4.<|im_end|>", "6!<|im_end|>"]
+    assert tokenizer.decode(first["input_ids"][: first["num_prompt_tokens"]]).endswith("<|im_start|>assistant\n")
+    assert first["prompt"] == prompt(LONG[:3], OPENED)
+    assert responses(last, tokenizer) == ["4.<|im_end|>"]
+
+
+def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it():
+    header = "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}" + header)
+    tokenizer.add_tokens([":6"])
+    (row,) = encode([{"messages": LONG}], tokenizer)
+    assert row["input_ids"] == tokenizer.apply_chat_template(LONG)["input_ids"]
+    assert responses(row, tokenizer) == ["4.<|im_end|>", ":6!<|im_end|>"]
+
+
+def test_rows_of_many_turns_are_written_as_those_of_few():
+    messages = [message for _ in range(40) for message in THOUGHT]
+    expected = []
+    for index in range(1, len(messages), 2):
+        turn = messages[index]
+        response = f"<think>{turn['reasoning_content']}</think>{turn['content']}<|im_end|>"
+        expected.append((prompt(messages[:index], THINKING), response))
+    assert examples(messages, THINKING) == expected
+    tokenizer = chat_tokenizer(CHATML)
+    messages = [{"role": message["role"], "content": message["content"]} for message in [*messages, user("?")]]
+    (row,) = encode([{"messages": messages}], tokenizer)
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert responses(row, tokenizer) == [f"{turn['content']}<|im_end|>" for turn in messages[1::2]]
+
+
+def test_a_template_that_changes_its_mind_in_the_middle_of_a_long_conversation_is_found_out():
+    odd = CHATML.replace(
+        "{{ m.content }}", "{{ 'late ' if loop.index0 == 1 and messages | length > 60 }}{{ m.content }}"
     )
-    assert learnt(thinking, THINKING, train_on_turns="last") == ["<think>harder</think>6!<|im_end|>"]
+    messages = [user("2+2?"), assistant("4.")] * 40
+    contexts = [prompt(messages[:index], odd) for index in range(1, len(messages), 2)]
+    assert [context for context, _ in examples(messages, odd)] == contexts
+    assert "late" not in contexts[20]
+    assert "late" in contexts[-1]
+
+
+def test_the_number_of_renderings_grows_with_the_number_of_turns(monkeypatch):
+    written, write = [], ChatTemplate.write
+    monkeypatch.setattr(
+        ChatTemplate,
+        "write",
+        lambda self, conversation, number=None, **options: (
+            written.append(len(conversation.messages[:number])) or write(self, conversation, number, **options)
+        ),
+    )
+    plain, thought = [user("2+2?"), assistant("4.")], THOUGHT[:2]
+    for template, exchange in ((CHATML, plain), (THINKING, thought)):
+        totals = []
+        for num_turns in (50, 100, 200):
+            written.clear()
+            ChatEncoder(chat_tokenizer(template)).write(Conversation(exchange * num_turns))
+            totals.append(sum(written))
+        assert totals[2] < 2.2 * totals[1] < 5 * totals[0]
+
+
+def test_a_conversation_that_the_assistant_begins_is_learnt_from_the_second_answer_on():
+    greeting = [assistant("Hello."), *LONG]
+    assert learnt(greeting, CHATML) == learnt([SYSTEM, *greeting], CHATML) == ["4.<|im_end|>", "6!<|im_end|>"]
+    assert learnt([SYSTEM, assistant("Hello.")], CHATML) == ["Hello.<|im_end|>"]
+    assert "turn 1 (assistant) has nothing before it" in refusal([assistant("Hello.")], CHATML)
 
 
 REFUSED = {
-    "a prompt that is written otherwise": (
-        "{{ messages | length }}" + CHATML,
-        "turn 2 (assistant): to prompt for it the chat template writes '1<|im_start|>user\\n2+', but in the whole "
-        "conversation '4<|im_start|>user\\n2+': what it writes depends on later turns. "
-        'Give another `chat_template`, or set `train_on_turns` to "last".',
-    ),
-    "no end": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}",
-        "turn 2 (assistant): it ends in '4.\\n', in no special token",
-    ),
-    "no end, though a special token within": (
-        "{% for m in messages %}{{ m.role }}:<|user|>{{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}",
-        "turn 2 (assistant): it ends in '<|user|>4.\\n', in no special token",
-    ),
-    "an end that only later turns bring": (
-        "{% for m in messages %}{{ '<eos>' if m.role == 'user' and loop.index0 }}{{ m.content }}{% endfor %}",
-        "turn 2 (assistant): it ends in '4.', in no special token",
-    ),
-    "another end where others follow": (
-        CHATML.replace("<|im_end|>", "{{ '<|end|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"),
-        "turn 2 (assistant): the chat template writes '_start|>assistant\\n4.<|end|>\\n', but when others follow "
-        "'_start|>assistant\\n4.<|im_end|>\\n<|im_star'.",
-    ),
     "an error of its own": (
         GEMMA,
         "row 1 of `train_data`: the chat template refuses the first 5 messages: TemplateError: roles must alternate",
@@ -129,11 +251,16 @@ REFUSED = {
         None,
         "the row has messages, but the tokenizer has no chat template. Pass `chat_template`, a text or a file",
     ),
+    "a turn that is not after its prompt": (
+        "{% if add_generation_prompt %}{% for m in messages %}{{ m.content }}{% endfor %}<|user|>"
+        "{% else %}{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endif %}",
+        "turn 2 (assistant): the chat template prompts for it with '<|user|>', but this does not stand before the turn",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_proved_is_refused(name):
+def test_what_cannot_be_told_is_refused(name):
     template, words = REFUSED[name]
     messages = [SYSTEM, *LONG] if template == GEMMA else LONG
     assert words in refusal(messages, template)

@@ -23,7 +23,7 @@ from lightning_sft.data.rows.sources import open_sources
 def test_every_kind_of_data_gives_the_same_rows(tmp_path, kind):
     rows = encode(DATA[kind](tmp_path))
     assert encoded(rows) == ENCODED
-    assert (rows.num_dropped, rows.num_truncated) == (0, 0)
+    assert (rows.report.num_dropped, rows.report.num_truncated) == (0, 0)
 
 
 def test_columns_that_are_not_asked_for_may_hold_anything():

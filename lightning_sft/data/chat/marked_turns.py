@@ -1,0 +1,65 @@
+"""Which text of the assistant's turns is learnt: all of it, or what a template marks by `{% generation %}`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_sft.data.chat.chat_template import ChatTemplate
+from lightning_sft.data.chat.conversation import Conversation
+from lightning_sft.data.chat.turns import Turn, common_length
+from lightning_sft.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class LearntText:
+    """A text, and what of it is learnt.
+
+    Attributes:
+        text: All of it.
+        spans: Start and end of each part that is learnt, ascending.
+    """
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+
+
+def learnt_text(
+    template: ChatTemplate, conversation: Conversation, turns: Sequence[Turn], text: str | None = None
+) -> LearntText:
+    """What is learnt of turns.
+
+    What is marked of a turn is learnt with the token that ends the turn, if it reaches up to that.
+
+    Args:
+        template: Writes the conversation.
+        conversation: All messages.
+        turns: Those to learn from; the text of each begins with that of the one before.
+        text: The whole conversation, if it is to be the text. None: that of the last turn.
+
+    Raises:
+        SettingsError: If the template marks nothing of a turn; the message names it.
+    """
+    last = turns[-1]
+    marked = template.marked_spans(conversation, last.index + 1 if text is None else None)
+    if marked is None:
+        return LearntText(last.text if text is None else text, [(turn.start, turn.end) for turn in turns])
+    if text is None:
+        written = template.write(conversation, last.index + 1)
+        after = written[last.end - last.moved : max((end for _, end in marked), default=0)]
+        text = last.text + after  # what is marked may reach beyond the end of the turn, as up to a line break
+        marked = [(start + last.moved, end + last.moved) for start, end in marked]
+    spans: list[tuple[int, int]] = []
+    for turn in turns:
+        turn_start = common_length(template.write(conversation, turn.index), turn.text)
+        of_turn = [(start, end) for start, end in marked if turn_start <= start < turn.end and start < end]
+        if not of_turn:
+            raise SettingsError(
+                f"turn {turn.index + 1} (assistant): the chat template marks nothing of it by `{{% generation %}}`. "
+                "Give another `chat_template`, or give the turn the `weight` 0."
+            )
+        start, end = of_turn[-1]
+        if end <= turn.end and not turn.text[end : turn.content_end].strip():
+            of_turn[-1] = (start, turn.end)
+        for start, end in of_turn:
+            is_next = spans and spans[-1][1] == start
+            spans[-1:] = [(spans[-1][0], end)] if is_next else [*spans[-1:], (start, end)]
+    return LearntText(text, spans)

@@ -1,0 +1,65 @@
+"""What a user is to know of how a conversation was written, once for all rows of which it is true."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_sft.data.tokens.texts import around
+
+NoticeKind = Literal["prompt", "end", "reasoning"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One thing to know of one turn.
+
+    Attributes:
+        kind: What it is about: a generation prompt that is not written before the turn, a turn that ends in no special
+            token, or reasoning within the content that the template leaves out.
+        example: The texts by which it can be told.
+    """
+
+    kind: NoticeKind
+    example: str
+
+    @property
+    def is_warning(self) -> bool:
+        """Whether something is learnt otherwise than the row has it."""
+        return self.kind != "end"
+
+    def in_words(self, rows: str) -> str:
+        """What a user reads, with the rows that it is true of."""
+        return _SENTENCES[self.kind].format(rows=rows, example=self.example)
+
+    @classmethod
+    def of_prompt(cls, prompt: str, text: str, shared: int) -> "Notice":
+        """The generation prompt and the turn part after so many characters."""
+        return cls("prompt", f"{prompt[max(shared - 20, 0) :]!r}, but before this turn {around(text, shared)!r}")
+
+    @classmethod
+    def of_end(cls, text: str) -> "Notice":
+        """The text ends with the turn."""
+        return cls("end", repr(text[-20:]))
+
+    @classmethod
+    def of_reasoning(cls, reasoning: str) -> "Notice":
+        """The template does not write the reasoning."""
+        return cls("reasoning", repr(reasoning[:40]))
+
+
+_SENTENCES: Mapping[NoticeKind, str] = {
+    "prompt": (
+        "in {rows} the chat template prompts a model with more than it writes before the turn. It prompts with "
+        "{example}. The response begins where the two part. To learn it after the whole prompt, give the rows what is "
+        "missing (`reasoning_content`), or `chat_template_kwargs` that prompt without it (for many models "
+        "`enable_thinking: false`)."
+    ),
+    "end": (
+        "in {rows} the chat template ends a turn that is learnt in no special token, but in {example}. The turn ends "
+        "in the tokenizer's EOS, so that the model learns to stop; `append_eos: false` leaves that out."
+    ),
+    "reasoning": (
+        "in {rows} the chat template leaves out the reasoning within the content of a turn that is learnt: {example}. "
+        "It is not learnt. Give a `chat_template` that writes it, if it is to be."
+    ),
+}

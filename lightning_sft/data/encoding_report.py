@@ -1,0 +1,70 @@
+"""What became of the rows of a split when they were tokenised, for the log and for statistics."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lightning_sft.data.chat.notices import Notice
+
+
+@dataclass(frozen=True)
+class CountedNotice:
+    """Something to know of several rows.
+
+    Attributes:
+        notice: That of the first of them.
+        num_rows: How many they are.
+    """
+
+    notice: Notice
+    num_rows: int
+
+    def in_words(self, num_rows: int) -> str:
+        """What a user reads, if the data has so many rows."""
+        return self.notice.in_words(f"{self.num_rows:,} of {num_rows:,} rows")
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of rows.
+
+    Attributes:
+        num_rows: Rows of which there are examples.
+        num_examples: The examples.
+        num_dropped: Examples that are left out, since they are too long.
+        num_truncated: Examples that are cut.
+        notices: What is to be known of conversations, a notice of each kind.
+    """
+
+    num_rows: int
+    num_examples: int
+    num_dropped: int = 0
+    num_truncated: int = 0
+    notices: Sequence[CountedNotice] = ()
+
+    @property
+    def examples_in_words(self) -> str:
+        """Why there are more examples than rows."""
+        return (
+            f"{self.num_rows:,} rows became {self.num_examples:,} examples, one for each turn that is learnt where the "
+            "chat template writes a turn otherwise within the whole conversation than when a model is asked for it. "
+            '`train_on_turns: "last"` learns the last turns alone.'
+        )
+
+
+def count_notices(notices_of_rows: Iterable[tuple[int, Sequence[Notice]]]) -> list[CountedNotice]:
+    """Count the rows that notices of each kind are about.
+
+    Args:
+        notices_of_rows: The number of a row, and what is to be known of one of its examples.
+    """
+    first: dict[str, Notice] = {}
+    counts: Counter[str] = Counter()
+    seen: set[tuple[int, str]] = set()
+    for row, notices in notices_of_rows:
+        for notice in notices:
+            first.setdefault(notice.kind, notice)
+            if (row, notice.kind) not in seen:
+                seen.add((row, notice.kind))
+                counts[notice.kind] += 1
+    return [CountedNotice(notice, counts[kind]) for kind, notice in first.items()]
