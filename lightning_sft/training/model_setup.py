@@ -15,6 +15,7 @@ from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.quantization import is_quantized
+from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.sharding import is_sharded, load_sharded, shard
 from lightning_sft.trainer_loops import leave_inference_mode
 
@@ -85,6 +86,7 @@ def prepare_model(
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    keep_rotary_by_row(model)
     dtype = _precision_of(trainer).compute_dtype
     check_causal(model, dtype)
     why_not_packed = enable_packing(model, dtype)

@@ -7,6 +7,7 @@ from lightning_sft.data.tokens.microbatch import Microbatch
 from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
+from lightning_sft.model.rotary import positions_by_row
 from lightning_sft.training.metrics import ResponseMetrics
 
 
@@ -25,6 +26,10 @@ def score_microbatch(
         normalize_constant: As for `score_responses`.
         return_is_top1: As for `score_responses`.
     """
+    inputs = packed_inputs(model, microbatch.model_inputs())
+    if microbatch.packing is None:
+        positions = positions_by_row(model, microbatch.lengths, microbatch.input_ids.shape[1])
+        inputs = {} if positions is None else {"position_ids": positions.to(microbatch.input_ids.device)}
     return score_responses(
         model,
         microbatch.input_ids,
@@ -32,7 +37,7 @@ def score_microbatch(
         microbatch.response_positions,
         normalize_constant=normalize_constant,
         return_is_top1=return_is_top1,
-        **packed_inputs(model, microbatch.model_inputs()),
+        **inputs,
     )
 
 

@@ -3,9 +3,12 @@
 import copy
 
 import pytest
+import torch
 from support.architectures import tiny_architecture
 from support.flash import NAIVE_FLASH, attend_by_naive_flash
 from support.sweep import ROWS, difference, first_step, naive_step
+
+from lightning_sft.model.rotary import keep_rotary_by_row, positions_by_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of architectures that miss their kernels
 
@@ -76,3 +79,46 @@ NOT_CAUSAL = {
 def test_a_model_that_sees_what_follows_is_refused(model_type):
     with pytest.raises(ValueError, match="whose logits change with the tokens that follow: it would see the response"):
         first_step(tiny_architecture(model_type, **NOT_CAUSAL[model_type]))
+
+
+def longrope(**settings):
+    """Other frequencies from 17 inputs on."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16} | settings
+    factors = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0, 20.0]}
+    return {"rope_parameters": rope | factors, "original_max_position_embeddings": 16}
+
+
+BY_LENGTH = {
+    "LongRoPE": ("phi3", longrope() | {"sliding_window": None}),
+    "LongRoPE, magnitudes too": ("phimoe", longrope(short_mscale=1.1, long_mscale=1.3) | {"sliding_window": None}),
+    "dynamic NTK": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 16,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "padded"}, {"gradient_accumulation_steps": 3}], ids=str)
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_each_row_gets_the_rotary_frequencies_that_it_gets_alone(name, options):
+    model_type, settings = BY_LENGTH[name]
+    model = tiny_architecture(model_type, **settings)
+    sft = check_first_step(model, **options)
+    assert sft.why_not_packed is None
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_without_that_a_longer_row_beside_it_would_change_a_row(name):
+    model_type, settings = BY_LENGTH[name]
+    model, short = tiny_architecture(model_type, **settings).eval(), 10 + torch.arange(9)
+    beside = torch.stack([torch.cat([short, short.new_zeros(20)]), 10 + torch.arange(29)])
+    with torch.no_grad():
+        alone = model(short[None], use_cache=False).logits[0]
+        in_a_batch = [model(beside, use_cache=False).logits[0, :9]]
+        keep_rotary_by_row(model)
+        positions = positions_by_row(model, [9, 29], 29)
+        in_a_batch.append(model(beside, position_ids=positions, use_cache=False).logits[0, :9])
+    assert [(given - alone).norm() > 1e-3 * alone.norm() for given in in_a_batch] == [True, False]

@@ -84,16 +84,18 @@ def token_rows(rows: Sequence[dict[str, str]]) -> list[tuple[Tensor, int]]:
 
 
 def naive_step(model: PreTrainedModel, rows: Sequence[dict[str, str]] = ROWS) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a step in which each row goes through the plain model alone."""
-    model.zero_grad()
+    """Loss and gradients of a step in which each row goes alone through a plain model that has seen no other."""
     tokens = token_rows(rows)
     total = sum(len(ids) - num_prompt for ids, num_prompt in tokens)
-    loss = 0.0
+    loss, gradients = 0.0, dict[str, Tensor]()
     for ids, num_prompt in tokens:
-        part = -plain_log_probs(model, ids)[num_prompt - 1 :].sum() / total
+        fresh = copy.deepcopy(model)
+        part = -plain_log_probs(fresh, ids)[num_prompt - 1 :].sum() / total
         part.backward()
         loss += part.item()
-    return loss, gradients_of(model)
+        for name, gradient in gradients_of(fresh).items():
+            gradients[name] = gradients.get(name, 0) + gradient
+    return loss, gradients
 
 
 def plain_log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
