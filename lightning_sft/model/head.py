@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_sft.model.head_gradients import HeadGradients, NeededGradients, times
+from lightning_sft.model.routing import Routing
 from lightning_sft.model.tiles import Block, LogitTransform, ScoringSettings, TiledHead, Tiling
 
 
@@ -39,12 +40,14 @@ class ResponseScores:
         token_entropy: Entropy of the distribution that the label is from, in nats, `(num_tokens,)`. Detached.
         is_top1: Whether the label is the first token with the highest logit, `(num_tokens,)`, if that was asked for.
         loss: A weighted sum of the negative log-probabilities, a scalar, if that was asked for.
+        routing: What the routers of a mixture of experts have said, if its configuration asks for a loss of that.
     """
 
     log_probs: Tensor
     token_entropy: Tensor
     is_top1: Tensor | None = None
     loss: Tensor | None = None
+    routing: Routing | None = None
 
 
 def score_labels(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.lora import trained_layer
+from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform
 
 
@@ -73,6 +74,7 @@ def _tried_out(model: PreTrainedModel, layer: nn.Linear) -> LogitTransform | Non
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
+            RoutingRecorder(model),
         ):
             logits = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
     finally:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.model.head import Head, ResponseScores, score_labels
 from lightning_sft.model.linear_head import find_linear_head
+from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform, Tiling, float32_or_more
 
 
@@ -114,8 +116,10 @@ def score_responses(
     if isinstance(model, PreTrainedModel):
         model_kwargs.setdefault("use_cache", False)  # with a cache `transformers` would not keep documents apart
     if head is None:
-        logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
-        return _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
+        with RoutingRecorder(model) as recorder:
+            logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
+        scores = _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
+        return replace(scores, routing=recorder.routing)
 
     def score(hidden: Tensor) -> ResponseScores:
         hidden = hidden.flatten(0, 1).index_select(0, response_positions)
@@ -132,9 +136,9 @@ def score_responses(
             tiling=tiling,
         )
 
-    with _InPlaceOfLogits(head.layer, score) as found:
+    with _InPlaceOfLogits(head.layer, score) as found, RoutingRecorder(model) as recorder:
         model(input_ids=input_ids, **model_kwargs)
-    return found.scores
+    return replace(found.scores, routing=recorder.routing)
 
 
 class _InPlaceOfLogits:

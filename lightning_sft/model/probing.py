@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.modes import evaluating
+from lightning_sft.model.routing import RoutingRecorder
 
 # What a model raises that does not take a call: a shape, a type, an argument, something that it is not given.
 CALL_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)
@@ -52,6 +53,16 @@ class Probe:
             output: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         return output.double()
 
+    def loss(self, input_ids: Tensor, routing: RoutingRecorder) -> float:
+        """The loss that the model computes by itself, each token being the label of the one before.
+
+        Args:
+            input_ids: `(batch_size, length)`.
+            routing: Records it.
+        """
+        with self._as_in_training(routing):
+            return float(self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
+
     def packed_logits(self, *documents: Tensor) -> tuple[Tensor, ...]:
         """The logits of documents one after another in a row, `(length, vocab_size)` for each."""
         lengths = torch.tensor([len(document) for document in documents])
@@ -67,10 +78,11 @@ class Probe:
         return tuple(self.logits(torch.cat(documents).unsqueeze(0), packing)[0].split(lengths.tolist()))
 
     @contextmanager
-    def _as_in_training(self) -> Iterator[None]:
+    def _as_in_training(self, routing: RoutingRecorder | None = None) -> Iterator[None]:
         kind = self.model.device.type
         with (
             evaluating(self.model),
+            routing or RoutingRecorder(self.model),
             # Adapters may be float32 beside half-precision weights.
             torch.autocast(kind, self._half, enabled=self._half is not None),
             torch.random.fork_rng([self.model.device] if kind == "cuda" else []),

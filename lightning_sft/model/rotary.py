@@ -67,7 +67,7 @@ def positions_by_row(model: nn.Module, lengths: Sequence[int], width: int) -> Te
     """
     changed = [module for module in model.modules() if isinstance(vars(module).get("forward"), partial)]
     switches = [_switching_length(module, layer) for module in changed for layer in _kinds(module)]
-    if not switches or max(lengths) <= min(switches) or min(lengths) == max(lengths):
+    if not switches or max(lengths, default=0) <= min(switches) or min(lengths) == max(lengths):
         return None
     positions = torch.arange(width).expand(len(lengths), width)
     return positions * (positions < torch.tensor(lengths).unsqueeze(1))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.model.sharding import gradient_sync, is_sharded
 from lightning_sft.training.losses import LossScale
+from lightning_sft.training.router_balance import RouterBalance
 from lightning_sft.training.scoring import score_microbatch
 
 
@@ -20,12 +21,14 @@ class StepSums:
     """Numbers of an optimizer step over all devices, float64.
 
     Attributes:
-        loss: The loss, a scalar.
+        loss: The loss, a scalar, with that of routing in it.
         token_entropy: Summed over the response tokens, in nats, a scalar.
+        router_loss: The loss of routing, a scalar; 0 where there is none.
     """
 
     loss: Tensor
     token_entropy: Tensor
+    router_loss: Tensor
 
 
 def accumulate_gradients(
@@ -34,6 +37,7 @@ def accumulate_gradients(
     step: OptimizerStep,
     scale: LossScale,
     sync_every_microbatch: bool | None,
+    router_coefficient: float = 0.0,
 ) -> StepSums:
     """Add the gradients of an optimizer step's loss to the model's.
 
@@ -43,20 +47,27 @@ def accumulate_gradients(
         step: This device's microbatches, on the device, and the totals of all devices.
         scale: What the summed negative log-likelihood is divided by.
         sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
+        router_coefficient: What the loss of routing is multiplied by; 0: it is no part of the loss.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=module.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=module.device)
     num_devices = module.trainer.world_size
     # Strategies average gradients over devices, but the loss is a sum over them.
     divisor = scale.divisor(step.totals.num_response_tokens, step.totals.num_sequences) / num_devices
     every = is_sharded(model) if sync_every_microbatch is None else sync_every_microbatch
+    balance = RouterBalance(model, step, router_coefficient) if router_coefficient else None
     for index, microbatch in enumerate(step.microbatches):
         last = index == len(step.microbatches) - 1
         with gradient_sync(cast(nn.Module, module.trainer.strategy.model), enabled=every or last):
             scores = score_microbatch(model, microbatch, normalize_constant=divisor)
             assert scores.loss is not None  # `normalize_constant` asks for it
-            module.manual_backward(scores.loss)
-        sums[0] += scores.loss.detach() / num_devices
+            loss = scores.loss
+            if balance is not None:
+                router_loss = balance.loss(scores, microbatch)
+                loss = loss + num_devices * router_loss
+                sums[2] += router_loss.detach()
+            module.manual_backward(loss)
+        sums[0] += loss.detach() / num_devices
         sums[1] += scores.token_entropy.sum()
     if num_devices > 1:
         dist.all_reduce(sums)  # Lightning's `reduce` would wait for all devices first
-    return StepSums(sums[0], sums[1])
+    return StepSums(*sums)

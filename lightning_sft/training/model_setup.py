@@ -1,5 +1,6 @@
 """What happens to a model between its source and the first optimizer step."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import lightning as L
@@ -12,12 +13,29 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.causality import check_causal
 from lightning_sft.model.packing import enable_packing
+from lightning_sft.model.positions import num_positions
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
+from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import is_sharded, load_sharded, shard
 from lightning_sft.trainer_loops import leave_inference_mode
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What was found out about a model by running it.
+
+    Attributes:
+        why_not_packed: Why it cannot take packed batches; None if it can.
+        num_positions: Inputs that a row may have at the most. None: any number.
+        router_coefficient: What the loss of routing is multiplied by; 0 unless the configuration asks for it.
+    """
+
+    why_not_packed: str | None
+    num_positions: int | None
+    router_coefficient: float
 
 
 def load_model(builder: ModelBuilder, loaded: PreTrainedModel | None, trainer: L.Trainer | None) -> PreTrainedModel:
@@ -68,7 +86,7 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
 
 def prepare_model(
     model: PreTrainedModel, trainer: L.Trainer | None, gradient_checkpointing: bool, compiled: bool
-) -> str | None:
+) -> ModelTraits:
     """Switch on all that the training of a model needs.
 
     Args:
@@ -77,11 +95,9 @@ def prepare_model(
         gradient_checkpointing: Whether activations are computed again in backward.
         compiled: Whether the model's body is to be compiled.
 
-    Returns:
-        Why the model cannot take packed batches; None if it can.
-
     Raises:
-        SettingsError: If it is not causal, or if it is to be compiled and is sharded.
+        SettingsError: If it is not causal, if its configuration asks for a loss that is not known here, or if it is to
+            be compiled and is sharded.
     """
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     if gradient_checkpointing:
@@ -89,14 +105,14 @@ def prepare_model(
     keep_rotary_by_row(model)
     dtype = _precision_of(trainer).compute_dtype
     check_causal(model, dtype)
-    why_not_packed = enable_packing(model, dtype)
-    if why_not_packed:
-        rank_zero_info(f"Batches are padded: {why_not_packed}.")
+    traits = ModelTraits(enable_packing(model, dtype), num_positions(model), router_coefficient(model))
+    if traits.why_not_packed:
+        rank_zero_info(f"Batches are padded: {traits.why_not_packed}.")
     if compiled and is_sharded(model):
         raise SettingsError("`compile` is true, but the model is sharded. Set `compile` to false, or use `ddp`.")
     if compiled:
         model.base_model.compile(dynamic=True)
-    return why_not_packed
+    return traits
 
 
 def _precision_of(trainer: L.Trainer | None) -> Precision:

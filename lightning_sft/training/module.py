@@ -21,10 +21,9 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
-from lightning_sft.model.positions import num_positions
 from lightning_sft.model.rotary import rotary_frequencies_kept
 from lightning_sft.model.sharding import is_sharded
-from lightning_sft.training.accumulation import accumulate_gradients
+from lightning_sft.training.accumulation import StepSums, accumulate_gradients
 from lightning_sft.training.checkpoint_fit import check_adapters, check_optimizer, check_weights
 from lightning_sft.training.grad_scaler import GradScaling
 from lightning_sft.training.guard import NonFinite, StepGuard
@@ -140,8 +139,9 @@ class SFTModule(L.LightningModule):
         if trainer is not None and not is_sharded(self.model):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
-        self.why_not_packed = prepare_model(self.model, trainer, self.gradient_checkpointing, self._compile)
-        self.num_positions = num_positions(self.model)
+        traits = prepare_model(self.model, trainer, self.gradient_checkpointing, self._compile)
+        self.why_not_packed, self.num_positions = traits.why_not_packed, traits.num_positions
+        self._router_coefficient = traits.router_coefficient
         self._compile = False  # once is enough
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
@@ -167,13 +167,15 @@ class SFTModule(L.LightningModule):
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
-        sums = accumulate_gradients(self, self.model, batch, self.loss_scale, self.sync_every_microbatch)
+        sums = accumulate_gradients(
+            self, self.model, batch, self.loss_scale, self.sync_every_microbatch, self._router_coefficient
+        )
         learning_rate = optimizer.param_groups[0]["lr"]
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
-        self._log_step(sums.loss, sums.token_entropy / batch.totals.num_response_tokens, learning_rate)
+        self._log_step(sums, batch.totals.num_response_tokens, learning_rate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
@@ -191,12 +193,15 @@ class SFTModule(L.LightningModule):
         """Do not end on a step whose numbers are not finite."""
         self.guard.check()
 
-    def _log_step(self, loss: Tensor, token_entropy: Tensor, learning_rate: float) -> None:
-        self.log("train/loss", loss.float(), prog_bar=True)
+    def _log_step(self, sums: StepSums, num_response_tokens: int, learning_rate: float) -> None:
+        self.log("train/loss", sums.loss.float(), prog_bar=True)
         numbers = {"train/learning_rate": learning_rate, "step": self.global_step}  # `step` is every logger's x-axis
         if self.guard.skips:
             numbers["train/skipped_steps"] = self.guard.num_skipped
+        token_entropy = sums.token_entropy / num_response_tokens
         on_device = {"train/token_entropy": token_entropy.float(), "train/grad_norm": self._grad_norm.float()}
+        if self._router_coefficient:
+            on_device["train/router_loss"] = sums.router_loss.float()
         # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
         self.log_dict(on_device | {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()})
 

@@ -36,7 +36,7 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
             response[number, start:end] = True
     # Cloned, or writing to `labels` would change `input_ids`.
     locations = [example.location for example in examples]
-    lengths = [max(1, len(row.input_ids) - 1) for row in rows]
+    lengths = [max(0, len(row.input_ids) - 1) for row in examples]
     return Microbatch.of(tokens[:, :-1].clone(), tokens[:, 1:].clone(), response, locations, lengths)
 
 
@@ -65,7 +65,7 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
         labels=torch.cat([row[1:] for row in tokens]).unsqueeze(0),
         response_mask=response,
         locations=[example.location for example in examples],
-        lengths=lengths.tolist(),
+        lengths=lengths.tolist() if examples else [],
         packing=Packing(torch.cat(positions).unsqueeze(0), bounds, int(lengths.max())),
     )
 

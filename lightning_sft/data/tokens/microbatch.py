@@ -39,7 +39,7 @@ class Microbatch:
         response_mask: True where the label counts in the loss.
         response_positions: Where that is, in the flattened mask, `(num_response_tokens,)`.
         locations: Where each sequence comes from, such as `line 3`.
-        lengths: Inputs of each sequence; 1 of the masked token, if there is that alone.
+        lengths: Inputs of each sequence.
         packing: What keeps the sequences apart; None if they are padded.
     """
 
@@ -84,7 +84,14 @@ class Microbatch:
     @property
     def max_length(self) -> int:
         """Inputs of the longest sequence."""
-        return max(self.lengths)
+        return max(self.lengths, default=1)
+
+    def holds_token(self) -> Tensor:
+        """Where there is a token of a sequence, not padding, `(batch_size, sequence_length)`; bool, in main memory."""
+        if self.packing is not None:
+            return torch.full(self.input_ids.shape, bool(self.lengths))
+        lengths = torch.tensor(self.lengths or [0])
+        return torch.arange(self.input_ids.shape[1]) < lengths.unsqueeze(1)
 
     def model_inputs(self) -> dict[str, Any]:
         """What a model takes beside `input_ids`, by the names that `transformers` has; empty if padded."""
