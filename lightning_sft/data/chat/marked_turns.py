@@ -50,7 +50,8 @@ def learnt_text(
     spans: list[tuple[int, int]] = []
     for turn in turns:
         turn_start = common_length(template.write(conversation, turn.index), turn.text)
-        of_turn = [(start, end) for start, end in marked if turn_start <= start < turn.end and start < end]
+        turn_end = max(turn.end, common_length(template.write(conversation, turn.index + 1), text))
+        of_turn = [(start, end) for start, end in marked if turn_start <= start < turn_end and start < end]
         if not of_turn:
             raise SettingsError(
                 f"turn {turn.index + 1} (assistant): the chat template marks nothing of it by `{{% generation %}}`. "
