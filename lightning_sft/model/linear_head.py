@@ -1,5 +1,6 @@
 """Where a model's head is, and what the model does to its products."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -7,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.model.head import Head
 from lightning_sft.model.lora import trained_layer
+from lightning_sft.model.probing import CALL_ERRORS
 from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform
 
@@ -19,37 +22,54 @@ class LinearHead:
     Attributes:
         layer: The linear layer.
         transform: What the model does to its products.
+        vocab_size: How many of its products the model keeps, from the first on; None: all.
     """
 
     layer: nn.Linear
     transform: LogitTransform
+    vocab_size: int | None = None
+
+    def as_it_is_now(self) -> Head:
+        """The layer's weights, which are whole only while it runs if they are sharded."""
+        weight: Tensor = self.layer.weight
+        bias: Tensor | None = self.layer.bias
+        if self.vocab_size is not None:
+            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        return Head(weight, bias, self.transform)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    transform: LogitTransform
+    vocab_size: int | None = None
 
 
 # What was found of a model is kept as long as the model is, since finding it takes a forward pass.
-_TRANSFORMS: WeakKeyDictionary[PreTrainedModel, LogitTransform | None] = WeakKeyDictionary()
+_RULES: WeakKeyDictionary[PreTrainedModel, _Rule | None] = WeakKeyDictionary()
 
 
 def find_linear_head(model: nn.Module, transform: LogitTransform | None = None) -> LinearHead | None:
-    """The model's head, if it is a linear layer, perhaps scaled and soft-capped, and nothing more.
+    """The model's head, if it is a linear layer, perhaps scaled, soft-capped and cut, and nothing more.
 
     Args:
         model: Any module. Only a causal language model of `transformers` has a head that can be found.
-        transform: What the model is known to do to the head's products. None: what its configuration says, which is
-            tried out when the model is seen for the first time.
+        transform: What the model is known to do to the head's products. None: it is tried out when the model is seen
+            for the first time.
 
     Returns:
         The head, or None if the model does something else to make its logits.
     """
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+    if not isinstance(model, PreTrainedModel):
         return None
     layer = trained_layer(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         return None
-    if transform is None:
-        if model not in _TRANSFORMS:
-            _TRANSFORMS[model] = _tried_out(model, layer)
-        transform = _TRANSFORMS[model]
-    return None if transform is None else LinearHead(layer, transform)
+    if transform is not None:
+        return LinearHead(layer, transform)
+    if model not in _RULES:
+        _RULES[model] = _tried_out(model, layer)
+    rule = _RULES[model]
+    return None if rule is None else LinearHead(layer, rule.transform, rule.vocab_size)
 
 
 def configured_transform(model: PreTrainedModel) -> LogitTransform:
@@ -59,14 +79,14 @@ def configured_transform(model: PreTrainedModel) -> LogitTransform:
     return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def _tried_out(model: PreTrainedModel, layer: nn.Linear) -> LogitTransform | None:
-    """The configured transformation, if the model makes what it says of made-up products; otherwise None."""
-    transform, device = configured_transform(model), model.device
-    products: list[Tensor] = []
+def _tried_out(model: PreTrainedModel, layer: nn.Linear) -> _Rule | None:
+    """What the model makes of made-up products, if that is a transformation by numbers of its configuration."""
+    device = model.device
+    made: list[Tensor] = []
 
     def made_up(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        products.append(torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output))
-        return products[-1]
+        made.append(torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output))
+        return made[-1]
 
     hook = layer.register_forward_hook(made_up)
     try:
@@ -77,10 +97,32 @@ def _tried_out(model: PreTrainedModel, layer: nn.Linear) -> LogitTransform | Non
             RoutingRecorder(model),
         ):
             logits = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False).logits
+    except CALL_ERRORS:
+        return None  # who asks for the logits gets the whole traceback
     finally:
         hook.remove()
-    if len(products) != 1 or products[0].shape[:-1] != (1, 2):
+    if len(made) != 1 or made[0].shape[:-1] != (1, 2) or logits.shape[:-1] != (1, 2):
+        return None
+    width, vocab_size = made[0].shape[-1], logits.shape[-1]
+    if vocab_size > width:
         return None
     tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    as_configured = torch.allclose(logits.double(), transform.apply(products[0].double()), rtol=tolerance)
-    return transform if as_configured else None
+    products, logits = made[0][..., :vocab_size].double(), logits.double()
+    for transform in _candidates(model, products, logits):
+        if torch.allclose(logits, transform.apply(products), rtol=tolerance):
+            return _Rule(transform, None if vocab_size == width else vocab_size)
+    return None
+
+
+def _candidates(model: PreTrainedModel, products: Tensor, logits: Tensor) -> Iterator[LogitTransform]:
+    """Transformations by numbers of the configuration, whatever their names, of which the slope at 0 is right."""
+    yield configured_transform(model)
+    settings = vars(model.config) | vars(model.config.get_text_config(decoder=True))
+    numbers = {name: value for name, value in settings.items() if isinstance(value, int | float) and value}
+    smallest = products.abs().argmin()
+    slope = float(logits.flatten()[smallest] / products.flatten()[smallest])
+    scales = {1.0} | {scale for value in numbers.values() for scale in (value, 1 / value)}
+    caps = [None, *(float(value) for name, value in numbers.items() if "cap" in name and value > 0)]
+    for scale in sorted(scales, key=lambda scale: abs(scale - slope)):
+        if abs(scale - slope) < 1e-2 * abs(slope):
+            yield from (LogitTransform(float(scale), cap) for cap in caps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.model.head import Head, ResponseScores, score_labels
+from lightning_sft.model.head import ResponseScores, score_labels
 from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform, Tiling, float32_or_more
@@ -129,7 +129,7 @@ def score_responses(
             weights = torch.full_like(chosen, 1 / normalize_constant, dtype=dtype)
         return score_labels(
             hidden,
-            Head(head.layer.weight, head.layer.bias, head.transform),
+            head.as_it_is_now(),
             chosen,
             token_weights=weights,
             return_is_top1=return_is_top1,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.causality import check_causal
+from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.positions import num_positions
 from lightning_sft.model.precision import Precision
@@ -108,6 +109,12 @@ def prepare_model(
     traits = ModelTraits(enable_packing(model, dtype), num_positions(model), router_coefficient(model))
     if traits.why_not_packed:
         rank_zero_info(f"Batches are padded: {traits.why_not_packed}.")
+    if find_linear_head(model) is None:
+        vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        rank_zero_info(
+            f"Logits are kept: {type(model).__name__} makes them in a way that is not known here. Each response token "
+            f"of a microbatch takes some {3 * 4 * vocab_size / 1e6:.2g} MB for them and their gradients."
+        )
     if compiled and is_sharded(model):
         raise SettingsError("`compile` is true, but the model is sharded. Set `compile` to false, or use `ddp`.")
     if compiled:

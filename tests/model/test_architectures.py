@@ -8,6 +8,7 @@ from support.architectures import tiny_architecture
 from support.flash import NAIVE_FLASH, attend_by_naive_flash
 from support.sweep import ROWS, difference, first_step, naive_step
 
+from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.rotary import keep_rotary_by_row, positions_by_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of architectures that miss their kernels
@@ -122,3 +123,29 @@ def test_without_that_a_longer_row_beside_it_would_change_a_row(name):
         positions = positions_by_row(model, [9, 29], 29)
         in_a_batch.append(model(beside, position_ids=positions, use_cache=False).logits[0, :9])
     assert [(given - alone).norm() > 1e-3 * alone.norm() for given in in_a_batch] == [True, False]
+
+
+HEADS = {
+    "a multiplier of its own name": ("falcon_h1", {"lm_head_multiplier": 0.3}, (0.3, None)),
+    "multiplied where Granite divides": ("hyperclovax", {"logits_scaling": 0.7}, (0.7, None)),
+    "a cap of another name": ("recurrent_gemma", {"logits_soft_cap": 5.0}, (1.0, 5.0)),
+    "hidden states that are scaled": ("minicpm3", {"dim_model_base": 8}, (1.0, None)),
+    "no base model by its name": ("llama4_text", {}, (1.0, None)),
+    "products that are cut": ("inkling_text", {"unpadded_vocab_size": 131}, (1.0, None)),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_is_taken_apart_by_what_the_model_makes_of_it(kind):
+    model_type, settings, expected = HEADS[kind]
+    model = tiny_architecture(model_type, **settings)
+    head = find_linear_head(model)
+    assert (head.transform.scale, head.transform.softcap) == expected
+    assert head.vocab_size == settings.get("unpadded_vocab_size")
+    check_first_step(tiny_architecture(model_type, **settings))
+
+
+def test_where_logits_are_kept_this_is_said(caplog):
+    with caplog.at_level("INFO"):
+        check_first_step(tiny_architecture("dory"))
+    assert "Logits are kept: DoryForCausalLM makes them in a way that is not known here." in caplog.text

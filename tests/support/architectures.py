@@ -23,19 +23,20 @@ _SIZES: dict[Any, str] = {
     "num_global_key_value_heads conv_kernel",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
     "num_decoder_attention_heads num_encoder_attention_heads num_local_experts n_routed_experts num_routed_experts "
-    "moe_num_experts linear_num_key_heads linear_num_value_heads zero_expert_num ",
+    "moe_num_experts linear_num_key_heads linear_num_heads linear_num_value_heads zero_expert_num ",
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim kv_channels linear_key_head_dim linear_value_head_dim "
-    "global_head_dim hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_d_state ssm_state_size state_size "
+    "linear_head_dim global_head_dim hidden_size_per_layer_input mamba_d_head mamba_head_dim mamba_d_state "
+    "ssm_state_size state_size "
     "rotary_dim index_head_dim d_kv sliding_window window_size local_attention attention_chunk_size "
     "attention_window_size local_window_size sliding_window_size",
-    16: "q_lora_rank kv_lora_rank qk_head_dim laurel_rank index_topk time_step_rank",
+    16: "mamba_chunk_size chunk_size q_lora_rank kv_lora_rank qk_head_dim laurel_rank index_topk time_step_rank",
     1: "max_window_layers n_group topk_group n_shared_experts first_k_dense_replace num_shared_experts mamba_n_groups "
     "n_groups pad_token_id num_dense_layers mlp_only_layers_count",
     96: "max_position_embeddings n_positions max_seq_len max_target_positions max_source_positions n_ctx "
     "original_max_position_embeddings",
     0.0: "dropout attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob activation_dropout "
     "resid_pdrop embd_pdrop attn_pdrop layerdrop decoder_layerdrop encoder_layerdrop resid_dropout embd_dropout "
-    "emb_dropout expert_dropout router_jitter_noise input_jitter_noise",
+    "residual_dropout emb_dropout expert_dropout router_jitter_noise input_jitter_noise",
     0.2: "initializer_range init_std",
 }
 _BY_NAME = {name: size for size, names in _SIZES.items() for name in names.split()} | {"use_sliding_window": True}
@@ -52,6 +53,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8},
     "gemma3n_text": {"num_hidden_layers": 2, "num_kv_shared_layers": 0, "intermediate_size": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -111,7 +112,11 @@ def first_step(
     gradients = Gradients()
     options: dict[str, Any] = {"max_grad_norm": None, "optimizer": lambda weights: torch.optim.SGD(weights, lr=0.1)}
     sft = SFTModule(model, **(options | {"warmup_steps": 0, "lr_scheduler": "constant"} | (module or {})))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch("datasets.config.HF_DATASETS_CACHE", folder),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
             accelerator="cpu",
