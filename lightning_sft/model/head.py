@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_sft.model.head_gradients import HeadGradients, NeededGradients, times
 from lightning_sft.model.routing import Routing
+from lightning_sft.model.tile_gradients import LogitGradient
 from lightning_sft.model.tiles import Block, LogitTransform, ScoringSettings, TiledHead, Tiling
 
 
@@ -37,7 +38,8 @@ class ResponseScores:
 
     Attributes:
         log_probs: Log-probability of each label in nats, `(num_tokens,)`. Detached if there is a `loss`.
-        token_entropy: Entropy of the distribution that the label is from, in nats, `(num_tokens,)`. Detached.
+        token_entropy: Entropy of the distribution that the label is from, in nats, `(num_tokens,)`. Detached if there
+            is a `loss`.
         is_top1: Whether the label is the first token with the highest logit, `(num_tokens,)`, if that was asked for.
         loss: A weighted sum of the negative log-probabilities, a scalar, if that was asked for.
         routing: What the routers of a mixture of experts have said, if its configuration asks for a loss of that.
@@ -61,9 +63,9 @@ def score_labels(
 ) -> ResponseScores:
     """Log-probability of each label and entropy of its distribution, without keeping logits.
 
-    Equals `log_softmax(logits)[labels]` and `compute_entropy(logits)`. Matrices are multiplied in autocast's type, or
-    else the hidden states'; everything else is float32 (float64 for float64). Memory does not grow with
-    `num_tokens * vocab_size`.
+    Equals `log_softmax(logits)[labels]` and `compute_entropy(logits)`, gradients included. Matrices are multiplied in
+    autocast's type, or else the hidden states'; everything else is float32 (float64 for float64). Memory does not grow
+    with `num_tokens * vocab_size`.
 
     Args:
         hidden: What the head is applied to, `(num_tokens, hidden_size)`.
@@ -93,7 +95,7 @@ class _Scores(torch.autograd.Function):
     """Scores of labels, with gradients.
 
     With token weights the gradient of the loss is computed in `forward`, from the tiles that give the scores. Without
-    them `backward` computes the tiles again and has the gradient for any use of the log-probabilities.
+    them `backward` computes the tiles again and has the gradient for any use of log-probabilities and entropies.
     """
 
     @staticmethod
@@ -111,8 +113,11 @@ class _Scores(torch.autograd.Function):
         head, converted = TiledHead(weight, bias, settings), hidden.to(settings.dtype)
         if token_weights is None:
             block = head.score_block(converted, labels)
-            ctx.save_for_backward(hidden, weight, bias, labels, block.label_logit, block.top, block.log_sum)
-            ctx.mark_non_differentiable(*(each for each in (block.entropy, block.is_top1) if each is not None))
+            sums = (block.label_logit, block.top, block.log_sum, block.entropy)
+            ctx.save_for_backward(hidden, weight, bias, labels, *sums)
+            ctx.set_materialize_grads(False)  # entropies that nothing depends on cost nothing in `backward`
+            if block.is_top1 is not None:
+                ctx.mark_non_differentiable(block.is_top1)
             return None, block.log_probs, block.entropy, block.is_top1
         # In float16 gradients weighted by 1 / num_tokens would vanish. They are computed with weights of about 1 here,
         # and `backward` multiplies them by the rest, which a loss scaler has made larger by then.
@@ -127,19 +132,19 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         if ctx.loss_is_known:
             unit, *gradients = ctx.saved_tensors
             factor = upstream[0] if unit is None else upstream[0] * unit / max(ctx.num_rows, 1)
             return *(times(gradient, factor) for gradient in gradients), None, None, None
-        hidden, weight, bias, labels, label_logit, top, log_sum = ctx.saved_tensors
-        token_weights = -upstream[1]
+        hidden, weight, bias, labels, label_logit, top, log_sum, entropy = ctx.saved_tensors
+        of_log_probs = torch.zeros_like(entropy) if upstream[1] is None else upstream[1]
+        gradient = LogitGradient.of(top, log_sum, entropy, of_log_probs, upstream[2])
         head, converted = TiledHead(weight, bias, ctx.settings), hidden.to(ctx.settings.dtype)
         collected = HeadGradients(NeededGradients(*ctx.needs_input_grad[:3]), converted, head)
-        for weight_tile, tile in head.score_tiles(converted, labels):
-            probability = (tile.top - top + tile.log_sum - log_sum).exp()
-            collected.add_tile(slice(None), weight_tile, converted, tile.gradient, probability * token_weights)
-        collected.add_labels(converted, labels, label_logit, token_weights)
+        for weight_tile, tile in gradient.tiles(head, converted):
+            collected.add_tile(slice(None), weight_tile, converted, tile, gradient.coefficient)
+        collected.add_labels(converted, labels, label_logit, -of_log_probs)
         return *collected.results(ctx.dtypes), None, None, None
 
 

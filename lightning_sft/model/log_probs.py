@@ -60,14 +60,23 @@ def get_response_log_probs(
         **model_kwargs: Passed to the model as they are: for a packed batch `position_ids`, `cu_seq_lens_q` and so on.
 
     Returns:
-        `log_probs` in nats, `(batch_size, sequence_length)`, float32 or float64, carrying gradients. If asked for,
-        `token_entropy` and `is_top1` of the same shape, both detached: they are metrics.
+        `log_probs` in nats, `(batch_size, sequence_length)`, float32 or float64; if asked for, `token_entropy` and
+        `is_top1` of the same shape. The first two carry gradients; in the backward pass an entropy costs something
+        only if the loss depends on it.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
     mask = torch.ones_like(labels) if response_mask is None else response_mask
     positions = (mask.reshape(-1) == 1).nonzero().squeeze(-1)
-    scores = score_responses(model, input_ids, labels, positions, return_is_top1=return_is_top1, **model_kwargs)
+    scores = score_responses(
+        model,
+        input_ids,
+        labels,
+        positions,
+        return_is_top1=return_is_top1,
+        entropy_has_gradient=return_token_entropy,
+        **model_kwargs,
+    )
 
     def spread(score: Tensor) -> Tensor:  # over the whole batch, with zeros at all other positions
         zeros = torch.zeros(labels.numel(), dtype=score.dtype, device=score.device)
@@ -89,6 +98,7 @@ def score_responses(
     *,
     normalize_constant: float | None = None,
     return_is_top1: bool = False,
+    entropy_has_gradient: bool = False,
     tiling: Tiling | None = None,
     transform: LogitTransform | None = None,
     **model_kwargs: Any,
@@ -107,6 +117,7 @@ def score_responses(
         normalize_constant: Given, the result also has `loss = -sum(log_probs) / normalize_constant`, a scalar, and
             only the loss carries gradients. It is cheaper than a loss made of `log_probs`.
         return_is_top1: Also return `is_top1`.
+        entropy_has_gradient: Whether `token_entropy` carries gradients, too; not if there is a `normalize_constant`.
         tiling: How the logits are divided into tiles. Default: as suits the device.
         transform: What the model is known to do to the head's products. Default: it is found out, once for each model.
         **model_kwargs: Passed to the model as they are.
@@ -118,7 +129,8 @@ def score_responses(
     if head is None:
         with RoutingRecorder(model) as recorder:
             logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
-        scores = _scores_of_logits(logits, chosen, normalize_constant, return_is_top1)
+        scores = _scores_of_logits(logits, chosen, return_is_top1, entropy_has_gradient)
+        scores = scores if normalize_constant is None else _with_loss(scores, normalize_constant)
         return replace(scores, routing=recorder.routing)
 
     def score(hidden: Tensor) -> ResponseScores:
@@ -166,16 +178,19 @@ class _InPlaceOfLogits:
 
 
 def _scores_of_logits(
-    logits: Tensor, labels: Tensor, normalize_constant: float | None, return_is_top1: bool
+    logits: Tensor, labels: Tensor, return_is_top1: bool, entropy_has_gradient: bool
 ) -> ResponseScores:
     chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     log_probs = chosen - torch.logsumexp(logits, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):
         entropy = compute_entropy(logits)
-        is_top1 = logits.argmax(dim=-1) == labels if return_is_top1 else None
-    if normalize_constant is None:
-        return ResponseScores(log_probs, entropy, is_top1)
-    return ResponseScores(log_probs.detach(), entropy, is_top1, loss=-log_probs.sum() / normalize_constant)
+    is_top1 = logits.detach().argmax(dim=-1) == labels if return_is_top1 else None
+    return ResponseScores(log_probs, entropy, is_top1)
+
+
+def _with_loss(scores: ResponseScores, normalize_constant: float) -> ResponseScores:
+    loss = -scores.log_probs.sum() / normalize_constant
+    return replace(scores, log_probs=scores.log_probs.detach(), token_entropy=scores.token_entropy.detach(), loss=loss)
 
 
 def _response_logits(model: nn.Module, input_ids: Tensor, response_positions: Tensor, **model_kwargs: Any) -> Tensor:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Tile(NamedTuple):
     gradient: Tensor  # of `log_sum`, by the logits before they were capped: softmax times the cap's slope
 
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
 TileFunction = Callable[[Tensor, Tensor | None, Tensor, LogitTransform, torch.dtype, bool], Tile]
 
 
@@ -103,12 +104,12 @@ def float32_or_more(tensor: Tensor) -> Tensor:
 
 
 @cache
-def fused_score_tile() -> TileFunction:
-    """`score_tile` compiled to a single pass over the tile, or as it is where there is no compiler."""
+def fused(function: _Function) -> _Function:
+    """A function of a tile compiled to a single pass over it, or as it is where there is no compiler."""
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         warnings.warn("There is no C compiler, which `torch.compile` needs: the head takes longer.", stacklevel=2)
-        return score_tile
-    return torch.compile(score_tile, dynamic=True)
+        return function
+    return cast(_Function, torch.compile(function, dynamic=True))
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Tiling:
             score: Scores a tile. Default: whatever is fastest on the device.
         """
         if device_type == "cuda":
-            return cls(rows=16384, width=16384, block_bytes=5 * 2**29, score=score or fused_score_tile())
+            return cls(rows=16384, width=16384, block_bytes=5 * 2**29, score=score or fused(score_tile))
         return cls(rows=256, width=2048, block_bytes=2**27, score=score or score_tile)
 
     def rows_per_block(self, vocab_size: int, dtype: torch.dtype) -> int:

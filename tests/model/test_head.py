@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sft.model.head import Head, score_labels
-from lightning_sft.model.tiles import LogitTransform, Tiling, fused_score_tile, score_tile
+from lightning_sft.model.tiles import LogitTransform, Tiling, fused, score_tile
 
 ROWS, HIDDEN, VOCAB = 37, 6, 50
 # Several tiles in both directions and several blocks, each with a smaller one at the end.
@@ -72,13 +72,36 @@ def test_both_modes_pass_gradcheck(softcap):
     hidden, weight, bias, labels, weights = make(bias=True, rows=7)
 
     def log_probs(*inputs):
-        return score(inputs[0], Head(*inputs[1:], LogitTransform(0.7, softcap)), labels).log_probs
+        scores = score(inputs[0], Head(*inputs[1:], LogitTransform(0.7, softcap)), labels)
+        return scores.log_probs, scores.token_entropy
 
     def loss(*inputs):
         return score(inputs[0], Head(*inputs[1:], LogitTransform(0.7, softcap)), labels, token_weights=weights).loss
 
     assert torch.autograd.gradcheck(log_probs, (hidden, weight, bias))
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("bias", "scale", "softcap"), [*itertools.product((False, True), (1.0, 0.3), (None, 2.0))], ids=str
+)
+@pytest.mark.parametrize("what", ["entropies alone", "a bonus"])
+def test_entropies_have_the_gradients_of_full_logits(bias, scale, softcap, what):
+    hidden, weight, vector, labels, weights = make(bias=bias)
+    bonus = 0.5 * weights.flip(0) - 0.2  # of either sign
+    given = score(hidden, Head(weight, vector, LogitTransform(scale, softcap)), labels)
+    log_probs, entropy, _ = naive(hidden, weight, vector, labels, scale, softcap)
+    if what == "entropies alone":
+        loss, expected = (bonus * given.token_entropy).sum(), (bonus * entropy).sum()
+    else:
+        loss, expected = (
+            -(weights * each_log_probs + bonus * each_entropy).sum()
+            for each_log_probs, each_entropy in ((given.log_probs, given.token_entropy), (log_probs, entropy))
+        )
+    for ours, theirs in zip(
+        gradients(loss, hidden, weight, vector), gradients(expected, hidden, weight, vector), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_scaled_loss_has_scaled_gradients_and_can_be_backpropagated_twice():
@@ -109,11 +132,11 @@ def with_gradients(scores):
     return {name for name, value in vars(scores).items() if value is not None and value.requires_grad}
 
 
-def test_only_the_loss_or_the_log_probs_carry_a_gradient():
+def test_only_the_loss_or_the_scores_carry_a_gradient():
     hidden, weight, _, labels, weights = make()
     free = score(hidden, Head(weight), labels, return_is_top1=True)
     bound = score(hidden, Head(weight), labels, token_weights=weights, return_is_top1=True)
-    assert with_gradients(free) == {"log_probs"}
+    assert with_gradients(free) == {"log_probs", "token_entropy"}
     assert with_gradients(bound) == {"loss"}
     with torch.no_grad():
         silent = score(hidden, Head(weight), labels, token_weights=weights)
@@ -213,7 +236,7 @@ def test_compiled_tiles_as_on_cuda_say_the_same(softcap):
     head = Head(weight, bias, LogitTransform(0.5, softcap))
     plain, compiled = (
         score_labels(hidden, head, labels, token_weights=weights, return_is_top1=True, tiling=tiling)
-        for tiling in (TILING, replace(TILING, score=fused_score_tile()))
+        for tiling in (TILING, replace(TILING, score=fused(score_tile)))
     )
     for name, values in vars(plain).items():
         torch.testing.assert_close(getattr(compiled, name), values)
@@ -233,7 +256,7 @@ def test_a_single_row_is_not_compiled_for_and_without_a_compiler_nothing_is(monk
     assert set(seen) == {5}
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match="There is no C compiler"):
-        assert fused_score_tile.__wrapped__() is score_tile
+        assert fused.__wrapped__(score_tile) is score_tile
 
 
 def test_memory_is_that_of_tiles_not_of_logits():

@@ -151,12 +151,29 @@ def test_get_response_log_probs_has_the_gradient_of_finite_differences():
     assert torch.autograd.gradcheck(log_probs, (table,))
 
 
-def test_get_response_log_probs_detaches_its_metrics_alone():
+@pytest.mark.parametrize("kind", ["linear head", "logits"])
+def test_get_response_log_probs_carries_the_gradient_of_an_entropy_bonus(kind):
+    model, input_ids, labels = llama_and_ids()
+    model = model.double()
+    if kind == "logits":
+        model.lm_head = Shifted(16, 131, bias=False).double()
+    weights = torch.rand(2, 7, dtype=torch.float64)
+    scores = get_response_log_probs(model, input_ids, labels, return_token_entropy=True)
+    p = model(input_ids).logits.softmax(dim=-1)
+    naive = naive_log_probs(model, input_ids, labels).mean() - 0.5 * (weights * (p * p.log()).sum(dim=-1)).mean()
+    loss = scores["log_probs"].mean() + 0.5 * (weights * scores["token_entropy"]).mean()
+    parameters = dict(model.named_parameters())
+    given, expected = (torch.autograd.grad(each, parameters.values()) for each in (loss, naive))
+    for name, ours, theirs in zip(parameters, given, expected, strict=True):
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm(), name  # its norms are float32
+
+
+def test_get_response_log_probs_gives_what_it_can_a_gradient():
     logits, labels = torch.randn(1, 2, 5, requires_grad=True), torch.zeros(1, 2, dtype=torch.int64)
     scores = get_response_log_probs(Recorded(logits), labels, labels, return_token_entropy=True, return_is_top1=True)
     assert {name: tensor.requires_grad for name, tensor in scores.items()} == {
         "log_probs": True,
-        "token_entropy": False,
+        "token_entropy": True,
         "is_top1": False,
     }
 
