@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.checks import check_choice, check_integer, check_type
+from lightning_sft.checks import check_choice, check_integer
 from lightning_sft.data.chat.chat_encoding import TrainOnTurns
 from lightning_sft.data.chat.chat_template import read_chat_template, with_chat_template
 from lightning_sft.data.data_settings import DataSettings
@@ -16,6 +15,7 @@ from lightning_sft.data.encoding import Encoding, RowEncoder, TooLong
 from lightning_sft.data.prepared_rows import PreparedRows
 from lightning_sft.data.preview import Preview, preview_rows
 from lightning_sft.data.row_store import RowStore
+from lightning_sft.data.rows.bad_rows import BadRows
 from lightning_sft.data.rows.prompts import Prompt, PromptLoader
 from lightning_sft.data.rows.row_format import Row, RowFormat
 from lightning_sft.data.rows.shown import shown_data
@@ -23,7 +23,7 @@ from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
 from lightning_sft.data.tokens.microbatch import Layout
-from lightning_sft.data.tokens.tokenizer import load_tokenizer
+from lightning_sft.data.tokens.tokenizer import load_tokenizer, name_or_tokenizer
 from lightning_sft.data.training_rows import TrainingRows
 from lightning_sft.errors import SettingsError
 from lightning_sft.trainer_loops import TrainingRun
@@ -64,9 +64,8 @@ class SFTDataModule(L.LightningDataModule):
         ground_truth_field: Column with the reference answer, for rewards. Rows without the default column use the
             output.
         prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
-        row_transform: Function called with each row first; returns the row to use instead. `lightning_sft.alpaca_row`
-            makes messages of `instruction`, `input`, `output`, `system` and `history`; `lightning_sft.query_row` of
-            `query` and `response`; `lightning_sft.chosen_row` takes the chosen of two answers.
+        row_transform: Function called with each row first; returns the row to use instead. Ready for rows of other
+            programs are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
         as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
             assistant's turn, after a column `system`.
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
@@ -84,12 +83,14 @@ class SFTDataModule(L.LightningDataModule):
         too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
         append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that does already
             gets no second one. Turns of messages end as the chat template has it, whatever this says.
+        bad_rows: What happens to malformed rows, and to those that the chat template refuses: `error`; `drop` leaves
+            them out, counts them by what is wrong with them, and shows the first of each kind.
         seed: Of the order of the rows and of the validation split.
-        streaming: Read and tokenise the training rows while training, not all of them before it: for data that is too
-            large to prepare, in files or data sets given by name. How many rows there are is not known, so
-            `trainer.max_steps` says how long the run is, and where the data ends it begins again. Every process reads
-            and tokenises all rows of a step. A run that continues reads a JSONL, JSON or CSV file from its start and
-            skips what it has had; Parquet files and data sets go on where they stopped.
+        streaming: Read and tokenise the training rows while training, not all of them before it: for data too large to
+            prepare, in files or data sets given by name. How many rows there are is not known: `trainer.max_steps` says
+            how long the run is, and where the data ends it begins again. Every process reads and tokenises all rows of
+            a step. A run that continues reads a JSONL, JSON or CSV file from its start and skips what it has had;
+            Parquet files and data sets go on where they stopped.
         shuffle_buffer: With `streaming`, rows are read in blocks of this many, and each block is shuffled; 1 keeps the
             order of the data.
         num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also reads and
@@ -125,6 +126,7 @@ class SFTDataModule(L.LightningDataModule):
         max_length: int | None = None,
         too_long: TooLong = "error",
         append_eos: bool = True,
+        bad_rows: BadRows = "error",
         seed: int = 0,
         streaming: bool = False,
         shuffle_buffer: int = 10_000,
@@ -132,9 +134,7 @@ class SFTDataModule(L.LightningDataModule):
         num_proc: int | None = None,
     ) -> None:
         super().__init__()
-        if tokenizer is None:
-            raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
-        check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
+        self._tokenizer = name_or_tokenizer(tokenizer)
         check_choice("layout", layout, Layout, optional=True)
         data = (train_data, val_data, test_data, predict_data)
         self._data = DataSettings(*data, val_fraction, streaming, shuffle_buffer, num_workers, num_proc)
@@ -142,9 +142,8 @@ class SFTDataModule(L.LightningDataModule):
         turns = (train_on_turns, chat_template_kwargs, as_chat)
         self._row_format = RowFormat(*columns, prompt_template, row_transform, *turns)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
-        self.encoding = Encoding(max_length, too_long, append_eos)
+        self.encoding = Encoding(max_length, too_long, append_eos, bad_rows)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)
-        self._tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self.layout, self.streaming = layout, streaming
         self._rows = RowStore(self._data, self.rule)
         self._run: TrainingRun | None = None

@@ -16,15 +16,24 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.cache import cache_folder
 from lightning_sft.data.chat.notices import Notice
-from lightning_sft.data.encoding import ENCODED_FEATURES, EncodedExample, Encoding, RowEncoder, to_columns
+from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_columns
+from lightning_sft.data.encoding import Encoding, RowEncoder
 from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, count_notices
+from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
 
 _ROWS_READ_AT_ONCE = 10_000
-_ONLY_COUNTED = ["row", "is_truncated", "is_dropped", "notices"]  # columns that are no part of an example
+_ONLY_COUNTED = [
+    "row",
+    "is_truncated",
+    "is_dropped",
+    "problem",
+    "unused_columns",
+    "notices",
+]  # columns that are no part of an example
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class EncodedRows:
             `line 3 of b.jsonl`).
         row_numbers: Which row each example comes from, of all sources together, `(num_examples,)`.
         sizes: The numbers of examples of each source in `dataset`.
-        num_dropped: The numbers of examples of each source that are left out.
+        num_dropped: The numbers of examples of each source that are left out, since they are too long.
         report: What became of the rows.
     """
 
@@ -86,15 +95,30 @@ def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRo
     dataset = concatenate_datasets(parts)
     numbers = [first + read_numbers(part, "row") for part, first in zip(parts, first_rows, strict=True)]
     row_numbers = np.concatenate(numbers)
-    num_dropped = [int(out.sum()) for out in dropped]
+    bad_rows = [_read_bad_rows(part) for part in encoded]
+    num_dropped = [int(out.sum()) - len(bad) for out, bad in zip(dropped, bad_rows, strict=True)]
     report = EncodingReport(
         len(np.unique(row_numbers)),
         len(dataset),
         sum(num_dropped),
         int(read_numbers(dataset, "is_truncated").sum()),
+        BadRowCounts(chain(*bad_rows)),
+        sorted({column for part in encoded for column in _unique_texts(part, "unused_columns")}),
         _count_notices(dataset, row_numbers),
     )
     return EncodedRows(dataset.remove_columns(_ONLY_COUNTED), row_numbers, list(map(len, parts)), num_dropped, report)
+
+
+def _read_bad_rows(part: Dataset) -> list[BadRow]:
+    is_bad = part.data.column("problem").is_valid().to_numpy()
+    found = part.select(np.flatnonzero(is_bad)).select_columns(["location", "problem"])
+    return [BadRow(**row) for row in found.to_list()]
+
+
+def _unique_texts(part: Dataset, column: str) -> list[str]:
+    """The different texts in lists of texts."""
+    found: list[str] = pc.unique(pc.list_flatten(part.data.column(column))).to_pylist()
+    return found
 
 
 def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> list[CountedNotice]:

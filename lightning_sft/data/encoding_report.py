@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_sft.data.chat.notices import Notice
+from lightning_sft.data.rows.bad_rows import BadRowCounts
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class EncodingReport:
         num_examples: The examples.
         num_dropped: Examples that are left out, since they are too long.
         num_truncated: Examples that are cut.
+        bad_rows: Rows that are left out, since they are malformed, counted by what is wrong with them.
+        unused_columns: Columns of rows that people mean to be used, and that are not.
         notices: What is to be known of conversations, a notice of each kind.
     """
 
@@ -40,6 +43,8 @@ class EncodingReport:
     num_examples: int
     num_dropped: int = 0
     num_truncated: int = 0
+    bad_rows: BadRowCounts = field(default_factory=BadRowCounts)
+    unused_columns: Sequence[str] = ()
     notices: Sequence[CountedNotice] = ()
 
     @property

@@ -77,6 +77,8 @@ class Preview:
         ):
             if any(counts):
                 lines.append((f"{word}, {self.limit}", [f"{count:,}" for count in counts]))
+        if any(split.report.bad_rows.total for split in splits):
+            lines.append(("left out, malformed", [f"{split.report.bad_rows.total:,}" for split in splits]))
         lines.append(("tokens", [f"{split.num_tokens.sum():,}" for split in splits]))
         shares = [percent(split.num_response_tokens.sum(), split.num_tokens.sum()) for split in splits]
         lines.append(("of these response tokens", shares))
@@ -102,6 +104,12 @@ class Preview:
         for name, values in self._table():
             table.add_row(name, *values)
         yield table
+        for words in self._bad_rows():
+            yield Text(words)
+
+    def _bad_rows(self) -> list[str]:
+        """What is wrong with rows that are left out."""
+        return [f"{name}: {words}" for name, split in self.splits.items() for words in split.report.bad_rows.in_words()]
 
     def __str__(self) -> str:
         console = Console(file=StringIO(), color_system=None, force_jupyter=False)
@@ -115,4 +123,6 @@ class Preview:
         table = [("", list(self.splits)), *self._table()]
         lines = ["".join(f"<td style='text-align:right'>{value}</td>" for value in values) for _, values in table]
         lines = [f"<tr><td>{escape(name)}</td>{line}</tr>" for (name, _), line in zip(table, lines, strict=True)]
-        return f"{rows_html(self.rows, self.tokenizer)}<table style='color:inherit'>{''.join(lines)}</table>"
+        bad_rows = "".join(f"<div>{escape(words)}</div>" for words in self._bad_rows())
+        table_html = f"<table style='color:inherit'>{''.join(lines)}</table>"
+        return f"{rows_html(self.rows, self.tokenizer)}{table_html}{bad_rows}"

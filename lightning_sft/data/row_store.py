@@ -1,27 +1,24 @@
 """The rows of each split, read and tokenised when a stage first needs them."""
 
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import cast
 
 import numpy as np
 from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sft.data.data_settings import DataSettings
-from lightning_sft.data.encoded_rows import EncodedRows, encode_rows, read_numbers
-from lightning_sft.data.encoding import Encoding, RowEncoder
+from lightning_sft.data.encoded_rows import encode_rows, read_numbers
+from lightning_sft.data.encoding import RowEncoder
 from lightning_sft.data.prepared_rows import PreparedRows
+from lightning_sft.data.row_report import report_prompts, report_rows
 from lightning_sft.data.rows.mixture import WeightedSource, open_weighted, weighted_sources
 from lightning_sft.data.rows.prompt_rows import render_prompts
 from lightning_sft.data.rows.prompts import Prompt
-from lightning_sft.data.rows.sources import Source, open_sources
+from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.streamed_rows import StreamedRows
 from lightning_sft.data.training_rows import TrainingRows
 from lightning_sft.errors import SettingsError
-
-_NUM_SOURCES_NAMED = 20  # in one message
 
 
 class RowStore:
@@ -101,7 +98,10 @@ class RowStore:
     def _load_prompts(self, encoder: RowEncoder) -> Dataset:
         if self._settings.predict_data is not None:
             sources = open_sources(self._settings.predict_data, "predict_data")
-            return render_prompts(sources, encoder.row_format, encoder.tokenizer)
+            on_bad_row = encoder.encoding.bad_rows
+            prompts = render_prompts(sources, encoder.row_format, encoder.tokenizer, on_bad_row)
+            report_prompts("predict_data", prompts)
+            return prompts.dataset
         self._load_validation(encoder)
         if self.val is None:
             raise SettingsError("`predict_data` is needed for predict, as there is no `val_data` to take prompts from.")
@@ -114,7 +114,7 @@ class RowStore:
         weights = self._settings.weights if split == "train" else {}
         sources, sources_per_name = open_weighted(weights, argument) if weights else (open_sources(data, argument), [])
         encoded = encode_rows(sources, encoder.row_format, encoder.tokenizer, encoder.encoding, self._num_proc)
-        _report(argument, sources, encoded, encoder.encoding)
+        report_rows(argument, encoded, encoder.encoding.limit_in_words, sources)
         weighted: list[WeightedSource] = []
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
             bounds = pairwise([0, *accumulate(sources_per_name)])
@@ -148,27 +148,3 @@ class RowStore:
 
 def _missing(split: str, stage: str) -> SettingsError:
     return SettingsError(f"`{split}_data` is needed for {stage}; expected a file, a data set or a list of rows.")
-
-
-def _report(argument: str, sources: Sequence[Source], rows: EncodedRows, encoding: Encoding) -> None:
-    """Say what became of rows, and refuse data of which nothing is left."""
-    num_kept, limit, report = len(rows.dataset), encoding.limit_in_words, rows.report
-    num_examples = num_kept + report.num_dropped
-    word = "rows" if report.num_rows == report.num_examples else "examples"
-    if report.num_dropped:
-        lost = zip(sources, rows.sizes, rows.num_dropped, strict=True)
-        each = ", ".join(f"{num} of {num + size} of {source.name}" for source, size, num in lost if num)
-        each = f" ({each})" if 1 < len(sources) <= _NUM_SOURCES_NAMED else ""
-        rank_zero_info(f"{argument}: dropped {report.num_dropped} of {num_examples} {word}{each}, {limit}.")
-    if report.num_truncated:
-        rank_zero_info(
-            f"{argument}: truncated {report.num_truncated} of {num_examples} {word}, {limit}; their responses lose the "
-            "end and the EOS."
-        )
-    if not num_kept:
-        raise SettingsError(f"`{argument}`: all {report.num_dropped} rows are {limit}. Raise `max_length`.")
-    if report.num_examples > report.num_rows:
-        rank_zero_info(f"{argument}: {report.examples_in_words}")
-    for counted in report.notices:
-        say = rank_zero_warn if counted.notice.is_warning else rank_zero_info
-        say(f"{argument}: {counted.in_words(report.num_rows)}")

@@ -7,16 +7,17 @@ from typing import Any
 
 from datasets import Dataset
 
-from lightning_sft.data.encoded_rows import rows_in_memory
+from lightning_sft.data.encoded_rows import EncodedRows, rows_in_memory
 from lightning_sft.data.encoding import RowEncoder
 from lightning_sft.data.prepared_rows import PreparedRows
+from lightning_sft.data.row_report import report_rows
 from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepNumbers
+from lightning_sft.data.stream.bad_row_log import BadRowLog
 from lightning_sft.data.stream.row_stream import RowStream, only_name, open_streams
 from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedSteps, StreamLoader, StreamOrder
-from lightning_sft.errors import SettingsError
 from lightning_sft.trainer_loops import Epoch
 
 _NUM_FIRST_ROWS = 1000
@@ -37,7 +38,7 @@ class StreamedRows:
 
     Raises:
         FileNotFoundError: If a file is missing or a pattern matches none.
-        ValueError: If a row cannot be used, or all of the first rows are too long.
+        ValueError: If a row cannot be used, unless such rows are left out, or none of the first rows can be.
     """
 
     label = f"first {_NUM_FIRST_ROWS:,} rows"
@@ -46,7 +47,9 @@ class StreamedRows:
         self._streams = open_streams(data, "train_data")
         self._encoder, self._rule, self._rows_per_block = encoder, rule, rows_per_block
         self._bookmarks: dict[int, Bookmark] = {}
-        self._first = _first_rows(self._streams, encoder, rule)
+        encoded = _encode_first(self._streams, encoder)
+        self._first = PreparedRows(self.label, encoded.dataset, rule, report=encoded.report)
+        self._bad_rows = BadRowLog("train_data", encoded.report.bad_rows)
 
     @property
     def rows(self) -> Dataset:
@@ -90,7 +93,9 @@ class StreamedRows:
             epoch.num_steps if epoch.is_limited else None,
         )
         dataset = StreamedSteps(self._streams, self._encoder, self._rule, order, options)
-        return StreamLoader(dataset, range(_ENDLESS) if steps is None else steps, options, self._bookmarks)
+        return StreamLoader(
+            dataset, range(_ENDLESS) if steps is None else steps, options, self._bookmarks, self._bad_rows
+        )
 
     def state(self, num_steps: int) -> dict[str, Any]:
         """What the order of the rows depends on, and the bookmark of the last step."""
@@ -116,12 +121,8 @@ class StreamedRows:
         }
 
 
-def _first_rows(streams: Sequence[RowStream], encoder: RowEncoder, rule: StepRule) -> PreparedRows:
+def _encode_first(streams: Sequence[RowStream], encoder: RowEncoder) -> EncodedRows:
     read = list(islice((row for stream in streams for row in stream.read()), _NUM_FIRST_ROWS))
     encoded = rows_in_memory(encoder.encode(read, only_name(streams)))
-    if not len(encoded.dataset):
-        raise SettingsError(
-            f"`train_data`: all of the first {len(read)} rows are {encoder.encoding.limit_in_words}. "
-            "Raise `max_length`."
-        )
-    return PreparedRows(StreamedRows.label, encoded.dataset, rule, report=encoded.report)
+    report_rows("train_data", encoded, encoder.encoding.limit_in_words, part=f", {StreamedRows.label}")
+    return encoded

@@ -135,11 +135,14 @@ class ChatEncoder:
             return learnt
         if answers and self._train_on_turns == "last":
             raise SettingsError(
-                f"turn {answers[0] + 1} (assistant), the last one, has the `weight` 0, but `train_on_turns` is "
-                '"last". Remove the turn, or set `train_on_turns` to "all".'
+                f"turn {answers[0] + 1} (assistant), the last one, has the `weight` 0 (or `train` false, or the like), "
+                'but `train_on_turns` is "last". Remove the turn, or set `train_on_turns` to "all".'
             )
         if answers:
-            raise SettingsError(f"all {len(answers)} turns of the assistant have the `weight` 0. Remove the row.")
+            raise SettingsError(
+                f"all {len(answers)} turns of the assistant have the `weight` 0 (or `train` false, or the like). "
+                "Remove the row."
+            )
         if turns:
             raise SettingsError(
                 f"no turn of the assistant to learn from: all {len(messages)} messages are in `prompt_field`, and a "

@@ -65,8 +65,8 @@ class ChatTemplate:
         """
         if not self._tokenizer.chat_template:
             raise SettingsError(
-                "the row has messages, but the tokenizer has no chat template. Pass `chat_template`, a text or a file, "
-                "or name the columns of a prompt and an output."
+                "the row has messages (or `as_chat` makes them), but the tokenizer has no chat template. Pass "
+                "`chat_template`, a text or a file, or name the columns of a prompt and an output."
             )
         messages = self._messages(conversation.messages[:num_messages])
         try:

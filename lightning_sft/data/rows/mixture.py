@@ -121,8 +121,8 @@ def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argumen
     for source in sources:
         if not source.num_rows:
             raise SettingsError(
-                f"`{argument}` has no rows of {shorten(source.name, 200)} that can be trained on: all are too long, or "
-                "for validation. Leave the source out."
+                f"`{argument}` has no rows of {shorten(source.name, 200)} that can be trained on: all are too long, "
+                "malformed, or for validation. Leave the source out."
             )
         if not source.num_rows_per_epoch:
             raise SettingsError(

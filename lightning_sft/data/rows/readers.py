@@ -4,13 +4,25 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from lightning_sft.errors import SettingsError, one_line, shorten
 
 
-def read_file(path: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+@dataclass(frozen=True)
+class UnreadableRow:
+    """What stands where a row should be; whoever uses it says so, or leaves it out.
+
+    Attributes:
+        problem: Why it is no row.
+    """
+
+    problem: str
+
+
+def read_file(path: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any] | UnreadableRow]]:
     """The rows of a JSONL, JSON or CSV file one by one, each with its location in it, such as `line 3`.
 
     Args:
@@ -19,7 +31,7 @@ def read_file(path: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it has no rows, or a row is malformed; the message begins with its location.
+        ValueError: If it has no rows, or it is malformed so that nobody knows where a row ends.
     """
     rows: Iterator[tuple[str, object]]
     if path.endswith(".csv"):
@@ -28,35 +40,31 @@ def read_file(path: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = islice(_read_json_list(path), skip, None)
     else:
         rows = _read_json_lines(path, skip)
-    row = None
+    has_rows = False
     for location, row in rows:
-        if not isinstance(row, dict):
-            raise SettingsError(f"{location}: expected a JSON object, got {shorten(row)}.")
+        has_rows = True
+        if not isinstance(row, dict | UnreadableRow):
+            row = UnreadableRow(f"expected a JSON object, got {shorten(row)}.")
         yield location, row
-    if row is None and not skip:
+    if not has_rows and not skip:
         raise SettingsError("it has no rows.")
 
 
-def parse_json(text: str, location: str) -> Any:
-    """What a text of JSON holds.
-
-    Raises:
-        ValueError: If it cannot be read; the message begins with the location.
-    """
+def parse_json(text: str) -> Any:
+    """What a text of JSON holds, or an `UnreadableRow` if it cannot be read."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise SettingsError(f"{location}: not valid JSON ({problem}): {shorten(text)}") from None
+        return UnreadableRow(f"not valid JSON ({problem}): {shorten(text)}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
-        raise SettingsError(f"{location}: cannot be read as JSON: {one_line(error)}.") from None
+        return UnreadableRow(f"cannot be read as JSON: {one_line(error)}.")
 
 
 def _read_json_lines(path: str, skip: int) -> Iterator[tuple[str, object]]:
-    lines = ((number, line) for number, line in enumerate(_text_lines(path), 1) if line.strip())
+    lines = ((number, line) for number, line in _text_lines(path) if isinstance(line, UnreadableRow) or line.strip())
     for number, line in islice(lines, skip, None):
-        location = f"line {number}"
-        yield location, parse_json(line, location)
+        yield f"line {number}", line if isinstance(line, UnreadableRow) else parse_json(line)
 
 
 def _is_list(path: str) -> bool:
@@ -65,12 +73,12 @@ def _is_list(path: str) -> bool:
 
 
 def _read_json_list(path: str) -> Iterator[tuple[str, object]]:
-    rows = json.loads("".join(_text_lines(path)))
+    rows = json.loads("".join(_text(path)))
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _read_csv(path: str) -> Iterator[tuple[str, object]]:
-    reader = csv.reader(_text_lines(path), strict=True)
+    reader = csv.reader(_text(path), strict=True)
     field_size_limit = csv.field_size_limit(sys.maxsize)  # unless raised, no field may pass 131,072 characters
     try:
         records = filter(None, reader)  # a blank line is an empty record
@@ -79,11 +87,9 @@ def _read_csv(path: str) -> Iterator[tuple[str, object]]:
         if twice:
             raise SettingsError(f"its header has {shorten(min(twice))} more than once. Rename all but one.")
         for number, record in enumerate(records, 1):
-            if len(record) != len(header):
-                raise SettingsError(
-                    f"row {number}: expected {len(header)} fields, as in the header, got {len(record)}."
-                )
-            yield f"row {number}", dict(zip(header, record, strict=True))
+            is_whole = len(record) == len(header)
+            problem = f"expected {len(header)} fields, as in the header, got {len(record)}."
+            yield f"row {number}", dict(zip(header, record, strict=True)) if is_whole else UnreadableRow(problem)
     except csv.Error as error:
         problem = str(error)
         if "new-line" in problem:  # a lone carriage return; what `csv` advises is about its own arguments
@@ -93,13 +99,18 @@ def _read_csv(path: str) -> Iterator[tuple[str, object]]:
         csv.field_size_limit(field_size_limit)
 
 
-def _text_lines(path: str) -> Iterator[str]:
+def _text(path: str) -> Iterator[str]:
+    """The lines of a file that is a whole: one that is no text makes all of it unreadable."""
+    for number, line in _text_lines(path):
+        if isinstance(line, UnreadableRow):
+            raise SettingsError(f"line {number}: {line.problem}")
+        yield line
+
+
+def _text_lines(path: str) -> Iterator[tuple[int, str | UnreadableRow]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise SettingsError(
-                    f"line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
-                ) from None
-            yield text
+                yield number, UnreadableRow(f"not UTF-8 text ({error.reason}). Save the file as UTF-8.")

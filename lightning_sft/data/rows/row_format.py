@@ -1,19 +1,27 @@
 """The format of rows: which columns are the prompt, the output and the ground truth, or a conversation."""
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_sft.checks import check_callable, check_choice, check_type
 from lightning_sft.data.chat.chat_encoding import TrainOnTurns
 from lightning_sft.data.chat.conversation import Conversation, read_conversation
+from lightning_sft.data.rows.readers import UnreadableRow
 from lightning_sft.data.tokens.texts import check_is_text, read_template_file
 from lightning_sft.errors import SettingsError, one_line, shorten
 
-Row = Mapping[str, Any]
+Row: TypeAlias = Mapping[str, Any]
+AnyRow: TypeAlias = Row | UnreadableRow
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold one
+_ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of it, `instruction` and `output`"
+_EASILY_MISSED = {  # columns beside a prompt that people mean to be used, and what would use them
+    "system": "`as_chat: true` writes it, prompt and output with the chat template",
+    "history": _ALPACA,
+    "input": _ALPACA,
+}
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,12 @@ class PlainPrompt:
     Attributes:
         prompt: The text that the model goes on from.
         ground_truth: The reference answer; None if the row has none.
+        unused_columns: Columns of the row that people mean to be used, and that are not.
     """
 
     prompt: str
     ground_truth: str | None
+    unused_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,13 @@ class PlainRow:
         prompt: The text before the response.
         output: The response, which is to be learnt.
         ground_truth: The reference answer; the output if the row has no other.
+        unused_columns: Columns of the row that people mean to be used, and that are not.
     """
 
     prompt: str
     output: str
     ground_truth: str
+    unused_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,10 +63,12 @@ class ChatRow:
     Attributes:
         conversation: The messages.
         ground_truth: The reference answer; None if the row has none.
+        unused_columns: Of a row without messages: columns that people mean to be used, and that are not.
     """
 
     conversation: Conversation
     ground_truth: str | None
+    unused_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,11 +117,11 @@ class RowFormat:
             check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
         check_type("as_chat", self.as_chat, bool, "true or false")
 
-    def render(self, row: Row) -> PlainRow | ChatRow:
+    def render(self, row: AnyRow) -> PlainRow | ChatRow:
         """What a row says that is to be learnt.
 
         Raises:
-            ValueError: If a column is missing or its value is not a string, or `row_transform` fails.
+            ValueError: If it cannot be read, a column is missing or no string, or `row_transform` fails.
         """
         row = self._transformed(row)
         self._refuse_preferences(row)
@@ -117,9 +131,9 @@ class RowFormat:
         prompt, output = self._prompt(row), _text(row, self.output_field, "output_field")
         if self.as_chat:
             return self._chat_row(row, prompt, output, ground_truth)
-        return PlainRow(prompt, output, output if ground_truth is None else ground_truth)
+        return PlainRow(prompt, output, output if ground_truth is None else ground_truth, self._unused_columns(row))
 
-    def render_prompt(self, row: Row) -> PlainPrompt | ChatRow:
+    def render_prompt(self, row: AnyRow) -> PlainPrompt | ChatRow:
         """What a row says that a model is to go on from; an output is not needed.
 
         Raises:
@@ -132,9 +146,11 @@ class RowFormat:
         prompt = self._prompt(row)
         if self.as_chat:
             return self._chat_row(row, prompt, None, ground_truth)
-        return PlainPrompt(prompt, ground_truth)
+        return PlainPrompt(prompt, ground_truth, self._unused_columns(row))
 
-    def _transformed(self, row: Row) -> Row:
+    def _transformed(self, row: AnyRow) -> Row:
+        if isinstance(row, UnreadableRow):
+            raise SettingsError(row.problem)
         if self.row_transform is None:
             return row
         try:
@@ -167,7 +183,7 @@ class RowFormat:
         columns = ["prompt", "output"]
         row_of_texts = {**row, "prompt": prompt, "output": output}
         conversation = read_conversation(row_of_texts, columns, self.chat_template_kwargs)
-        return ChatRow(conversation, ground_truth)
+        return ChatRow(conversation, ground_truth, self._unused_columns(row))
 
     def _refuse_preferences(self, row: Row) -> None:
         has_preferences = row.get("chosen") is not None and row.get("rejected") is not None
@@ -177,6 +193,13 @@ class RowFormat:
                 "the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. Here one output is "
                 "learnt. To learn the chosen one alone, set `row_transform` to `lightning_sft.chosen_row`."
             )
+
+    def _unused_columns(self, row: Row) -> tuple[str, ...]:
+        if self.row_transform is not None:  # which has seen them
+            return ()
+        used = {*self._prompt_columns, self.output_field, self.ground_truth_field}
+        used |= {"system"} if self.as_chat else set()
+        return tuple(column for column in _EASILY_MISSED if row.get(column) and column not in used)
 
     @property
     def _prompt_columns(self) -> list[str]:
@@ -194,6 +217,14 @@ class RowFormat:
         if self.ground_truth_field == RowFormat.ground_truth_field and row.get(self.ground_truth_field) is None:
             return None
         return _text(row, self.ground_truth_field, "ground_truth_field")
+
+
+def unused_in_words(columns: Sequence[str]) -> list[str]:
+    """What a user is told of each column that nothing uses."""
+    return [
+        f"nothing uses the column `{column}`. {_EASILY_MISSED[column]}; or name it in `prompt_template`."
+        for column in columns
+    ]
 
 
 def _read_prompt_template(template: str) -> str:

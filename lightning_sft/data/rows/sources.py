@@ -14,14 +14,14 @@ from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from lightning_sft.data.cache import cache_folder, code_hash
-from lightning_sft.data.rows.readers import parse_json, read_file
-from lightning_sft.data.rows.row_format import Row
+from lightning_sft.data.rows.readers import UnreadableRow, parse_json, read_file
+from lightning_sft.data.rows.row_format import AnyRow, Row
 from lightning_sft.errors import MissingFileError, SettingsError, SettingsTypeError, one_line, shorten
 
 Data: TypeAlias = str | Sequence[str] | Dataset | Sequence[Row]
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_JSON_FEATURES = Features({"location": Value("string"), "json": Value("string")})
+_JSON_FEATURES = Features({"location": Value("string"), "json": Value("string"), "problem": Value("string")})
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Source:
     Attributes:
         name: A path, the name of a data set, or the argument that the rows were passed as.
         rows: The rows; of a file of text and of a collection in memory as `is_json` says.
-        is_json: Whether each row of `rows` is a location, such as `line 1`, and a text of JSON. Nothing guesses the
-            type of a value then.
+        is_json: Whether each row of `rows` is a location, such as `line 1`, and a text of JSON, or the problem of an
+            `UnreadableRow`. Nothing guesses the type of a value then.
     """
 
     name: str
     rows: Dataset
     is_json: bool = False
 
-    def decode(self, batch: dict[str, list[Any]], indices: list[int]) -> Iterator[tuple[str, Row]]:
+    def decode(self, batch: dict[str, list[Any]], indices: list[int]) -> Iterator[tuple[str, AnyRow]]:
         """The rows of a batch, each with its location, such as `line 3 of train.jsonl`.
 
         Args:
@@ -49,7 +49,13 @@ class Source:
         for offset, index in enumerate(indices):
             stored = {column: values[offset] for column, values in batch.items()}
             location = stored["location"] if self.is_json else f"row {index + 1}"
-            row: Row = parse_json(stored["json"], location) if self.is_json else own_keys(stored, self.rows.features)
+            row: AnyRow
+            if not self.is_json:
+                row = own_keys(stored, self.rows.features)
+            elif stored["problem"] is None:
+                row = parse_json(stored["json"])
+            else:
+                row = UnreadableRow(stored["problem"])
             yield f"{location} of {self.name}", row
 
 
@@ -74,10 +80,7 @@ def open_sources(data: Data, argument: str) -> list[Source]:
     elif isinstance(data, Sequence) and all(isinstance(item, str | Path) for item in data):
         sources = [source for name in data for source in _open_name(str(name), argument)]
     elif isinstance(data, Sequence) and all(isinstance(item, Mapping) for item in data):
-        try:
-            rows = [_json_row(f"row {number}", dict(row)) for number, row in enumerate(data, 1)]
-        except ValueError as error:
-            raise SettingsError(f"`{argument}`: {error}") from None
+        rows = [_json_row(f"row {number}", dict(row)) for number, row in enumerate(data, 1)]
         sources = [Source(f"`{argument}`", Dataset.from_list(rows, _JSON_FEATURES), is_json=True)]
     else:
         raise SettingsTypeError(
@@ -168,18 +171,21 @@ def _open_file(path: str, argument: str) -> Source:
         raise SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}") from error
 
 
-def _json_rows(path: str) -> Iterator[dict[str, str]]:
+def _json_rows(path: str) -> Iterator[dict[str, str | None]]:
     for location, row in read_file(path):
         yield _json_row(location, row)
 
 
-def _json_row(location: str, row: dict[str, Any]) -> dict[str, str]:
-    # What JSON cannot hold must not turn into text, which would pass for a prompt or an output.
-    try:
-        text = json.dumps(row, default=lambda value: {type(value).__name__: repr(value)})
-    except (TypeError, ValueError, RecursionError) as error:  # a key that is no text, a cycle, a deep nest
-        raise SettingsError(f"{location}: cannot be written as JSON: {one_line(error)}.") from None
-    return {"location": location, "json": text}
+def _json_row(location: str, row: dict[str, Any] | UnreadableRow) -> dict[str, str | None]:
+    problem = row.problem if isinstance(row, UnreadableRow) else None
+    text = None
+    if problem is None:
+        try:
+            # What JSON cannot hold must not turn into text, which would pass for a prompt or an output.
+            text = json.dumps(row, default=lambda value: {type(value).__name__: repr(value)})
+        except (TypeError, ValueError, RecursionError) as error:  # a key that is no text, a cycle, a deep nest
+            problem = f"cannot be written as JSON: {one_line(error)}."
+    return {"location": location, "json": text, "problem": problem}
 
 
 def own_keys(row: Row, features: Features | None) -> Row:

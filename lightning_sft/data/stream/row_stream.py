@@ -10,7 +10,7 @@ from typing import Any
 from datasets import IterableDataset, load_dataset
 
 from lightning_sft.data.rows.readers import read_file
-from lightning_sft.data.rows.row_format import Row
+from lightning_sft.data.rows.row_format import AnyRow
 from lightning_sft.data.rows.sources import find_files, load_named, own_keys
 from lightning_sft.errors import SettingsError, SettingsTypeError, one_line, shorten
 
@@ -41,7 +41,7 @@ class RowStream:
         self.name, self._argument = name, argument
         self._dataset, self._current, self._num_read = dataset, dataset, 0
 
-    def read(self, position: SourcePosition | None = None) -> Iterator[tuple[str, Row]]:
+    def read(self, position: SourcePosition | None = None) -> Iterator[tuple[str, AnyRow]]:
         """The rows from a position on, each with its location, such as `line 3 of train.jsonl`.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_sft.data.rows.row_format import Row
+from lightning_sft.data.rows.row_format import AnyRow
 from lightning_sft.data.stream.row_stream import RowStream, SourcePosition
 from lightning_sft.errors import SettingsError
 
@@ -57,7 +57,7 @@ class StreamedRow:
     """
 
     location: str
-    row: Row
+    row: AnyRow
     after: StreamPosition
 
 
@@ -86,13 +86,13 @@ def ordered_rows(
 
 def _read_blocks(
     streams: Sequence[RowStream], rows_per_block: int, position: StreamPosition
-) -> Iterator[tuple[StreamPosition, list[tuple[str, Row]]]]:
+) -> Iterator[tuple[StreamPosition, list[tuple[str, AnyRow]]]]:
     """Endlessly all rows, source by source, each block with the position where it begins.
 
     Of the first block, too, all rows are read, whatever has been taken of them.
     """
     while True:
-        block: list[tuple[str, Row]] = []
+        block: list[tuple[str, AnyRow]] = []
         first, first_position = position.source, position.source_position
         is_empty = first_position is None
         for number in range(first, len(streams)):

@@ -15,9 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sft.data.encoded_rows import hash_of_examples
 from lightning_sft.data.encoding import RowEncoder
+from lightning_sft.data.row_report import nothing_left
+from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
+from lightning_sft.data.stream.bad_row_log import BadRowLog
 from lightning_sft.data.stream.row_stream import RowStream, only_name
 from lightning_sft.data.stream.stream_order import StreamedRow, StreamPosition, ordered_rows
 from lightning_sft.data.tokens.collation import collate
@@ -66,14 +69,15 @@ class StreamOrder:
 
 @dataclass
 class StreamedStep:
-    """An optimizer step and its bookmark."""
+    """An optimizer step, its bookmark, and the bad rows that were left out on the way to it."""
 
     step: OptimizerStep
     bookmark: Bookmark
+    bad_rows: Sequence[BadRow] = ()
 
     def pin_memory(self) -> "StreamedStep":
         """The same in memory that CUDA copies from by itself."""
-        return StreamedStep(self.step.pin_memory(), self.bookmark)
+        return replace(self, step=self.step.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
         self._streams, self._encoder, self._rule, self._order = streams, encoder, rule, order
         self._options, self._pad_id = options, options.pad_id
         self._last: Bookmark | None = None
+        self._bad_rows: list[BadRow] = []
 
     def begin_after(self, last: Bookmark | None) -> None:
         """Set after which step the next iteration begins; None: at the first."""
@@ -125,9 +130,10 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
         while True:
             examples, after = self._take(rows, begin, waiting)
             num_steps += 1
+            bad_rows, self._bad_rows = self._bad_rows, []
             bookmark = Bookmark(num_steps, begin, hash_of_examples(examples))
             if self._last is None or num_steps > self._last.num_steps:
-                yield StreamedStep(self._step(examples), bookmark)
+                yield StreamedStep(self._step(examples), bookmark, bad_rows)
             elif bookmark != self._last:
                 raise SettingsError(
                     "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
@@ -176,10 +182,8 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
                 block = list(islice(rows, missing))
                 waiting.extend(self._encode(block, after))
                 if not waiting and block[-1].after.num_passes > after.num_passes + 1:
-                    raise SettingsError(
-                        f"`train_data`: all rows are longer than `max_length` = {self._encoder.encoding.max_length} "
-                        "tokens. Raise `max_length`."
-                    )
+                    limit = self._encoder.encoding.limit_in_words
+                    raise nothing_left("`train_data`", BadRowCounts(self._bad_rows), limit)
             taken += [waiting.popleft() for _ in range(min(missing, len(waiting)))]
             after = taken[-1].after if taken else begin
         return [each.example for each in taken], after
@@ -187,6 +191,7 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
     def _encode(self, rows: Sequence[StreamedRow], begin: StreamPosition) -> list[PlacedExample]:
         """The examples of rows, but for those that were taken before; `begin` says how many."""
         encoded = self._encoder.encode([(each.location, each.row) for each in rows], only_name(self._streams))
+        self._bad_rows += [BadRow(each.text.location, each.problem) for each in encoded if each.problem is not None]
         placed: list[PlacedExample] = []
         before = replace(begin, num_examples_taken=0)
         for number, row in enumerate(rows):
@@ -207,6 +212,7 @@ class StreamLoader(StepLoader):
         steps: Their numbers.
         options: How they are made; at most one process reads and tokenises ahead.
         bookmarks: By the number of optimizer steps; here each step puts its own, and only the latest two stay.
+        bad_rows: Says which rows are left out.
     """
 
     def __init__(
@@ -215,9 +221,10 @@ class StreamLoader(StepLoader):
         steps: StepNumbers,
         options: LoaderOptions,
         bookmarks: dict[int, Bookmark],
+        bad_rows: BadRowLog,
     ) -> None:
         super().__init__(steps, options)
-        self._dataset, self._bookmarks = dataset, bookmarks
+        self._dataset, self._bookmarks, self._bad_rows = dataset, bookmarks, bad_rows
 
     def __iter__(self) -> Iterator[OptimizerStep]:
         first = next(iter(self._steps), 0)
@@ -239,4 +246,5 @@ class StreamLoader(StepLoader):
             num_steps = item.bookmark.num_steps
             self._bookmarks[num_steps] = item.bookmark
             self._bookmarks.pop(num_steps - 2, None)
+            self._bad_rows.add(item.bad_rows)
             yield replace(item.step, tokenizer=self._options.tokenizer)

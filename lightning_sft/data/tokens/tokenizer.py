@@ -1,8 +1,24 @@
 """Tokenizers by name or by folder, without code of theirs."""
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_sft.checks import check_type
 from lightning_sft.errors import SettingsError, is_missing_path, one_line
+
+
+def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
+    """What the user has given as a tokenizer, a path as a string.
+
+    Raises:
+        TypeError: If it is neither a name, a path nor a tokenizer.
+        ValueError: If there is nothing.
+    """
+    if tokenizer is None:
+        raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
+    check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else str(tokenizer)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

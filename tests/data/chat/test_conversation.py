@@ -201,7 +201,7 @@ BAD_MESSAGES = {
     ),
     "no weight anywhere": (
         [user("a"), assistant("b", weight=0), assistant("c", weight=0)],
-        "all 2 turns of the assistant have the `weight` 0. Remove the row.",
+        "all 2 turns of the assistant have the `weight` 0 (or `train` false, or the like). Remove the row.",
     ),
     "the assistant first": ([assistant("a"), user("b")], "turn 1 (assistant) has nothing before it"),
     "a lone surrogate": (

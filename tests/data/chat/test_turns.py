@@ -60,8 +60,8 @@ def test_a_turn_of_weight_0_is_not_learnt():
     assert last["output"] == last["ground_truth"] == "6!"
     assert learnt([LONG[0], bad, LONG[2], good], CHATML, train_on_turns="last") == ["6!<|im_end|>"]
     words = (
-        "row 1 of `train_data`: turn 4 (assistant), the last one, has the `weight` 0, but `train_on_turns` is "
-        '"last". Remove the turn, or set `train_on_turns` to "all".'
+        "row 1 of `train_data`: turn 4 (assistant), the last one, has the `weight` 0 (or `train` false, or the "
+        'like), but `train_on_turns` is "last". Remove the turn, or set `train_on_turns` to "all".'
     )
     with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         learnt([LONG[0], good, LONG[2], bad], CHATML, train_on_turns="last")
@@ -249,7 +249,7 @@ REFUSED = {
     ),
     "no template": (
         None,
-        "the row has messages, but the tokenizer has no chat template. Pass `chat_template`, a text or a file",
+        "the row has messages (or `as_chat` makes them), but the tokenizer has no chat template. Pass `chat_template`",
     ),
     "a turn that is not after its prompt": (
         "{% if add_generation_prompt %}{% for m in messages %}{{ m.content }}{% endfor %}<|user|>"

@@ -168,6 +168,19 @@ def test_any_json_is_read_as_it_stands_or_refused_with_its_place(kind):
     assert outcomes == {True, False}
 
 
+@few
+@given(st.lists(good_rows | any_rows, min_size=1, max_size=6))
+def test_bad_rows_are_left_out_one_by_one_and_all_others_stay(rows):
+    rows = [row for row in rows if isinstance(row, dict)]
+    good = [row for row in rows if is_read([row], [row], "row ")]
+    if not good:
+        return
+    module = SFTDataModule(TOKENIZERS[True], rows, bad_rows="drop")
+    split = module.preview(0).splits["train"]
+    assert (len(split.num_tokens), split.report.bad_rows.total) == (len(good), len(rows) - len(good))
+    assert module.training_rows.rows["output"][:] == [row["output"] for row in good]
+
+
 FILES = {
     "a.jsonl": GOOD * 2,
     "a.json": b"[" + GOOD + b"," + GOOD + b"]",

@@ -7,7 +7,7 @@ import re
 import pytest
 from support.rows import write, write_csv
 
-from lightning_sft.data.rows.readers import read_file
+from lightning_sft.data.rows.readers import UnreadableRow, read_file
 
 LINES = [
     (name, content + ending)
@@ -62,24 +62,14 @@ UNREADABLE = {
     "blank lines": ("rows.jsonl", b"\n \r\n\n", "it has no rows."),
     "header alone": ("rows.csv", b"prompt,output\n", "it has no rows."),
     "list of nothing": ("rows.json", b" []", "it has no rows."),
-    "no JSON": ("rows.jsonl", b"prompt: a\n", "line 1: not valid JSON (Expecting value at column 1): 'prompt: a\\n'"),
     "JSON list with more behind it": ("rows.json", b'[{"prompt": "a"}]\n, {}]', "Extra data: line 2 column 1"),
     "JSON list without comma": ("rows.json", b'[{"prompt": "a"}\n{}]', "Expecting ',' delimiter: line 2 column 1"),
-    "null line": ("rows.jsonl", b"null\n", "line 1: expected a JSON object, got None."),
-    "row without object": ("rows.json", b'[{"prompt": "a"}, 5]', "row 2: expected a JSON object, got 5."),
     "Latin-1 in JSON": (
         "rows.json",
         b"[\n" + '"ü"]'.encode("latin-1"),
         "line 2: not UTF-8 text (invalid start byte). Save the",
     ),
     "Latin-1 in CSV": ("rows.csv", 'prompt,output\n1,"a\nÄ"'.encode("latin-1"), "line 3: not UTF-8 text"),
-    "UTF-16": ("rows.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8 text (invalid start byte)"),
-    "field too many": (
-        "rows.csv",
-        b"prompt,output\na,b\nc,d,e\n",
-        "row 2: expected 2 fields, as in the header, got 3.",
-    ),
-    "field too few": ("rows.csv", b"prompt,output\na,b\nc\n", "row 2: expected 2 fields, as in the header, got 1."),
     "stray quote": ("rows.csv", b'prompt,output\na,b\n"c"d,e\n', "line 3: ',' expected after '\"'."),
 }
 
@@ -89,3 +79,33 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_line(tmp_path, problem):
     name, content, reason = UNREADABLE[problem]
     with pytest.raises(ValueError, match="^" + re.escape(reason)):
         list(read_file(write(tmp_path / name, content)))
+
+
+NO_ROWS = {
+    "no JSON": ("a.jsonl", b"prompt: a\n", "not valid JSON (Expecting value at column 1): 'prompt: a\\n'"),
+    "half a row": ("a.jsonl", GOOD[:17] + b"\n", "not valid JSON (Invalid control character at column 18): "),
+    "null": ("a.jsonl", b"null\n", "expected a JSON object, got None."),
+    "a number": ("a.json", b"5\n", "expected a JSON object, got 5."),
+    "Latin-1": ("a.jsonl", '{"n": "ü"}\n'.encode("latin-1"), "not UTF-8 text (invalid start byte). Save the file as"),
+    "nested without end": ("a.jsonl", b"[" * 100_000 + b"\n", "cannot be read as JSON: maximum recursion depth"),
+    "too many fields": ("a.csv", b"c,d,e\n", "expected 2 fields, as in the header, got 3."),
+    "too few fields": ("a.csv", b"c\n", "expected 2 fields, as in the header, got 1."),
+}
+
+
+@pytest.mark.parametrize("problem", NO_ROWS)
+def test_what_is_no_row_stands_at_its_place_among_those_that_are(tmp_path, problem):
+    name, content, reason = NO_ROWS[problem]
+    good = b"a,b\n" if name == "a.csv" else GOOD
+    path = write(tmp_path / name, (b"prompt,output\n" if name == "a.csv" else b"") + good + content + good)
+    first, second, third = read_file(path)
+    word = "row" if name == "a.csv" else "line"
+    assert (first, third) == ((f"{word} 1", first[1]), (f"{word} 3", first[1]))
+    assert second[0] == f"{word} 2"
+    assert second[1].problem.startswith(reason)
+    assert list(read_file(path, 1)) == [second, third]
+
+
+def test_a_list_may_hold_what_is_no_row(tmp_path):
+    path = write(tmp_path / "rows.json", '[{"n": 1}, 5]')
+    assert list(read_file(path)) == [("row 1", {"n": 1}), ("row 2", UnreadableRow("expected a JSON object, got 5."))]

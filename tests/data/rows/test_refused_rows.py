@@ -62,23 +62,22 @@ FILES = {
     ),
     "truncated JSONL": Refusal(
         file("a.jsonl", GOOD + GOOD[:17]),
-        UNREADABLE
-        + 'a.jsonl: line 2: not valid JSON (Unterminated string starting at column 17): \'{"prompt": "a", "\'',
+        'line 2 of {tmp}/a.jsonl: not valid JSON (Unterminated string starting at column 17): \'{"prompt": "a", "\'',
     ),
     "truncated JSON": Refusal(
         file("a.json", b"[" + GOOD + b","), UNREADABLE + "a.json: Expecting value: line 2 column 2 (char 33)"
     ),
     "JSON that nests deep": Refusal(
         file("a.jsonl", GOOD + b"[" * 100_000),
-        UNREADABLE + "a.jsonl: line 2: cannot be read as JSON: maximum recursion depth exceeded...",
+        "line 2 of {tmp}/a.jsonl: cannot be read as JSON: maximum recursion depth exceeded...",
     ),
     "JSON with a number of 5,000 digits": Refusal(
         file("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}"),
-        UNREADABLE + "a.jsonl: line 1: cannot be read as JSON: Exceeds the limit (4300 digits)...",
+        "line 1 of {tmp}/a.jsonl: cannot be read as JSON: Exceeds the limit (4300 digits)...",
     ),
     "CSV with a row too long": Refusal(
         file("a.csv", "prompt,output\na,b,c\n"),
-        UNREADABLE + "a.csv: row 1: expected 2 fields, as in the header, got 3.",
+        "row 1 of {tmp}/a.csv: expected 2 fields, as in the header, got 3.",
     ),
     "CSV with an open quote": Refusal(
         file("a.csv", 'prompt,output\na,"b\n'), UNREADABLE + "a.csv: line 2: unexpected end of data."
@@ -114,7 +113,7 @@ FILES = {
     "no hub": Refusal(data(train_data="no/set"), "`train_data` is 'no/set': " + NEITHER + "ConnectionError: ..."),
     "Latin-1 JSONL": Refusal(
         file("a.jsonl", GOOD + '{"prompt": "é"}'.encode("latin-1")),
-        UNREADABLE + "a.jsonl: line 2: not UTF-8 text (invalid continuation byte). Save the file as UTF-8.",
+        "line 2 of {tmp}/a.jsonl: not UTF-8 text (invalid continuation byte). Save the file as UTF-8.",
     ),
     "UTF-16 CSV": Refusal(
         file("a.csv", "prompt,output\na,b\n".encode("utf-16")),
@@ -128,10 +127,10 @@ FILES = {
 
 FIELDS = {
     "line without object": Refusal(
-        file("a.jsonl", GOOD + b"[1, 2]"), UNREADABLE + "a.jsonl: line 2: expected a JSON object, got [1, 2]."
+        file("a.jsonl", GOOD + b"[1, 2]"), "line 2 of {tmp}/a.jsonl: expected a JSON object, got [1, 2]."
     ),
     "value alone in a JSON file": Refusal(
-        file("a.json", '"abc"'), UNREADABLE + "a.json: line 1: expected a JSON object, got 'abc'."
+        file("a.json", '"abc"'), "line 1 of {tmp}/a.json: expected a JSON object, got 'abc'."
     ),
     "row without output": Refusal(
         row({"prompt": "a"}), "row 2 of `train_data`: no value for `output` (`output_field`). The row has ['prompt']."
@@ -158,23 +157,23 @@ FIELDS = {
     ),
     "conversation without a chat template": Refusal(
         row({"prompt": [{"role": "user", "content": "a"}], "output": "b"}),
-        "row 2 of `train_data`: the row has messages, but the tokenizer has no chat template. Pass `chat_template`, a "
-        "text or a file, or name the columns of a prompt and an output.",
+        "row 2 of `train_data`: the row has messages (or `as_chat` makes them), but the tokenizer has no chat "
+        "template. Pass `chat_template`, a text or a file, or name the columns of a prompt and an output.",
     ),
     "ground truth of a number": Refusal(
         row({"prompt": "a", "output": "b", "ground_truth": 4}),
         "row 2 of `train_data`: `ground_truth` (`ground_truth_field`) is 4 of type int, expected a string.",
     ),
     "row in a circle": Refusal(
-        data(train_data=[cyclic()]), "`train_data`: row 1: cannot be written as JSON: Circular reference detected."
+        data(train_data=[cyclic()]), "row 1 of `train_data`: cannot be written as JSON: Circular reference detected."
     ),
     "row with a tuple for a column": Refusal(
         row({("a", 1): "b"}),
-        "`train_data`: row 2: cannot be written as JSON: keys must be str, int, float, bool or None, not tuple.",
+        "row 2 of `train_data`: cannot be written as JSON: keys must be str, int, float, bool or None, not tuple.",
     ),
     "row that nests deep": Refusal(
         row({"prompt": "a", "output": "b", "more": nested(100_000)}),
-        "`train_data`: row 2: cannot be written as JSON: maximum recursion depth exceeded...",
+        "row 2 of `train_data`: cannot be written as JSON: maximum recursion depth exceeded...",
     ),
     "rows without output or EOS": Refusal(
         row({"prompt": "a", "output": ""}, append_eos=False),

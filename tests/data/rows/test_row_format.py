@@ -207,3 +207,19 @@ def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(
     assert learnt["output"] == answer
     assert encode([row | {"messages": LONG}], tokenizer).dataset["output"][:] == ["6!"]
     assert RowFormat().render_prompt({"prompt": "a", "chosen": "b", "rejected": "c"}) == PlainPrompt("a", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, ("system", "input")),
+        ({"as_chat": True}, ("input",)),
+        ({"prompt_template": "{system} {prompt} {input}"}, ()),
+        ({"prompt_field": "input"}, ("system",)),
+        ({"row_transform": dict}, ()),
+    ],
+)
+def test_columns_that_people_mean_to_be_used_are_known_where_they_are_not(options, unused):
+    row = {"prompt": "a", "output": "b", "system": "c", "input": "d", "history": []}
+    row_format = RowFormat(**options)
+    assert row_format.render(row).unused_columns == row_format.render_prompt(row).unused_columns == unused

@@ -155,7 +155,7 @@ def test_preview_shows_the_first_rows_and_the_card_says_that_data_was_streamed(t
 def test_a_bad_row_is_named_when_it_is_read(tmp_path, num_workers):
     for line, message in {
         '{"prompt": "a", "output": 3}': r"line 1291 of .*rows.jsonl: `output` \(`output_field`\) is 3 of type int",
-        '{"prompt"': r"`train_data`: cannot read .*rows.jsonl: line 1291: not valid JSON",
+        '{"prompt"': r"line 1291 of .*rows.jsonl: not valid JSON",
     }.items():
         path = write(tmp_path / "rows.jsonl", ROWS * 30)
         with open(path, "a") as file:
@@ -176,7 +176,10 @@ def test_a_bad_row_is_named_when_it_is_read(tmp_path, num_workers):
         ({"train_data": "none.jsonl"}, "`train_data` is 'none.jsonl', but there is no such file"),
         ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0, expected at least 1"),
         ({"streaming": 1}, "`streaming` is 1 of type int, expected true or false"),
-        ({"max_length": 4, "too_long": "drop"}, "all of the first 43 rows are longer than `max_length` = 4 tokens"),
+        (
+            {"max_length": 4, "too_long": "drop"},
+            "first 1,000 rows: all 43 rows are longer than `max_length` = 4 tokens",
+        ),
         ({"max_tokens_per_microbatch": 9}, "`max_tokens_per_microbatch` is 9, but example"),
     ],
 )

@@ -1,0 +1,98 @@
+"""What is said of rows when they are loaded: what became of them, and what nothing uses."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_sft.data.encoded_rows import EncodedRows
+from lightning_sft.data.rows.bad_rows import BadRowCounts
+from lightning_sft.data.rows.prompt_rows import PromptRows
+from lightning_sft.data.rows.row_format import unused_in_words
+from lightning_sft.data.rows.sources import Source
+from lightning_sft.errors import SettingsError
+
+_NUM_SOURCES_NAMED = 20  # in one message
+
+
+def report_rows(argument: str, rows: EncodedRows, limit: str, sources: Sequence[Source] = (), part: str = "") -> None:
+    """Say what became of rows.
+
+    Args:
+        argument: The name of the argument that they come from.
+        rows: What they are now.
+        limit: Why some are dropped or cut.
+        sources: Of the rows.
+        part: Which of the argument's rows these are, such as `, first 1,000 rows`; all by default.
+
+    Raises:
+        SettingsError: If nothing is left of them.
+    """
+    report, title = rows.report, f"{argument}{part}"
+    num_kept = report.num_examples
+    num_examples = num_kept + report.num_dropped
+    word = "rows" if report.num_rows == num_kept else "examples"
+    if not num_kept:
+        raise nothing_left(f"`{argument}`{part}", report.bad_rows, limit, report.num_dropped)
+    _report_bad_rows(title, report.bad_rows, report.bad_rows.total + report.num_rows)
+    if report.num_dropped:
+        lost = zip(sources, rows.sizes, rows.num_dropped, strict=False)
+        each = ", ".join(f"{num} of {num + size} of {source.name}" for source, size, num in lost if num)
+        each = f" ({each})" if 1 < len(sources) <= _NUM_SOURCES_NAMED else ""
+        rank_zero_info(f"{title}: dropped {report.num_dropped} of {num_examples} {word}{each}, {limit}.")
+    if report.num_truncated:
+        rank_zero_info(
+            f"{title}: truncated {report.num_truncated} of {num_examples} {word}, {limit}; their responses lose the "
+            "end and the EOS."
+        )
+    if report.num_examples > report.num_rows:
+        rank_zero_info(f"{title}: {report.examples_in_words}")
+    for counted in report.notices:
+        say = rank_zero_warn if counted.notice.is_warning else rank_zero_info
+        say(f"{title}: {counted.in_words(report.num_rows)}")
+    _warn_of_unused_columns(title, report.unused_columns)
+
+
+def report_prompts(argument: str, prompts: PromptRows) -> None:
+    """Say what became of rows that a model is to continue.
+
+    Args:
+        argument: The name of the argument that they come from.
+        prompts: What they are now.
+
+    Raises:
+        SettingsError: If nothing is left of them.
+    """
+    bad_rows = BadRowCounts(prompts.bad_rows)
+    if not len(prompts.dataset):
+        raise nothing_left(f"`{argument}`", bad_rows)
+    _report_bad_rows(argument, bad_rows, len(prompts.bad_rows) + len(prompts.dataset))
+    _warn_of_unused_columns(argument, prompts.unused_columns)
+
+
+def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_long: int | None = None) -> SettingsError:
+    """The error that no row can be used.
+
+    Args:
+        title: Which rows these are.
+        bad_rows: Those of them that are malformed.
+        limit: What is wrong with others: they are too long.
+        num_too_long: How many those are, if it is known.
+    """
+    if not bad_rows.total:
+        rows = "rows" if num_too_long is None else f"{num_too_long:,} rows"
+        return SettingsError(f"{title}: all {rows} are {limit}. Raise `max_length`.")
+    too_long = [f"Rows {limit}: {num_too_long:,}."] if num_too_long else []
+    return SettingsError(f"{title}: no row can be used. {' '.join([*bad_rows.in_words(), *too_long])}")
+
+
+def _report_bad_rows(title: str, bad_rows: BadRowCounts, num_rows: int) -> None:
+    if bad_rows.total:
+        words = (
+            f"{title}: left out {bad_rows.total:,} of {num_rows:,} rows, which are malformed (`bad_rows` is 'drop')."
+        )
+        rank_zero_info("\n  ".join([words, *bad_rows.in_words()]))
+
+
+def _warn_of_unused_columns(title: str, columns: Sequence[str]) -> None:
+    if columns:
+        rank_zero_warn(f"{title}: {' '.join(unused_in_words(columns))}")
