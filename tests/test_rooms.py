@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lightning_sft
 from lightning_sft.cli.main import SUMMARIES, overview
 
+TESTS = Path(__file__).parent
 HELPERS = [
     "tokenize_prompt_and_output",
     "compute_entropy",
@@ -57,6 +59,15 @@ def test_helpers_bring_neither_lightning_nor_datasets():
         "    getattr(lightning_sft, name)\n"
         "    brought = {'lightning', 'pytorch_lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
         "    assert not brought, (name, brought)\n"
+    )
+
+
+def test_what_the_course_s_later_chapters_take_from_the_adapters_can_be_imported_alone():
+    run(
+        "import sys\n"
+        f"sys.path.insert(0, {str(TESTS)!r})\n"
+        "from adapters import run_get_response_log_probs, run_tokenize_prompt_and_output\n"
+        "assert not {'lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
     )
 
 

@@ -12,7 +12,9 @@ LossNormalization = Literal["token", "sequence"]
 _Count = TypeVar("_Count", float, Tensor)
 
 
-def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float, dim: int | None = None) -> Tensor:
+def masked_normalize(
+    tensor: Tensor, mask: Tensor, normalize_constant: float | Tensor, dim: int | None = None
+) -> Tensor:
     """Sum the elements where `mask == 1` and divide by a constant.
 
     Elements outside the mask never contribute, not even NaN or infinity, nor do they receive a gradient.
@@ -97,7 +99,7 @@ def sft_microbatch_train_step(
     policy_log_probs: Tensor,
     response_mask: Tensor,
     gradient_accumulation_steps: int,
-    normalize_constant: float = 1.0,
+    normalize_constant: float | None = 1.0,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Backpropagate the loss of one microbatch.
 
@@ -107,14 +109,23 @@ def sft_microbatch_train_step(
         policy_log_probs: `(batch_size, sequence_length)`, carrying gradients.
         response_mask: The same shape; 1 or True where the label is a response token.
         gradient_accumulation_steps: Microbatches per optimizer step.
-        normalize_constant: What each sequence's sum is divided by.
+        normalize_constant: What each sequence's sum is divided by. None: 1.
 
     Returns:
-        The loss that was backpropagated (a detached scalar), and metadata: `num_response_tokens`.
+        The loss that was backpropagated (a detached scalar), and metadata, scalars too: the same `loss`,
+        `num_response_tokens`, and `mean_log_prob`, the mean over the response tokens in nats (NaN if there is none).
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
-    per_sequence = -masked_normalize(policy_log_probs, response_mask, normalize_constant, dim=-1)
+    constant = 1.0 if normalize_constant is None else normalize_constant
+    per_sequence = -masked_normalize(policy_log_probs, response_mask, constant, dim=-1)
     loss = per_sequence.mean() / gradient_accumulation_steps
     loss.backward()
-    return loss.detach(), {"num_response_tokens": (response_mask == 1).sum()}
+    num_response_tokens = (response_mask == 1).sum()
+    mean_log_prob = masked_normalize(policy_log_probs.detach(), response_mask, num_response_tokens)
+    metadata = {
+        "loss": loss.detach(),
+        "num_response_tokens": num_response_tokens,
+        "mean_log_prob": mean_log_prob,
+    }
+    return loss.detach(), metadata

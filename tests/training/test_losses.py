@@ -195,12 +195,26 @@ def test_sft_microbatch_train_step_as_worked_by_hand(mask_type):
     loss, metadata = sft_microbatch_train_step(log_probs, mask, gradient_accumulation_steps=2, normalize_constant=4.0)
     assert loss.item() == 0.5625  # sequences (2 + 3) / 4 and 4 / 4, their mean 1.125, over 2 steps
     assert log_probs.grad.tolist() == [[0.0, -0.0625, -0.0625], [-0.0625, 0.0, 0.0]]  # -1 / (4 * 2 * 2)
-    assert {name: value.item() for name, value in metadata.items()} == {"num_response_tokens": 3}
+    expected = {"loss": 0.5625, "num_response_tokens": 3, "mean_log_prob": -3.0}  # -(2 + 3 + 4) / 3
+    assert {name: value.item() for name, value in metadata.items()} == expected
 
 
 def test_sft_microbatch_train_step_divides_by_no_constant_unless_given_one():
     log_probs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    assert sft_microbatch_train_step(log_probs, torch.ones(1, 2), 1)[0].item() == 3.0
+    for constant in ({}, {"normalize_constant": None}):
+        assert run_sft_microbatch_train_step(log_probs, torch.ones(1, 2), 1, **constant)[0].item() == 3.0
+
+
+def test_a_microbatch_without_a_response_token_has_no_mean_log_prob_and_no_loss():
+    loss, metadata = sft_microbatch_train_step(torch.full((1, 2), -3.0, requires_grad=True), torch.zeros(1, 2), 1)
+    assert loss.item() == 0.0
+    assert metadata["mean_log_prob"].isnan()
+
+
+def test_the_course_s_calls_of_masked_normalize_by_keyword_work_in_its_stub_s_order():
+    tensor, mask = published_inputs(2, 10, 100)
+    given = run_masked_normalize(tensor=tensor, mask=mask, dim=1, normalize_constant=42.0)
+    assert torch.equal(given, masked_normalize(tensor, mask, 42.0, 1))
 
 
 def test_sft_microbatch_train_step_returns_the_loss_that_it_backpropagated_detached():
