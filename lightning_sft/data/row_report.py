@@ -74,7 +74,7 @@ def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_lo
 
     Args:
         title: Which rows these are.
-        bad_rows: Those of them that are malformed.
+        bad_rows: Those of them that are bad.
         limit: What is wrong with others: they are too long.
         num_too_long: How many those are, if it is known.
     """
@@ -87,12 +87,10 @@ def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_lo
 
 def _report_bad_rows(title: str, bad_rows: BadRowCounts, num_rows: int) -> None:
     if bad_rows.total:
-        words = (
-            f"{title}: left out {bad_rows.total:,} of {num_rows:,} rows, which are malformed (`bad_rows` is 'drop')."
-        )
+        words = f"{title}: left out {bad_rows.total:,} of {num_rows:,} rows that cannot be used (`bad_rows` is 'drop')."
         rank_zero_info("\n  ".join([words, *bad_rows.in_words()]))
 
 
 def _warn_of_unused_columns(title: str, columns: Sequence[str]) -> None:
     if columns:
-        rank_zero_warn(f"{title}: {' '.join(unused_in_words(columns))}")
+        rank_zero_warn(f"{title}: {unused_in_words(columns)}")

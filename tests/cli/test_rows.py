@@ -36,7 +36,7 @@ def test_instructions_teach_an_instruct_model_in_its_own_format_and_bad_rows_are
     words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "CSVLogger"]
     cli = run_command(["fit", *words, "--trainer.logger.save_dir", "runs", "--trainer.log_every_n_steps", "1"])
     assert cli.datamodule.facts()["data"]["train rows"] == 9
-    assert "train_data: left out 2 of 11 rows, which are malformed (`bad_rows` is 'drop')." in caplog.text
+    assert "train_data: left out 2 of 11 rows that cannot be used (`bad_rows` is 'drop')." in caplog.text
     assert "1 row, line 2: not valid JSON" in caplog.text
 
     run = Path(cli.trainer.log_dir)
@@ -50,4 +50,4 @@ def test_instructions_teach_an_instruct_model_in_its_own_format_and_bad_rows_are
     )
     (answer,) = map(json.loads, Path("answers.jsonl").read_text().splitlines())
     assert answer["prompt"] == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    assert "predict_data: left out 1 of 2 rows, which are malformed" in caplog.text
+    assert "predict_data: left out 1 of 2 rows that cannot be used" in caplog.text

@@ -150,7 +150,7 @@ def test_of_several_sources_bad_rows_are_named_with_their_source_and_counted_bef
         module.setup("fit")
         assert module.training_rows.count_steps() == 5
     assert (
-        f"left out 2 of 6 rows, which are malformed (`bad_rows` is 'drop').\n  2 rows such as line 3 of {bad[0]}: no"
+        f"left out 2 of 6 rows that cannot be used (`bad_rows` is 'drop').\n  2 rows such as line 3 of {bad[0]}: no"
         in (caplog.text)
     )
 
@@ -159,12 +159,12 @@ def test_what_is_left_out_is_told_and_previewed(caplog):
     rows = [*GOOD[:2], {"prompt": "a"}, {"prompt": "a", "output": 5}, {"prompt": "b"}]
     data = SFTDataModule(character_tokenizer(), rows, val_data=rows[1:3], bad_rows="drop")
     words = " ".join(str(data.preview(1)).split())
-    assert "rows 2 1 left out, malformed 3 1 tokens" in words
+    assert "rows 2 1 bad rows, left out 3 1 tokens" in words
     assert "train: 2 rows such as row 3: no value for `output` (`output_field`)." in words
     assert "train: 1 row, row 4: `output` (`output_field`) is 5 of type int, expected a string." in words
     assert "val: 1 row, row 2: no value" in words
     assert "val: 1 row, row 2: no value" in data.preview(1)._repr_html_()
-    assert "train_data: left out 3 of 5 rows, which are malformed (`bad_rows` is 'drop').\n  2 rows" in caplog.text
+    assert "train_data: left out 3 of 5 rows that cannot be used (`bad_rows` is 'drop').\n  2 rows" in caplog.text
     assert "val_data: left out 1 of 2 rows" in caplog.text
 
 
@@ -199,7 +199,7 @@ def test_rows_that_prompt_for_nothing_are_left_out_of_predictions(caplog):
     data = SFTDataModule(character_tokenizer(), predict_data=rows, bad_rows="drop")
     data.setup("predict")
     assert [(prompt.index, prompt.text) for prompt in data.prompts("predict")] == [(0, "a"), (1, "b")]
-    assert "predict_data: left out 2 of 4 rows, which are malformed" in caplog.text
+    assert "predict_data: left out 2 of 4 rows that cannot be used" in caplog.text
     assert "1 row, row 2 of `predict_data`: no value for `prompt` (`prompt_field`)" in caplog.text
 
     with pytest.raises(ValueError, match=r"^row 2 of `predict_data`: no value for `prompt`"):
@@ -232,7 +232,9 @@ def test_columns_that_nothing_uses_are_named_once_for_each_argument_from_the_cac
             "predict_data",
         ]
         assert messages[1] == (
-            "val_data: nothing uses the column `system`. `as_chat: true` writes it, prompt and output with the chat "
-            "template; or name it in `prompt_template`."
+            "val_data: nothing uses the column `system`. `as_chat: true` writes `system`, prompt and output with the "
+            "chat template; `prompt_template` can name any column."
         )
-        assert "nothing uses the column `input`. `row_transform: lightning_sft.alpaca_row` makes" in messages[0]
+        assert (
+            "nothing uses the columns `input`, `system`. `row_transform: lightning_sft.alpaca_row` makes" in messages[0]
+        )

@@ -16,9 +16,9 @@ Row: TypeAlias = Mapping[str, Any]
 AnyRow: TypeAlias = Row | UnreadableRow
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold one
-_ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of it, `instruction` and `output`"
+_ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
 _EASILY_MISSED = {  # columns beside a prompt that people mean to be used, and what would use them
-    "system": "`as_chat: true` writes it, prompt and output with the chat template",
+    "system": "`as_chat: true` writes `system`, prompt and output with the chat template",
     "history": _ALPACA,
     "input": _ALPACA,
 }
@@ -219,12 +219,13 @@ class RowFormat:
         return _text(row, self.ground_truth_field, "ground_truth_field")
 
 
-def unused_in_words(columns: Sequence[str]) -> list[str]:
-    """What a user is told of each column that nothing uses."""
-    return [
-        f"nothing uses the column `{column}`. {_EASILY_MISSED[column]}; or name it in `prompt_template`."
-        for column in columns
-    ]
+def unused_in_words(columns: Sequence[str]) -> str:
+    """What a user is told of columns that nothing uses."""
+    ways = dict.fromkeys(_EASILY_MISSED[column] for column in columns)
+    ways_out = "; ".join([*ways, "`prompt_template` can name any column"])
+    return (
+        f"nothing uses the column{'s' if columns[1:] else ''} {', '.join(f'`{name}`' for name in columns)}. {ways_out}."
+    )
 
 
 def _read_prompt_template(template: str) -> str:

@@ -62,15 +62,15 @@ def test_the_first_of_each_kind_is_told_and_how_many_there_are(tmp_path, num_wor
     steps(str(path), 160, num_workers=num_workers)
     told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert told == [
-        "train_data, first 1,000 rows: left out 1 of 1,000 rows, which are malformed (`bad_rows` is 'drop').\n"
+        "train_data, first 1,000 rows: left out 1 of 1,000 rows that cannot be used (`bad_rows` is 'drop').\n"
         "  1 row, line 1000: no value for `output` (`output_field`). The row has ['prompt'].",
         f"train_data: left out line 1014 of {path}: not valid JSON (Expecting value at column 1): 'no row\\n'",
-        "train_data: left out 10 rows so far, which are malformed.\n"
+        "train_data: left out 10 rows so far that cannot be used.\n"
         f"  6 rows such as line 1014 of {path}: not valid JSON (Expecting value at column 1): 'no row\\n'\n"
         f"  4 rows such as line 1000 of {path}: no value for `output` (`output_field`). The row has ['prompt'].",
         told[3],
     ]
-    assert told[3].startswith("train_data: left out 100 rows so far, which are malformed.\n  96 rows such as line 1014")
+    assert told[3].startswith("train_data: left out 100 rows so far that cannot be used.\n  96 rows such as line 1014")
 
 
 def test_a_stream_of_bad_rows_is_an_error_with_the_reasons(tmp_path):
