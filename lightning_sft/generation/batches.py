@@ -8,6 +8,7 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import encode_prompts
 from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
+from lightning_sft.model.positions import num_positions
 
 
 def make_requests(
@@ -26,21 +27,21 @@ def make_requests(
         SettingsError: If a prompt is not text: a lone surrogate cannot be encoded.
     """
     texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
+    positions = num_positions(model)
     return [
-        ResponseRequest(prompt, sample, ids, _max_new_tokens(model, len(ids), sampling.max_new_tokens))
+        ResponseRequest(prompt, sample, ids, _max_new_tokens(positions, len(ids), sampling.max_new_tokens))
         for prompt, ids in zip(prompts, encode_prompts(texts, tokenizer, as_written=as_written), strict=True)
         for sample in range(sampling.num_samples)
     ]
 
 
-def _max_new_tokens(model: PreTrainedModel, num_prompt_tokens: int, wanted: int) -> int:
+def _max_new_tokens(positions: int | None, num_prompt_tokens: int, wanted: int) -> int:
     """Tokens that a response may have: fewer than wanted where the model runs out of positions.
 
     Room for more than 32 is then rounded down to a multiple of 32, so that prompts can still share a batch.
     """
     if not num_prompt_tokens:  # nothing to continue
         return 0
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
     if positions is None or num_prompt_tokens + wanted <= positions:
         return wanted
     room = max(positions - num_prompt_tokens, 0)

@@ -16,6 +16,7 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import pad_token_id
 from lightning_sft.generation.response_end import end_ids
 from lightning_sft.generation.sampling import Sampling
+from lightning_sft.model.routing import RoutingRecorder
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def generate_responses(
         stop_strings=sampling.stop_strings,
     )
     stopping = {"tokenizer": tokenizer} if sampling.stop_strings else {}
-    with torch.compiler.set_stance("force_eager"):  # a model compiled for training would compile anew for every cache
+    with (
+        torch.compiler.set_stance("force_eager"),  # a model compiled for training would compile anew for every cache
+        RoutingRecorder(model),  # a loss of routing would take the mask of the whole prompt for that of a token
+    ):
         output = cast(Any, model).generate(
             input_ids,
             attention_mask=mask,

@@ -26,11 +26,11 @@ def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
 
     Args:
         settings: Arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules` or `modules_to_save`.
-            Unless they say otherwise, every linear layer but the head is adapted.
+            Unless they say otherwise, every linear layer but the head is adapted; see `not_adapted` for exceptions.
 
     Raises:
         MissingPackageError: If `peft` is not installed.
-        SettingsError: If an argument is unknown or has a wrong value.
+        SettingsError: If an argument is unknown or has a wrong value, or makes adapters that cannot be merged.
     """
     try:
         from peft import LoraConfig
@@ -40,6 +40,11 @@ def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
     for name in settings:
         if name not in known:
             raise SettingsError(f"`lora` has `{name}`, which cannot be set. These can: {_listed(known)}.")
+    if settings.get("trainable_token_indices") is not None:
+        raise SettingsError(
+            "`lora` has `trainable_token_indices`, which would train, but could not be merged into the model "
+            "afterwards. Train all embeddings instead: put their name, such as `embed_tokens`, into `modules_to_save`."
+        )
     check_integer("lora.r", settings.get("r", 8), at_least=1)
     try:
         return LoraConfig(**(_DEFAULTS | copy.deepcopy(dict(settings))))  # it adds to lists that it is given
@@ -67,7 +72,10 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     keep_from_packing(model)
     tied = _is_tied(model)
     tying = {"ensure_weight_tying": True} if tied and settings.get("modules_to_save") else {}
-    config = lora_config(tying | dict(settings))
+    by_default = (
+        {} if settings.keys() & {"target_modules", "exclude_modules"} else {"exclude_modules": not_adapted(model)}
+    )
+    config = lora_config(tying | by_default | dict(settings))
     config.base_model_name_or_path = model.name_or_path
     _inject(model, config, seed)
     if tied and not _is_tied(model):
@@ -86,6 +94,37 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype.itemsize < 4:
             weight.data = weight.data.float()  # half precision would lose small steps
+
+
+def not_adapted(model: nn.Module) -> list[str] | None:
+    """Names of linear layers that have no adapter unless the settings ask for it; None if there are none.
+
+    Some are called as no linear layer is, such as routers that return a tuple. Those of a state-space mixer have their
+    weights read by its kernels without being called, so an adapter beside them would do nothing.
+
+    Args:
+        model: The base model.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        mixer = model.get_submodule(name.rpartition(".")[0])
+        is_read = hasattr(mixer, "ssm_state_size") and name.endswith(("x_proj", "dt_proj", "out_proj"))
+        if is_read or not _is_called_as_linear(layer):
+            names.append(name)
+    return names or None
+
+
+def _is_called_as_linear(layer: nn.Linear) -> bool:
+    if type(layer).forward is nn.Linear.forward or type(layer).__module__.startswith("bitsandbytes"):
+        return True
+    weights = {name: torch.empty_like(weight, device="meta") for name, weight in layer.named_parameters()}
+    try:
+        output = torch.func.functional_call(layer, weights, (torch.empty(3, layer.in_features, device="meta"),))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (3, layer.out_features)
 
 
 def _inject(model: PreTrainedModel, config: "LoraConfig", seed: int) -> None:

@@ -81,6 +81,7 @@ class Probe:
     def _as_in_training(self, routing: RoutingRecorder | None = None) -> Iterator[None]:
         kind = self.model.device.type
         with (
+            torch.compiler.set_stance("force_eager"),
             evaluating(self.model),
             routing or RoutingRecorder(self.model),
             # Adapters may be float32 beside half-precision weights.

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.architectures import tiny_architecture
 from support.models import character_tokenizer, tiny_model
 
 from lightning_sft import Sampling, log_generations
@@ -189,6 +190,13 @@ def test_a_response_is_as_long_as_the_model_s_positions_allow_whatever_else_is_i
     assert {record.stop_reason for record in records} == {"length"}
     (long,) = generate(model, ["p" * 20], max_new_tokens=50)[0]
     assert long.response_length == 32  # of the 44 there is room for, so that prompts can share a batch
+
+
+def test_a_mixture_with_a_loss_of_routing_answers_prompts_of_any_length():
+    options = {"vocab_size": 131, "num_local_experts": 4, "output_router_logits": True}
+    mixture = tiny_architecture("mixtral", **options).eval()
+    records, _ = generate(mixture, ["ab", "a longer prompt"], max_new_tokens=4)
+    assert [record.response_length for record in records] == [4, 4]
 
 
 def test_a_prompt_without_tokens_gets_no_response_and_a_bos_alone_is_enough(model):

@@ -9,6 +9,7 @@ from support.flash import NAIVE_FLASH, attend_by_naive_flash
 from support.sweep import ROWS, difference, first_step, naive_step
 
 from lightning_sft.model.linear_head import find_linear_head
+from lightning_sft.model.lora import add_lora, not_adapted
 from lightning_sft.model.rotary import keep_rotary_by_row, positions_by_row
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of architectures that miss their kernels
@@ -149,3 +150,27 @@ def test_where_logits_are_kept_this_is_said(caplog):
     with caplog.at_level("INFO"):
         check_first_step(tiny_architecture("dory"))
     assert "Logits are kept: DoryForCausalLM makes them in a way that is not known here." in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "llama4_text", "deepseek_v4", "mamba", "mamba2", "falcon_h1", "falcon"]
+)
+def test_adapters_with_default_targets_train_as_each_row_alone(model_type):
+    settings = {"r": 2, "init_lora_weights": False}
+    adapted = tiny_architecture(model_type).train()
+    plain = copy.deepcopy(adapted)
+    add_lora(adapted, settings)
+    loss, gradients = naive_step(adapted)
+    if model_type != "deepseek_v4":  # of which some layers only choose what is attended to
+        assert all(gradients[name].any() for name, weight in adapted.named_parameters() if weight.requires_grad)
+    _, given_loss, given = first_step(plain, module={"lora": settings})
+    assert given_loss == pytest.approx(loss, rel=2e-5)
+    assert difference(given, gradients) < 2e-5
+
+
+def test_layers_that_are_not_called_as_linear_ones_have_no_adapter_by_default():
+    assert not_adapted(tiny_architecture("llama")) is None
+    assert not_adapted(tiny_architecture("falcon")) is None  # its layers do in their own way what a linear one does
+    assert not_adapted(tiny_architecture("llama4_text"))[0] == "model.layers.0.feed_forward.router"
+    mixer = "backbone.layers.0.mixer"
+    assert not_adapted(tiny_architecture("mamba"))[:3] == [f"{mixer}.{n}_proj" for n in ("x", "dt", "out")]

@@ -33,6 +33,7 @@ def test_an_adapted_layer_is_the_layer_and_a_product_of_low_rank(name):
     ("lora", "message"),
     [
         ({"rank": 8}, "`lora` has `rank`, which cannot be set. These can: `r`, `lora_alpha`"),
+        ({"r": 4, "trainable_token_indices": [1]}, "which would train, but could not be merged into the model"),
         ({"r": 4, "inference_mode": True}, "`lora` has `inference_mode`, which cannot be set"),
         (
             {"r": 4, "target_modules": ["o_proj"], "lora_bias": True},

@@ -20,6 +20,7 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.log_probs import get_response_log_probs
+from lightning_sft.model.lora import add_lora
 from support.architectures import tiny_architecture
 from support.models import character_tokenizer
 
@@ -58,7 +59,7 @@ class Verdict:
         size: Parameters of the tiny model.
         layout: What its batches are by default; with the reason if padded.
         head: What its head is.
-        errors: Relative differences to each row alone: `packed`, `padded`, `helpers`.
+        errors: Relative differences to each row alone: `packed`, `padded`, `helpers`, `lora`.
         refusal: In whose words it is refused.
         dtype: In which it was compared.
     """
@@ -162,6 +163,7 @@ def examine(model_type: str, **changes: Any) -> Verdict:
             error = max(abs(loss / naive[0] - 1), difference(gradients, naive[1]))
             verdict.errors[layout or "default"] = error
         verdict.errors["helpers"], verdict.head = _helpers(plain)
+        verdict.errors["lora"] = _adapters(plain)
     except SettingsError as error:
         verdict.refusal = f"refused: {error}"
     except Exception as error:
@@ -175,6 +177,16 @@ def _naive_in_float64(plain: PreTrainedModel, verdict: Verdict) -> tuple[float, 
     except RuntimeError:  # it makes float32 of something by itself
         verdict.dtype = torch.float32
         return naive_step(plain.float())
+
+
+def _adapters(plain: PreTrainedModel) -> float:
+    """With the default targets; adapters whose output is not zero, so that all have gradients."""
+    settings = {"r": 2, "init_lora_weights": False}
+    adapted = copy.deepcopy(plain)
+    add_lora(adapted, settings)
+    loss, gradients = naive_step(adapted)
+    _, given_loss, given = first_step(copy.deepcopy(plain), module={"lora": settings})
+    return max(abs(given_loss / loss - 1), difference(given, gradients))
 
 
 def _helpers(plain: PreTrainedModel) -> tuple[float, str]:
