@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # `as`: these are public
     from lightning_sft.export.huggingface import export_model as export_model
     from lightning_sft.generation.generate import log_generations as log_generations
     from lightning_sft.generation.records import GenerationRecord as GenerationRecord
+    from lightning_sft.generation.responses import Response as Response
+    from lightning_sft.generation.responses import ResponseRequest as ResponseRequest
     from lightning_sft.generation.sampling import Sampling as Sampling
     from lightning_sft.model.log_probs import compute_entropy as compute_entropy
     from lightning_sft.model.log_probs import get_response_log_probs as get_response_log_probs
@@ -52,6 +54,7 @@ _MODULES = {
     "export.huggingface": ("export_model",),
     "generation.generate": ("log_generations",),
     "generation.records": ("GenerationRecord",),
+    "generation.responses": ("Response", "ResponseRequest"),
     "generation.sampling": ("Sampling",),
     "model.log_probs": ("compute_entropy", "get_response_log_probs"),
     "planning.batch_sizes": ("find_batch_size",),

@@ -16,6 +16,7 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.generate import generate_records
+from lightning_sft.generation.generators import ResponseGenerator
 from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.generation.report.report import GenerationCost, GenerationReport, Stage
 from lightning_sft.generation.sampling import Sampling
@@ -53,7 +54,9 @@ class GenerationMonitor(L.Callback):
         num_rows_shown: Rows of the table in TensorBoard; the files hold all.
         reward_seconds: The most that `reward_fn` may take for one response, which then counts as 0. None: no limit.
         predict_path: File that `predict` writes. Default: in the folder `predictions` of `default_root_dir`, by a name
-            that depends on prompts, weights, rewards and sampling.
+            that depends on prompts, weights, rewards, sampling and generator.
+        generator: Function by import path that writes the responses in the model's place, such as an inference engine,
+            called with model, requests and sampling; see `log_generations`. The model scores what it writes.
 
     Raises:
         SettingsTypeError: If an argument is of another type.
@@ -70,13 +73,14 @@ class GenerationMonitor(L.Callback):
         num_rows_shown: int = 8,
         reward_seconds: float | None = REWARD_SECONDS,
         predict_path: str | Path | None = None,
+        generator: ResponseGenerator | None = None,
     ) -> None:
         check_integer("num_prompts", num_prompts, at_least=1)
         check_integer("every_n_steps", every_n_steps, at_least=1, optional=True)
         check_integer("num_rows_shown", num_rows_shown, at_least=0)
         if predict_path is not None:
             check_type("predict_path", predict_path, (str, Path), "the path of a file")
-        self.settings = GenerationSettings(reward_fn, sampling, max_tokens_per_batch, reward_seconds)
+        self.settings = GenerationSettings(reward_fn, sampling, max_tokens_per_batch, reward_seconds, generator)
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps
         self.num_rows_shown = num_rows_shown

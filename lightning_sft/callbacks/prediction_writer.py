@@ -26,7 +26,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         path: The file. None: in the folder `predictions` of `default_root_dir`, by a name that depends on prompts,
-            weights, rewards and sampling.
+            weights, rewards, sampling and generator.
         settings: How the records are made.
     """
 

@@ -29,7 +29,13 @@ def make_requests(
     texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
     positions = num_positions(model)
     return [
-        ResponseRequest(prompt, sample, ids, _max_new_tokens(positions, len(ids), sampling.max_new_tokens))
+        ResponseRequest(
+            prompt,
+            sample,
+            ids,
+            _max_new_tokens(positions, len(ids), sampling.max_new_tokens),
+            sampling.seed_of(prompt.index, sample),
+        )
         for prompt, ids in zip(prompts, encode_prompts(texts, tokenizer, as_written=as_written), strict=True)
         for sample in range(sampling.num_samples)
     ]

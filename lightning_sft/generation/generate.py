@@ -13,8 +13,9 @@ from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.tokenization import pad_token_id, token_texts
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.batches import make_batches, make_requests
+from lightning_sft.generation.generators import Responder, ResponseGenerator, make_responder
 from lightning_sft.generation.records import GenerationRecord, summarize, write_records
-from lightning_sft.generation.responses import Response, ResponseRequest, generate_responses
+from lightning_sft.generation.responses import Response, ResponseRequest
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.generation.settings import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, GenerationSettings
 from lightning_sft.model.log_probs import get_response_log_probs
@@ -35,6 +36,7 @@ def log_generations(
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
     reward_seconds: float | None = REWARD_SECONDS,
     path: str | Path | None = None,
+    generator: ResponseGenerator | None = None,
     first_index: int = 0,
     as_written: Sequence[bool] | None = None,
     distributed: bool = False,
@@ -55,6 +57,10 @@ def log_generations(
             generated included, on each device: it bounds the memory.
         reward_seconds: The most that the reward function may take for one response. None: no limit.
         path: Also write the records there, one JSON object a line.
+        generator: Writes the responses in the model's place, which then scores them: log-probabilities and entropies
+            are the model's. Called with the model, whose weights it may copy, a `ResponseRequest` for each response
+            that is wanted, and the sampling; returns a `Response` for each: token ids and a stop reason. On several
+            devices each asks its own for its share of the prompts.
         first_index: Number of the first prompt, where these are part of more; samples depend on the numbers.
         as_written: For each prompt, whether it is whole, such as one that a chat template wrote, so that the
             tokenizer's own prefix (BOS) is not put before it.
@@ -66,14 +72,14 @@ def log_generations(
 
     Raises:
         SettingsTypeError: If an argument is of another type, or prompts are no list of strings.
-        SettingsError: If prompts and ground truths do not pair up, a number is too small, or there can be no file at
-            `path`.
+        SettingsError: If prompts and ground truths do not pair up, a number is too small, there can be no file at
+            `path`, or what `generator` returns are no responses.
 
     Source: Stanford CS336, assignment 5, "Logging generations".
     """
     if len(prompts) != len(ground_truths):
         raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(ground_truths)} `ground_truths`.")
-    settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds)
+    settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds, generator)
     if path is not None:
         _make_folder(Path(path))
     numbered = [
@@ -123,11 +129,13 @@ def generate_records(
         _record(request, Response([]), _TokenValues([], []), tokenizer)
         for request in [request for request in requests if not request.max_new_tokens][rank::world_size]
     ]
+    batches = make_batches(requests, settings.max_tokens_per_batch, world_size)
+    shares = [batch[rank::world_size] for batch in batches]
     with evaluating(model):
-        for batch in make_batches(requests, settings.max_tokens_per_batch, world_size):
-            own = batch[rank::world_size]
-            if own or is_sharded(model):  # whose processes all take part
-                records += _answer(model, tokenizer, own, settings.sampling)
+        respond = make_responder(model, tokenizer, shares, settings.sampling, settings.generator)
+        for share in shares:
+            if share or is_sharded(model):  # whose processes all take part
+                records += _answer(model, tokenizer, share, respond)
     for record in records:
         _add_rewards(record, settings)
     if world_size > 1:
@@ -143,11 +151,11 @@ def _rank_and_world_size(model: PreTrainedModel, distributed: bool) -> tuple[int
 
 
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[ResponseRequest], sampling: Sampling
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[ResponseRequest], respond: Responder
 ) -> list[GenerationRecord]:
     """Records of a batch, without rewards. Without requests the process only takes part in what the others compute."""
     stand_in = ResponseRequest(Prompt(0, "", None), 0, [pad_token_id(tokenizer)], 1)
-    responses = generate_responses(model, tokenizer, requests or [stand_in], sampling)
+    responses = respond(requests or [stand_in])
     values = _token_values(model, requests or [stand_in], responses, pad_token_id(tokenizer))
     answered = zip(requests, responses, values, strict=bool(requests))
     return [_record(request, response, each, tokenizer) for request, response, each in answered]
@@ -166,7 +174,7 @@ def _token_values(
 ) -> list[_TokenValues]:
     """Log-probability and entropy at each response token, from one forward pass that keeps no logits."""
     examples = [
-        Example(input_ids=request.prompt_ids + response.token_ids, num_prompt_tokens=len(request.prompt_ids))
+        Example(input_ids=[*request.prompt_ids, *response.token_ids], num_prompt_tokens=len(request.prompt_ids))
         for request, response in zip(requests, responses, strict=True)
     ]
     batch = collate_padded(examples, pad_id).to(model.device)
@@ -180,7 +188,7 @@ def _record(
     request: ResponseRequest, response: Response, values: _TokenValues, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationRecord:
     """The record of a response, without rewards."""
-    ids = response.token_ids
+    ids = list(response.token_ids)
     without_eos = ids[:-1] if response.stop_reason == "eos" else ids
     text = tokenizer.decode(without_eos, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return GenerationRecord(

@@ -88,7 +88,7 @@ class PredictionFile:
             place = divmod(number, self._num_samples)
             if run == self._run and (record.index, record.sample) == place:
                 return record
-            found = "it holds those of other prompts, weights, rewards or sampling"
+            found = "it holds those of other prompts, weights, rewards, sampling or generator"
             if run == self._run:
                 found = f"line {number + 1} is of prompt {record.index}, expected {place[0]}"
         raise SettingsError(
@@ -107,10 +107,11 @@ def prediction_run(model: nn.Module, prompts: Iterable[Prompt], settings: Genera
     Args:
         model: Its weights count. If it is sharded, all processes call this.
         prompts: Their texts and ground truths count.
-        settings: Sampling counts, and the name of the reward function.
+        settings: Sampling counts, and the names of the reward function and of a generator.
     """
     hasher = hashlib.blake2b(digest_size=6)
-    names = [getattr(settings.reward_fn, name, "") for name in ("__module__", "__qualname__")]
+    functions = (settings.reward_fn, settings.generator)
+    names = [getattr(each, name, "") for each in functions for name in ("__module__", "__qualname__")]
     hasher.update(json.dumps([asdict(settings.sampling), names, _hash_weights(model)]).encode())
     for prompt in prompts:
         hasher.update(json.dumps([prompt.text, prompt.ground_truth]).encode())

@@ -1,13 +1,13 @@
 """From the token ids of prompts to the token ids of responses, and why each ended.
 
-`generate_responses` is all that an inference engine would have to replace: texts, log-probabilities, entropies and
-rewards are found elsewhere, from the token ids that it returns.
+Texts, log-probabilities, entropies and rewards are found elsewhere, from the token ids. So anything else may generate
+in the place of `generate_responses` (`generators.py`).
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,35 +18,40 @@ from lightning_sft.generation.response_end import end_ids
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.routing import RoutingRecorder
 
+StopReason = Literal["eos", "stop", "length"]
+
 
 @dataclass(frozen=True)
 class ResponseRequest:
     """One response that is wanted.
 
-    Attributes:
+    Args:
         prompt: What is to be continued.
         sample: Number of the response among those to the same prompt, from 0.
         prompt_ids: The prompt's token ids.
         max_new_tokens: The most tokens that the response may have, EOS included. 0: there is no room for any.
+        seed: Of this response alone, for a generator that has a seed for each: below 2 to the power of 31.
     """
 
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
     max_new_tokens: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the model has generated.
+    """What has been generated.
 
-    Attributes:
+    Args:
         token_ids: Token ids, ending in EOS where the model stopped by itself.
-        stop_reason: `eos`, `stop` (a stop string) or `length`.
+        stop_reason: `eos`, `stop` (a stop string) or `length`. `stop` from another generator may mean either of the
+            first two: which of them is read off the tokens.
     """
 
-    token_ids: list[int]
-    stop_reason: str = "length"
+    token_ids: Sequence[int]
+    stop_reason: StopReason = "length"
 
 
 def generate_responses(
@@ -68,7 +73,7 @@ def generate_responses(
     """
     prompts, pad_id = [request.prompt_ids for request in requests], pad_token_id(tokenizer)
     width = max(len(prompt) for prompt in prompts)
-    eos_ids = end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
+    eos_ids = model_end_ids(model, tokenizer)
     input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     processors = sampling.processors([(request.prompt.index, request.sample) for request in requests], width)
@@ -94,14 +99,26 @@ def generate_responses(
             logits_processor=LogitsProcessorList(processors),
             **stopping,
         )
-    return [_until_its_end(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
+    return [until_its_end(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
 
 
-def _until_its_end(
+def model_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a model's responses, see `end_ids`."""
+    return end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
+
+
+def until_its_end(
     ids: list[int], eos_ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]
 ) -> Response:
-    """The response without the padding after its end. Whether it has ended is read off its own tokens."""
-    reason = "length"
+    """The response without what follows its end, such as padding. Whether it has ended is read off its own tokens.
+
+    Args:
+        ids: Token ids.
+        eos_ids: Tokens that end a response.
+        tokenizer: Of the ids.
+        stop_strings: Texts that end a response.
+    """
+    reason: StopReason = "length"
     for position, token_id in enumerate(ids):
         if token_id in eos_ids:
             ids, reason = ids[: position + 1], "eos"

@@ -60,6 +60,15 @@ class Sampling:
                 "time. Set a `temperature`."
             )
 
+    def seed_of(self, index: int, sample: int) -> int:
+        """A seed for one response, the same whatever else is generated.
+
+        Args:
+            index: Number of the prompt.
+            sample: Number of the response among those to the prompt.
+        """
+        return int(np.random.SeedSequence([self.seed, index, sample]).generate_state(1)[0] >> 1)
+
     def processors(self, rows: Sequence[tuple[int, int]], prompt_width: int) -> list["SeededDraw"]:
         """What `generate` needs besides greedy decoding to draw the next tokens of a batch; nothing if it is greedy.
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from lightning_sft.checks import check_callable, check_integer, check_number, check_type
+from lightning_sft.generation.generators import ResponseGenerator
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.rewards.functions import RewardFunction, r1_zero_reward
 
@@ -20,6 +21,7 @@ class GenerationSettings:
         sampling: How responses are drawn.
         max_tokens_per_batch: The most tokens of a batch, those that may be generated included, on each device.
         reward_seconds: The most that the reward function may take for one response. None: no limit.
+        generator: Generates the responses in the model's place. None: the model does.
 
     Raises:
         SettingsTypeError: If an argument is of another type.
@@ -30,9 +32,11 @@ class GenerationSettings:
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH
     reward_seconds: float | None = REWARD_SECONDS
+    generator: ResponseGenerator | None = None
 
     def __post_init__(self) -> None:
         check_callable("reward_fn", self.reward_fn, "a function of response and ground truth")
+        check_callable("generator", self.generator, "a function of model, requests and sampling", optional=True)
         check_type("sampling", self.sampling, Sampling, "a `Sampling`")
         check_integer("max_tokens_per_batch", self.max_tokens_per_batch, at_least=1)
         check_number(

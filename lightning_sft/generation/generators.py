@@ -1,0 +1,87 @@
+"""What answers requests: the model itself, or an inference engine, a server or anything else in its place."""
+
+from collections.abc import Callable, Sequence
+from typing import cast, get_args
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
+from lightning_sft.generation.responses import (
+    Response,
+    ResponseRequest,
+    StopReason,
+    generate_responses,
+    model_end_ids,
+    until_its_end,
+)
+from lightning_sft.generation.sampling import Sampling
+
+# Of the model as it is now, for one that copies its weights; of what is wanted; and of how it is to be drawn. It
+# returns a response to each request, in their order.
+ResponseGenerator = Callable[[PreTrainedModel, Sequence[ResponseRequest], Sampling], Sequence[Response]]
+# Of requests that share a batch.
+Responder = Callable[[Sequence[ResponseRequest]], list[Response]]
+
+
+def make_responder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Sequence[ResponseRequest]],
+    sampling: Sampling,
+    generator: ResponseGenerator | None,
+) -> Responder:
+    """What gives the responses to one batch after another.
+
+    Args:
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        batches: All requests of this process.
+        sampling: How responses are drawn.
+        generator: Asked here, for all batches at once: an engine makes batches of its own. None: the model generates.
+
+    Returns:
+        A function of the requests of a batch. To a request that is in none of `batches` a generator's response is
+        empty.
+
+    Raises:
+        SettingsError: If what the generator returns are no responses to the requests.
+    """
+    if generator is None:
+        return lambda requests: generate_responses(model, tokenizer, requests, sampling)
+    asked = [request for batch in batches for request in batch]
+    responses = list(generator(model, asked, sampling)) if asked else []
+    if len(responses) != len(asked):
+        raise SettingsError(f"`generator` returned {len(responses)} responses to {len(asked)} requests.")
+    end_ids, stop_strings = model_end_ids(model, tokenizer), sampling.stop_strings or []
+    num_embeddings = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    answers = {}
+    for request, response in zip(asked, responses, strict=True):
+        _check(response, request, num_embeddings)
+        ended = until_its_end(list(response.token_ids), end_ids, tokenizer, stop_strings)
+        if ended.stop_reason == "length" and response.stop_reason != "length":
+            ended = Response(ended.token_ids, "stop")  # for a reason that its tokens do not show
+        answers[request.prompt.index, request.sample] = ended
+    return lambda requests: [answers.get((each.prompt.index, each.sample), Response([])) for each in requests]
+
+
+def _check(response: object, request: ResponseRequest, num_embeddings: int) -> None:
+    """Refuse what is no response to a request."""
+    if not isinstance(response, Response):
+        raise SettingsTypeError(f"`generator` returned {shorten(response)}, expected a `Response` for each request.")
+    if response.stop_reason not in get_args(StopReason):
+        raise SettingsError(
+            f"`generator` returned a response with the stop reason {shorten(response.stop_reason)}, expected one of "
+            f"{', '.join(get_args(StopReason))}."
+        )
+    if len(response.token_ids) > request.max_new_tokens:
+        raise SettingsError(
+            f"`generator` returned {len(response.token_ids)} tokens to prompt {request.prompt.index}, which has "
+            f"`max_new_tokens` = {request.max_new_tokens}."
+        )
+    for token_id in response.token_ids:
+        if type(token_id) is not int or not 0 <= token_id < num_embeddings:
+            raise SettingsError(
+                f"`generator` returned the token id {shorten(token_id)}, expected whole numbers below "
+                f"{num_embeddings}, the model's number of embeddings. Does it have the model's tokenizer?"
+            )
