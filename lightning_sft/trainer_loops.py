@@ -4,7 +4,7 @@ To the trainer a run is one long epoch, and what counts in its settings counts o
 counters go wrong when a run is resumed more than once, and with them order and length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,7 @@ class TrainingRun:
     """
 
     def __init__(self, trainer: L.Trainer, steps_in_data: int | None, has_validation: bool) -> None:
-        self._trainer = trainer
+        self._trainer, self._steps_in_data = trainer, steps_in_data
         self.epoch = _read_epoch(trainer, steps_in_data)
         self._found = LoopSettings.of(trainer)
         _as_one_epoch(self._found, self.epoch.num_steps, has_validation).apply(trainer)
@@ -93,6 +93,34 @@ class TrainingRun:
     def end(self) -> None:
         """Leave the trainer's settings as they were found."""
         self._found.apply(self._trainer)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, in plain values: which step of which epoch the next one is."""
+        known = self._steps_in_data is not None or self.epoch.is_limited
+        return {"steps_per_epoch": self.epoch.num_steps if known else None, "shuffle": self.epoch.shuffle}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to continue a run whose epochs had other steps.
+
+        Args:
+            saved: The `state` of its checkpoint; empty if it does not say.
+
+        Raises:
+            SettingsError: If they had.
+        """
+        now = self.state()
+        if saved and saved["shuffle"] != now["shuffle"]:
+            raise SettingsError(
+                "The checkpoint was made with another `trainer.overfit_batches`: the run cannot continue at the same "
+                "place in the data. Use that, or begin a new run with its weights (`--init_from`)."
+            )
+        if saved and saved["steps_per_epoch"] != now["steps_per_epoch"]:
+            then, today = (state["steps_per_epoch"] or "all" for state in (saved, now))
+            raise SettingsError(
+                f"The checkpoint was made with {then} optimizer steps in each epoch, now it is {today} "
+                "(`trainer.limit_train_batches`): the run cannot continue at the same place in the data. Use that, or "
+                "begin a new run with its weights (`--init_from`)."
+            )
 
     def __len__(self) -> int:
         # One more than are taken: the run ends by its number of steps, so a finished run can be extended.

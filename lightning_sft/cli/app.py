@@ -21,7 +21,7 @@ from lightning_sft.callbacks import (
     StepProgressBar,
     TokenThroughput,
 )
-from lightning_sft.cli.checkpoints import check_ckpt_path, find_last_checkpoint
+from lightning_sft.cli.checkpoints import check_ckpt_path, check_init_from, find_last_checkpoint
 from lightning_sft.cli.commands import COMMANDS
 from lightning_sft.cli.main import SUMMARIES
 from lightning_sft.cli.parser import ConfigByName, SFTArgumentParser, packaged_configs
@@ -147,9 +147,8 @@ class SFTCLI(LightningCLI):
             built |= {"ckpt_path", "weights_only"}
             parser.add_argument("--ckpt_path", type=str | None, default=None, help=_CKPT_PATH_HELP)
             parser.add_argument("--weights_only", type=bool | None, default=None, help=_WEIGHTS_ONLY_HELP)
-        else:
-            for name in {"ckpt_path", "weights_only"} - self._parameters.keys():
-                parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+        for name in {"ckpt_path", "weights_only", "init_from"} - self._parameters.keys():
+            parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
         parser.add_function_arguments(self.command.function, skip=built)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -184,15 +183,20 @@ class SFTCLI(LightningCLI):
             self._choose_checkpoint()
 
     def _choose_checkpoint(self) -> None:
-        trains = self.name == "fit"
-        if self.config.ckpt_path != "last":
-            check_ckpt_path(self.config, trains)
-            return
+        config, trains = self.config, self.name == "fit"
         # Saved as found, the settings would have whatever is done with them later be done from that checkpoint.
-        as_given = self.config.clone()
-        as_given.ckpt_path = as_given.weights_only = None
-        self.save_config_kwargs["as_given"] = as_given
-        find_last_checkpoint(self.config, trains)
+        as_given = config.clone()
+        begins_with = config.init_from if trains else None
+        if begins_with:
+            check_init_from(config)
+            as_given.init_from = None
+        if config.ckpt_path == "last":
+            as_given.ckpt_path = as_given.weights_only = None
+            find_last_checkpoint(config, trains)
+        else:
+            check_ckpt_path(config, trains)
+        if begins_with or as_given.ckpt_path is None:
+            self.save_config_kwargs["as_given"] = as_given
 
     def instantiate_classes(self) -> None:
         """Build the parts that the command uses, and a trainer of them if it asks for one."""

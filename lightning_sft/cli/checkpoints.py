@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.errors import MissingFileError, path_from_here
+from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
 
 
@@ -69,3 +69,23 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
     named = path in ("best", "hpc") or path.startswith("registry") or "://" in path
     if not named and config.weights_only:
         check_checkpoint(path, resume=continues)
+
+
+def check_init_from(config: Namespace) -> None:
+    """Refuse a checkpoint that a run cannot begin with, before anything else is.
+
+    Args:
+        config: Settings of the command.
+
+    Raises:
+        MissingFileError: There is no such file.
+        SettingsError: A run is to be continued at the same time; or it is no checkpoint, or not whole, or holds what
+            could run code.
+    """
+    if config.ckpt_path:
+        raise SettingsError(
+            f"`init_from` is {config.init_from!r} and `ckpt_path` is {config.ckpt_path!r}: the one begins a new run, "
+            "the other continues one. Give one of them."
+        )
+    if config.weights_only is not False:
+        check_checkpoint(config.init_from, resume=False, argument="init_from")

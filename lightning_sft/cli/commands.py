@@ -6,6 +6,7 @@ A command is a function. It is given what its settings are built into by name: `
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,13 +18,31 @@ from lightning_sft.cli.places import tell_places
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.planning import batch_sizes, learning_rates
 from lightning_sft.planning.estimate import estimate_run
+from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.module import SFTModule
 
 
 def fit(
-    trainer: L.Trainer, model: SFTModule, datamodule: SFTDataModule, ckpt_path: str | None, weights_only: bool | None
+    trainer: L.Trainer,
+    model: SFTModule,
+    datamodule: SFTDataModule,
+    ckpt_path: str | None,
+    weights_only: bool | None,
+    init_from: str | None = None,
 ) -> None:
-    """Train, and say where everything is."""
+    """Train, and say where everything is.
+
+    Args:
+        trainer: The trainer.
+        model: The model.
+        datamodule: The data.
+        ckpt_path: Checkpoint to continue from.
+        weights_only: Whether to refuse a checkpoint that could run code.
+        init_from: Checkpoint whose weights a new run begins with. Its optimizer, schedule, place in the data and step
+            number are not taken over.
+    """
+    if init_from is not None:
+        model.initial_weights = InitialWeights(Path(init_from), weights_only is not False)
     trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only)
     tell_places(trainer)
 

@@ -147,6 +147,7 @@ class SFTDataModule(L.LightningDataModule):
         self.layout, self.streaming = layout, streaming
         self._rows = RowStore(self._data, self.rule)
         self._run: TrainingRun | None = None
+        self._state_of_run: dict[str, Any] = {}  # also of one that has ended
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,16 +171,13 @@ class SFTDataModule(L.LightningDataModule):
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
             self._end_run()
             self._run = TrainingRun(self.trainer, self.training_rows.count_steps(), self._rows.val is not None)
+            self._state_of_run = self._run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Make sure that a run continues on the data that it began with.
-
-        Raises:
-            ValueError: If the training rows, their sources' weights, `batch_size` or `seed` are not those of the
-                checkpoint.
-        """
-        if state_dict and self.trainer is not None and self.trainer.state.fn == "fit":
-            self.training_rows.resume(state_dict)
+        """Raise a ValueError if a run would not continue on the data that it began with."""
+        if state_dict and self._run is not None:
+            self.training_rows.resume({name: value for name, value in state_dict.items() if name != "run"})
+            self._run.check(state_dict.get("run", {}))
 
     def train_dataloader(self) -> StepLoader:
         """One `OptimizerStep` for each step of the run, from the current position on.
@@ -203,9 +201,9 @@ class SFTDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run's place in its data depends on, besides its number of optimizer steps."""
-        if self._rows.train is None:
-            return {}
-        return self._rows.train.state(self.trainer.global_step if self.trainer else 0)
+        num_steps = self.trainer.global_step if self.trainer else 0
+        rows = self._rows.train
+        return {} if rows is None else rows.state(num_steps) | {"run": self._state_of_run}
 
     def on_exception(self, exception: BaseException) -> None:
         """Give the trainer back as it was."""

@@ -27,5 +27,5 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             difference, use = "other weights of the sources in `train_data`", "those"
         raise SettingsError(
             f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. "
-            f"Use {use}, or start anew from the weights."
+            f"Use {use}, or begin a new run with its weights (`--init_from`)."
         )

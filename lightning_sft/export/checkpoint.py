@@ -1,22 +1,18 @@
 """The model of a checkpoint, to be exported."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.export.whole_model import give_weights
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
-from lightning_sft.training.checkpoint_files import check_checkpoint
+from lightning_sft.training.checkpoint_weights import read_checkpoint
 from lightning_sft.training.run_facts import RunFacts
 
 _OF_MODEL = "model."  # what the names of its weights begin with
@@ -25,7 +21,6 @@ _OF_MODEL = "model."  # what the names of its weights begin with
 def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTrainedModel, RunFacts]:
     """The model of a checkpoint, in the precision that it was trained in, on the CPU; and what its card says.
 
-    Weights of a file are mapped, not read. Of a sharded model's folder only weights are read, not the optimizer.
     Buffers that no checkpoint holds, such as rotary frequencies, are missing: the model is good for exporting only.
 
     Args:
@@ -38,12 +33,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
         SettingsError: It is no whole checkpoint of an `SFTModule`, or could run code.
     """
     path = Path(path)
-    if weights_only or not path.exists():
-        check_checkpoint(str(path), resume=False)
-    if path.is_dir():
-        checkpoint = _read_folder(path)
-    else:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    checkpoint = read_checkpoint(path, weights_only)
     hyper_parameters = checkpoint.get("hyper_parameters", {})
     settings, lora = hyper_parameters.get("model"), hyper_parameters.get("lora")
     if lora is not None:
@@ -73,17 +63,3 @@ def _load_base(path: Path, hyper_parameters: Mapping[str, Any]) -> PreTrainedMod
             "`SFTModule.load_from_checkpoint(path, model=base_model)`, and pass its `model` to `export_model`."
         )
     return build_model(source, hyper_parameters.get("model_kwargs", {}), hyper_parameters.get("seed", 0))
-
-
-def _read_folder(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=False)
-    reader = FileSystemReader(path)
-    weights = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("state_dict.") and isinstance(stored, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # it warns of what it was told to do
-        load(weights, storage_reader=reader, no_dist=True)
-    return checkpoint | {"state_dict": {name.removeprefix("state_dict."): weights[name] for name in weights}}

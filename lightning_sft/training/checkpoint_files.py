@@ -116,7 +116,7 @@ def newest_checkpoint(runs: Path) -> Path | None:
     return max(filter(is_complete, found), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def check_checkpoint(path: str, resume: bool) -> None:
+def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> None:
     """Refuse what Lightning could not load, or not without running code from it.
 
     Tensors are mapped, not read, so the size does not matter.
@@ -124,12 +124,13 @@ def check_checkpoint(path: str, resume: bool) -> None:
     Args:
         path: The file.
         resume: Whether a training is to go on from it, which takes more than weights.
+        argument: The name of the setting, for messages.
 
     Raises:
         MissingFileError: There is no such file.
         SettingsError: It is no checkpoint, or not whole, or holds what could run code.
     """
-    came = f"`ckpt_path` is {path!r}"
+    came = f"`{argument}` is {path!r}"
     if not os.path.exists(path):
         raise MissingFileError(f"{came}, but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.")
     if os.path.isfile(os.path.join(path, ".metadata")):

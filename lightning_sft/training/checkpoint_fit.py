@@ -1,14 +1,15 @@
 """Whether a checkpoint fits the module that loads it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.training.losses import LossScale
 
 
 def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -> None:
@@ -58,21 +59,30 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], strict
         )
 
 
-def check_optimizer(checkpoint: Mapping[str, Any], make_optimizer: Callable[[], Optimizer]) -> None:
-    """Refuse to continue with another optimizer: its parameter groups would lack settings that it reads in each step.
+def check_same_run(checkpoint: Mapping[str, Any], loss: LossScale, base_model: str | None) -> None:
+    """Refuse to continue a run with another loss, or in the name of another model, whose weights would not be used.
 
     Args:
-        checkpoint: The whole of it; without the state of an optimizer there is nothing to refuse.
-        make_optimizer: Makes one as the run has it.
+        checkpoint: The whole of it.
+        loss: How the module's loss is scaled.
+        base_model: The name or path of the model that is fine-tuned; None if it has none.
 
     Raises:
-        SettingsError: Naming a setting that is missing.
+        SettingsError: Naming what differs.
     """
-    for state in (checkpoint.get("optimizer_states") or ())[:1]:
-        optimizer = make_optimizer()
-        for then, now in zip(state.get("param_groups", ()), optimizer.param_groups, strict=False):
-            if missing := sorted(now.keys() - then.keys()):
-                raise SettingsError(
-                    f"The checkpoint is of a run with another optimizer: it has no `{missing[0]}`, which this run's "
-                    f"{type(optimizer).__name__} needs. Set `optimizer` to the one of that run."
-                )
+    then = checkpoint.get("hyper_parameters", {})
+    given: dict[str, object] = {"loss_normalization": loss.normalization}
+    if loss.normalization == "sequence":
+        given["normalize_constant"] = loss.constant
+    for name, now in given.items():
+        if then.get(name, now) != now:
+            raise SettingsError(
+                f"The checkpoint was made with `{name}` = {then[name]}, now it is {now}: the run would not go on with "
+                f"the same loss. Use {then[name]}, or begin a new run with its weights (`--init_from`)."
+            )
+    earlier = checkpoint.get("model_card", {}).get("base_model")
+    if earlier and base_model and PurePath(earlier).name != PurePath(base_model).name:
+        raise SettingsError(
+            f"The checkpoint was trained from the model {earlier!r}, but `model` is {base_model!r} here, whose weights "
+            f"would not be used. Set `model` to {earlier!r}."
+        )

@@ -22,6 +22,7 @@ from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import is_sharded, load_sharded, shard
 from lightning_sft.trainer_loops import leave_inference_mode
+from lightning_sft.training.checkpoint_weights import InitialWeights
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,39 @@ class ModelTraits:
     router_coefficient: float
 
 
-def load_model(builder: ModelBuilder, loaded: PreTrainedModel | None, trainer: L.Trainer | None) -> PreTrainedModel:
+def load_model(
+    builder: ModelBuilder,
+    loaded: PreTrainedModel | None,
+    trainer: L.Trainer | None,
+    initial: InitialWeights | None = None,
+) -> PreTrainedModel:
     """The model with its adapters; sharded over all devices if the trainer's strategy asks for that.
 
     Args:
         builder: Makes it.
         loaded: The model, if there is one already: it is adapted and sharded in place.
         trainer: Whose strategy and precision count; None if there is none.
+        initial: The weights to begin with, instead of those that the builder finds or draws.
 
     Raises:
         SettingsError: If the model cannot be loaded, or not be sharded.
     """
+
+    def build(precision: Precision) -> PreTrainedModel:
+        model = builder.build(precision) if loaded is None else builder.adapt(loaded)
+        if initial is not None:
+            initial.give_to(model, builder)
+        return model
+
     precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
     if not isinstance(strategy, ModelParallelStrategy):
-        return builder.build(precision) if loaded is None else builder.adapt(loaded)
+        return build(precision)
     leave_inference_mode(cast(L.Trainer, trainer))
     device, dtype = strategy.root_device, precision.autocast
     if loaded is None:
-        return load_sharded(lambda: builder.build(precision), device, dtype, builder.adapt)
+        return load_sharded(lambda: build(precision), device, dtype, builder.adapt)
     if not is_sharded(loaded):
-        shard(builder.adapt(loaded), device.type, dtype)
+        shard(build(precision), device.type, dtype)
     return loaded
 
 

@@ -24,7 +24,9 @@ from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.rotary import rotary_frequencies_kept
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.training.accumulation import StepSums, accumulate_gradients
-from lightning_sft.training.checkpoint_fit import check_adapters, check_optimizer, check_weights
+from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
+from lightning_sft.training.checkpoint_weights import InitialWeights
+from lightning_sft.training.continuing import Continuation
 from lightning_sft.training.grad_scaler import GradScaling
 from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.losses import LossNormalization, LossScale
@@ -78,6 +80,7 @@ class SFTModule(L.LightningModule):
     model: PreTrainedModel
     why_not_packed: str | None = "its model is not loaded yet"
     num_positions: int | None = None  # that the datamodule holds rows against
+    initial_weights: InitialWeights | None = None  # to begin a run with, once
     generator: Callable[[Sequence[Prompt]], Sequence[object]] | None = None  # makes the predictions of a run
 
     def __init__(
@@ -104,7 +107,7 @@ class SFTModule(L.LightningModule):
         self.builder = ModelBuilder(model, model_kwargs, lora, seed)
         self.loss_scale = LossScale(loss_normalization, normalize_constant)
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
-        self.guard = StepGuard(nonfinite)
+        self.guard, self._continuation = StepGuard(nonfinite), Continuation()
         self.optimizer_factory = optimizer
         self.gradient_checkpointing = gradient_checkpointing
         self.sync_every_microbatch = sync_every_microbatch
@@ -126,6 +129,7 @@ class SFTModule(L.LightningModule):
         self.generator = None
         if stage == "fit":
             self.guard.start_run()
+            self._continuation.begin()
 
     def configure_model(self) -> None:
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
@@ -135,7 +139,8 @@ class SFTModule(L.LightningModule):
         """
         if (trainer := self._trainer) is not None:
             check_trainer(trainer)
-        self.model = load_model(self.builder, getattr(self, "model", None), trainer)
+        self.model = load_model(self.builder, getattr(self, "model", None), trainer, self.initial_weights)
+        self.initial_weights = None
         if trainer is not None and not is_sharded(self.model):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
@@ -246,31 +251,36 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and the schedule over the whole run."""
-        optimizer = self._make_optimizer()
+        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        optimizer = self.optimizer_factory(trained)
         scheduler = self.schedule.build(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _make_optimizer(self) -> Optimizer:
-        return self.optimizer_factory(parameter for parameter in self.parameters() if parameter.requires_grad)
-
     def on_fit_start(self) -> None:
-        """Say how much there is to train."""
+        """Say how much there is to train; refuse to continue with another optimizer."""
+        self._continuation.check(self.trainer.optimizers)
         if self.trainer.is_global_zero:
             memory = state_memory(self.parameters(), self.optimizer_factory)
             rank_zero_info(f"{parameter_counts(self.parameters())}; {memory}.")
 
+    def on_train_start(self) -> None:
+        """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        self._continuation.apply(self.trainer.optimizers, schedulers)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, and, to continue training, of another optimizer.
+        """Refuse a checkpoint of another model, and, to continue training, of another loss.
 
         Raises:
-            SettingsError: If names or shapes of weights differ, or settings of adapters or optimizer.
+            SettingsError: If names or shapes of weights differ, or settings of adapters or loss.
         """
         check_adapters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), self.builder)
         if "state_dict" in checkpoint:  # of a sharded checkpoint the strategy has loaded it
             strict = self.strict_loading or self.builder.lora is not None
             check_weights(checkpoint["state_dict"], self.state_dict(), strict)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            check_optimizer(checkpoint, self._make_optimizer)
+            check_same_run(checkpoint, self.loss_scale, self.model.name_or_path)
+            self._continuation.load(checkpoint)
         self.guard.start_run(checkpoint.get("global_step", 0), checkpoint.get("num_skipped_steps", 0))
         if "generation_config" in checkpoint:
             self.model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
@@ -282,6 +292,7 @@ class SFTModule(L.LightningModule):
             NonFiniteError: If the latest step's loss or gradient norm is not a finite number.
         """
         self.guard.check()
+        self._continuation.save(checkpoint)
         checkpoint["num_skipped_steps"] = self.guard.num_skipped
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= self.builder.arguments_for(self.model)
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())

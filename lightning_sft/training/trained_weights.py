@@ -16,17 +16,18 @@ def keep_trained_weights_only(module: nn.Module) -> None:
     module.register_load_state_dict_post_hook(_do_not_miss_frozen)
 
 
-def _trained(module: nn.Module) -> set[str]:
+def trained_names(module: nn.Module) -> set[str]:
+    """The names of all weights that are trained; of one that is shared, each."""
     named = module.named_parameters(remove_duplicate=False)
     return {name for name, weight in named if weight.requires_grad}
 
 
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    kept = {prefix + name for name in _trained(module)}
+    kept = {prefix + name for name in trained_names(module)}
     for key in [key for key in state_dict if key.startswith(f"{prefix}model.") and key not in kept]:
         del state_dict[key]
 
 
 def _do_not_miss_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
-    trained = _trained(module)
+    trained = trained_names(module)
     keys.missing_keys[:] = [key for key in keys.missing_keys if key.removeprefix("module.") in trained]

@@ -94,6 +94,7 @@ def test_help_explains_every_setting_in_words(capsys):
         "--generation.sampling.temperature",
         "0: greedy",
         "--last_checkpoint.every_n_steps",
+        "--init_from INIT_FROM Checkpoint whose weights a new run begins with.",
     ):
         assert words in text
 
@@ -401,6 +402,35 @@ def test_last_without_a_configuration_takes_the_newest_runs_own(inputs, monkeypa
     main()
     run = Path("runs/x/version_0")
     assert sys.argv[2:] == ["--config", str(run / "config.yaml"), "--ckpt_path", "last"]
+
+
+@pytest.mark.parametrize("lora", [None, '{"r": 2}'])
+def test_a_new_run_begins_with_the_weights_of_another_and_with_nothing_else(inputs, lora):
+    """At a rate of 0 it ends with them; its steps are counted from 0, and its configuration does not name them."""
+    changes = {"trainer.max_steps": 3, "model.optimizer.lr": 0.1} | ({"model.lora": lora} if lora else {})
+    run_command(arguments(inputs, **changes))
+    runs = Path("runs/x")
+    first = runs / "version_0" / "checkpoints" / "last.ckpt"
+    words = arguments(inputs, **(changes | {"trainer.max_steps": 1, "model.optimizer.lr": 0.0, "init_from": first}))
+    cli = run_command(words)
+    assert cli.trainer.global_step == 1
+    saved = yaml.safe_load((runs / "version_1" / "config.yaml").read_text())
+    assert saved["init_from"] is None
+    assert saved["ckpt_path"] is None
+    earlier, later = (torch.load(runs / f"version_{i}" / "checkpoints" / "last.ckpt")["state_dict"] for i in (0, 1))
+    assert earlier.keys() == later.keys()
+    for name, weight in earlier.items():
+        assert torch.equal(later[name], weight), name
+    run_command(["validate", "--config", str(runs / "version_1" / "config.yaml"), "--ckpt_path", str(first)])
+
+
+def test_a_run_does_not_begin_and_continue_at_once(inputs, monkeypatch):
+    words = arguments(inputs, **{"init_from": "a.ckpt", "ckpt_path": "last"})
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
+    with pytest.raises(
+        SystemExit, match=r"`init_from` is 'a\.ckpt' and `ckpt_path` is 'last': the one begins a new run"
+    ):
+        main()
 
 
 def test_evaluating_the_last_checkpoint_needs_one(inputs, monkeypatch):

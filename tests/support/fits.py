@@ -15,7 +15,7 @@ def sgd(params):
 
 
 def make_data(**changes):
-    return SFTDataModule(character_tokenizer(), **({"train_data": ROWS, "batch_size": 8} | changes))
+    return SFTDataModule(**({"tokenizer": character_tokenizer(), "train_data": ROWS, "batch_size": 8} | changes))
 
 
 def make_trainer(folder, **changes):

@@ -133,13 +133,14 @@ OTHER_MODEL = "The checkpoint is of another model: `model.model."
         ),
         (
             {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)},
-            "The checkpoint is of a run with another optimizer: it has no `dampening`, which this run's SGD needs. Set "
-            "`optimizer` to the one of that run.",
+            "The checkpoint is of a run with the optimizer torch.optim.adamw.AdamW, but `optimizer` is "
+            "torch.optim.sgd.SGD here. Set `optimizer` to the one of that run, or begin a new run with its weights "
+            "(`--init_from`).",
         ),
         (
             {"of_data": {"batch_size": 3}},
             "The checkpoint was made with `batch_size` = 32, now it is 3: the run cannot continue at the same place in "
-            "the data. Use 32, or start anew from the weights.",
+            "the data. Use 32, or begin a new run with its weights (`--init_from`).",
         ),
     ],
     ids=["wider model", "fewer layers", "more layers", "other optimizer", "other data"],

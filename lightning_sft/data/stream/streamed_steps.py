@@ -137,7 +137,7 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
             elif bookmark != self._last:
                 raise SettingsError(
                     "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
-                    "place in the data. Use those, or start anew from the weights."
+                    "place in the data. Use those, or begin a new run with its weights (`--init_from`)."
                 )
             begin = after
             if self._order.steps_per_pass is not None and num_steps % self._order.steps_per_pass == 0:

@@ -1,0 +1,229 @@
+"""Optimizer and schedule of a run that continues: what has been changed takes effect, or is refused by name.
+
+Restored as it was saved, an optimizer would go on with the learning rate, the weight decay and all else of the run
+before, whatever is given now; and a schedule with the learning rate that ended the shorter run.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lightning_sft.errors import SettingsError
+
+_IMPLEMENTATION = ("foreach", "fused")  # how a step is computed, not what
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What an optimizer was made with.
+
+    Attributes:
+        kind: Module and name of its class.
+        groups: The settings of each parameter group, plain values alone; `lr` as it was before any schedule.
+    """
+
+    kind: str
+    groups: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> "OptimizerSettings":
+        """Those of an optimizer that has not been restored from a checkpoint yet."""
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        return cls(kind, tuple(_settings(group) for group in optimizer.param_groups))
+
+    def to_values(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self) | {"groups": [dict(group) for group in self.groups]}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "OptimizerSettings":
+        """What `to_values` has written."""
+        return cls(values["kind"], tuple(values["groups"]))
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: _plain(value) for name, value in group.items() if name not in ("params", "initial_lr")}
+    settings |= {"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {}
+    return {name: value for name, value in settings.items() if value is None or isinstance(value, _PLAIN)}
+
+
+_PLAIN = (bool, int, float, str, tuple)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def check_optimizers(then: Sequence[OptimizerSettings], now: Sequence[OptimizerSettings]) -> None:
+    """Refuse to continue with another optimizer.
+
+    Args:
+        then: As the checkpoint has it; empty if it does not say.
+        now: As it is now.
+
+    Raises:
+        SettingsError: If the number of optimizers, a class or the number of parameter groups differs.
+    """
+    for before, today in zip(then, now, strict=False):
+        if before.kind != today.kind:
+            raise SettingsError(
+                f"The checkpoint is of a run with the optimizer {before.kind}, but `optimizer` is {today.kind} here. "
+                "Set `optimizer` to the one of that run, or begin a new run with its weights (`--init_from`)."
+            )
+    groups, groups_now = ([len(each.groups) for each in settings] for settings in (then, now))
+    if then and groups != groups_now:
+        raise SettingsError(
+            f"The checkpoint is of a run whose optimizers have {groups} parameter groups, but they have {groups_now} "
+            "here. Make them as in that run, or begin a new run with its weights (`--init_from`)."
+        )
+
+
+def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: OptimizerSettings) -> None:
+    """Let settings that were changed take effect on an optimizer that was restored from a checkpoint.
+
+    The learning rate of one with a schedule is left to `continue_schedule`.
+
+    Args:
+        optimizer: Its settings and state are those of the checkpoint; changed in place.
+        then: What the checkpoint's optimizer was made with.
+        now: What this one was made with.
+
+    Raises:
+        SettingsError: If a changed setting needs a state that the checkpoint does not have.
+    """
+    changed: dict[str, Any] = {}
+    for group, before, today in zip(optimizer.param_groups, then.groups, now.groups, strict=False):
+        new = {name: value for name, value in today.items() if name not in before or before[name] != value}
+        changed |= new
+        if "lr" in new and "initial_lr" in group:
+            group["initial_lr"] = new.pop("lr")
+        for name, value in new.items():
+            group[name] = torch.full_like(group[name], value) if isinstance(group[name], Tensor) else value
+    if not changed:
+        return
+    if (error := _failure_of_a_step(optimizer)) is not None:
+        names = ", ".join(f"`{name}` = {value}" for name, value in changed.items())
+        raise SettingsError(
+            f"The run cannot continue with {names}: its checkpoint lacks what the optimizer needs for that ({error}). "
+            "Use what it was made with, or begin a new run with its weights (`--init_from`)."
+        )
+    if any(name in changed for name in _IMPLEMENTATION):
+        optimizer.load_state_dict(optimizer.state_dict())  # puts step counters where the implementation wants them
+
+
+def _failure_of_a_step(optimizer: Optimizer) -> str | None:
+    """Whether a step on a copy of one parameter fails for a state that is missing, and which."""
+    for group in optimizer.param_groups:
+        known = [weight for weight in group["params"] if optimizer.state.get(weight)]
+        if not known:
+            continue
+        weight = min(known, key=lambda each: each.numel())
+        tried = _local(weight).detach().clone().requires_grad_()
+        tried.grad = torch.zeros_like(tried)
+        state = {
+            name: _local(value).clone() if isinstance(value, Tensor) else value
+            for name, value in optimizer.state[weight].items()
+        }
+        trial = copy.copy(optimizer)
+        trial.param_groups = [group | {"params": [tried]} | {name: False for name in _IMPLEMENTATION if name in group}]
+        trial.state = defaultdict(dict, {tried: state})
+        try:
+            trial.step()
+        except KeyError as error:
+            return str(error)
+    return None
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, now: OptimizerSettings) -> None:
+    """Go on at the learning rate that the schedule, as it is given now, has at this step.
+
+    Args:
+        scheduler: Restored from a checkpoint; its optimizer's rates are changed in place.
+        then: What the checkpoint's optimizer was made with; None if it does not say.
+        now: What this one was made with.
+
+    Raises:
+        SettingsError: If the learning rate was changed, and the schedule makes each rate of the one before.
+    """
+    rates = [group["lr"] for group in now.groups]
+    if not isinstance(scheduler, LambdaLR):
+        before = rates if then is None else [group["lr"] for group in then.groups]
+        if before != rates:
+            raise SettingsError(
+                f"The checkpoint was made with `lr` = {before[0]}, now it is {rates[0]}, but "
+                f"{type(scheduler).__name__} makes each learning rate of the one before. Use {before[0]}, or begin a "
+                "new run with its weights (`--init_from`)."
+            )
+        return
+    scheduler.base_lrs[: len(rates)] = rates
+    factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+    new = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, new, strict=False):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = new
+
+
+class Continuation:
+    """What the optimizers of a run are made with, beside what those of the checkpoint were that it continues."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A new run continues nothing yet."""
+        self._continues = False
+        self._then: list[OptimizerSettings] = []
+        self._now: list[OptimizerSettings] = []
+
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """The run continues from this checkpoint, whose optimizers are not restored yet."""
+        self._continues = True
+        self._then = [OptimizerSettings.from_values(values) for values in checkpoint.get(_KEY, ())]
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Store what a run that continues from this checkpoint compares with."""
+        checkpoint[_KEY] = [settings.to_values() for settings in self._now]
+
+    def check(self, optimizers: Sequence[Optimizer]) -> None:
+        """Note what the optimizers are made with, before they are restored.
+
+        Raises:
+            SettingsError: If they are not those of the checkpoint.
+        """
+        self._now = [OptimizerSettings.of(optimizer) for optimizer in optimizers]
+        check_optimizers(self._then, self._now)
+
+    def apply(self, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler]) -> None:
+        """Let everything that was changed take effect on what has been restored.
+
+        Raises:
+            SettingsError: If that cannot be.
+        """
+        if not self._continues:
+            return
+        then = dict(zip(optimizers, self._then, strict=False))
+        now = dict(zip(optimizers, self._now, strict=True))
+        for optimizer, before in then.items():
+            apply_settings(optimizer, before, now[optimizer])
+        for scheduler in schedulers:
+            continue_schedule(scheduler, then.get(scheduler.optimizer), now[scheduler.optimizer])
+
+
+_KEY = "optimizer_settings"
