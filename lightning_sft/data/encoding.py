@@ -1,6 +1,5 @@
 """From rows to token ids: rows are rendered as text and tokenised, and the over-long ones dropped or cut."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -188,8 +187,10 @@ class RowEncoder:
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code that reads and encodes."""
         tokenizer, transform = self.tokenizer, self.row_format.row_transform
-        if getattr(tokenizer, "backend_tokenizer", None) is not None:  # its calls leave their settings behind
-            content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        if getattr(tokenizer, "backend_tokenizer", None) is not None:
+            # Before the tokens stands how it pads and truncates, which each call leaves behind. `Hasher` takes seconds
+            # for so many parts, so the text is hashed as a whole.
+            _, _, content = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
         else:
             content = [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
         special = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.split_special_tokens)

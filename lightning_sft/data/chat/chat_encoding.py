@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise, takewhile
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.chat.long_conversations import write_turns
 from lightning_sft.data.chat.marked_turns import learnt_text
 from lightning_sft.data.chat.notices import Notice
+from lightning_sft.data.chat.token_counter import TokenCounter
 from lightning_sft.data.chat.turns import Turn, check_has_context
 from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written
 from lightning_sft.data.tokens.example import Example
@@ -70,7 +70,7 @@ class ChatEncoder:
         self, tokenizer: PreTrainedTokenizerBase, train_on_turns: TrainOnTurns = "all", append_eos: bool = True
     ) -> None:
         self._tokenizer, self._train_on_turns, self._append_eos = tokenizer, train_on_turns, append_eos
-        self._template = ChatTemplate(tokenizer)
+        self._template, self._counter = ChatTemplate(tokenizer), TokenCounter(tokenizer)
 
     def write(self, conversation: Conversation) -> list[WrittenExample]:
         """What a model learns from a conversation.
@@ -154,33 +154,39 @@ class ChatEncoder:
     def encode(self, written: Sequence[WrittenExample]) -> Iterator["EncodedConversation"]:
         """Token ids of each text, exactly those that `apply_chat_template` gives, with what is learnt as the response.
 
-        Each stretch that is learnt must begin and end between two tokens. That is so if the text, cut there, has the
-        same tokens piece by piece. Some tokenizers put a mark before each piece; and some join the end of a generation
-        prompt to the turn in one token. Then the text up to each cut is tokenised as well.
+        What stands before a response has the same tokens as it has alone, when a model is asked for the response; where
+        the end of a generation prompt and the turn share a token, the response begins with that one.
 
         Raises:
-            SettingsError: If a turn begins or ends within a token; the message names the turn.
+            SettingsError: If what is learnt ends within a token; the message names the turn.
         """
-        cuts = [[0, *chain(*each.spans), len(each.text)] for each in written]
-        pieces = [each.text[start:end] for each, cut in zip(written, cuts, strict=True) for start, end in pairwise(cut)]
-        piece_ids = iter(self._ids(pieces))
-        for each, cut, ids in zip(written, cuts, self._ids([each.text for each in written]), strict=True):
-            apart = [next(piece_ids) for _ in pairwise(cut)]
-            notices = list(each.notices)
-            if all(turn.text.startswith(turn.prompt) for turn in each.turns) and list(chain(*apart)) == ids:
-                bounds = list(accumulate(map(len, apart[:-1])))
-            else:
-                bounds, more = self._bounds(each, ids)
-                notices += more
+        for each, ids in zip(written, self._counter.ids([each.text for each in written]), strict=True):
+            counted = self._counter.count(each.text, ids)
+            notices, bounds = list(each.notices), []
+            prompts = {turn.start: turn for turn in each.turns}
+            for start, end in each.spans:
+                turn = prompts.get(start)
+                before = counted.alike(each.text[:start] if turn is None else turn.prompt)
+                if turn is not None and not before.is_whole:
+                    if before.num_tokens < counted.alike(turn.prompt[: turn.words_end]).num_tokens:
+                        raise SettingsError(
+                            f"turn {turn.index + 1} (assistant) begins within a token, in "
+                            f"{around(turn.text, turn.start)!r}. Give another `chat_template`."
+                        )
+                    notices.append(Notice.of_prompt(turn.prompt, turn.text, turn.start))
+                until = counted.alike(each.text[:end])
+                if not until.is_whole:
+                    raise SettingsError(
+                        f"what is learnt of the assistant's turns ends within a token, in {around(each.text, end)!r}. "
+                        "Give another `chat_template`."
+                    )
+                bounds += [before.num_tokens, until.num_tokens]
             if not each.turns[-1].is_closed and self._append_eos:
                 ids = [*ids, self._eos_token_id()]
                 bounds[-1] = len(ids)
             first, *rest = bounds
             excluded_spans = [*rest, len(ids)] if rest[-1] < len(ids) else rest[:-1]
             yield EncodedConversation(Example(ids, first, excluded_spans), notices)
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _eos_token_id(self) -> int:
         eos_token_id: int | None = self._tokenizer.eos_token_id
@@ -191,43 +197,6 @@ class ChatEncoder:
                 "stop)."
             )
         return eos_token_id
-
-    def _bounds(self, written: WrittenExample, ids: list[int]) -> tuple[list[int], list[Notice]]:
-        """Where stretches that are learnt begin and end in tokens; and prompts that are not written before a turn."""
-        bounds, notices = [], []
-        turns = {turn.start: turn for turn in written.turns}
-        for start, end in written.spans:
-            if start in turns:
-                first, notice = self._first_token(turns[start], ids)
-                notices += [notice] if notice else []
-            else:
-                first = self._num_shared(written.text[:start], ids)
-            (before_end,) = self._ids([written.text[:end]])
-            if ids[: len(before_end)] != before_end:
-                raise SettingsError(
-                    f"what is learnt of the assistant's turns ends within a token, in {around(written.text, end)!r}. "
-                    "Give another `chat_template`."
-                )
-            bounds += [first, len(before_end)]
-        return bounds, notices
-
-    def _first_token(self, turn: Turn, ids: list[int]) -> tuple[int, Notice | None]:
-        """The turn's first token: the one after all that the prompt and the text share."""
-        (prompt_ids,) = self._ids([turn.prompt])
-        shared = _num_alike(prompt_ids, ids)
-        if shared == len(prompt_ids):
-            return shared, None
-        if shared < self._num_shared(turn.prompt[: turn.words_end], ids):
-            raise SettingsError(
-                f"turn {turn.index + 1} (assistant) begins within a token, in {around(turn.text, turn.start)!r}. "
-                "Give another `chat_template`."
-            )
-        return shared, Notice.of_prompt(turn.prompt, turn.text, turn.start)
-
-    def _num_shared(self, text: str, ids: list[int]) -> int:
-        """With how many of the tokens of a text others begin."""
-        (own,) = self._ids([text])
-        return _num_alike(own, ids)
 
 
 @dataclass(frozen=True)
@@ -241,10 +210,6 @@ class EncodedConversation:
 
     example: Example
     notices: Sequence[Notice]
-
-
-def _num_alike(first: Sequence[int], second: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _is_system(message: Message) -> bool:

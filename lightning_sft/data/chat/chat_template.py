@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_sft.checks import check_type
 from lightning_sft.data.chat.conversation import Conversation, Message
+from lightning_sft.data.chat.token_counter import special_token_pattern
 from lightning_sft.data.tokens.texts import read_template_file
 from lightning_sft.errors import SettingsError, one_line
 
@@ -38,6 +39,14 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """What a template writes, and start and end of each text in it that is marked by `{% generation %}`."""
+
+    text: str
+    marked_spans: list[tuple[int, int]]
 
 
 class ChatTemplate:
@@ -70,14 +79,25 @@ class ChatTemplate:
             )
         messages = self._messages(conversation.messages[:num_messages])
         try:
-            return self._apply(messages, conversation, add_generation_prompt)
+            return self._apply(messages, conversation, add_generation_prompt=add_generation_prompt).text
         except Exception as error:  # whatever a template raises
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise SettingsError(f"the chat template refuses the first {len(messages)} messages: {reason}") from error
 
-    def _apply(self, messages: list[Message], conversation: Conversation, add_generation_prompt: bool = False) -> str:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": conversation.tools}
-        return str(self._tokenizer.apply_chat_template(messages, **{**conversation.variables, **options}))
+    def _apply(self, messages: list[Message], conversation: Conversation, **options: bool) -> _Rendered:
+        """What `apply_chat_template` writes, without the checks for which that goes through all messages each time."""
+        rendered = render_jinja_template(
+            [messages],
+            tools=conversation.tools,
+            chat_template=self._tokenizer.get_chat_template(tools=conversation.tools),
+            **{**self._special_tokens, **conversation.variables, **options},
+        )
+        texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)  # annotated as a text
+        return _Rendered(texts[0], spans[0] if spans else [])
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        return self._tokenizer.special_tokens_map
 
     def _messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template takes them."""
@@ -89,7 +109,8 @@ class ChatTemplate:
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
         for takes_parts in (False, True):
             try:
-                text = self._apply(list(map(_with_parts, messages)) if takes_parts else messages, Conversation([]))
+                messages = list(map(_with_parts, messages)) if takes_parts else messages
+                text = self._apply(messages, Conversation([])).text
             except Exception:  # noqa: BLE001 (whatever a template raises)
                 continue
             if "response" in text:
@@ -106,18 +127,10 @@ class ChatTemplate:
         Returns:
             The spans in their order; None if the template has no such marks.
         """
-        template = self._tokenizer.get_chat_template(tools=conversation.tools)
-        if not _MARK.search(template):
+        if not _MARK.search(self._tokenizer.get_chat_template(tools=conversation.tools)):
             return None
-        rendered = render_jinja_template(
-            [self._messages(conversation.messages[:num_messages])],
-            tools=conversation.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **conversation.variables},
-        )
-        spans: list[tuple[int, int]] = cast(Any, rendered)[1][0]  # annotated as a text, which it is not
-        return spans
+        messages = self._messages(conversation.messages[:num_messages])
+        return self._apply(messages, conversation, return_assistant_tokens_mask=True).marked_spans
 
     def fitted(self, conversation: Conversation) -> Conversation:
         """The conversation with the arguments of tool calls as its template takes them: objects, or else JSON text.
@@ -142,9 +155,7 @@ class ChatTemplate:
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
         """Matches the special tokens of the tokenizer in a text."""
-        tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        tokens |= set(self._tokenizer.all_special_tokens)
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+        return special_token_pattern(self._tokenizer)
 
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for it

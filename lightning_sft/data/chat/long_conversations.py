@@ -33,14 +33,14 @@ def write_turns(template: ChatTemplate, conversation: Conversation, indices: Seq
         turns = _from_short_conversations(template, conversation, indices, text)
         if turns is not None:
             return turns
-    return [write_turn(template, conversation, index) for index in indices]
+    return [write_turn(template, conversation, index, text) for index in indices]
 
 
 def _from_short_conversations(
     template: ChatTemplate, conversation: Conversation, indices: Sequence[int], text: str
 ) -> list[Turn] | None:
     """The turns; None if short conversations do not show them as they are in the whole text."""
-    in_full = {index: write_turn(template, conversation, index) for index in _written_in_full(indices)}
+    in_full = {index: write_turn(template, conversation, index, text) for index in _written_in_full(indices)}
     last = in_full[indices[0]]
     if last.moved or not text.startswith(last.context):
         return None

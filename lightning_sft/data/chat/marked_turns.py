@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
 from lightning_sft.data.chat.conversation import Conversation
-from lightning_sft.data.chat.turns import Turn, common_length
+from lightning_sft.data.chat.turns import Turn
+from lightning_sft.data.tokens.texts import common_length
 from lightning_sft.errors import SettingsError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
 from lightning_sft.data.chat.conversation import Conversation, Message
-from lightning_sft.data.tokens.texts import around
+from lightning_sft.data.tokens.texts import around, common_length
 from lightning_sft.errors import SettingsError
 
 
@@ -59,13 +59,14 @@ class Turn:
         return self.content_end < self.end
 
 
-def write_turn(template: ChatTemplate, conversation: Conversation, index: int) -> Turn:
+def write_turn(template: ChatTemplate, conversation: Conversation, index: int, text: str | None = None) -> Turn:
     """Write a conversation up to one of the assistant's turns.
 
     Args:
         template: Writes the text.
         conversation: All messages.
         index: Which of them is the turn.
+        text: The whole conversation, if it is written already.
 
     Raises:
         SettingsError: If the template refuses the messages, or where the turn begins cannot be told; the message names
@@ -73,7 +74,8 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int) -
     """
     check_has_context(index)
     prompt = template.write(conversation, index, add_generation_prompt=True)
-    whole = template.write(conversation, index + 1)
+    is_last = index + 1 == len(conversation.messages)
+    whole = text if text is not None and is_last else template.write(conversation, index + 1)
     context, start = prompt, len(prompt)
     words = conversation.messages[index - 1]["content"].strip()
     words_end = prompt.rfind(words) + len(words) if words in prompt else 0
@@ -159,15 +161,6 @@ def _other_words(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _other_words(item) for key, item in value.items()}
     return [_other_words(item) for item in value] if isinstance(value, list) else value
-
-
-def common_length(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:  # by halves: comparing long slices is much faster than comparing characters one by one
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
-    return low
 
 
 def short_conversation(conversation: Conversation, index: int) -> Conversation:

@@ -46,12 +46,13 @@ class Source:
             batch: Columns of `rows`.
             indices: Which rows these are.
         """
+        features = self.rows.features  # a copy, each time that it is asked for
         for offset, index in enumerate(indices):
             stored = {column: values[offset] for column, values in batch.items()}
             location = stored["location"] if self.is_json else f"row {index + 1}"
             row: AnyRow
             if not self.is_json:
-                row = own_keys(stored, self.rows.features)
+                row = own_keys(stored, features)
             elif stored["problem"] is None:
                 row = parse_json(stored["json"])
             else:

@@ -29,6 +29,15 @@ def around(text: str, position: int) -> str:
     return text[max(position - 20, 0) : position + 20]
 
 
+def common_length(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # by halves: comparing long slices is much faster than comparing characters one by one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low
+
+
 def read_template_file(argument: str, path: str, placeholder: str, way_out: str) -> str:
     """The content of a file that holds a template.
 

@@ -1,0 +1,102 @@
+"""How many tokens the beginning of a text has, without tokenising it again and again."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.tokens.texts import common_length
+
+
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the special tokens of a tokenizer in a text."""
+    return re.compile("|".join(map(re.escape, sorted(_special_tokens(tokenizer), key=len, reverse=True))) or r"(?!)")
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tokens | set(tokenizer.all_special_tokens)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """How far another text has the tokens of a text.
+
+    Attributes:
+        num_tokens: With so many tokens both begin.
+        is_whole: Whether these are all tokens of the other text.
+    """
+
+    num_tokens: int
+    is_whole: bool
+
+
+class TokenCounter:
+    """Tokenises texts, and counts the tokens of their beginnings.
+
+    Special tokens divide a text into parts that are tokenised apart. So of a text's beginning only the part after its
+    last special token needs to be tokenised; and in conversations these parts, `assistant` and a line break for
+    instance, come again and again.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._pattern = special_token_pattern(tokenizer)
+        tokens = sorted(_special_tokens(tokenizer))
+        self._special_ids = dict(zip(tokens, map(tokenizer.convert_tokens_to_ids, tokens), strict=True))
+        self._known: dict[str, list[int]] = {}
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of texts, without any that the tokenizer adds of its own accord."""
+        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def count(self, text: str, ids: Sequence[int]) -> "CountedText":
+        """Where in the token ids of a text its special tokens are."""
+        matches = list(self._pattern.finditer(text))
+        special_ids = set(self._special_ids.values())
+        places = [place for place, token_id in enumerate(ids) if token_id in special_ids]
+        if [ids[place] for place in places] != [self._special_ids[match.group()] for match in matches]:
+            matches, places = [], []  # not told apart so: beginnings are tokenised whole
+        return CountedText(self, text, ids, matches, places)
+
+    def part(self, text: str) -> list[int]:
+        """The token ids of a part of a text, which may come again."""
+        if text not in self._known:
+            (self._known[text],) = self.ids([text])
+        return self._known[text]
+
+
+@dataclass(frozen=True)
+class CountedText:
+    """A text, its token ids, and the special tokens in both.
+
+    Attributes:
+        counter: Of its tokenizer.
+        text: The text.
+        ids: Its token ids.
+        matches: The special tokens in the text.
+        places: The same in the token ids.
+    """
+
+    counter: TokenCounter
+    text: str
+    ids: Sequence[int]
+    matches: Sequence[re.Match[str]]
+    places: Sequence[int]
+
+    def alike(self, other: str) -> Alike:
+        """How far another text, which may go on otherwise, has the same tokens.
+
+        Both are tokenised from the last special token on that they share.
+        """
+        last = bisect_right(self.matches, common_length(self.text, other), key=re.Match.end) - 1
+        start, place = (self.matches[last].start(), self.places[last]) if last >= 0 else (0, 0)
+        own = self.counter.part(other[start:])
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, self.ids[place:], strict=False)))
+        return Alike(place + shared, shared == len(own))
