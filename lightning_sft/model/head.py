@@ -15,6 +15,7 @@ from lightning_sft.model.head_gradients import HeadGradients, NeededGradients, t
 from lightning_sft.model.routing import Routing
 from lightning_sft.model.tile_gradients import LogitGradient
 from lightning_sft.model.tiles import Block, LogitTransform, ScoringSettings, TiledHead, Tiling
+from lightning_sft.model.token_loss import NLL, TokenLoss
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ResponseScores:
         token_entropy: Entropy of the distribution that the label is from, in nats, `(num_tokens,)`. Detached if there
             is a `loss`.
         is_top1: Whether the label is the first token with the highest logit, `(num_tokens,)`, if that was asked for.
-        loss: A weighted sum of the negative log-probabilities, a scalar, if that was asked for.
+        loss: A weighted sum of what each token adds to the loss, a scalar, if that was asked for.
         routing: What the routers of a mixture of experts have said, if its configuration asks for a loss of that.
     """
 
@@ -58,6 +59,7 @@ def score_labels(
     labels: Tensor,
     *,
     token_weights: Tensor | None = None,
+    token_loss: TokenLoss = NLL,
     return_is_top1: bool = False,
     tiling: Tiling | None = None,
 ) -> ResponseScores:
@@ -71,9 +73,11 @@ def score_labels(
         hidden: What the head is applied to, `(num_tokens, hidden_size)`.
         head: The head.
         labels: `(num_tokens,)`.
-        token_weights: `(num_tokens,)`. Given, the result also has `loss = -sum(token_weights * log_probs)`, whose
-            gradient is computed on the way: three matrix products instead of the four that an unknown gradient of
-            the log-probabilities needs, since no logits have to be computed again.
+        token_weights: `(num_tokens,)`. Given, the result also has `loss`, the sum of `token_weights` times what each
+            token adds (`token_loss`). Its gradient is computed on the way: three matrix products instead of the four
+            that an unknown gradient of the log-probabilities needs, since no logits have to be computed again.
+        token_loss: By default `-log_probs`. Its factor costs nothing; smoothed labels, one more sum over each tile.
+            They need logits without a cap.
         return_is_top1: Also return `is_top1`.
         tiling: How the logits are divided into tiles. Default: as suits the device.
     """
@@ -83,6 +87,7 @@ def score_labels(
         dtype=torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype,
         return_is_top1=return_is_top1,
         tiling=tiling or Tiling.for_device(device_type),
+        token_loss=NLL if token_weights is None else token_loss,
     )
     with torch.autocast(device_type, enabled=False):
         loss, log_probs, entropy, is_top1 = _Scores.apply(  # type: ignore[no-untyped-call]
@@ -124,11 +129,11 @@ class _Scores(torch.autograd.Function):
         unit = token_weights.abs().sum() if settings.dtype == torch.float16 else None
         relative = token_weights if unit is None else token_weights / unit.clamp(min=1e-30) * len(labels)
         needed = NeededGradients(*ctx.needs_input_grad[:3])
-        scores, gradients = _scores_and_gradients(needed, converted, head, labels, relative)
+        scores, losses, gradients = _scores_and_gradients(needed, converted, head, labels, relative)
         ctx.save_for_backward(unit, *gradients.results(ctx.dtypes))
         detached = (scores.log_probs, scores.token_entropy, scores.is_top1)
         ctx.mark_non_differentiable(*(each for each in detached if each is not None))
-        return -(token_weights * scores.log_probs).sum(), *detached
+        return (token_weights * losses).sum(), *detached
 
     @staticmethod
     @once_differentiable
@@ -150,29 +155,36 @@ class _Scores(torch.autograd.Function):
 
 def _scores_and_gradients(
     needed: NeededGradients, hidden: Tensor, head: TiledHead, labels: Tensor, token_weights: Tensor
-) -> tuple[ResponseScores, HeadGradients]:
-    """Scores and the loss's gradients from the same tiles, one block of rows at a time.
+) -> tuple[ResponseScores, Tensor, HeadGradients]:
+    """Scores, what each token adds to the loss, and the loss's gradients, all from the same tiles.
+
+    There is one block of rows at a time.
 
     A tile's gradients need the probability of the whole tile, which is known once all tiles of its rows are scored.
     Until then the gradients of a block's tiles are kept.
     """
+    token_loss = head.settings.token_loss
     size = head.settings.tiling.rows_per_block(head.weight.shape[0], head.settings.dtype)
     blocks: list[Block] = []
+    weights: list[Tensor] = []
     gradients = HeadGradients(needed, hidden, head, num_blocks=-(-len(hidden) // size))
     for start in range(0, max(len(hidden), 1), size):
         rows = slice(start, start + size)
         tile_gradients: deque[Tensor] | None = deque() if any(needed) else None
         blocks.append(block := head.score_block(hidden[rows], labels[rows], tile_gradients))
+        factors = token_loss.factors(block.log_probs)
+        weights.append(token_weights[rows] if factors is None else token_weights[rows] * factors)
         if tile_gradients is None:
             continue
         for weight_tile, probability in zip(head.weight_tiles(), block.tile_probabilities, strict=True):
-            coefficient = probability * token_weights[rows]
+            coefficient = probability * weights[-1]
             gradients.add_tile(rows, weight_tile, hidden[rows], tile_gradients.popleft(), coefficient)
-    gradients.add_labels(hidden, labels, torch.cat([block.label_logit for block in blocks]), token_weights)
+    gradients.add_labels(hidden, labels, torch.cat([block.label_logit for block in blocks]), torch.cat(weights))
     found = [block.is_top1 for block in blocks if block.is_top1 is not None]
     scores = ResponseScores(
         log_probs=torch.cat([block.log_probs for block in blocks]),
         token_entropy=torch.cat([block.entropy for block in blocks]),
         is_top1=torch.cat(found) if found else None,
     )
-    return scores, gradients
+    losses = torch.cat([token_loss.of(block.log_probs, block.mean_log_probs) for block in blocks])
+    return scores, losses, gradients

@@ -19,6 +19,8 @@ class NeededGradients(NamedTuple):
 class HeadGradients:
     """The gradients of `sum(token_weights * (log_sum - label_logit))`, gathered tile by tile.
 
+    If labels are smoothed by a share `e`, `label_logit` is `(1 - e) * label_logit + e * mean(logits)`.
+
     Each row of a tile is multiplied by a coefficient of its own. For the weight's gradient it multiplies the hidden
     states instead, since they are smaller than the tile.
 
@@ -73,7 +75,9 @@ class HeadGradients:
 
     def add_labels(self, hidden: Tensor, labels: Tensor, label_logit: Tensor, token_weights: Tensor) -> None:
         """Add the part of all rows' labels."""
-        coefficient = -token_weights * self._scale * self._head.settings.transform.cap_slope(label_logit)
+        smoothing = self._head.settings.token_loss.label_smoothing
+        transform = self._head.settings.transform
+        coefficient = -(1 - smoothing) * token_weights * self._scale * transform.cap_slope(label_logit)
         if self.hidden is not None:
             self.hidden.addcmul_(self._head.weight[labels], coefficient.unsqueeze(-1))
         if self.bias is not None:
@@ -81,6 +85,19 @@ class HeadGradients:
         if self.weight is not None:
             sums, owners = _sum_by_label(coefficient.unsqueeze(-1) * hidden, labels)
             self.weight.index_add_(0, owners, sums.to(self.weight.dtype))
+        if smoothing:
+            self._add_all_tokens(hidden, -smoothing * token_weights * self._scale / len(self._head.weight))
+
+    def _add_all_tokens(self, hidden: Tensor, coefficient: Tensor) -> None:
+        """Add the part of smoothed labels, the same for all tokens of the vocabulary: no tile is needed for it."""
+        assert self._head.settings.transform.softcap is None, "each token would have a slope of its own"
+        if self.hidden is not None:
+            sums = self._head.weight.sum(dim=0, dtype=self.hidden.dtype)
+            self.hidden.addcmul_(coefficient.unsqueeze(-1), sums)
+        if self.bias is not None:
+            self.bias.add_(coefficient.sum())
+        if self.weight is not None:
+            self.weight.add_((coefficient.unsqueeze(-1) * hidden).sum(dim=0).to(self.weight.dtype))
 
     def results(self, dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias, each in its own type; None where not needed."""

@@ -13,6 +13,7 @@ from lightning_sft.model.head import ResponseScores, score_labels
 from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform, Tiling, float32_or_more
+from lightning_sft.model.token_loss import NLL, TokenLoss
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ def score_responses(
     response_positions: Tensor,
     *,
     normalize_constant: float | None = None,
+    token_loss: TokenLoss = NLL,
     return_is_top1: bool = False,
     entropy_has_gradient: bool = False,
     tiling: Tiling | None = None,
@@ -106,16 +108,17 @@ def score_responses(
     """Log-probabilities and entropies of the response tokens alone, one after another; and their loss.
 
     The model runs as it is, but its head sees response positions only, tile by tile (`head.py`). Where the head is not
-    a linear layer, perhaps scaled and soft-capped (`linear_head.py`), the model computes the logits of all columns in
-    which there is a response.
+    a linear layer, perhaps scaled and soft-capped (`linear_head.py`), or soft-capped and labels are smoothed, the model
+    computes the logits of all columns in which there is a response.
 
     Args:
         model: As for `get_response_log_probs`.
         input_ids: `(batch_size, sequence_length)`.
         labels: `(batch_size, sequence_length)`.
         response_positions: Where the response tokens are in `labels.flatten()`, `(num_response_tokens,)`.
-        normalize_constant: Given, the result also has `loss = -sum(log_probs) / normalize_constant`, a scalar, and
+        normalize_constant: Given, the result also has a `loss`, the sum of what each token adds, divided by this; and
             only the loss carries gradients. It is cheaper than a loss made of `log_probs`.
+        token_loss: What each token adds to the loss. By default `-log_probs`.
         return_is_top1: Also return `is_top1`.
         entropy_has_gradient: Whether `token_entropy` carries gradients, too; not if there is a `normalize_constant`.
         tiling: How the logits are divided into tiles. Default: as suits the device.
@@ -126,11 +129,12 @@ def score_responses(
     head = find_linear_head(model, transform)
     if isinstance(model, PreTrainedModel):
         model_kwargs.setdefault("use_cache", False)  # with a cache `transformers` would not keep documents apart
-    if head is None:
+    if head is None or (token_loss.label_smoothing and head.transform.softcap is not None):
         with RoutingRecorder(model) as recorder:
             logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
         scores = _scores_of_logits(logits, chosen, return_is_top1, entropy_has_gradient)
-        scores = scores if normalize_constant is None else _with_loss(scores, normalize_constant)
+        if normalize_constant is not None:
+            scores = _with_loss(scores, logits, token_loss, normalize_constant)
         return replace(scores, routing=recorder.routing)
 
     def score(hidden: Tensor) -> ResponseScores:
@@ -144,6 +148,7 @@ def score_responses(
             head.as_it_is_now(),
             chosen,
             token_weights=weights,
+            token_loss=token_loss,
             return_is_top1=return_is_top1,
             tiling=tiling,
         )
@@ -188,8 +193,11 @@ def _scores_of_logits(
     return ResponseScores(log_probs, entropy, is_top1)
 
 
-def _with_loss(scores: ResponseScores, normalize_constant: float) -> ResponseScores:
-    loss = -scores.log_probs.sum() / normalize_constant
+def _with_loss(
+    scores: ResponseScores, logits: Tensor, token_loss: TokenLoss, normalize_constant: float
+) -> ResponseScores:
+    mean_log_probs = torch.log_softmax(logits, dim=-1).mean(dim=-1) if token_loss.label_smoothing else None
+    loss = token_loss.of(scores.log_probs, mean_log_probs).sum() / normalize_constant
     return replace(scores, log_probs=scores.log_probs.detach(), token_entropy=scores.token_entropy.detach(), loss=loss)
 
 

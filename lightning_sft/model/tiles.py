@@ -17,6 +17,8 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from lightning_sft.model.token_loss import NLL, TokenLoss
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -48,11 +50,12 @@ class Tile(NamedTuple):
     label_logit: Tensor  # zero where the label is in another tile
     top: Tensor  # the largest logit
     top_index: Tensor  # of the first token that has it, counted from the tile's start; meaningless unless asked for
+    below_top: Tensor  # sum of the logits less `top` each; meaningless unless asked for
     gradient: Tensor  # of `log_sum`, by the logits before they were capped: softmax times the cap's slope
 
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
-TileFunction = Callable[[Tensor, Tensor | None, Tensor, LogitTransform, torch.dtype, bool], Tile]
+TileFunction = Callable[[Tensor, Tensor | None, Tensor, LogitTransform, torch.dtype, bool, bool], Tile]
 
 
 def score_tile(
@@ -62,6 +65,7 @@ def score_tile(
     transform: LogitTransform,
     gradient_dtype: torch.dtype,
     return_is_top1: bool,
+    sums_logits: bool = False,
 ) -> Tile:
     """Score a tile.
 
@@ -72,6 +76,7 @@ def score_tile(
         transform: Makes logits of products and bias.
         gradient_dtype: Type of the gradient, which matrices are then multiplied in.
         return_is_top1: Whether to find out which token has the largest logit.
+        sums_logits: Whether to sum the logits.
     """
     logits = float32_or_more(products)
     if bias is not None:
@@ -88,12 +93,14 @@ def score_tile(
     softmax = torch.softmax(below_top, dim=-1)
     log_sum = -softmax.amax(dim=-1).log()  # the largest probability is exp(0) / sum
     gradient = softmax if transform.softcap is None else softmax * transform.cap_slope(logits)
+    sum_below_top = below_top.sum(dim=-1) if sums_logits else log_sum
     return Tile(
         log_sum=log_sum,
         entropy=log_sum - below_top.mul_(softmax).sum(dim=-1),
         label_logit=torch.where(inside, label_logit, 0.0),
         top=top,
         top_index=top_index,
+        below_top=sum_below_top,
         gradient=gradient.to(gradient_dtype),
     )
 
@@ -161,6 +168,7 @@ class Block(NamedTuple):
     """Some rows on the whole vocabulary, `(rows,)` each; the probabilities of the tiles are `(tiles, rows)`."""
 
     log_probs: Tensor  # of the labels
+    mean_log_probs: Tensor | None  # over the vocabulary
     entropy: Tensor
     is_top1: Tensor | None
     label_logit: Tensor
@@ -178,12 +186,19 @@ class ScoringSettings:
         dtype: Type in which matrices are multiplied.
         return_is_top1: Whether to find out if the label has the largest logit.
         tiling: How the logits are divided into tiles.
+        token_loss: What each token adds to the loss, if there is one.
     """
 
     transform: LogitTransform
     dtype: torch.dtype
     return_is_top1: bool
     tiling: Tiling
+    token_loss: TokenLoss = NLL
+
+    @property
+    def smooths(self) -> bool:
+        """Whether the loss needs the mean of all log-probabilities."""
+        return self.token_loss.label_smoothing > 0
 
 
 @dataclass(frozen=True)
@@ -210,7 +225,8 @@ class TiledHead:
     def score_tiles(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[WeightTile, Tile]]:
         """Score all rows on one tile of the vocabulary after another."""
         tiling = self.settings.tiling
-        options = (self.settings.transform, self.settings.dtype, self.settings.return_is_top1)
+        settings = self.settings
+        options = (settings.transform, settings.dtype, settings.return_is_top1, settings.smooths)
         for weight_tile in self.weight_tiles():
             tokens, weight = weight_tile
             bias = None if self.bias is None else self.bias[tokens]
@@ -222,15 +238,16 @@ class TiledHead:
 
     def score_block(self, hidden: Tensor, labels: Tensor, gradients: deque[Tensor] | None = None) -> Block:
         """Put the tiles of each row together; the tiles' gradients are appended to `gradients`."""
-        columns: tuple[list[Tensor], ...] = ([], [], [], [], [])
+        columns: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         for weight_tile, tile in self.score_tiles(hidden, labels):
-            values = (*tile[:4], tile.top_index + weight_tile.tokens.start)
+            values = (*tile[:4], tile.top_index + weight_tile.tokens.start, tile.below_top)
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
             if gradients is not None:
                 gradients.append(tile.gradient)
-        log_sums, entropies, label_logits, tops, top_indices = map(torch.stack, columns)
+        log_sums, entropies, label_logits, tops, top_indices, below_tops = map(torch.stack, columns)
         top = tops.amax(dim=0)
+        mean_below_top = self._mean(below_tops, tops - top) if self.settings.smooths else None
         log_sums = log_sums + (tops - top)
         log_sum = log_sums.logsumexp(dim=0)
         probabilities = (log_sums - log_sum).exp()
@@ -240,6 +257,7 @@ class TiledHead:
             is_top1 = top_indices.gather(0, tops.argmax(dim=0, keepdim=True)).squeeze(0) == labels
         return Block(
             log_probs=label_logit - top - log_sum,
+            mean_log_probs=None if mean_below_top is None else mean_below_top - log_sum,
             entropy=(probabilities * (entropies + log_sum - log_sums)).sum(dim=0),
             is_top1=is_top1,
             label_logit=label_logit,
@@ -247,3 +265,10 @@ class TiledHead:
             log_sum=log_sum,
             tile_probabilities=probabilities,
         )
+
+    def _mean(self, sums: Tensor, offsets: Tensor) -> Tensor:
+        """Mean over the vocabulary, of sums over each tile and of what is still to be added to each number there."""
+        vocab_size, width = self.weight.shape[0], self.settings.tiling.width
+        widths = [min(width, vocab_size - start) for start in range(0, vocab_size, width)]
+        totals = [total + offset * width for total, offset, width in zip(sums, offsets, widths, strict=True)]
+        return torch.stack(totals).sum(dim=0) / vocab_size
