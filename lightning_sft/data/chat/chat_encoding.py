@@ -11,7 +11,7 @@ from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.chat.long_conversations import write_turns
 from lightning_sft.data.chat.marked_turns import learnt_text
 from lightning_sft.data.chat.notices import Notice
-from lightning_sft.data.chat.token_counter import TokenCounter
+from lightning_sft.data.chat.token_counter import CountedText, TokenCounter
 from lightning_sft.data.chat.turns import Turn, check_has_context
 from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written
 from lightning_sft.data.tokens.example import Example
@@ -30,6 +30,7 @@ class WrittenExample:
         turns: The assistant's turns to learn from, at least one.
         spans: Start and end of each text that is learnt.
         last_content: The content of the last of the turns, as the row has it.
+        longest: The text of the row's longest example, with which this one begins as far as earlier turns go.
         is_whole: Whether this is the whole conversation, not one of several examples that it becomes.
         notices: What a user is to know of it.
     """
@@ -38,6 +39,7 @@ class WrittenExample:
     turns: Sequence[Turn]
     spans: Sequence[tuple[int, int]]
     last_content: str
+    longest: str
     is_whole: bool
     notices: Sequence[Notice] = ()
 
@@ -95,7 +97,8 @@ class ChatEncoder:
             self._example(conversation, [turn], [reasoning], None)
             for turn, reasoning in zip(turns, left_out, strict=True)
         ]
-        return [replace(example, is_whole=len(examples) == 1) for example in examples]
+        longest = examples[-1].text
+        return [replace(example, longest=longest, is_whole=len(examples) == 1) for example in examples]
 
     def write_prompt(self, conversation: Conversation) -> tuple[str, str | None]:
         """The text for the model to go on from, and what an assistant's turn at the end says (None if there is none).
@@ -118,7 +121,7 @@ class ChatEncoder:
         if self._append_eos and not turns[-1].is_closed:
             notices.append(Notice.of_end(learnt.text))
         content = conversation.messages[turns[-1].index]["content"]
-        return WrittenExample(learnt.text, turns, learnt.spans, content, is_whole=text is not None, notices=notices)
+        return WrittenExample(learnt.text, turns, learnt.spans, content, learnt.text, text is not None, notices)
 
     def _learnt_turns(self, conversation: Conversation) -> list[int]:
         """Which of the messages are learnt, at least one."""
@@ -160,33 +163,42 @@ class ChatEncoder:
         Raises:
             SettingsError: If what is learnt ends within a token; the message names the turn.
         """
-        for each, ids in zip(written, self._counter.ids([each.text for each in written]), strict=True):
-            counted = self._counter.count(each.text, ids)
-            notices, bounds = list(each.notices), []
-            prompts = {turn.start: turn for turn in each.turns}
-            for start, end in each.spans:
-                turn = prompts.get(start)
-                before = counted.alike(each.text[:start] if turn is None else turn.prompt)
-                if turn is not None and not before.is_whole:
-                    if before.num_tokens < counted.alike(turn.prompt[: turn.words_end]).num_tokens:
-                        raise SettingsError(
-                            f"turn {turn.index + 1} (assistant) begins within a token, in "
-                            f"{around(turn.text, turn.start)!r}. Give another `chat_template`."
-                        )
-                    notices.append(Notice.of_prompt(turn.prompt, turn.text, turn.start))
-                until = counted.alike(each.text[:end])
-                if not until.is_whole:
+        longest = list(dict.fromkeys(each.longest for each in written))
+        counted = {
+            text: self._counter.count(text, ids) for text, ids in zip(longest, self._counter.ids(longest), strict=True)
+        }
+        for each in written:
+            text = counted[each.longest]
+            if each.text != each.longest:
+                text = self._counter.count(each.text, text.ids_of(each.text))
+            yield self._encoded(each, text)
+
+    def _encoded(self, written: WrittenExample, counted: CountedText) -> "EncodedConversation":
+        notices, bounds, ids = list(written.notices), [], counted.ids
+        turns = {turn.start: turn for turn in written.turns}
+        for start, end in written.spans:
+            turn = turns.get(start)
+            before = counted.alike(written.text[:start] if turn is None else turn.prompt)
+            if turn is not None and not before.is_whole:
+                if before.num_tokens < counted.alike(turn.prompt[: turn.words_end]).num_tokens:
                     raise SettingsError(
-                        f"what is learnt of the assistant's turns ends within a token, in {around(each.text, end)!r}. "
-                        "Give another `chat_template`."
+                        f"turn {turn.index + 1} (assistant) begins within a token, in "
+                        f"{around(turn.text, turn.start)!r}. Give another `chat_template`."
                     )
-                bounds += [before.num_tokens, until.num_tokens]
-            if not each.turns[-1].is_closed and self._append_eos:
-                ids = [*ids, self._eos_token_id()]
-                bounds[-1] = len(ids)
-            first, *rest = bounds
-            excluded_spans = [*rest, len(ids)] if rest[-1] < len(ids) else rest[:-1]
-            yield EncodedConversation(Example(ids, first, excluded_spans), notices)
+                notices.append(Notice.of_prompt(turn.prompt, turn.text, turn.start))
+            until = counted.alike(written.text[:end])
+            if not until.is_whole:
+                raise SettingsError(
+                    f"what is learnt of the assistant's turns ends within a token, in {around(written.text, end)!r}. "
+                    "Give another `chat_template`."
+                )
+            bounds += [before.num_tokens, until.num_tokens]
+        if not written.turns[-1].is_closed and self._append_eos:
+            ids = [*ids, self._eos_token_id()]
+            bounds[-1] = len(ids)
+        first, *rest = bounds
+        excluded_spans = [*rest, len(ids)] if rest[-1] < len(ids) else rest[:-1]
+        return EncodedConversation(Example(ids, first, excluded_spans), notices)
 
     def _eos_token_id(self) -> int:
         eos_token_id: int | None = self._tokenizer.eos_token_id

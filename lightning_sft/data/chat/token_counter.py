@@ -90,13 +90,19 @@ class CountedText:
     matches: Sequence[re.Match[str]]
     places: Sequence[int]
 
-    def alike(self, other: str) -> Alike:
-        """How far another text, which may go on otherwise, has the same tokens.
+    def ids_of(self, other: str) -> list[int]:
+        """The token ids of another text; what both share is not tokenised again."""
+        start, place = self._last_shared(other)
+        return [*self.ids[:place], *self.counter.part(other[start:])]
 
-        Both are tokenised from the last special token on that they share.
-        """
-        last = bisect_right(self.matches, common_length(self.text, other), key=re.Match.end) - 1
-        start, place = (self.matches[last].start(), self.places[last]) if last >= 0 else (0, 0)
+    def alike(self, other: str) -> Alike:
+        """How far another text, which may go on otherwise, has the same tokens."""
+        start, place = self._last_shared(other)
         own = self.counter.part(other[start:])
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, self.ids[place:], strict=False)))
         return Alike(place + shared, shared == len(own))
+
+    def _last_shared(self, other: str) -> tuple[int, int]:
+        """Where the last special token that both texts share begins: in the text, and in the token ids."""
+        last = bisect_right(self.matches, common_length(self.text, other), key=re.Match.end) - 1
+        return (self.matches[last].start(), self.places[last]) if last >= 0 else (0, 0)
