@@ -44,6 +44,8 @@ class SFTDataModule(L.LightningDataModule):
     `completion`), are written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it
     has them. A column `system` beside them is their first turn. The response is the assistant's turns, each with the
     token that ends it, but for those whose `weight`, `train`, `trainable`, `training`, `loss` or `loss_mask` is 0.
+    Before each turn stands what the template writes when a model is asked for it; a row in which one text cannot show
+    this for all turns becomes an example for each.
 
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.
@@ -71,7 +73,7 @@ class SFTDataModule(L.LightningDataModule):
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
         chat_template_kwargs: More that the chat template can use, by name.
         train_on_turns: Which of the assistant's turns in a row are the response: `all`, or the `last`.
-        batch_size: Sequences per optimizer step, over all devices.
+        batch_size: Sequences (examples) per optimizer step, over all devices.
         gradient_accumulation_steps: How many microbatches each device splits its part of an optimizer step into. Their
             gradients are added up. By default there is one, unless `max_tokens_per_microbatch` is given.
         max_tokens_per_microbatch: Split each step by memory instead, into as many microbatches as it takes for none to
@@ -82,7 +84,8 @@ class SFTDataModule(L.LightningDataModule):
         max_length: The most tokens of prompt and response together, EOS included. No limit if None.
         too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
         append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that does already
-            gets no second one. Turns of messages end as the chat template has it, whatever this says.
+            gets no second one. Turns of messages end as the chat template has it; those that it ends in no
+            special token end in EOS.
         bad_rows: What happens to malformed rows, and to those that the chat template refuses: `error`; `drop` leaves
             them out, counts them by what is wrong with them, and shows the first of each kind.
         seed: Of the order of the rows and of the validation split.

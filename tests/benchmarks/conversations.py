@@ -26,6 +26,21 @@ from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.errors import SettingsError
 
 
+_HEAD = """# Conversations under public chat templates
+
+What becomes of a row of each shape under the {num_templates} templates of `trl`, with `train_on_turns: all`: how many
+examples, or the field that the template does not write, for which the row is refused.
+
+- `prompt`: the generation prompt holds more than the template writes before a turn; the response begins where they part.
+- `end`: no special token ends a turn, so EOS does.
+- `reasoning`: the template leaves out the reasoning within the content.
+
+Written by `python tests/benchmarks/conversations.py > tests/benchmarks/templates.md`;
+`tests/data/chat/test_public_templates.py` checks each of these rows, plain and streamed.
+
+"""
+
+
 def outcome(tokenizer: PreTrainedTokenizerBase, shape: str) -> str:
     """What becomes of a row: the number of its examples and what is to be known of them, or why it is refused."""
     row = {"messages": SHAPES[shape], "tools": TOOLS if shape.startswith("tools") else None}
@@ -40,12 +55,13 @@ def outcome(tokenizer: PreTrainedTokenizerBase, shape: str) -> str:
 
 
 def table() -> str:
-    """A line for each template, a column for each shape of rows."""
+    """A line for each template, a column for each shape of rows, and what they mean."""
     lines = [["template", *SHAPES], ["---"] * (len(SHAPES) + 1)]
     for name in NAMES:
         tokenizer = template_tokenizer(name)
         lines.append([name, *(outcome(tokenizer, shape) for shape in SHAPES)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _HEAD.format(num_templates=len(NAMES)) + rows
 
 
 def made_up_rows(num_rows: int, num_turns: int) -> list[dict[str, object]]:
