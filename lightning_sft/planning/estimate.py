@@ -122,6 +122,7 @@ def estimate_run(
             devices=devices,
             precision=settings.precision,
             gradient_checkpointing=checkpointing,
+            token_loss=module.objective.token_loss,
         )
         for checkpointing in (False, True)
     }

@@ -27,6 +27,7 @@ from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.sharding import transformer_blocks
 from lightning_sft.model.tiles import Tiling, score_tile
+from lightning_sft.model.token_loss import NLL, TokenLoss
 from lightning_sft.planning.live_bytes import LiveBytes
 from lightning_sft.training.state_memory import OptimizerFactory, StateMemory, state_memory, state_tensors, storage_size
 
@@ -85,6 +86,7 @@ def step_memory(
     devices: Devices = ONE_CPU,
     precision: Precision = FLOAT32,
     gradient_checkpointing: bool = False,
+    token_loss: TokenLoss = NLL,
 ) -> StepMemory:
     """The most that exists at one time in an optimizer step, once the optimizer has made its state.
 
@@ -100,6 +102,7 @@ def step_memory(
         devices: Of the run.
         precision: Of the trainer.
         gradient_checkpointing: Whether activations are computed again.
+        token_loss: What each token adds to the loss.
 
     Raises:
         SettingsError: If the model cannot be run without values.
@@ -119,7 +122,9 @@ def step_memory(
     counted = LiveBytes()
     with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
         try:
-            activations = _run_step(model, made, [microbatch] * min(shape.num_microbatches, 2), counted, devices)
+            activations = _run_step(
+                model, made, [microbatch] * min(shape.num_microbatches, 2), token_loss, counted, devices
+            )
         except (RuntimeError, NotImplementedError) as error:  # it reads values, such as which expert is for a token
             raise SettingsError(
                 f"The memory of {type(model).__name__} under {precision} cannot be found out without running it: "
@@ -184,6 +189,7 @@ def _run_step(
     model: PreTrainedModel,
     optimizer: Optimizer | None,
     microbatches: list[Microbatch],
+    token_loss: TokenLoss,
     counted: LiveBytes,
     devices: Devices,
 ) -> int:
@@ -202,7 +208,7 @@ def _run_step(
     with counted:
         for microbatch in microbatches:
             before = counted.transient
-            loss = _loss(model, microbatch, counted, devices.on_cuda)
+            loss = _loss(model, microbatch, token_loss, counted, devices.on_cuda)
             if activations is None:
                 activations = counted.transient - before
             # Not one: on CUDA the head multiplies its gradients by whatever comes, on CPU only if it is not one.
@@ -214,13 +220,16 @@ def _run_step(
     return activations or 0
 
 
-def _loss(model: PreTrainedModel, microbatch: Microbatch, counted: LiveBytes, on_cuda: bool) -> Tensor:
+def _loss(
+    model: PreTrainedModel, microbatch: Microbatch, token_loss: TokenLoss, counted: LiveBytes, on_cuda: bool
+) -> Tensor:
     scores = score_responses(
         model,
         microbatch.input_ids,
         microbatch.labels,
         microbatch.response_positions,
         normalize_constant=1.0,
+        token_loss=token_loss,
         tiling=Tiling.for_device("cuda", counted.as_one_kernel(score_tile)) if on_cuda else None,
         transform=configured_transform(model),  # which cannot be tried out without values
         **packed_inputs(model, microbatch.model_inputs()),

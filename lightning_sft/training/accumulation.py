@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.tokens.microbatch import Microbatch
+from lightning_sft.model.embedding_noise import NoisyRows
+from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.sharding import gradient_sync, is_sharded
-from lightning_sft.training.losses import LossScale
+from lightning_sft.training.objective import Objective
 from lightning_sft.training.router_balance import RouterBalance
 from lightning_sft.training.scoring import score_microbatch
 
@@ -35,9 +38,8 @@ def accumulate_gradients(
     module: L.LightningModule,
     model: PreTrainedModel,
     step: OptimizerStep,
-    scale: LossScale,
+    objective: Objective,
     sync_every_microbatch: bool | None,
-    router_coefficient: float = 0.0,
 ) -> StepSums:
     """Add the gradients of an optimizer step's loss to the model's.
 
@@ -45,20 +47,25 @@ def accumulate_gradients(
         module: Whose trainer runs the backward passes.
         model: What is trained.
         step: This device's microbatches, on the device, and the totals of all devices.
-        scale: What the summed negative log-likelihood is divided by.
+        objective: The loss.
         sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
-        router_coefficient: What the loss of routing is multiplied by; 0: it is no part of the loss.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=module.device)
     num_devices = module.trainer.world_size
     # Strategies average gradients over devices, but the loss is a sum over them.
-    divisor = scale.divisor(step.totals.num_response_tokens, step.totals.num_sequences) / num_devices
+    divisor = objective.scale.divisor(step.totals.num_response_tokens, step.totals.num_sequences) / num_devices
     every = is_sharded(model) if sync_every_microbatch is None else sync_every_microbatch
-    balance = RouterBalance(model, step, router_coefficient) if router_coefficient else None
+
+    def score(microbatch: Microbatch) -> ResponseScores:
+        is_packed = microbatch.packing is not None
+        with objective.noise.on(NoisyRows(microbatch.locations, microbatch.lengths, is_packed, module.global_step)):
+            return score_microbatch(model, microbatch, normalize_constant=divisor, token_loss=objective.token_loss)
+
+    balance = RouterBalance(score, step, objective.router_coefficient) if objective.router_coefficient else None
     for index, microbatch in enumerate(step.microbatches):
         last = index == len(step.microbatches) - 1
         with gradient_sync(cast(nn.Module, module.trainer.strategy.model), enabled=every or last):
-            scores = score_microbatch(model, microbatch, normalize_constant=divisor)
+            scores = score(microbatch)
             assert scores.loss is not None  # `normalize_constant` asks for it
             loss = scores.loss
             if balance is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.builder import ModelBuilder
-from lightning_sft.training.losses import LossScale
+from lightning_sft.training.objective import Objective
 
 
 def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -> None:
@@ -59,22 +59,19 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], strict
         )
 
 
-def check_same_run(checkpoint: Mapping[str, Any], loss: LossScale, base_model: str | None) -> None:
+def check_same_run(checkpoint: Mapping[str, Any], objective: Objective, base_model: str | None) -> None:
     """Refuse to continue a run with another loss, or in the name of another model, whose weights would not be used.
 
     Args:
         checkpoint: The whole of it.
-        loss: How the module's loss is scaled.
+        objective: Of the module.
         base_model: The name or path of the model that is fine-tuned; None if it has none.
 
     Raises:
         SettingsError: Naming what differs.
     """
     then = checkpoint.get("hyper_parameters", {})
-    given: dict[str, object] = {"loss_normalization": loss.normalization}
-    if loss.normalization == "sequence":
-        given["normalize_constant"] = loss.constant
-    for name, now in given.items():
+    for name, now in objective.settings().items():
         if then.get(name, now) != now:
             raise SettingsError(
                 f"The checkpoint was made with `{name}` = {then[name]}, now it is {now}: the run would not go on with "

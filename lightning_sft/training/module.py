@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import lightning as L
@@ -21,17 +21,21 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.model.embedding_noise import EmbeddingNoise
 from lightning_sft.model.rotary import rotary_frequencies_kept
 from lightning_sft.model.sharding import is_sharded
-from lightning_sft.training.accumulation import StepSums, accumulate_gradients
+from lightning_sft.model.token_loss import LossType, TokenLoss
+from lightning_sft.training.accumulation import accumulate_gradients
 from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
 from lightning_sft.training.grad_scaler import GradScaling
 from lightning_sft.training.guard import NonFinite, StepGuard
+from lightning_sft.training.logged import log_metrics, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import check_model, load_model, prepare_model
+from lightning_sft.training.objective import Objective
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule
 from lightning_sft.training.scoring import evaluate
@@ -53,6 +57,11 @@ class SFTModule(L.LightningModule):
         loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`:
             summed over each response, divided by `normalize_constant`, averaged over the step's sequences.
         normalize_constant: Divides the loss under `sequence`.
+        loss_type: What a token adds to the loss: `nll`: `-log p`, or `dft`: `-p * log p`, with `p` a constant factor
+            (Dynamic Fine-Tuning). `val/loss` is the negative log-likelihood whichever it is.
+        label_smoothing: Share of the target that is spread over the whole vocabulary. Models that cap their logits
+            then keep those of a microbatch's responses in memory.
+        neftune_noise_alpha: Strength of noise on the embeddings (NEFTune), such as 5. None: no noise.
         max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
         optimizer: Any torch optimizer, by class path, and its arguments. Default: AdamW without weight decay, 1e-5.
         lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
@@ -88,6 +97,9 @@ class SFTModule(L.LightningModule):
         model: str | dict[str, Any] | PreTrainedModel,
         loss_normalization: LossNormalization = "token",
         normalize_constant: float = 1.0,
+        loss_type: LossType = "nll",
+        label_smoothing: float = 0.0,
+        neftune_noise_alpha: float | None = None,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler: str = "cosine",
@@ -105,7 +117,8 @@ class SFTModule(L.LightningModule):
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_callable("optimizer", optimizer, "a function of the parameters")
         self.builder = ModelBuilder(model, model_kwargs, lora, seed)
-        self.loss_scale = LossScale(loss_normalization, normalize_constant)
+        loss, scale = TokenLoss(loss_type, label_smoothing), LossScale(loss_normalization, normalize_constant)
+        self.objective = Objective(loss, scale, EmbeddingNoise(neftune_noise_alpha, seed))
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
         self.guard, self._continuation = StepGuard(nonfinite), Continuation()
         self.optimizer_factory = optimizer
@@ -114,10 +127,10 @@ class SFTModule(L.LightningModule):
         self._max_grad_norm = max_grad_norm
         self._compile = compile
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
-        own = ("loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps")
-        self.save_hyperparameters(*own, "seed", "lora")
+        own = ("loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed")
+        self.save_hyperparameters(*own, "lora", "loss_type", "label_smoothing", "neftune_noise_alpha")
         self.automatic_optimization = False
-        self.val_metrics, self.test_metrics = ResponseMetrics(self.loss_scale), ResponseMetrics(self.loss_scale)
+        self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
         if isinstance(model, PreTrainedModel):
             self.model = model
         if lora is not None:
@@ -144,9 +157,10 @@ class SFTModule(L.LightningModule):
         if trainer is not None and not is_sharded(self.model):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
+        self.objective.noise.install(self.model)
         traits = prepare_model(self.model, trainer, self.gradient_checkpointing, self._compile)
         self.why_not_packed, self.num_positions = traits.why_not_packed, traits.num_positions
-        self._router_coefficient = traits.router_coefficient
+        self.objective = replace(self.objective, router_coefficient=traits.router_coefficient)
         self._compile = False  # once is enough
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
@@ -172,15 +186,19 @@ class SFTModule(L.LightningModule):
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
         optimizer.zero_grad()
-        sums = accumulate_gradients(
-            self, self.model, batch, self.loss_scale, self.sync_every_microbatch, self._router_coefficient
-        )
+        sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
         learning_rate = optimizer.param_groups[0]["lr"]
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
-        self._log_step(sums, batch.totals.num_response_tokens, learning_rate)
+        on_device = {"train/grad_norm": self._grad_norm}
+        if self.objective.router_coefficient:
+            on_device["train/router_loss"] = sums.router_loss
+        on_host = {"learning_rate": learning_rate}
+        if self.guard.skips:
+            on_host["skipped_steps"] = self.guard.num_skipped
+        log_step(self, sums, batch.totals.num_response_tokens, on_device, on_host)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
@@ -198,18 +216,6 @@ class SFTModule(L.LightningModule):
         """Do not end on a step whose numbers are not finite."""
         self.guard.check()
 
-    def _log_step(self, sums: StepSums, num_response_tokens: int, learning_rate: float) -> None:
-        self.log("train/loss", sums.loss.float(), prog_bar=True)
-        numbers = {"train/learning_rate": learning_rate, "step": self.global_step}  # `step` is every logger's x-axis
-        if self.guard.skips:
-            numbers["train/skipped_steps"] = self.guard.num_skipped
-        token_entropy = sums.token_entropy / num_response_tokens
-        on_device = {"train/token_entropy": token_entropy.float(), "train/grad_norm": self._grad_norm.float()}
-        if self._router_coefficient:
-            on_device["train/router_loss"] = sums.router_loss.float()
-        # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
-        self.log_dict(on_device | {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()})
-
     # -- validation and test -------------------------------------------------------------------------------------
 
     def validation_step(self, batch: OptimizerStep, batch_idx: int) -> None:
@@ -218,7 +224,7 @@ class SFTModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
-        self._log_metrics("val", self.val_metrics)
+        log_metrics(self, "val", self.val_metrics)
         self.log("step", float(self.num_steps_taken), sync_dist=True)
 
     def test_step(self, batch: OptimizerStep, batch_idx: int) -> None:
@@ -227,13 +233,7 @@ class SFTModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the same metrics as validation, as `test/...`."""
-        self._log_metrics("test", self.test_metrics)
-
-    def _log_metrics(self, stage: str, metrics: ResponseMetrics) -> None:
-        for name, value in metrics.compute().items():
-            # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
-            self.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
-        metrics.reset()
+        log_metrics(self, "test", self.test_metrics)
 
     # -- prediction ----------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class SFTModule(L.LightningModule):
             strict = self.strict_loading or self.builder.lora is not None
             check_weights(checkpoint["state_dict"], self.state_dict(), strict)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            check_same_run(checkpoint, self.loss_scale, self.model.name_or_path)
+            check_same_run(checkpoint, self.objective, self.model.name_or_path)
             self._continuation.load(checkpoint)
         self.guard.start_run(checkpoint.get("global_step", 0), checkpoint.get("num_skipped_steps", 0))
         if "generation_config" in checkpoint:

@@ -5,34 +5,35 @@ are several microbatches, all of them go through the model once more, without gr
 up what they have counted: one exchange of `num_experts + 1` numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.tokens.microbatch import Microbatch
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.routing import RoutingSums
-from lightning_sft.training.scoring import score_microbatch
+
+Scorer = Callable[[Microbatch], ResponseScores]
 
 
 class RouterBalance:
     """The loss of routing of one optimizer step.
 
     Args:
-        model: A mixture of experts, whose configuration asks for the loss.
+        score: Scores a microbatch with a mixture of experts, whose configuration asks for the loss.
         step: This device's microbatches, on the device.
         coefficient: What the loss is multiplied by.
     """
 
-    def __init__(self, model: PreTrainedModel, step: OptimizerStep, coefficient: float) -> None:
+    def __init__(self, score: Scorer, step: OptimizerStep, coefficient: float) -> None:
         self._coefficient = coefficient
         self._whole: RoutingSums | None = None
         if len(step.microbatches) > 1:  # on all devices alike
-            self._whole = _over_devices(_counted_ahead(model, step))
+            self._whole = _over_devices(_counted_ahead(score, step))
 
     def loss(self, scores: ResponseScores, microbatch: Microbatch) -> Tensor:
         """What a microbatch contributes; over all microbatches and devices it adds up to the loss of the step.
@@ -53,14 +54,14 @@ def _sums(scores: ResponseScores, microbatch: Microbatch) -> RoutingSums:
     return scores.routing.sums(holds_token)
 
 
-def _counted_ahead(model: PreTrainedModel, step: OptimizerStep) -> RoutingSums:
+def _counted_ahead(score: Scorer, step: OptimizerStep) -> RoutingSums:
     """Sums over this device's microbatches; random numbers are then drawn once more, so that dropout is the same."""
     device = step.microbatches[0].input_ids.device
     counted = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for microbatch in step.microbatches:
             headless = replace(microbatch, response_positions=microbatch.response_positions[:0])
-            counted.append(_sums(score_microbatch(model, headless), microbatch))
+            counted.append(_sums(score(headless), microbatch))
     return RoutingSums(
         *(torch.stack([getattr(each, name) for each in counted]).sum(0) for name in RoutingSums.__dataclass_fields__)
     )

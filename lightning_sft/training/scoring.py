@@ -8,6 +8,7 @@ from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.rotary import positions_by_row
+from lightning_sft.model.token_loss import NLL, TokenLoss
 from lightning_sft.training.metrics import ResponseMetrics
 
 
@@ -16,6 +17,7 @@ def score_microbatch(
     microbatch: Microbatch,
     *,
     normalize_constant: float | None = None,
+    token_loss: TokenLoss = NLL,
     return_is_top1: bool = False,
 ) -> ResponseScores:
     """Log-probabilities and entropies of a microbatch's response tokens, see `score_responses`.
@@ -24,6 +26,7 @@ def score_microbatch(
         model: The model.
         microbatch: On the model's device.
         normalize_constant: As for `score_responses`.
+        token_loss: As for `score_responses`.
         return_is_top1: As for `score_responses`.
     """
     inputs = packed_inputs(model, microbatch.model_inputs())
@@ -36,6 +39,7 @@ def score_microbatch(
         microbatch.labels,
         microbatch.response_positions,
         normalize_constant=normalize_constant,
+        token_loss=token_loss,
         return_is_top1=return_is_top1,
         **inputs,
     )
