@@ -69,6 +69,11 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
         MissingPackageError: If `peft` is not installed.
         SettingsError: If the settings are wrong, or do not fit the model.
     """
+    if model.config.model_type == "reformer":
+        raise SettingsError(
+            "`lora` does not fit Reformer, whose reversible layers have no gradients unless its embeddings are "
+            "trained. Train the whole model."
+        )
     keep_from_packing(model)
     tied = _is_tied(model)
     tying = {"ensure_weight_tying": True} if tied and settings.get("modules_to_save") else {}

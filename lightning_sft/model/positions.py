@@ -33,7 +33,8 @@ def num_positions(model: PreTrainedModel) -> int | None:
     if tables:
         return min(tables)
     limit = getattr(config, "max_position_embeddings", None)
-    ends = bool(kinds) and not any(kind.startswith(_GOES_BEYOND) for kind in kinds)
+    unlimited = getattr(config, "alibi", False) or any(kind.startswith(_GOES_BEYOND) for kind in kinds)
+    ends = bool(kinds) and not unlimited  # Falcon has a module for rotary angles even where it does without
     return limit if isinstance(limit, int) and limit > 0 and ends else None
 
 

@@ -49,7 +49,8 @@ class SFTModule(L.LightningModule):
 
     A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients
     of its microbatches, clips, and steps optimizer and schedule. The loss is normalised by the totals of the whole
-    step, so it does not depend on how the step is split over microbatches and devices.
+    step, so it does not depend on how the step is split over microbatches and devices. `train/router_loss`, which a
+    mixture of experts asks for by `output_router_logits`, is in it; several microbatches then take one more pass each.
 
     Args:
         model: Name or path of a pretrained model; or the settings of a configuration with `model_type`, such as

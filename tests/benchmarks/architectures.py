@@ -19,8 +19,14 @@ def table(verdicts: list[Verdict]) -> str:
     packed = sum(verdict.layout == "packed" and verdict.state == "agrees" for verdict in verdicts)
     linear = sum(verdict.head.startswith("linear") and verdict.state == "agrees" for verdict in verdicts)
     lines = [
+        "# Every architecture",
+        "",
+        "Written by `python tests/benchmarks/architectures.py --write tests/benchmarks/architectures.md`; what it "
+        "compares stands in",
+        "[README.md](README.md#architectures).",
+        "",
         f"{len(verdicts)} types of `transformers` {transformers.__version__}: "
-        + ", ".join(f"{number} {state}" for state, number in states.most_common())
+        + ", ".join(f"{state} {number}" for state, number in states.most_common())
         + f". Of those that agree {packed} are packed, and of {linear} the head is taken apart.",
         "",
         "| type | state | layout | head | largest error | words |",

@@ -29,6 +29,7 @@ def scaled(kind):
 
 BEYOND = {
     "ALiBi": ("bloom", {}),
+    "ALiBi beside a rotary module": ("falcon", {"alibi": True}),
     "state space": ("mamba", {}),
     "no positions": ("jamba", {}),
     "relative positions, -1 in the configuration": ("xlnet", {}),

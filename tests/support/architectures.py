@@ -12,7 +12,8 @@ MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 # What a size is called differs; of these names each configuration gets those that it knows.
 _SIZES: dict[Any, str] = {
     136: "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab",
-    32: "hidden_size d_model n_embd emb_dim dim embedding_size word_embed_proj_dim lru_width attention_hidden_size",
+    32: "hidden_size hidden_size_global d_model n_embd emb_dim dim embedding_size word_embed_proj_dim lru_width "
+    "attention_hidden_size adapter_in_dim adapter_input_size adapter_out_dim",
     48: "intermediate_size ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim n_inner ffn_hidden_size dff feed_forward_size "
     "dim_ff mlp_hidden_size",
     24: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size expert_ffn_size "
@@ -109,7 +110,7 @@ def _made_small(known: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any
 
 def _is_size(value: Any, name: str) -> bool:
     if value is None or isinstance(value, bool):
-        return name in ("sliding_window", "use_sliding_window")
+        return name in ("sliding_window", "use_sliding_window", "num_key_value_heads")
     return isinstance(value, int | float)
 
 
