@@ -25,13 +25,12 @@ from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.errors import SettingsError
 
-
 _HEAD = """# Conversations under public chat templates
 
 What becomes of a row of each shape under the {num_templates} templates of `trl`, with `train_on_turns: all`: how many
 examples, or the field that the template does not write, for which the row is refused.
 
-- `prompt`: the generation prompt holds more than the template writes before a turn; the response begins where they part.
+- `prompt`: the generation prompt holds more than is written before a turn; the response begins where they part.
 - `end`: no special token ends a turn, so EOS does.
 - `reasoning`: the template leaves out the reasoning within the content.
 
