@@ -62,6 +62,8 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], strict
 def check_same_run(checkpoint: Mapping[str, Any], objective: Objective, base_model: str | None) -> None:
     """Refuse to continue a run with another loss, or in the name of another model, whose weights would not be used.
 
+    Below adapters the weights are those of the model that is named: `check_adapters` warns of another one.
+
     Args:
         checkpoint: The whole of it.
         objective: Of the module.
@@ -78,7 +80,8 @@ def check_same_run(checkpoint: Mapping[str, Any], objective: Objective, base_mod
                 f"the same loss. Use {then[name]}, or begin a new run with its weights (`--init_from`)."
             )
     earlier = checkpoint.get("model_card", {}).get("base_model")
-    if earlier and base_model and PurePath(earlier).name != PurePath(base_model).name:
+    has_adapters = then.get("lora") is not None
+    if earlier and base_model and not has_adapters and PurePath(earlier).name != PurePath(base_model).name:
         raise SettingsError(
             f"The checkpoint was trained from the model {earlier!r}, but `model` is {base_model!r} here, whose weights "
             f"would not be used. Set `model` to {earlier!r}."
