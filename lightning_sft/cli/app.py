@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_sft.callbacks import (
     GenerationMonitor,
@@ -26,11 +25,12 @@ from lightning_sft.cli.commands import COMMANDS
 from lightning_sft.cli.main import SUMMARIES
 from lightning_sft.cli.parser import ConfigByName, SFTArgumentParser, packaged_configs
 from lightning_sft.cli.places import check_log_folders
+from lightning_sft.cli.run_settings import RunSettings
+from lightning_sft.cli.save_settings import SaveSettings
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.training.checkpoint_files import newest_checkpoint
 from lightning_sft.training.module import SFTModule
-from lightning_sft.training.run_folder import run_folder
 
 _PARTS: dict[str, type] = {  # of a configuration
     "trainer": L.Trainer,
@@ -64,28 +64,6 @@ _CKPT_PATH_HELP = (
 _WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true, but for `last` of a sharded model."
 
 
-class _SaveConfig(SaveConfigCallback):
-    """Saves a run's settings; those of an evaluation in the same folder do not take their place.
-
-    Args:
-        parser: Of the command.
-        config: The settings.
-        as_given: What is saved in their place.
-        **options: Of Lightning's callback.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, as_given: Namespace | None = None, **options: Any
-    ) -> None:
-        super().__init__(parser, config if as_given is None else as_given, **options)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save the settings, unless a training run has."""
-        path = run_folder(trainer) / self.config_filename
-        if stage == "fit" or not trainer.strategy.broadcast(path.is_file()):
-            super().setup(trainer, pl_module, stage)
-
-
 class SFTCLI(LightningCLI):
     """LightningCLI for one command: only the parts of a configuration that it uses are looked at and built.
 
@@ -104,8 +82,8 @@ class SFTCLI(LightningCLI):
             run=False,  # Lightning's own subcommands would be methods of its trainer
             seed_everything_default=0,
             auto_configure_optimizers=False,  # they are the module's
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveSettings,
+            save_config_kwargs={},
             parser_class=SFTArgumentParser,
             parser_kwargs={
                 "allow_abbrev": False,
@@ -184,10 +162,9 @@ class SFTCLI(LightningCLI):
 
     def _choose_checkpoint(self) -> None:
         config, trains = self.config, self.name == "fit"
-        # Saved as found, the settings would have whatever is done with them later be done from that checkpoint.
-        as_given = config.clone()
-        begins_with = config.init_from if trains else None
-        if begins_with:
+        # Saved as found, the settings would have whatever is done with them later be done in that folder or place.
+        self.save_config_kwargs["as_given"] = as_given = config.clone()
+        if trains and config.init_from:
             check_init_from(config)
             as_given.init_from = None
         if config.ckpt_path == "last":
@@ -195,12 +172,14 @@ class SFTCLI(LightningCLI):
             find_last_checkpoint(config, trains)
         else:
             check_ckpt_path(config, trains)
-        if begins_with or as_given.ckpt_path is None:
-            self.save_config_kwargs["as_given"] = as_given
+        if self.name != "predict" and not config.trainer.fast_dev_run:
+            RunSettings(config).choose_folder(config.ckpt_path, trains)
 
     def instantiate_classes(self) -> None:
         """Build the parts that the command uses, and a trainer of them if it asks for one."""
         config = self.config.clone()
+        if "trainer" in self.command.parts:
+            RunSettings(config).place_loggers()
         if "trainer_settings" in self._parameters:
             del config["trainer"]  # nothing of it is built: this machine may not have the devices
         self.config_init = self.parser.instantiate_classes(config)

@@ -1,14 +1,11 @@
 """The checkpoint that a command starts from: which one `last` is, and whether it can be loaded."""
 
-import os
-import warnings
-from pathlib import Path
-
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sft.cli.run_settings import RunSettings
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
-from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
+from lightning_sft.training.checkpoint_files import check_checkpoint
 
 
 def find_last_checkpoint(config: Namespace, continues: bool) -> None:
@@ -23,16 +20,8 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
     Raises:
         MissingFileError: If there is none, and it is not a training that could start from its beginning.
     """
-    logger = config.trainer.logger
-    if logger in (None, True):  # Lightning's default, spelled out
-        root = config.trainer.default_root_dir or os.getcwd()
-        options = Namespace(save_dir=root, name="lightning_logs", version=None)
-        logger = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)
-    options = getattr(logger[0] if isinstance(logger, list) else logger, "init_args", Namespace())
-    folder = Path(options.get("save_dir") or config.trainer.default_root_dir or ".")
-    if logger is not False:
-        folder /= options.get("name") or "lightning_logs"
-    path = newest_checkpoint(folder)
+    settings = RunSettings(config)
+    path, folder = settings.newest_checkpoint(), settings.folder
     config.ckpt_path = None if path is None else str(path)
     config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
     if path is None and not continues:
@@ -41,13 +30,8 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
         )
     if path is None:
         rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from its beginning.")
-        return
-    run = path.parent.parent
-    appends = str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger")  # others begin their files anew
-    if continues and appends and options.version is None and run != folder:
-        options.version = run.name  # the curves go on where they stopped
-        config.trainer.logger = logger
-        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    elif continues:
+        settings.continue_in(path.parent.parent)
 
 
 def check_ckpt_path(config: Namespace, continues: bool) -> None:

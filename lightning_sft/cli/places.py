@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_sft.callbacks import HuggingFaceExport, LastCheckpoint
 from lightning_sft.errors import SettingsError, path_from_here
@@ -46,7 +47,24 @@ def tell_places(trainer: L.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         places |= _place_of(callback, folder)
     lines = [f"{name + ':':<17}{path_from_here(path)}" for name, path in places.items()]
-    print("\n".join([*lines, f"{'Curves:':<17}tensorboard --logdir {path_from_here(folder.parent)}"]))
+    curves = [f"{'Curves:':<17}{words}" for logger in trainer.loggers if (words := _curves(logger))]
+    print("\n".join([*lines, *curves]))
+
+
+def _curves(logger: Logger) -> str:
+    """How to look at what a logger has kept; nothing for those that this package does not know."""
+    if isinstance(logger, TensorBoardLogger):
+        return f"tensorboard --logdir {path_from_here(Path(logger.log_dir).parent)}"
+    if isinstance(logger, CSVLogger):
+        return str(path_from_here(Path(logger.log_dir, "metrics.csv")))
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        return str(run.url or f"wandb sync {path_from_here(Path(run.dir).parent)}")
+    if isinstance(logger, MLFlowLogger):
+        uri = logger.experiment.tracking_uri
+        folder = uri.removeprefix("file:")
+        return f"mlflow ui --backend-store-uri {uri if folder == uri else path_from_here(Path(folder))}"
+    return ""
 
 
 def _place_of(callback: Any, folder: Path) -> dict[str, Path]:

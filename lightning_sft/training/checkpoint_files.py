@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,16 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
 
 
-def newest_checkpoint(runs: Path) -> Path | None:
-    """The last checkpoint of the run in a folder, or of that run below it which saved one most recently."""
+def newest_checkpoint(runs: Path, fits: Callable[[Path], bool] = lambda run: True) -> Path | None:
+    """The last checkpoint of the run in a folder, or of that run below it which saved one most recently.
+
+    Args:
+        runs: The folder.
+        fits: Whether the run in a folder is one of those that are looked for.
+    """
     found = [path for pattern in ("", "*/", "*/*/") for path in runs.glob(f"{pattern}checkpoints/last.ckpt")]
-    return max(filter(is_complete, found), key=lambda path: path.stat().st_mtime_ns, default=None)
+    found = [path for path in found if is_complete(path) and fits(path.parent.parent)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> None:

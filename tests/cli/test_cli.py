@@ -127,7 +127,7 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     told = capsys.readouterr().out
     for line in (
         f"Generations:     {run}/generations/index.html",
-        "Curves:          tensorboard --logdir runs/x",
+        f"Curves:          {run}/metrics.csv",
         "last.ckpt",
     ):
         assert line in told

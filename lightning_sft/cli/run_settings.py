@@ -1,0 +1,172 @@
+"""Which folder the settings of a command give to its run, before anything is built of them."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_sft.errors import SettingsError, path_from_here
+from lightning_sft.training.checkpoint_files import newest_checkpoint
+from lightning_sft.training.run_folder import holds_a_run, unused_folder
+
+
+@dataclass(frozen=True)
+class LoggerArguments:
+    """What a logger calls the folder of its runs, and one of them.
+
+    Attributes:
+        name: Of the folder that its runs are in, below `save_dir`.
+        version: Of a run.
+        default_name: Where no name is given.
+    """
+
+    name: str = "name"
+    version: str = "version"
+    default_name: str = "lightning_logs"
+
+
+_OF_LOGGERS = {
+    "TensorBoardLogger": LoggerArguments(),
+    "CSVLogger": LoggerArguments(),
+    "WandbLogger": LoggerArguments("project", "id", os.environ.get("WANDB_PROJECT", "lightning_logs")),
+    "MLFlowLogger": LoggerArguments("experiment_name", "run_id"),
+}
+
+
+class RunSettings:
+    """The loggers and folders in the settings of a command.
+
+    Args:
+        config: Settings of the command; changed in place.
+    """
+
+    def __init__(self, config: Namespace) -> None:
+        self._config = config
+
+    @property
+    def root(self) -> Path:
+        """`default_root_dir`."""
+        return Path(self._config.trainer.default_root_dir or os.getcwd())
+
+    def _loggers(self) -> Iterator[Any]:
+        logger = self._config.trainer.logger
+        if isinstance(logger, list):
+            yield from logger
+        elif logger not in (None, True, False):
+            yield logger
+
+    @cached_property
+    def _first(self) -> Any:
+        """The settings of the first logger, also of Lightning's default; None if there is none."""
+        if self._config.trainer.logger in (None, True):
+            options = Namespace(save_dir="", name="lightning_logs", version=None)
+            return Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=options)
+        return next(self._loggers(), None)
+
+    @property
+    def _kind(self) -> str:
+        return str(getattr(self._first, "class_path", "")).rpartition(".")[2]
+
+    @property
+    def _options(self) -> Namespace:
+        options: Namespace = getattr(self._first, "init_args", Namespace())
+        return options
+
+    def place_loggers(self) -> None:
+        """Have relative folders of loggers begin in `default_root_dir`."""
+        for logger in self._loggers():
+            options = getattr(logger, "init_args", Namespace())
+            for name in ("save_dir", "dir"):
+                if (folder := options.get(name)) is not None and "://" not in str(folder):
+                    options[name] = str(self.root / folder)
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs with these settings are, each in a folder of its own; MLflow's a level deeper."""
+        if self._first is None:
+            return self.root
+        options, arguments = self._options, _OF_LOGGERS.get(self._kind, LoggerArguments())
+        if self._kind == "MLFlowLogger" and (uri := options.get("tracking_uri")):
+            return Path(uri.removeprefix("file:")) if uri.startswith("file:") else self.root
+        folder = self.root / (options.get("dir") or options.get("save_dir") or "")
+        name = options.get(arguments.name) or arguments.default_name
+        return folder if self._kind == "MLFlowLogger" else folder / name
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last checkpoint of that run which saved one most recently."""
+        return newest_checkpoint(self.folder, self._is_of_experiment)
+
+    def _is_of_experiment(self, run: Path) -> bool:
+        """Whether a run's folder is one of these; MLflow names those of an experiment by a number."""
+        if self._kind != "MLFlowLogger":
+            return True
+        config = run / "config.yaml"
+        line = f"experiment_name: {self._options.get('experiment_name')}"
+        return config.is_file() and line in map(str.strip, config.read_text().splitlines())
+
+    def continue_in(self, run: Path) -> None:
+        """Let a run go on in the folder that it has, where its logger appends to what it has written.
+
+        Args:
+            run: The folder.
+        """
+        if self._first is None:
+            self._config.trainer.default_root_dir = str(run)
+            return
+        arguments = _OF_LOGGERS.get(self._kind)
+        parent = run.parent.parent if self._kind == "MLFlowLogger" else run.parent
+        if arguments is None or parent != self.folder or self._options.get(arguments.version) is not None:
+            return
+        self._options[arguments.version] = run.name
+        if self._config.trainer.logger in (None, True):
+            self._config.trainer.logger = self._first
+        if self._kind == "CSVLogger":  # it deletes what an earlier part of the run has written
+            warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+            _keep(run / "metrics.csv")
+
+    def choose_folder(self, ckpt_path: str | None, trains: bool) -> None:
+        """Let a training run have a folder that no other run has.
+
+        Args:
+            ckpt_path: The checkpoint that is started from, whose run may go on in its folder, or be evaluated there.
+            trains: Whether it is a training run.
+
+        Raises:
+            SettingsError: If the logger is told to use the folder of another run.
+        """
+        own = None if ckpt_path is None else Path(ckpt_path).absolute().parent.parent
+        if own is not None:  # it is meant to be there
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        if self._first is None:
+            root = self.root.absolute()
+            if own is not None and (own == root or root in own.parents):
+                self._config.trainer.default_root_dir = str(own)
+            elif trains:
+                self._config.trainer.default_root_dir = str(unused_folder(self.root))
+            return
+        arguments = _OF_LOGGERS.get(self._kind)
+        version = None if arguments is None else self._options.get(arguments.version)
+        if arguments is None or version is None or not trains:
+            return
+        folder = self.folder / (f"version_{version}" if isinstance(version, int) else str(version))
+        if self._kind == "MLFlowLogger":
+            folder = next(self.folder.glob(f"*/{version}"), folder)
+        if holds_a_run(folder) and folder.absolute() != own:
+            raise SettingsError(
+                f"`{arguments.version}` of the logger is {version!r}, but {path_from_here(folder)} holds another run. "
+                "Leave it out, and the run gets a folder of its own; or continue that run: `--ckpt_path last`."
+            )
+
+
+@rank_zero_only
+def _keep(path: Path) -> None:
+    """Rename a file, so that another of its name can be begun."""
+    if path.is_file():
+        number = next(n for n in range(1, 10**6) if not path.with_stem(f"{path.stem}_part_{n}").exists())
+        path.rename(path.with_stem(f"{path.stem}_part_{number}"))

@@ -1,0 +1,35 @@
+"""`config.yaml`: the settings of a run in its folder."""
+
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from lightning_sft.training.run_folder import run_folder
+
+
+class SaveSettings(SaveConfigCallback):
+    """Saves a run's settings in its folder; those of an evaluation in the same folder do not take their place.
+
+    Args:
+        parser: Of the command.
+        config: The settings.
+        as_given: What is saved in their place.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, as_given: Namespace | None = None) -> None:
+        super().__init__(parser, config if as_given is None else as_given, save_to_log_dir=False)
+        self._folder = Path()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save the settings."""
+        self._folder = run_folder(trainer)  # every process has to ask
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save them, unless a training run has."""
+        path = self._folder / self.config_filename
+        if stage == "fit" or not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True)

@@ -1,0 +1,172 @@
+"""Each run has a folder of its own, whatever its logger; a run that continues stays in its folder."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.models import save_tiny_model
+
+from lightning_sft.cli.app import run_command
+from lightning_sft.cli.parser import packaged_configs
+from lightning_sft.errors import SettingsError
+
+ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 4)} for i in range(8)]
+WANDB = {"trainer.logger": "WandbLogger", "trainer.logger.offline": "true"}
+LOGGERS = {  # its settings, the folders of its runs, and what the last line of a run says
+    "none": ({"trainer.logger": "false"}, ".", None),
+    "Lightning's default": ({}, "lightning_logs", "tensorboard --logdir lightning_logs"),
+    "TensorBoard": (
+        {"trainer.logger": "TensorBoardLogger", "trainer.logger.save_dir": "logs", "trainer.logger.name": "x"},
+        "logs/x",
+        "tensorboard --logdir logs/x",
+    ),
+    "CSV": (
+        {"trainer.logger": "CSVLogger", "trainer.logger.save_dir": "logs"},
+        "logs/lightning_logs",
+        "logs/lightning_logs/version_0/metrics.csv",
+    ),
+    "W&B": (WANDB | {"trainer.logger.save_dir": "logs"}, "logs/lightning_logs", "wandb sync logs/wandb/offline-run-"),
+    "W&B's project": (WANDB | {"trainer.logger.project": "p"}, "p", "wandb sync wandb/offline-run-"),
+    "MLflow": (
+        {"trainer.logger": "MLFlowLogger", "trainer.logger.save_dir": "logs"},
+        "logs/*",
+        "mlflow ui --backend-store-uri logs",
+    ),
+    "MLflow's tracking": (
+        {"trainer.logger": "MLFlowLogger", "trainer.logger.tracking_uri": "file:store"},
+        "store/*",
+        "mlflow ui --backend-store-uri store",
+    ),
+    "several": (
+        {
+            "trainer.logger": '[{"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}, '
+            '{"class_path": "WandbLogger", "init_args": {"offline": true, "save_dir": "logs"}}]'
+        },
+        "logs/lightning_logs",
+        "wandb sync logs/wandb/offline-run-",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """A model and rows; the working directory is empty."""
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for name in ("WANDB_SILENT", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def words(tmp_path, command="fit", **changes):
+    options = {
+        "model.model": tmp_path / "model",
+        "data.train_data": tmp_path / "train.jsonl",
+        "data.batch_size": 4,
+        "generation.sampling.max_new_tokens": 3,
+        "generation.num_prompts": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.enable_progress_bar": False,
+        "trainer.log_every_n_steps": 1,
+    } | changes
+    return [command, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def runs_in(folder):
+    """The folders of runs below a folder, with their numbers of steps; each is whole and holds nothing but its own."""
+    found = {}
+    for path in Path.cwd().rglob("last.ckpt"):
+        run = path.parent.parent
+        assert run.match(f"{Path.cwd()}/{folder}") or run.parent.match(f"{Path.cwd()}/{folder}")
+        assert (run / "generations" / "index.html").is_file()
+        assert (run / "huggingface" / "config.json").is_file()
+        found[run] = torch.load(path)["global_step"]
+        assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == found[run]
+    return found
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_two_runs_have_two_folders_and_continuing_stays_in_the_newest(work, capsys, name):
+    settings, folder, line = LOGGERS[name]
+    run_command(words(work, **settings, **{"trainer.max_steps": 1}))
+    told = capsys.readouterr().out.splitlines()
+    curves = [each.split(maxsplit=1)[1] for each in told if each.startswith("Curves:")]
+    assert curves == [] if line is None else curves[-1].startswith(line)
+    finish()
+    run_command(words(work, **settings, **{"trainer.max_steps": 2}))
+    finish()
+    runs = runs_in(folder)
+    assert sorted(runs.values()) == [1, 2]
+    newest = next(run for run, steps in runs.items() if steps == 2)
+    run_command(words(work, **settings, **{"trainer.max_steps": 4, "ckpt_path": "last"}))
+    finish()
+    assert runs_in(folder) == runs | {newest: 4}
+    assert (newest / "generations" / "step_0.jsonl").is_file()
+
+
+def finish():
+    """As at the end of a process."""
+    import wandb
+
+    wandb.finish()
+
+
+def test_a_run_of_another_experiment_is_not_continued(work):
+    settings = LOGGERS["MLflow"][0] | {"trainer.max_steps": 1}
+    run_command(words(work, **settings))
+    run_command(words(work, **settings, **{"trainer.logger.experiment_name": "other", "ckpt_path": "last"}))
+    assert list(runs_in("logs/*").values()) == [1, 1]
+
+
+def test_a_csv_run_that_continues_keeps_the_numbers_of_its_first_part(work):
+    settings = LOGGERS["CSV"][0]
+    run_command(words(work, **settings, **{"trainer.max_steps": 2}))
+    for max_steps in (3, 4):
+        run_command(words(work, **settings, **{"trainer.max_steps": max_steps, "ckpt_path": "last"}))
+    parts = [Path("logs/lightning_logs/version_0") / f"metrics{part}.csv" for part in ("_part_1", "_part_2", "")]
+    rows = [row for path in parts for row in csv.DictReader(path.read_text().splitlines()) if row["train/loss"]]
+    assert [float(row["step"]) for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["TensorBoard", "CSV", "W&B", "none"])
+def test_default_root_dir_moves_everything(work, name):
+    settings = LOGGERS[name][0] | {"trainer.default_root_dir": work / "elsewhere", "trainer.max_steps": 1}
+    run_command(words(work, **settings))
+    finish()
+    assert list(Path.cwd().iterdir()) == []
+    assert len(list((work / "elsewhere").rglob("last.ckpt"))) == 1
+    run_command(words(work, **(settings | {"trainer.max_steps": 2}), ckpt_path="last"))
+    finish()
+    assert len(list((work / "elsewhere").rglob("last.ckpt"))) == 1
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("config", ["gsm8k", "quickstart", "chat", "stories"])
+def test_default_root_dir_moves_the_runs_of_the_package_s_configurations(work, config):
+    options = {"trainer.default_root_dir": work / "elsewhere", "trainer.max_steps": 1, "trainer.precision": "32-true"}
+    changes = {"data.val_data": work / "train.jsonl", "data.tokenizer": work / "model", "data.row_transform": "null"}
+    changes |= {"trainer.val_check_interval": 1, "data.prompt_template": "null"}
+    command = words(work, **options, **changes)
+    run_command([command[0], "--config", str(packaged_configs()[config]), *command[1:]])
+    assert list(Path.cwd().iterdir()) == []
+    assert (work / "elsewhere" / "runs" / config / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_version_that_is_another_run_s_is_refused(work):
+    settings = LOGGERS["TensorBoard"][0] | {"trainer.logger.version": 0, "trainer.max_steps": 1}
+    run_command(words(work, **settings))
+    with pytest.raises(SettingsError, match="`version` of the logger is 0, but logs/x/version_0 holds another run"):
+        run_command(words(work, **settings))
+    run_command(
+        words(work, **(settings | {"trainer.max_steps": 2}), ckpt_path="logs/x/version_0/checkpoints/last.ckpt")
+    )
+    shutil.rmtree("logs")
+    run_command(words(work, **settings))
