@@ -32,7 +32,7 @@ examples, or the field that the template does not write, for which the row is re
 
 - `prompt`: the generation prompt holds more than is written before a turn; the response begins where they part.
 - `end`: no special token ends a turn, so EOS does.
-- `reasoning`: the template leaves out the reasoning within the content.
+- `reasoning`: the template leaves out a part of the content, such as its reasoning.
 
 Written by `python tests/benchmarks/conversations.py > tests/benchmarks/templates.md`;
 `tests/data/chat/test_public_templates.py` checks each of these rows, plain and streamed.

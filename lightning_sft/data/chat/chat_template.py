@@ -149,8 +149,15 @@ class ChatTemplate:
                 self.write(as_text)
                 return as_text
             return conversation
-        is_python = any(str(arguments) in text and json.dumps(arguments) != str(arguments) for arguments in objects)
-        return as_text if is_python else conversation
+        as_python = [str(arguments) for arguments in objects if str(arguments) != json.dumps(arguments)]
+        if not any(arguments in text for arguments in as_python):
+            return conversation
+        # Others than the template may write so: a tool's result, for instance, that repeats the arguments.
+        with suppress(SettingsError):
+            other_text = self.write(as_text)
+            if any(text.count(arguments) > other_text.count(arguments) for arguments in as_python):
+                return as_text
+        return conversation
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:

@@ -15,7 +15,7 @@ class Notice:
 
     Attributes:
         kind: What it is about: a generation prompt that is not written before the turn, a turn that ends in no special
-            token, or reasoning within the content that the template leaves out.
+            token, or a part of the content, such as reasoning, that the template leaves out.
         example: The texts by which it can be told.
     """
 
@@ -59,7 +59,7 @@ _SENTENCES: Mapping[NoticeKind, str] = {
         "in the tokenizer's EOS, so that the model learns to stop; `append_eos: false` leaves that out."
     ),
     "reasoning": (
-        "in {rows} the chat template leaves out the reasoning within the content of a turn that is learnt: {example}. "
-        "It is not learnt. Give a `chat_template` that writes it, if it is to be."
+        "in {rows} the chat template leaves out a part of the content of a turn that is learnt, such as its reasoning: "
+        "{example}. It is not learnt. If it is to be, give a `chat_template` that writes it."
     ),
 }

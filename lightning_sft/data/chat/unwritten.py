@@ -1,8 +1,10 @@
 """What a row says and its chat template does not write: nothing of a turn that is learnt may be lost in silence."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
@@ -11,7 +13,7 @@ from lightning_sft.data.chat.turns import Turn, short_conversation
 from lightning_sft.errors import SettingsError, shorten
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # `transformers` gives each of them by the other names too
-_END_OF_REASONING = "</think>"
+_MARK_OF_REASONING = "</?think>"
 _NUM_TELLING = 8  # a text of so many characters hardly stands in another field of the turn by chance
 
 
@@ -22,12 +24,14 @@ class Field:
     Attributes:
         name: How messages call it, such as `tool_calls`.
         value: A text or another scalar.
-        without: The turn with something else instead.
+        without: The turn with something else instead, or with nothing.
+        can_be_found: Whether a turn that holds the value writes the field; not if the turn says the same elsewhere.
     """
 
     name: str
     value: Any
     without: Message
+    can_be_found: bool = True
 
 
 def check_is_written(template: ChatTemplate, conversation: Conversation, turn: Turn) -> str:
@@ -42,28 +46,27 @@ def check_is_written(template: ChatTemplate, conversation: Conversation, turn: T
         turn: One of the assistant's turns, as the template writes it.
 
     Returns:
-        The reasoning within the content that the template leaves out, as those of DeepSeek's models do; usually "".
+        What stands before the answer in the content and is left out, as DeepSeek's templates leave out the reasoning;
+        usually "".
 
     Raises:
         SettingsError: The message names turn, field and the way out.
     """
-    written = turn.response
     message = conversation.messages[turn.index]
-    says_more = message.get("tool_calls") or any(map(message.get, _REASONING))
-    for field in _fields(message):
-        is_written = _holds(written, field.value) and (not says_more or len(str(field.value)) >= _NUM_TELLING)
-        if not is_written and not _matters(template, conversation, turn.index, field.without):
+
+    def is_written(field: Field) -> bool:
+        is_found = field.can_be_found and _holds(turn.response, field.value)
+        return is_found or _matters(template, conversation, turn.index, field.without)
+
+    texts = list(_texts_of_content(template, turn, message))
+    for field in [*texts[-1:], *_fields(message)]:
+        if not is_written(field):
             raise SettingsError(
                 f"turn {turn.index + 1} (assistant) has the `{field.name}` {shorten(field.value)}, which the chat "
                 "template does not write, so that it would not be learnt. Give a `chat_template` that writes it, leave "
                 f"`{field.name}` out, or give the turn the `weight` 0."
             )
-    reasoning, mark, answer = message["content"].rpartition(_END_OF_REASONING)
-    reasoning = reasoning.strip().removeprefix("<think>").strip()
-    if not mark or not reasoning or _holds(written, reasoning):
-        return ""
-    other = {**message, "content": f"<think>other {reasoning}{mark}{answer}"}
-    return "" if _matters(template, conversation, turn.index, other) else str(reasoning)
+    return next((str(text.value) for text in texts[:-1] if not is_written(text)), "")
 
 
 def check_tools_are_written(template: ChatTemplate, conversation: Conversation, text: str) -> None:
@@ -77,7 +80,13 @@ def check_tools_are_written(template: ChatTemplate, conversation: Conversation, 
     Raises:
         SettingsError: The message names the way out.
     """
-    if conversation.tools and template.write(replace(conversation, tools=None)) == text:
+    if not conversation.tools:
+        return
+    try:
+        without_tools = template.write(replace(conversation, tools=None))
+    except SettingsError:  # it looks at them
+        return
+    if without_tools == text:
         raise SettingsError(
             f"`tools` is {shorten(conversation.tools)}, but the chat template does not write tools, so that the model "
             "would learn to call what it does not see. Give a `chat_template` that writes them, or leave out `tools`."
@@ -95,21 +104,46 @@ def _matters(template: ChatTemplate, conversation: Conversation, index: int, oth
     return changed != template.write(short, num_before + 1)
 
 
+def _texts_of_content(template: ChatTemplate, turn: Turn, message: Message) -> Iterator[Field]:
+    """The texts of a turn's content, the answer last: all of it, or what stands between the marks within it.
+
+    Marks are those of reasoning, and special tokens: by these a template may divide the content, and leave a part out.
+    """
+    content = message["content"]
+    says_more = bool(message.get("tool_calls") or any(map(message.get, _REASONING)))
+    marks = re.compile(f"{_MARK_OF_REASONING}|{template.special_tokens.pattern}")
+    spans = [] if _holds(turn.response, content) else [mark.span() for mark in marks.finditer(content)]
+    bounds = [0, *chain(*spans), len(content)]
+    for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+        text = content[start:end].strip()
+        if text:
+            end = start + len(content[start:end].rstrip())
+            other = {**message, "content": f"{content[:end]} other{content[end:]}"}
+            yield Field("content", text, other, _is_telling(text) or not (says_more or spans))
+
+
 def _fields(message: Message) -> Iterator[Field]:
-    if message["content"].strip():
-        yield Field("content", message["content"], {**message, "content": f"{message['content']} other"})
+    """What a turn says beside its content."""
     reasoning = next((name for name in _REASONING if message.get(name)), None)
     if reasoning is not None:
-        others = {name: f"other {message[name]}" for name in _REASONING if message.get(name)}
-        yield Field(reasoning, message[reasoning], {**message, **others})
-    for number, call in enumerate(message.get("tool_calls") or ()):
+        without = {name: f"other {message[name]}" for name in _REASONING if message.get(name)}
+        yield Field(reasoning, message[reasoning], {**message, **without}, _is_telling(message[reasoning]))
+    calls = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
         function = call.get("function", call)
+        if len(calls) > 1:  # another one may say the same
+            others = {"tool_calls": [*calls[:number], *calls[number + 1 :]]}
+            yield Field("tool_calls", function["name"], {**message, **others}, can_be_found=False)
         for key in ("name", "arguments"):
             for value, without in _scalars(function.get(key)):
                 other = {**function, key: without}
-                calls = list(message["tool_calls"])
-                calls[number] = {**call, "function": other} if "function" in call else other
-                yield Field("tool_calls", value, {**message, "tool_calls": calls})
+                other = {**call, "function": other} if "function" in call else other
+                others = {"tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
+                yield Field("tool_calls", value, {**message, **others}, _is_telling(value))
+
+
+def _is_telling(value: Any) -> bool:
+    return len(str(value)) >= _NUM_TELLING
 
 
 def _scalars(value: Any) -> Iterator[tuple[Any, Any]]:
