@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.checks import check_integer, check_type
 from lightning_sft.model.lora import add_lora, check_settings, has_lora, lora_config
+from lightning_sft.model.parameter_names import check_patterns, freeze
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model
 
@@ -22,6 +23,7 @@ class ModelBuilder:
         model_kwargs: For `from_pretrained` or `from_config`.
         lora: Settings of adapters, as for `add_lora`. None: no adapters.
         seed: Of weights that are drawn, those of adapters included.
+        freeze: Patterns of names of parameters that are not trained. None: all are, or all adapters.
 
     Raises:
         SettingsError: If one of them cannot be used.
@@ -31,6 +33,7 @@ class ModelBuilder:
     model_kwargs: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     seed: int = 0
+    freeze: list[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Path):
@@ -39,6 +42,7 @@ class ModelBuilder:
         check_type("model_kwargs", self.model_kwargs, dict, "a mapping of arguments", optional=True)
         check_type("lora", self.lora, dict, "a mapping of arguments", optional=True)
         check_integer("seed", self.seed, at_least=0)
+        check_patterns("freeze", self.freeze)
         if self.lora is not None:
             lora_config(self.lora)  # refuses what is wrong now rather than after loading
 
@@ -76,7 +80,7 @@ class ModelBuilder:
         return self.adapt(build_empty_model(self.source, self._options(precision)))
 
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Put adapters into a model, if it is to have some and has none yet.
+        """Put adapters into a model, if it is to have some and has none yet, and freeze what is not to be trained.
 
         Args:
             model: Changed in place.
@@ -85,11 +89,13 @@ class ModelBuilder:
             `model` itself.
 
         Raises:
-            SettingsError: If it has adapters of other settings, or the settings do not fit it.
+            SettingsError: If it has adapters of other settings, or settings or patterns do not fit it.
         """
         check_settings(model, self.lora)
         if self.lora is not None and not has_lora(model):
             add_lora(model, self.lora, self.seed)
+        if self.freeze:
+            freeze(model, self.freeze)
         return model
 
     def arguments_for(self, model: PreTrainedModel) -> dict[str, Any]:

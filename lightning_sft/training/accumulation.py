@@ -26,12 +26,12 @@ class StepSums:
     Attributes:
         loss: The loss, a scalar, with that of routing in it.
         token_entropy: Summed over the response tokens, in nats, a scalar.
-        router_loss: The loss of routing, a scalar; 0 where there is none.
+        router_loss: The loss of routing, a scalar; None where there is none.
     """
 
     loss: Tensor
     token_entropy: Tensor
-    router_loss: Tensor
+    router_loss: Tensor | None
 
 
 def accumulate_gradients(
@@ -77,4 +77,4 @@ def accumulate_gradients(
         sums[1] += scores.token_entropy.sum()
     if num_devices > 1:
         dist.all_reduce(sums)  # Lightning's `reduce` would wait for all devices first
-    return StepSums(*sums)
+    return StepSums(sums[0], sums[1], sums[2] if objective.router_coefficient else None)

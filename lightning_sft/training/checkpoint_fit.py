@@ -1,6 +1,6 @@
 """Whether a checkpoint fits the module that loads it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -59,14 +59,17 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], strict
         )
 
 
-def check_same_run(checkpoint: Mapping[str, Any], objective: Objective, base_model: str | None) -> None:
-    """Refuse to continue a run with another loss, or in the name of another model, whose weights would not be used.
+def check_same_run(
+    checkpoint: Mapping[str, Any], objective: Objective, patterns: Mapping[str, Sequence[str]], base_model: str | None
+) -> None:
+    """Refuse to continue a run with another loss, other parameters trained, or in the name of another model.
 
     Below adapters the weights are those of the model that is named: `check_adapters` warns of another one.
 
     Args:
         checkpoint: The whole of it.
         objective: Of the module.
+        patterns: By which the module chooses parameters, by the name of the setting.
         base_model: The name or path of the model that is fine-tuned; None if it has none.
 
     Raises:
@@ -79,6 +82,7 @@ def check_same_run(checkpoint: Mapping[str, Any], objective: Objective, base_mod
                 f"The checkpoint was made with `{name}` = {then[name]}, now it is {now}: the run would not go on with "
                 f"the same loss. Use {then[name]}, or begin a new run with its weights (`--init_from`)."
             )
+    _check_same_parameters(then, patterns)
     earlier = checkpoint.get("model_card", {}).get("base_model")
     has_adapters = then.get("lora") is not None
     if earlier and base_model and not has_adapters and PurePath(earlier).name != PurePath(base_model).name:
@@ -86,3 +90,16 @@ def check_same_run(checkpoint: Mapping[str, Any], objective: Objective, base_mod
             f"The checkpoint was trained from the model {earlier!r}, but `model` is {base_model!r} here, whose weights "
             f"would not be used. Set `model` to {earlier!r}."
         )
+
+
+def _check_same_parameters(settings: Mapping[str, Any], patterns: Mapping[str, Sequence[str]]) -> None:
+    """Other parameters trained, or in other groups, would be given the state of others by the optimizer."""
+    for name, now in patterns.items():
+        given = settings.get(name) or []
+        then = [each["pattern"] if isinstance(each, Mapping) else each for each in given]
+        if then != list(now):
+            raise SettingsError(
+                f"The checkpoint was made with the patterns {then} in `{name}`, now they are {list(now)}, but what the "
+                "optimizer knows of each parameter is in the checkpoint. Use the former, or begin a new run with its "
+                "weights (`--init_from`)."
+            )

@@ -102,6 +102,10 @@ class StepGuard:
             self.check()
         return stepped
 
+    def numbers(self) -> dict[str, float]:
+        """What is logged of it: how many steps were skipped, if any may be."""
+        return {"skipped_steps": self.num_skipped} if self.skips else {}
+
     def check(self) -> None:
         """Check the latest step, if that is still to be done; this waits for the device.
 

@@ -9,27 +9,26 @@ from lightning_sft.training.metrics import ResponseMetrics
 
 
 def log_step(
-    module: L.LightningModule,
-    sums: StepSums,
-    num_response_tokens: float,
-    on_device: dict[str, Tensor],
-    on_host: dict[str, float],
+    module: L.LightningModule, sums: StepSums, num_response_tokens: float, grad_norm: Tensor, on_host: dict[str, float]
 ) -> None:
-    """Log an optimizer step: loss and entropy of its tokens, and further numbers.
+    """Log an optimizer step.
 
     Args:
         module: That has taken it.
         sums: Of the step.
         num_response_tokens: Of the step, over all devices.
-        on_device: Further numbers by name, which are on the device, and are not waited for.
-        on_host: Likewise on the host.
+        grad_norm: Before clipping.
+        on_host: Further numbers by name.
     """
     module.log("train/loss", sums.loss.float(), prog_bar=True)
-    on_device = on_device | {"train/token_entropy": sums.token_entropy / num_response_tokens}
+    entropy = sums.token_entropy / num_response_tokens
+    numbers = {"train/token_entropy": entropy.float(), "train/grad_norm": grad_norm.float()}
+    if sums.router_loss is not None:
+        numbers["train/router_loss"] = sums.router_loss.float()
     # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
-    numbers = {f"train/{name}": torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
+    numbers |= {f"train/{name}": torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
     numbers["step"] = torch.tensor(module.global_step, dtype=torch.float64)  # every logger's x-axis
-    module.log_dict({name: number.float() for name, number in on_device.items()} | numbers)
+    module.log_dict(numbers)
 
 
 def log_metrics(module: L.LightningModule, stage: str, metrics: ResponseMetrics) -> None:

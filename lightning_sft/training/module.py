@@ -36,6 +36,7 @@ from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import check_model, load_model, prepare_model
 from lightning_sft.training.objective import Objective
+from lightning_sft.training.parameter_groups import ParameterGroups
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule
 from lightning_sft.training.scoring import evaluate
@@ -60,11 +61,13 @@ class SFTModule(L.LightningModule):
         normalize_constant: Divides the loss under `sequence`.
         loss_type: What a token adds to the loss: `nll`: `-log p`, or `dft`: `-p * log p`, with `p` a constant factor
             (Dynamic Fine-Tuning). `val/loss` is the negative log-likelihood whichever it is.
-        label_smoothing: Share of the target that is spread over the whole vocabulary. Models that cap their logits
-            then keep those of a microbatch's responses in memory.
+        label_smoothing: Share of the target spread over the vocabulary. Models that cap their logits then keep them.
         neftune_noise_alpha: Strength of noise on the embeddings (NEFTune), such as 5. None: no noise.
         max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
         optimizer: Any torch optimizer, by class path, and its arguments. Default: AdamW without weight decay, 1e-5.
+        parameter_groups: Settings of the optimizer for some parameters, such as `[{pattern: 'bias$|norm|ln_',
+            weight_decay: 0.0}]`: those in whose names the pattern, a regular expression, is found, and none before it.
+        freeze: Patterns of names of parameters that are not trained, such as `[embed_tokens, 'layers.[0-3][.]']`.
         lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
         warmup_steps: Optimizer steps over which the learning rate rises; below 1: a fraction of the run.
         lr_scheduler_kwargs: Further arguments of the schedule.
@@ -103,6 +106,8 @@ class SFTModule(L.LightningModule):
         neftune_noise_alpha: float | None = None,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
+        parameter_groups: list[dict[str, Any]] | None = None,
+        freeze: list[str] | None = None,
         lr_scheduler: str = "cosine",
         warmup_steps: float = 0.03,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
@@ -117,19 +122,19 @@ class SFTModule(L.LightningModule):
         super().__init__()
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_callable("optimizer", optimizer, "a function of the parameters")
-        self.builder = ModelBuilder(model, model_kwargs, lora, seed)
+        self.builder = ModelBuilder(model, model_kwargs, lora, seed, freeze)
         loss, scale = TokenLoss(loss_type, label_smoothing), LossScale(loss_normalization, normalize_constant)
         self.objective = Objective(loss, scale, EmbeddingNoise(neftune_noise_alpha, seed))
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
         self.guard, self._continuation = StepGuard(nonfinite), Continuation()
-        self.optimizer_factory = optimizer
-        self.gradient_checkpointing = gradient_checkpointing
-        self.sync_every_microbatch = sync_every_microbatch
-        self._max_grad_norm = max_grad_norm
-        self._compile = compile
+        self.optimizer_factory, self.parameter_groups = optimizer, ParameterGroups(parameter_groups)
+        self.gradient_checkpointing, self._compile = gradient_checkpointing, compile
+        self.sync_every_microbatch, self._max_grad_norm = sync_every_microbatch, max_grad_norm
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         own = ("loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed")
-        self.save_hyperparameters(*own, "lora", "loss_type", "label_smoothing", "neftune_noise_alpha")
+        self.save_hyperparameters(
+            *own, "lora", "loss_type", "label_smoothing", "neftune_noise_alpha", "freeze", "parameter_groups"
+        )
         self.automatic_optimization = False
         self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
         if isinstance(model, PreTrainedModel):
@@ -193,13 +198,8 @@ class SFTModule(L.LightningModule):
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
             cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
-        on_device = {"train/grad_norm": self._grad_norm}
-        if self.objective.router_coefficient:
-            on_device["train/router_loss"] = sums.router_loss
-        on_host = {"learning_rate": learning_rate}
-        if self.guard.skips:
-            on_host["skipped_steps"] = self.guard.num_skipped
-        log_step(self, sums, batch.totals.num_response_tokens, on_device, on_host)
+        numbers = {"learning_rate": learning_rate} | self.guard.numbers()
+        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, numbers)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
@@ -252,8 +252,7 @@ class SFTModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over all trainable parameters, and the schedule over the whole run."""
-        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        optimizer = self.optimizer_factory(trained)
+        optimizer = self.parameter_groups.make_optimizer(self.optimizer_factory, self)
         scheduler = self.schedule.build(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -280,7 +279,8 @@ class SFTModule(L.LightningModule):
             strict = self.strict_loading or self.builder.lora is not None
             check_weights(checkpoint["state_dict"], self.state_dict(), strict)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            check_same_run(checkpoint, self.objective, self.model.name_or_path)
+            patterns = {"freeze": self.builder.freeze or [], "parameter_groups": self.parameter_groups.patterns}
+            check_same_run(checkpoint, self.objective, patterns, self.model.name_or_path)
             self._continuation.load(checkpoint)
         self.guard.start_run(checkpoint.get("global_step", 0), checkpoint.get("num_skipped_steps", 0))
         if "generation_config" in checkpoint:

@@ -47,6 +47,8 @@ MODULE = {
     "label_smoothing": (0.1, REFUSED),
     "neftune_noise_alpha": (5.0, EFFECT),
     "max_grad_norm": (0.001, EFFECT),
+    "parameter_groups": ([{"pattern": "norm", "lr": 0.2}], REFUSED),
+    "freeze": (["embed_tokens"], REFUSED),
     "lr_scheduler": ("constant", EFFECT),
     "warmup_steps": (4, EFFECT),
     "lr_scheduler_kwargs": ({"num_cycles": 2.5}, EFFECT),
@@ -167,6 +169,18 @@ def test_a_changed_setting_of_the_data(begun, tmp_path, name):
 def test_a_changed_setting_of_the_run_s_length(begun, tmp_path, name):
     value, outcome = TRAINER[name]
     check(begun, tmp_path, outcome, name, **{name: value})
+
+
+@pytest.mark.parametrize("changed", [{"lr": 0.2}, {"weight_decay": 0.9}])
+def test_changed_settings_of_a_group_take_effect_on_it_alone(tmp_path, changed):
+    def groups(**settings):
+        return {"parameter_groups": [{"pattern": "norm", "lr": 0.1, "weight_decay": 0.1} | settings]}
+
+    run(tmp_path / "first", stop_after=5, module=groups())
+    checkpoint = tmp_path / "first" / "end.ckpt"
+    weights = [run(tmp_path / f"{i}", checkpoint, module=groups(**each))[0] for i, each in enumerate(({}, changed))]
+    other = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert other == {name for name in weights[0] if "norm" in name}
 
 
 def shares(num_steps, num_warmup_steps=1):

@@ -1,0 +1,68 @@
+"""Parameters chosen by patterns that their names match."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from lightning_sft.checks import check_type
+from lightning_sft.errors import SettingsError
+
+
+def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
+    """Refuse what are no regular expressions.
+
+    Args:
+        argument: Its name.
+        patterns: What came; None if there are none.
+
+    Raises:
+        SettingsTypeError: If it is no list of texts.
+        SettingsError: If a text is no regular expression.
+    """
+    check_type(argument, patterns, (list, tuple), "a list of patterns", optional=True)
+    for pattern in patterns or ():
+        check_type(argument, pattern, str, "a list of patterns")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise SettingsError(f"`{argument}` has {pattern!r}, which is no regular expression: {error}.") from error
+
+
+def matching(argument: str, pattern: str, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+    """The parameters of which a name holds something that a pattern matches, once each.
+
+    Args:
+        argument: The setting that has the pattern.
+        pattern: A regular expression.
+        parameters: With their names; one that is shared has several.
+
+    Raises:
+        SettingsError: If there is none.
+    """
+    known = list(parameters)
+    found = {weight: None for name, weight in known if re.search(pattern, name)}
+    if not found:
+        names = [name for name, _ in known]
+        raise SettingsError(
+            f"`{argument}` has {pattern!r}, which is in no name of a parameter. There are, for example, "
+            f"{', '.join(names[:3])} and {', '.join(names[-2:])}."
+        )
+    return list(found)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train no parameter whose name a pattern matches.
+
+    Args:
+        model: Changed in place. Parameters that are frozen already stay so.
+        patterns: Regular expressions.
+
+    Raises:
+        SettingsError: If a pattern matches nothing, or everything is frozen.
+    """
+    for pattern in patterns:
+        for weight in matching("freeze", pattern, model.named_parameters(remove_duplicate=False)):
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise SettingsError(f"`freeze` is {list(patterns)}, which leaves nothing to train.")

@@ -1,0 +1,71 @@
+"""`ParameterGroups`: learning rate, weight decay and the like for some parameters, by their names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_sft.checks import check_type
+from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.model.parameter_names import check_patterns, matching
+
+
+class ParameterGroups:
+    """Settings of the optimizer for some parameters.
+
+    Args:
+        groups: Each a mapping of `pattern`, a regular expression, and settings of the optimizer. A parameter belongs to
+            the first group whose pattern its name matches. None: all parameters have the optimizer's own settings.
+
+    Raises:
+        SettingsTypeError: If that is no list of mappings.
+        SettingsError: If a group has no pattern, or nothing but a pattern.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]] | None) -> None:
+        check_type("parameter_groups", groups, (list, tuple), "a list of mappings", optional=True)
+        self._groups = [dict(group) if isinstance(group, Mapping) else group for group in groups or ()]
+        for group in self._groups:
+            check_type("parameter_groups", group, dict, "a list of mappings")
+            if "pattern" not in group or len(group) < 2 or "params" in group:
+                raise SettingsError(
+                    f"`parameter_groups` has {shorten(group, 200)}, expected a `pattern` of names and settings of the "
+                    "optimizer, such as {pattern: 'bias$', weight_decay: 0.0}."
+                )
+        check_patterns("parameter_groups", self.patterns)
+
+    @property
+    def patterns(self) -> list[str]:
+        """Of the groups, in their order."""
+        return [group["pattern"] for group in self._groups]
+
+    def make_optimizer(self, factory: OptimizerCallable, module: nn.Module) -> Optimizer:
+        """The optimizer of all trained parameters.
+
+        Args:
+            factory: Makes it of parameters, or of groups of them.
+            module: With the parameters. Patterns see their names in `module.model`.
+
+        Raises:
+            SettingsError: If a pattern matches no trained parameter, or the optimizer has no such setting.
+        """
+        named = module.named_parameters(remove_duplicate=False)
+        trained = [(name.removeprefix("model."), weight) for name, weight in named if weight.requires_grad]
+        rest = dict.fromkeys(weight for _, weight in trained)
+        if not self._groups:
+            return factory(iter(rest))
+        groups = []
+        for group in self._groups:
+            found = [weight for weight in matching("parameter_groups", group["pattern"], trained) if weight in rest]
+            groups.append({name: value for name, value in group.items() if name != "pattern"} | {"params": found})
+            rest = {weight: None for weight in rest if weight not in set(found)}
+        optimizer = factory([{"params": list(rest)}, *groups] if rest else groups)
+        for group in self._groups:
+            if unknown := sorted(group.keys() - optimizer.defaults.keys() - {"pattern"}):
+                raise SettingsError(
+                    f"`parameter_groups` sets `{unknown[0]}`, which {type(optimizer).__name__} does not have. It has "
+                    f"{', '.join(sorted(optimizer.defaults))}."
+                )
+        return optimizer
