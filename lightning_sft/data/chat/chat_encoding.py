@@ -185,7 +185,12 @@ class ChatEncoder:
                         f"turn {turn.index + 1} (assistant) begins within a token, in "
                         f"{around(turn.text, turn.start)!r}. Give another `chat_template`."
                     )
-                notices.append(Notice.of_prompt(turn.prompt, turn.text, turn.start))
+                is_written = turn.text.startswith(turn.prompt)
+                notices.append(
+                    Notice.of_token(turn.text, turn.start)
+                    if is_written
+                    else Notice.of_prompt(turn.prompt, turn.text, turn.start)
+                )
             until = counted.alike(written.text[:end])
             if not until.is_whole:
                 raise SettingsError(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning_sft.data.tokens.texts import around
 
-NoticeKind = Literal["prompt", "end", "reasoning"]
+NoticeKind = Literal["prompt", "token", "end", "reasoning"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class Notice:
     """One thing to know of one turn.
 
     Attributes:
-        kind: What it is about: a generation prompt that is not written before the turn, a turn that ends in no special
-            token, or a part of the content, such as reasoning, that the template leaves out.
+        kind: What it is about: a generation prompt that is not written before the turn; a token that holds the end of
+            the prompt and the beginning of the turn; a turn that ends in no special token; or a part of the content,
+            such as its reasoning, that the template leaves out.
         example: The texts by which it can be told.
     """
 
@@ -37,6 +38,11 @@ class Notice:
         return cls("prompt", f"{prompt[max(shared - 20, 0) :]!r}, but before this turn {around(text, shared)!r}")
 
     @classmethod
+    def of_token(cls, text: str, start: int) -> "Notice":
+        """The turn begins within a token."""
+        return cls("token", repr(around(text, start)))
+
+    @classmethod
     def of_end(cls, text: str) -> "Notice":
         """The text ends with the turn."""
         return cls("end", repr(text[-20:]))
@@ -53,6 +59,11 @@ _SENTENCES: Mapping[NoticeKind, str] = {
         "{example}. The response begins where the two part. To learn it after the whole prompt, give the rows what is "
         "missing (`reasoning_content`), or `chat_template_kwargs` that prompt without it (for many models "
         "`enable_thinking: false`)."
+    ),
+    "token": (
+        "in {rows} one token holds the end of the generation prompt and the beginning of the turn: {example}. The "
+        "response begins with it, though a model that is asked for the turn cannot write it. Most often it is a space "
+        "or a line break at the beginning of the turn; without that, the two are apart."
     ),
     "end": (
         "in {rows} the chat template ends a turn that is learnt in no special token, but in {example}. The turn ends "

@@ -27,7 +27,8 @@ class Turn:
         content_end: Where the token that ends the turn begins; the end of the text if there is none.
         moved: How much later the turn stands in the text than where the template writes it; the difference is what it
             writes before.
-        words_end: Where in the prompt the words of the message before the turn end; 0 if they are written otherwise.
+        words_end: The last place in the prompt where the words of the message before the turn can end; 0 if they are
+            written otherwise.
     """
 
     index: int
@@ -80,8 +81,9 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int, t
     words = conversation.messages[index - 1]["content"].strip()
     words_end = prompt.rfind(words) + len(words) if words in prompt else 0
     if not whole.startswith(prompt):
-        start = common_length(prompt, whole)
+        words_end = _find_words_end(template, conversation, index, prompt)
         prompt_start = max(words_end, common_length(template.write(conversation, index), prompt))
+        start = _outside_of_special_tokens(template, whole, common_length(prompt, whole))
         if start < prompt_start:
             start, shared = _find_start(template, conversation, index, prompt[prompt_start:], whole)
             context = prompt[: prompt_start + shared]
@@ -100,6 +102,21 @@ def check_has_context(index: int) -> None:
     """
     if index == 0:
         raise SettingsError("turn 1 (assistant) has nothing before it that a model could answer. Remove it.")
+
+
+def _find_words_end(template: ChatTemplate, conversation: Conversation, index: int, prompt: str) -> int:
+    """Where the words of the message before a turn end: what follows is the same if they go on; 0 if all is."""
+    *before, last = conversation.messages[:index]
+    more = "," if last["content"].rstrip().endswith(".") else "."
+    messages = [*before, {**last, "content": last["content"] + more}]
+    other = template.write(replace(conversation, messages=messages), add_generation_prompt=True)
+    return len(prompt) - common_length(prompt[::-1], other[::-1])
+
+
+def _outside_of_special_tokens(template: ChatTemplate, text: str, position: int) -> int:
+    """The position, or where the special token begins that it is within: two may begin with the same characters."""
+    tokens = template.special_tokens.finditer(text)
+    return next((token.start() for token in tokens if token.start() < position < token.end()), position)
 
 
 def _find_start(
@@ -134,8 +151,8 @@ def _find_end(
     tokens = [match.span() for match in template.special_tokens.finditer(whole, start)]
     turn = conversation.messages[index]
     if not tokens or whole[tokens[-1][1] :].strip():
-        has_space = turn["content"][-1:].isspace()
-        end = len(whole) if has_space else max(len(whole.rstrip()), start)
+        end, content = max(len(whole.rstrip()), start), turn["content"]
+        end += common_length(whole[end:], content[len(content.rstrip()) :])  # the turn's own space, not the template's
         return end, end
     if len(tokens) == 1 or whole[tokens[-2][1] : tokens[-1][0]].strip():
         return tokens[-1]

@@ -131,15 +131,15 @@ def _fields(message: Message) -> Iterator[Field]:
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         function = call.get("function", call)
-        if len(calls) > 1:  # another one may say the same
-            others = {"tool_calls": [*calls[:number], *calls[number + 1 :]]}
-            yield Field("tool_calls", function["name"], {**message, **others}, can_be_found=False)
         for key in ("name", "arguments"):
             for value, without in _scalars(function.get(key)):
                 other = {**function, key: without}
                 other = {**call, "function": other} if "function" in call else other
                 others = {"tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
                 yield Field("tool_calls", value, {**message, **others}, _is_telling(value))
+        if len(calls) > 1:  # another one may say the same
+            others = {"tool_calls": [*calls[:number], *calls[number + 1 :]]}
+            yield Field("tool_calls", function, {**message, **others}, can_be_found=False)
 
 
 def _is_telling(value: Any) -> bool:

@@ -17,6 +17,7 @@ from support.chat import (
     responses,
     user,
 )
+from support.rows import encode as encoded_rows
 
 from lightning_sft import SFTDataModule
 from lightning_sft.data.chat.chat_encoding import ChatEncoder
@@ -150,6 +151,11 @@ def test_a_turn_that_ends_in_no_special_token_is_an_example_of_its_own_that_ends
     assert examples(LONG, template, append_eos=False) == without
 
 
+@pytest.mark.parametrize(("content", "expected"), [("4.\n", "4.\n<eos>"), ("4. ", "4. <eos>"), (" \n", " \n<eos>")])
+def test_of_the_space_after_a_turn_its_own_is_learnt_and_not_that_of_the_template(content, expected):
+    assert examples([user("2+2?"), assistant(content)], OPEN["a line break"])[0][1] == expected
+
+
 def test_a_turn_without_an_end_is_refused_if_the_tokenizer_has_no_eos():
     tokenizer = chat_tokenizer(OPEN["a line break"])
     tokenizer.eos_token = None
@@ -177,6 +183,20 @@ def test_where_the_prompt_holds_more_than_is_written_the_response_begins_where_t
     assert responses(last, tokenizer) == ["4.<|im_end|>"]
 
 
+@pytest.mark.parametrize("question", ["", " \n", "k", "think", "<think>", "assistant", "."])
+def test_a_prompt_that_parts_is_found_whatever_the_message_before_says(question):
+    (row,) = encode([{"messages": [*LONG[:2], user(question), assistant("6!")]}], chat_tokenizer(OPENED))
+    assert responses(row, chat_tokenizer(OPENED)) == ["4.<|im_end|>", "6!<|im_end|>"]
+    assert row["prompt"].endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n<think>\n")
+
+
+def test_an_empty_turn_begins_with_the_token_that_ends_it_where_the_prompt_begins_with_the_same_characters():
+    tokenizer = chat_tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<|think>{% endif"))
+    rows = encoded_rows([{"messages": [*LONG[:3], assistant("")]}], tokenizer)
+    assert responses(rows.dataset[0], tokenizer) == ["4.<|im_end|>", "<|im_end|>"]
+    assert [counted.notice.kind for counted in rows.report.notices] == ["prompt"]
+
+
 def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it():
     header = "{% if add_generation_prompt %}assistant:{% endif %}"
     tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}" + header)
@@ -184,6 +204,9 @@ def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it():
     (row,) = encode([{"messages": LONG}], tokenizer)
     assert row["input_ids"] == tokenizer.apply_chat_template(LONG)["input_ids"]
     assert responses(row, tokenizer) == ["4.<|im_end|>", ":6!<|im_end|>"]
+    (counted,) = encoded_rows([{"messages": LONG}], tokenizer).report.notices
+    words = "in 1 of 1 rows one token holds the end of the generation prompt and the beginning of the turn: "
+    assert counted.in_words(1).startswith(f"{words}'<|im_end|>assistant:6!<|im_end|>'. The response begins with it")
 
 
 def test_rows_of_many_turns_are_written_as_those_of_few():
