@@ -73,7 +73,7 @@ class SFTDataModule(L.LightningDataModule):
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
         chat_template_kwargs: More that the chat template can use, by name.
         train_on_turns: Which of the assistant's turns in a row are the response: `all`, or the `last`.
-        batch_size: Sequences (examples) per optimizer step, over all devices.
+        batch_size: Sequences per optimizer step, over all devices; each example of a conversation is one.
         gradient_accumulation_steps: How many microbatches each device splits its part of an optimizer step into. Their
             gradients are added up. By default there is one, unless `max_tokens_per_microbatch` is given.
         max_tokens_per_microbatch: Split each step by memory instead, into as many microbatches as it takes for none to
