@@ -57,17 +57,16 @@ class SFTDataModule(L.LightningDataModule):
             taken once; the rows of all sources are shuffled together.
         val_data: Files or data sets with the validation rows, given like `train_data`, but without weights.
         test_data: The rows that `test` evaluates, given like `val_data`.
-        predict_data: The rows whose prompts `predict` continues, given like `val_data`. They need no output. Default:
-            the validation rows.
+        predict_data: The rows whose prompts `predict` continues. They need no output. Default: the validation rows.
         val_fraction: Without `val_data`: this fraction of the training rows, drawn by `seed`, is for validation. Each
             of them counts once, whatever its source's weight; the weights are of the other rows.
         prompt_field: Column with the text before the response.
         output_field: Column with the response.
-        ground_truth_field: Column with the reference answer, for rewards. Rows without the default column use the
-            output.
+        ground_truth_field: Column with the reference answer, for rewards. Without the default column: the output.
         prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
         row_transform: Function called with each row first; returns the row to use instead. Ready for rows of other
             programs are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
+        row_filter: Function called with each row as it is read; rows for which it is false are left out.
         as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
             assistant's turn, after a column `system`.
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
@@ -78,14 +77,12 @@ class SFTDataModule(L.LightningDataModule):
             gradients are added up. By default there is one, unless `max_tokens_per_microbatch` is given.
         max_tokens_per_microbatch: Split each step by memory instead, into as many microbatches as it takes for none to
             have more tokens than this, padding included.
-        layout: `packed`: the sequences of a microbatch in one row, without padding, each attending to itself alone;
-            `padded`: one row for each, filled up to the longest. The results are the same. By default packed where
-            the model can take it.
+        layout: `packed`: the sequences of a microbatch in one row, each attending to itself alone; `padded`: one row
+            for each. The results are the same. By default packed where the model can take it.
         max_length: The most tokens of prompt and response together, EOS included. No limit if None.
         too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
         append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that does already
-            gets no second one. Turns of messages end as the chat template has it; those that it ends in no
-            special token end in EOS.
+            gets no second one. Turns of messages end as the chat template has it, or in EOS if in no special token.
         bad_rows: What happens to malformed rows, and to those that the chat template refuses: `error`; `drop` leaves
             them out, counts them by what is wrong with them, and shows the first of each kind.
         seed: Of the order of the rows and of the validation split.
@@ -118,6 +115,7 @@ class SFTDataModule(L.LightningDataModule):
         ground_truth_field: str = "ground_truth",
         prompt_template: str | None = None,
         row_transform: Callable[[dict[str, Any]], Row] | None = None,
+        row_filter: Callable[[dict[str, Any]], bool] | None = None,
         as_chat: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -141,9 +139,11 @@ class SFTDataModule(L.LightningDataModule):
         check_choice("layout", layout, Layout, optional=True)
         data = (train_data, val_data, test_data, predict_data)
         self._data = DataSettings(*data, val_fraction, streaming, shuffle_buffer, num_workers, num_proc)
-        columns = (prompt_field, output_field, ground_truth_field)
-        turns = (train_on_turns, chat_template_kwargs, as_chat)
-        self._row_format = RowFormat(*columns, prompt_template, row_transform, *turns)
+        columns, turns = (
+            (prompt_field, output_field, ground_truth_field),
+            (train_on_turns, chat_template_kwargs, as_chat),
+        )
+        self._row_format = RowFormat(*columns, prompt_template, row_transform, *turns, row_filter=row_filter)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self.encoding = Encoding(max_length, too_long, append_eos, bad_rows)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)

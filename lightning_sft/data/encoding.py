@@ -186,7 +186,7 @@ class RowEncoder:
 
     def fingerprint(self) -> str:
         """Changes with the tokenizer's content, the options, and the code that reads and encodes."""
-        tokenizer, transform = self.tokenizer, self.row_format.row_transform
+        tokenizer, row_format = self.tokenizer, self.row_format
         if getattr(tokenizer, "backend_tokenizer", None) is not None:
             # Before the tokens stands how it pads and truncates, which each call leaves behind. `Hasher` takes seconds
             # for so many parts, so the text is hashed as a whole.
@@ -196,10 +196,11 @@ class RowEncoder:
         special = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.split_special_tokens)
         template = (tokenizer.chat_template, tokenizer.special_tokens_map)
         # A function of a module is hashed by its name alone, so the module's code is added.
-        module = sys.modules.get(getattr(getattr(transform, "func", transform), "__module__", ""))
-        file = getattr(module, "__file__", None)
-        code = [code_hash(), Path(file).read_bytes() if file else b""]
-        return str(Hasher.hash([code, content, special, template, (self.row_format, self.encoding)]))
+        functions = (row_format.row_transform, row_format.row_filter)
+        modules = [sys.modules.get(getattr(getattr(each, "func", each), "__module__", "")) for each in functions]
+        files = [getattr(module, "__file__", None) for module in modules]
+        code = [code_hash(), *(Path(file).read_bytes() if file else b"" for file in files)]
+        return str(Hasher.hash([code, content, special, template, (row_format, self.encoding)]))
 
 
 def _tokens_or_problem(chat_encoder: ChatEncoder, conversation: WrittenExample) -> EncodedConversation | SettingsError:

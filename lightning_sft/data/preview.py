@@ -78,7 +78,7 @@ class Preview:
             if any(counts):
                 lines.append((f"{word}, {self.limit}", [f"{count:,}" for count in counts]))
         if any(split.report.bad_rows.total for split in splits):
-            lines.append(("bad rows, left out", [f"{split.report.bad_rows.total:,}" for split in splits]))
+            lines.append(("rows left out", [f"{split.report.bad_rows.total:,}" for split in splits]))
         lines.append(("tokens", [f"{split.num_tokens.sum():,}" for split in splits]))
         shares = [percent(split.num_response_tokens.sum(), split.num_tokens.sum()) for split in splits]
         lines.append(("of these response tokens", shares))

@@ -87,7 +87,8 @@ def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_lo
 
 def _report_bad_rows(title: str, bad_rows: BadRowCounts, num_rows: int) -> None:
     if bad_rows.total:
-        words = f"{title}: left out {bad_rows.total:,} of {num_rows:,} rows that cannot be used (`bad_rows` is 'drop')."
+        reason = f"{bad_rows.reason} (`bad_rows` is 'drop')" if bad_rows.reason else ""
+        words = f"{title}: left out {bad_rows.total:,} of {num_rows:,} rows{reason}."
         rank_zero_info("\n  ".join([words, *bad_rows.in_words()]))
 
 

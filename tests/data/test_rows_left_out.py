@@ -159,7 +159,7 @@ def test_what_is_left_out_is_told_and_previewed(caplog):
     rows = [*GOOD[:2], {"prompt": "a"}, {"prompt": "a", "output": 5}, {"prompt": "b"}]
     data = SFTDataModule(character_tokenizer(), rows, val_data=rows[1:3], bad_rows="drop")
     words = " ".join(str(data.preview(1)).split())
-    assert "rows 2 1 bad rows, left out 3 1 tokens" in words
+    assert "rows 2 1 rows left out 3 1 tokens" in words
     assert "train: 2 rows such as row 3: no value for `output` (`output_field`)." in words
     assert "train: 1 row, row 4: `output` (`output_field`) is 5 of type int, expected a string." in words
     assert "val: 1 row, row 2: no value" in words

@@ -24,6 +24,10 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.01)
 
 
+def is_even(row):
+    return len(row["output"]) % 2 == 0
+
+
 def reverse(row):
     return row | {"output": row["output"][::-1]}
 
@@ -70,6 +74,7 @@ DATA = {
     "output_field": ("prompt", "other training rows or tokens"),
     "ground_truth_field": ("prompt", NONE),
     "prompt_template": ("Q: {prompt}", "other training rows or tokens"),
+    "row_filter": (is_even, "`num_rows` = 22, now it is 13"),
     "row_transform": (reverse, "other training rows or tokens"),
     "batch_size": (4, REFUSED),
     "gradient_accumulation_steps": (2, NONE),

@@ -13,6 +13,13 @@ BadRows = Literal["error", "drop"]
 _NUM_KINDS_NAMED = 5  # in one message
 
 
+class FilteredRowError(SettingsError):
+    """Nothing is wrong with a row, but it is not to be used."""
+
+    def __init__(self) -> None:
+        super().__init__("`row_filter` leaves it out")
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that is left out.
@@ -54,12 +61,12 @@ class RowProblems:
         """Whatever is wrong within is wrong with this row.
 
         Raises:
-            SettingsError: If bad rows are errors; the message begins with the location.
+            SettingsError: If bad rows are errors; the message begins with the location. Filtered ones never are.
         """
         try:
             yield
         except SettingsError as error:
-            if self.on_bad_row == "error":
+            if self.on_bad_row == "error" and not isinstance(error, FilteredRowError):
                 raise SettingsError(f"{location}: {error}") from error.__cause__
             self.found.setdefault(number, BadRow(location, str(error)))
 
@@ -107,6 +114,12 @@ class BadRowCounts:
     def total(self) -> int:
         """How many rows there are."""
         return sum(each.num_rows for each in self._counted.values())
+
+    @property
+    def reason(self) -> str:
+        """Why rows are left out, to follow the word "rows"; empty if some were filtered."""
+        filtered = str(FilteredRowError())
+        return "" if any(each.first.problem == filtered for each in self.counted) else " that cannot be used"
 
     def in_words(self) -> list[str]:
         """A sentence for each of the most frequent kinds, and one for all others."""

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from lightning_sft.checks import check_callable, check_choice, check_type
 from lightning_sft.data.chat.chat_encoding import TrainOnTurns
 from lightning_sft.data.chat.conversation import Conversation, read_conversation
+from lightning_sft.data.rows.bad_rows import FilteredRowError
 from lightning_sft.data.rows.readers import UnreadableRow
 from lightning_sft.data.tokens.texts import check_is_text, read_template_file
 from lightning_sft.errors import SettingsError, one_line, shorten
@@ -86,6 +87,7 @@ class RowFormat:
         chat_template_kwargs: More that the chat template can use; a row's own column of this name comes first.
         as_chat: Whether the prompt and output of a row without messages are a user's and an assistant's turn, after a
             column `system`.
+        row_filter: Called with each row as it is read; whether it is used.
 
     A row is a conversation if it has the column `messages`, `conversations` or `conversation` while neither
     `prompt_field` nor `prompt_template` is given, or if its prompt or output is a list of messages.
@@ -104,11 +106,13 @@ class RowFormat:
     train_on_turns: TrainOnTurns = "all"
     chat_template_kwargs: Mapping[str, Any] | None = None
     as_chat: bool = False
+    row_filter: Callable[[dict[str, Any]], bool] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "output_field", "ground_truth_field"):
             check_type(name, getattr(self, name), str, "the name of a column")
         check_callable("row_transform", self.row_transform, "a function", optional=True)
+        check_callable("row_filter", self.row_filter, "a function", optional=True)
         if self.prompt_template is not None:
             check_type("prompt_template", self.prompt_template, str, "a text or the path of a file, as a string")
             object.__setattr__(self, "prompt_template", _read_prompt_template(self.prompt_template))
@@ -148,9 +152,17 @@ class RowFormat:
             return self._chat_row(row, prompt, None, ground_truth)
         return PlainPrompt(prompt, ground_truth, self._unused_columns(row))
 
+    def _is_used(self, row: Row) -> bool:
+        try:
+            return self.row_filter is None or bool(self.row_filter(dict(row)))
+        except Exception as error:
+            raise SettingsError(f"`row_filter` failed: {type(error).__name__}: {one_line(error)}") from error
+
     def _transformed(self, row: AnyRow) -> Row:
         if isinstance(row, UnreadableRow):
             raise SettingsError(row.problem)
+        if not self._is_used(row):
+            raise FilteredRowError
         if self.row_transform is None:
             return row
         try:

@@ -29,5 +29,5 @@ class BadRowLog:
                 rank_zero_info(f"{self._argument}: left out {row.location}: {row.problem}")
             if self._counts.total == self._next_total:
                 self._next_total *= 10
-                words = f"{self._argument}: left out {self._counts.total:,} rows so far that cannot be used."
+                words = f"{self._argument}: left out {self._counts.total:,} rows so far{self._counts.reason}."
                 rank_zero_info("\n  ".join([words, *self._counts.in_words()]))
