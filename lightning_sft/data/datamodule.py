@@ -18,7 +18,7 @@ from lightning_sft.data.row_store import RowStore
 from lightning_sft.data.rows.bad_rows import BadRows
 from lightning_sft.data.rows.prompts import Prompt, PromptLoader
 from lightning_sft.data.rows.row_format import Row, RowFormat
-from lightning_sft.data.rows.shown import shown_data
+from lightning_sft.data.rows.shown import shown_data, shown_settings
 from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
@@ -135,22 +135,20 @@ class SFTDataModule(L.LightningDataModule):
         num_proc: int | None = None,
     ) -> None:
         super().__init__()
+        self.settings = shown_settings(locals())
         self._tokenizer = name_or_tokenizer(tokenizer)
         check_choice("layout", layout, Layout, optional=True)
         data = (train_data, val_data, test_data, predict_data)
         self._data = DataSettings(*data, val_fraction, streaming, shuffle_buffer, num_workers, num_proc)
-        columns, turns = (
-            (prompt_field, output_field, ground_truth_field),
-            (train_on_turns, chat_template_kwargs, as_chat),
-        )
-        self._row_format = RowFormat(*columns, prompt_template, row_transform, *turns, row_filter=row_filter)
+        columns = (prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
+        self._row_format = RowFormat(*columns, train_on_turns, chat_template_kwargs, as_chat, row_filter=row_filter)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self.encoding = Encoding(max_length, too_long, append_eos, bad_rows)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)
         self.layout, self.streaming = layout, streaming
         self._rows = RowStore(self._data, self.rule)
         self._run: TrainingRun | None = None
-        self._state_of_run: dict[str, Any] = {}  # also of one that has ended
+        self.run_state: dict[str, Any] = {}  # also of one that has ended
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -174,7 +172,7 @@ class SFTDataModule(L.LightningDataModule):
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
             self._end_run()
             self._run = TrainingRun(self.trainer, self.training_rows.count_steps(), self._rows.val is not None)
-            self._state_of_run = self._run.state()
+            self.run_state = self._run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise a ValueError if a run would not continue on the data that it began with."""
@@ -206,7 +204,7 @@ class SFTDataModule(L.LightningDataModule):
         """What a run's place in its data depends on, besides its number of optimizer steps."""
         num_steps = self.trainer.global_step if self.trainer else 0
         rows = self._rows.train
-        return {} if rows is None else rows.state(num_steps) | {"run": self._state_of_run}
+        return {} if rows is None else rows.state(num_steps) | {"run": self.run_state}
 
     def on_exception(self, exception: BaseException) -> None:
         """Give the trainer back as it was."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -210,7 +211,7 @@ class Continuation:
         self._now = [OptimizerSettings.of(optimizer) for optimizer in optimizers]
         check_optimizers(self._then, self._now)
 
-    def apply(self, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler]) -> None:
+    def apply(self, optimizers: Sequence[Optimizer], schedules: Sequence[LRSchedulerConfig]) -> None:
         """Let everything that was changed take effect on what has been restored.
 
         Raises:
@@ -222,7 +223,7 @@ class Continuation:
         now = dict(zip(optimizers, self._now, strict=True))
         for optimizer, before in then.items():
             apply_settings(optimizer, before, now[optimizer])
-        for scheduler in schedulers:
+        for scheduler in (config.scheduler for config in schedules):
             continue_schedule(scheduler, then.get(scheduler.optimizer), now[scheduler.optimizer])
 
 

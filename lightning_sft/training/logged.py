@@ -2,10 +2,13 @@
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import MLFlowLogger
 from torch import Tensor
 
 from lightning_sft.training.accumulation import StepSums
 from lightning_sft.training.metrics import ResponseMetrics
+from lightning_sft.training.run_facts import run_settings
+from lightning_sft.training.schedule import steps_per_epoch
 
 
 def log_step(
@@ -27,6 +30,8 @@ def log_step(
         numbers["train/router_loss"] = sums.router_loss.float()
     # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
     numbers |= {f"train/{name}": torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
+    if in_epoch := steps_per_epoch(module.trainer):  # to Lightning a run is a single epoch, with the number 0
+        numbers["epoch"] = torch.tensor(module.global_step / in_epoch, dtype=torch.float64)
     numbers["step"] = torch.tensor(module.global_step, dtype=torch.float64)  # every logger's x-axis
     module.log_dict(numbers)
 
@@ -42,4 +47,17 @@ def log_metrics(module: L.LightningModule, stage: str, metrics: ResponseMetrics)
     for name, value in metrics.compute().items():
         # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
         module.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
+    if module.trainer.state.fn == "fit" and (in_epoch := steps_per_epoch(module.trainer)):
+        module.log("epoch", module.global_step / in_epoch, sync_dist=True)
     metrics.reset()
+
+
+def log_settings(module: L.LightningModule) -> None:
+    """Tell the loggers what a run is made with, once its optimizers are there."""
+    trainer = module.trainer
+    for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
+        settings = run_settings(trainer)
+        if isinstance(logger, MLFlowLogger):  # which refuses to change what a run that continues has logged before
+            known = logger.experiment.get_run(logger.run_id).data.params if trainer.is_global_zero else {}
+            settings = {name: value for name, value in settings.items() if name not in known}
+        logger.log_hyperparams(settings)

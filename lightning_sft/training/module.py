@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import LRSchedulerPLType, OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_sft.checks import check_callable, check_number
 from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
@@ -31,14 +32,14 @@ from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
 from lightning_sft.training.grad_scaler import GradScaling
 from lightning_sft.training.guard import NonFinite, StepGuard
-from lightning_sft.training.logged import log_metrics, log_step
+from lightning_sft.training.logged import log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import check_model, load_model, prepare_model
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.parameter_groups import ParameterGroups
 from lightning_sft.training.run_facts import run_facts
-from lightning_sft.training.schedule import Schedule
+from lightning_sft.training.schedule import Schedule, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import parameter_counts, state_memory
 from lightning_sft.training.trained_weights import keep_trained_weights_only
@@ -120,6 +121,7 @@ class SFTModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.settings = shown_settings(locals())
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_callable("optimizer", optimizer, "a function of the parameters")
         self.builder = ModelBuilder(model, model_kwargs, lora, seed, freeze)
@@ -132,9 +134,8 @@ class SFTModule(L.LightningModule):
         self.sync_every_microbatch, self._max_grad_norm = sync_every_microbatch, max_grad_norm
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         own = ("loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed")
-        self.save_hyperparameters(
-            *own, "lora", "loss_type", "label_smoothing", "neftune_noise_alpha", "freeze", "parameter_groups"
-        )
+        further = ("lora", "loss_type", "label_smoothing", "neftune_noise_alpha", "freeze", "parameter_groups")
+        self.save_hyperparameters(*own, *further, logger=False)
         self.automatic_optimization = False
         self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
         if isinstance(model, PreTrainedModel):
@@ -190,16 +191,14 @@ class SFTModule(L.LightningModule):
         """One optimizer step over the batch's microbatches."""
         seeds = np.random.SeedSequence((self.builder.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
-        optimizer = cast(Optimizer, self.optimizers())
-        optimizer.zero_grad()
+        (optimizer := cast(Optimizer, self.optimizers())).zero_grad()
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
-        learning_rate = optimizer.param_groups[0]["lr"]
+        on_host = {"learning_rate": optimizer.param_groups[0]["lr"]}
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
-            cast(LRSchedulerPLType, self.lr_schedulers()).step()  # type: ignore[call-arg]
-        numbers = {"learning_rate": learning_rate} | self.guard.numbers()
-        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, numbers)
+            step_schedules(self.trainer)
+        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, on_host | self.guard.numbers())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
@@ -227,6 +226,7 @@ class SFTModule(L.LightningModule):
         """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
         log_metrics(self, "val", self.val_metrics)
         self.log("step", float(self.num_steps_taken), sync_dist=True)
+        step_plateau_schedules(self)
 
     def test_step(self, batch: OptimizerStep, batch_idx: int) -> None:
         """Add the batch's sums and counts to the test metrics."""
@@ -250,7 +250,7 @@ class SFTModule(L.LightningModule):
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters, and the schedule over the whole run."""
         optimizer = self.parameter_groups.make_optimizer(self.optimizer_factory, self)
         scheduler = self.schedule.build(optimizer, self.trainer.max_steps)
@@ -259,14 +259,14 @@ class SFTModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Say how much there is to train; refuse to continue with another optimizer."""
         self._continuation.check(self.trainer.optimizers)
+        log_settings(self)
         if self.trainer.is_global_zero:
             memory = state_memory(self.parameters(), self.optimizer_factory)
             rank_zero_info(f"{parameter_counts(self.parameters())}; {memory}.")
 
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        self._continuation.apply(self.trainer.optimizers, schedulers)
+        self._continuation.apply(self.trainer.optimizers, self.trainer.lr_scheduler_configs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, and, to continue training, of another loss.

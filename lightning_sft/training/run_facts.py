@@ -6,7 +6,7 @@ from typing import Any, cast
 import lightning as L
 from transformers import PreTrainedModel
 
-from lightning_sft.data.rows.shown import shown_path
+from lightning_sft.data.rows.shown import shown_path, shown_settings
 
 _OF_OPTIMIZER = ("lr", "betas", "momentum", "weight_decay")
 _OF_MODULE = ("lr_scheduler", "warmup_steps", "max_grad_norm", "loss_normalization", "normalize_constant")
@@ -55,6 +55,27 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
         },
         prompt_template=of_data.get("prompt_template"),
     )
+
+
+def run_settings(trainer: L.Trainer) -> dict[str, Any]:
+    """All that a run was made with, by the names that the command line gives them; for loggers.
+
+    Args:
+        trainer: With an `SFTModule`, whose optimizers are there.
+    """
+    of_module = dict(getattr(trainer.lightning_module, "settings", {}))
+    of_data = getattr(getattr(trainer, "datamodule", None), "settings", {})
+    optimizers = trainer.optimizers
+    if optimizers:
+        of_module["optimizer"] = type(optimizers[0]).__name__
+        of_module |= {f"optimizer.{name}": value for name, value in shown_settings(optimizers[0].defaults).items()}
+    of_trainer = {"precision": str(trainer.precision), "devices": trainer.world_size, "max_steps": trainer.max_steps}
+    of_trainer |= {"strategy": type(trainer.strategy).__name__, "val_check_interval": trainer.val_check_interval}
+    parts = {"model": of_module, "data": of_data, "trainer": of_trainer}
+    flat = {f"{part}.{name}": value for part, settings in parts.items() for name, value in settings.items()}
+    nested = {name: value for name, value in flat.items() if isinstance(value, dict)}
+    flat = {name: value for name, value in flat.items() if name not in nested}
+    return flat | {f"{name}.{inner}": str(each) for name, value in nested.items() for inner, each in value.items()}
 
 
 def _of_optimizer(trainer: L.Trainer) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""`Schedule`: the learning rate over a run's optimizer steps."""
+"""The learning rate over a run's optimizer steps: `Schedule`, and schedules of Lightning's own forms."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_sft.checks import check_number, check_type
 from lightning_sft.errors import SettingsError, one_line
@@ -71,3 +73,71 @@ class Schedule:
             with_kwargs = f" with `lr_scheduler_kwargs` = {self.kwargs}" if self.kwargs else ""
             raise SettingsError(f"`lr_scheduler` is {self.name!r}{with_kwargs}: {one_line(error)}") from None
         return scheduler
+
+
+def steps_per_epoch(trainer: L.Trainer) -> int | None:
+    """Optimizer steps that a run takes of the data in each epoch; None if nobody knows."""
+    known: int | None = getattr(getattr(trainer, "datamodule", None), "run_state", {}).get("steps_per_epoch")
+    return known
+
+
+def step_schedules(trainer: L.Trainer) -> None:
+    """After an optimizer step, step those schedules that follow steps or epochs and are due.
+
+    Args:
+        trainer: The run's trainer.
+
+    Raises:
+        SettingsError: If a schedule follows epochs, but nobody knows how long one is.
+    """
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            continue
+        every = config.frequency
+        if config.interval == "epoch":
+            if (in_epoch := steps_per_epoch(trainer)) is None:
+                raise SettingsError(
+                    f"`configure_optimizers` returns {type(config.scheduler).__name__} with the interval 'epoch', but "
+                    "nobody knows how long an epoch of this data is. Set its `interval` to 'step'."
+                )
+            every *= in_epoch
+        if trainer.global_step % every == 0:
+            config.scheduler.step()
+
+
+def step_plateau_schedules(module: L.LightningModule) -> None:
+    """After a training run's validation, before it is saved, step schedules that follow a metric (`ReduceLROnPlateau`).
+
+    Args:
+        module: Its `configure_optimizers` says which metric (`monitor`); `val/loss` unless it does.
+
+    Raises:
+        SettingsError: If there is no such metric.
+    """
+    plateaus = [config for config in module.trainer.lr_scheduler_configs if _is_plateau(config)]
+    if not plateaus or module.trainer.sanity_checking or module.trainer.state.fn != "fit":
+        return
+    monitor = _monitor(module.configure_optimizers())  # under manual optimization Lightning drops what is named there
+    if monitor not in (metrics := module.trainer.callback_metrics):
+        raise SettingsError(
+            f"`configure_optimizers` says that ReduceLROnPlateau follows {monitor!r}, but the metrics are "
+            f"{', '.join(sorted(metrics))}."
+        )
+    for config in plateaus:
+        config.scheduler.step(metrics[monitor])  # type: ignore[arg-type]
+
+
+def _is_plateau(config: LRSchedulerConfig) -> bool:
+    return isinstance(config.scheduler, ReduceLROnPlateau)
+
+
+def _monitor(configured: Any) -> str:
+    """The metric that is named in what `configure_optimizers` returns."""
+    schedule = configured
+    if isinstance(configured, dict):
+        if "monitor" in configured:
+            return str(configured["monitor"])
+        schedule = configured.get("lr_scheduler")
+    elif isinstance(configured, tuple | list):
+        schedule = configured[1][0] if len(configured) == 2 and isinstance(configured[1], list) else None
+    return str(schedule["monitor"]) if isinstance(schedule, dict) and "monitor" in schedule else "val/loss"

@@ -208,7 +208,7 @@ def test_a_schedule_that_is_no_function_of_the_step_goes_on_or_is_refused(tmp_pa
     class Stepwise(SFTModule):
         def configure_optimizers(self):
             optimizer = self.optimizer_factory(self.parameters())
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), "interval": "step"}]
 
     trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=3)
     trainer.fit(Stepwise(tiny_config(), optimizer=adamw), make_data())

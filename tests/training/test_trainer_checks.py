@@ -1,10 +1,19 @@
 """Strategies, devices and callbacks that `SFTModule` cannot be trained with."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.models import tiny_config, tiny_model
 from support.runs import adamw, train
@@ -29,9 +38,36 @@ def test_a_device_without_float64_is_refused():
         )
 
 
-def test_an_average_by_epochs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`StochasticWeightAveraging` counts epochs"):
-        train(tmp_path, callbacks=[StochasticWeightAveraging(0.1, swa_epoch_start=1)])
+class Unfreeze(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        pass
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("callback", "named"),
+    [
+        (StochasticWeightAveraging(0.1, swa_epoch_start=1), "`StochasticWeightAveraging`"),
+        (Unfreeze(), "`Unfreeze`"),
+        (EarlyStopping("train/loss", check_on_train_epoch_end=True), "with `check_on_train_epoch_end`"),
+        (LearningRateMonitor("epoch"), "with `logging_interval='epoch'`"),
+        (ModelCheckpoint(every_n_epochs=2), "with `every_n_epochs=2`"),
+        (ModelCheckpoint(save_on_train_epoch_end=True), "with `save_on_train_epoch_end=True`"),
+        (ModelCheckpoint(every_n_epochs=1, save_top_k=-1), "with `save_top_k=-1`"),
+    ],
+    ids=lambda value: value.split("`")[1] if isinstance(value, str) else "",
+)
+def test_a_callback_that_counts_epochs_is_refused_by_name(tmp_path, callback, named):
+    options = {"logger": CSVLogger(tmp_path)} if isinstance(callback, LearningRateMonitor) else {}
+    with pytest.raises(ValueError, match=f"{re.escape(named)} counts epochs, but to the trainer a run is a single one"):
+        train(tmp_path, callbacks=[callback], **options)
+
+
+def test_reloading_by_epochs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`trainer\.reload_dataloaders_every_n_epochs` is 1"):
+        train(tmp_path, reload_dataloaders_every_n_epochs=1)
 
 
 def test_an_average_of_a_sharded_model_is_refused():

@@ -1,7 +1,8 @@
-"""Names of files and data sets for model cards and tables, without the folders of this machine."""
+"""Names and settings for model cards, tables and loggers, without the folders of this machine."""
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 
 def shown_path(path: str) -> str:
@@ -17,3 +18,27 @@ def shown_data(data: object) -> str | None:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return None
     return ", ".join(map(shown_path, names))
+
+
+def shown_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as a logger can keep them: plain values as they are, of all others the name.
+
+    Args:
+        arguments: By name, such as the `locals()` that `__init__` begins with; `self` is left out.
+    """
+    return {name: _shown(value) for name, value in arguments.items() if name not in ("self", "__class__")}
+
+
+def _shown(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return shown_path(str(value))
+    if isinstance(value, Mapping):
+        return {str(name): _shown(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        rows = any(isinstance(each, Mapping) for each in value)
+        return f"{len(value)} rows" if rows else ", ".join(str(_shown(each)) for each in value)
+    if name := getattr(value, "name_or_path", None):
+        return shown_path(str(name))
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,119 @@
+"""A subclass of `SFTModule` as anybody would write one: optimizers, schedules, parameter groups, frozen layers."""
+
+import lightning as L
+import pytest
+import torch
+from support.fits import ROWS, fit, make_data, make_trainer
+from support.models import save_tiny_model, tiny_config
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from lightning_sft import SFTModule
+from lightning_sft.errors import SettingsError
+
+VALIDATED = {"val_data": ROWS[:5]}
+
+
+class Rates(L.Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_end(self, trainer, *args):
+        self.rates.append(trainer.callback_metrics["train/learning_rate"].item())
+
+
+def rates_of(folder, configure, **options):
+    kind = type("Subclass", (SFTModule,), {"configure_optimizers": configure})
+    rates = Rates()
+    module = kind(tiny_config())
+    fit(folder, module, make_data(**VALIDATED), callbacks=[rates], **options)
+    return module, rates.rates
+
+
+def sgd(module, **options):
+    return torch.optim.SGD(module.parameters(), **({"lr": 0.8} | options))
+
+
+def test_an_optimizer_alone_keeps_its_rate(tmp_path):
+    assert rates_of(tmp_path, sgd)[1] == [0.8] * 6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (lambda each: each, [0.8] * 3 + [0.4] * 3),  # once an epoch, as Lightning has it unless told otherwise
+        (lambda each: {"scheduler": each}, [0.8] * 3 + [0.4] * 3),
+        (lambda each: {"scheduler": each, "interval": "step"}, [0.8, 0.4, 0.2, 0.1, 0.05, 0.025]),
+        (lambda each: {"scheduler": each, "interval": "step", "frequency": 2}, [0.8, 0.8, 0.4, 0.4, 0.2, 0.2]),
+    ],
+)
+@pytest.mark.parametrize("form", ["dictionary", "lists"])
+def test_a_schedule_is_stepped_as_it_says(tmp_path, schedule, expected, form):
+    def configure(module):
+        optimizer = sgd(module)
+        scheduler = schedule(StepLR(optimizer, 1, 0.5))
+        return [optimizer], [scheduler] if form == "lists" else {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def as_dictionary(module):
+        optimizer = sgd(module)
+        return {"optimizer": optimizer, "lr_scheduler": schedule(StepLR(optimizer, 1, 0.5))}
+
+    rates = rates_of(tmp_path, configure if form == "lists" else as_dictionary)[1]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_schedule_follows_a_metric(tmp_path):
+    """The threshold is so large that no validation is better than the first; the rate falls after each later one."""
+
+    def configure(module):
+        optimizer = sgd(module)
+        plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/token_entropy"}}
+
+    rates = rates_of(tmp_path, configure, val_check_interval=2)[1]
+    assert rates == pytest.approx([0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
+
+
+def test_a_metric_that_is_not_there_is_named(tmp_path):
+    def configure(module):
+        optimizer = sgd(module)
+        return {"optimizer": optimizer, "lr_scheduler": ReduceLROnPlateau(optimizer), "monitor": "val/los"}
+
+    with pytest.raises(SettingsError, match="ReduceLROnPlateau follows 'val/los', but the metrics are"):
+        rates_of(tmp_path, configure)
+
+
+def test_parameter_groups_have_rates_of_their_own(tmp_path):
+    def configure(module):
+        first, *others = module.parameters()
+        return torch.optim.SGD([{"params": [first], "lr": 0.0}, {"params": others, "lr": 0.5}])
+
+    torch.manual_seed(0)
+    before = [weight.detach().clone() for weight in started(tmp_path).parameters()]
+    module, _ = rates_of(tmp_path, configure)
+    after = list(module.parameters())
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[-1], before[-1])
+
+
+def started(folder):
+    module = SFTModule(tiny_config())
+    module.configure_model()
+    return module
+
+
+def test_a_callback_freezes_layers_of_a_model_that_is_given_by_name(tmp_path):
+    class Freeze(L.Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.configure_model()  # which is called again later, and then finds the model
+            pl_module.model.get_input_embeddings().requires_grad_(False)
+
+    save_tiny_model(tmp_path / "model")
+    module = SFTModule(str(tmp_path / "model"), optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
+    trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[Freeze()])
+    loaded = SFTModule(str(tmp_path / "model"))
+    loaded.configure_model()
+    trainer.fit(module, make_data())
+    frozen, trained = (m.get_input_embeddings().weight for m in (loaded.model, module.model))
+    assert torch.equal(frozen, trained)
+    assert len(trainer.optimizers[0].param_groups[0]["params"]) == len(list(module.parameters())) - 1
+    assert not torch.equal(loaded.model.lm_head.weight, module.model.lm_head.weight)
