@@ -50,6 +50,11 @@ THINKING = (  # only the turn after the last question keeps its reasoning
     "<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MARKED = CHATML.replace(
+    "{{ m.content }}<|im_end|>",
+    "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
+    "<|im_end|>",
+)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
 SPECIAL += ["<end_of_turn>", "<|user|>", "<|assistant|>"]
 FORMATS = {  # template, and what ends a turn
@@ -101,6 +106,25 @@ def learnt(messages: object, template: str, **options: object) -> list[str]:
     return responses(row, tokenizer)
 
 
+def examples(messages: object, template: str, **options: object) -> list[tuple[str, ...]]:
+    """What stands before and what is learnt of each example that a conversation becomes."""
+    tokenizer = chat_tokenizer(template)
+    rows = encode([{"messages": messages}], tokenizer, **options)
+    return [
+        (tokenizer.decode(row["input_ids"][: row["num_prompt_tokens"]]), *responses(row, tokenizer)) for row in rows
+    ]
+
+
+def prompt(messages: object, template: str) -> str:
+    return chat_tokenizer(template).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+THOUGHT = [
+    user("2+2?"),
+    assistant("4.", reasoning_content="easy"),
+    user("3+3?"),
+    assistant("6!", reasoning_content="harder"),
+]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 WITH_TOOLS = [

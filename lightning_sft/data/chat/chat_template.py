@@ -42,8 +42,13 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """What a template writes, and start and end of each text in it that is marked by `{% generation %}`."""
+class MarkedText:
+    """What a template writes.
+
+    Attributes:
+        text: All of it.
+        marked_spans: Start and end of each text in it that is marked by `{% generation %}`, in their order.
+    """
 
     text: str
     marked_spans: list[tuple[int, int]]
@@ -84,7 +89,7 @@ class ChatTemplate:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise SettingsError(f"the chat template refuses the first {len(messages)} messages: {reason}") from error
 
-    def _apply(self, messages: list[Message], conversation: Conversation, **options: bool) -> _Rendered:
+    def _apply(self, messages: list[Message], conversation: Conversation, **options: bool) -> MarkedText:
         """What `apply_chat_template` writes, without the checks for which that goes through all messages each time."""
         rendered = render_jinja_template(
             [messages],
@@ -93,7 +98,7 @@ class ChatTemplate:
             **{**self._special_tokens, **conversation.variables, **options},
         )
         texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)  # annotated as a text
-        return _Rendered(texts[0], spans[0] if spans else [])
+        return MarkedText(texts[0], spans[0] if spans else [])
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
@@ -117,20 +122,17 @@ class ChatTemplate:
                 return takes_parts
         return False
 
-    def marked_spans(self, conversation: Conversation, num_messages: int | None = None) -> list[tuple[int, int]] | None:
-        """Start and end of each text that the template marks by `{% generation %}`, in what `write` returns.
+    def write_marked(self, conversation: Conversation, num_messages: int | None = None) -> MarkedText | None:
+        """What `write` returns, with what the template marks in it; None if the template has no marks.
 
         Args:
             conversation: The messages, and what else the template is given.
             num_messages: Write the first messages alone, so many. None: all.
-
-        Returns:
-            The spans in their order; None if the template has no such marks.
         """
         if not _MARK.search(self._tokenizer.get_chat_template(tools=conversation.tools)):
             return None
         messages = self._messages(conversation.messages[:num_messages])
-        return self._apply(messages, conversation, return_assistant_tokens_mask=True).marked_spans
+        return self._apply(messages, conversation, return_assistant_tokens_mask=True)
 
     def fitted(self, conversation: Conversation) -> Conversation:
         """The conversation with the arguments of tool calls as its template takes them: objects, or else JSON text.

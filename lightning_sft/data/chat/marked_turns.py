@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from lightning_sft.data.chat.chat_template import ChatTemplate
 from lightning_sft.data.chat.conversation import Conversation
 from lightning_sft.data.chat.turns import Turn
-from lightning_sft.data.tokens.texts import common_length
 from lightning_sft.errors import SettingsError
 
 
@@ -40,27 +39,29 @@ def learnt_text(
         SettingsError: If the template marks nothing of a turn; the message names it.
     """
     last = turns[-1]
-    marked = template.marked_spans(conversation, last.index + 1 if text is None else None)
-    if marked is None:
+    written = template.write_marked(conversation, last.index + 1 if text is None else None)
+    if written is None:
         return LearntText(last.text if text is None else text, [(turn.start, turn.end) for turn in turns])
+    marked = written.marked_spans
+    is_end = text is None or last.index + 1 == len(conversation.messages)  # nobody speaks after the last turn
     if text is None:
-        written = template.write(conversation, last.index + 1)
-        after = written[last.end - last.moved : max((end for _, end in marked), default=0)]
+        after = written.text[last.end - last.moved : marked[-1][1] if marked else 0]
         text = last.text + after  # what is marked may reach beyond the end of the turn, as up to a line break
         marked = [(start + last.moved, end + last.moved) for start, end in marked]
     spans: list[tuple[int, int]] = []
     for turn in turns:
-        turn_start = common_length(template.write(conversation, turn.index), turn.text)
-        turn_end = max(turn.end, common_length(template.write(conversation, turn.index + 1), text))
-        of_turn = [(start, end) for start, end in marked if turn_start <= start < turn_end and start < end]
+        limit = len(text) if is_end and turn is last else turn.end
+        of_turn = [(start, end) for start, end in marked if start < limit and (end > turn.start or start == turn.start)]
+        if of_turn:
+            start, end = of_turn[-1]  # of an empty turn, too, which has a mark around nothing
+            if end <= turn.end and not turn.text[end : turn.content_end].strip():
+                of_turn[-1] = (start, turn.end)
+        of_turn = [(start, end) for start, end in of_turn if start < end]
         if not of_turn:
             raise SettingsError(
                 f"turn {turn.index + 1} (assistant): the chat template marks nothing of it by `{{% generation %}}`. "
                 "Give another `chat_template`, or give the turn the `weight` 0."
             )
-        start, end = of_turn[-1]
-        if end <= turn.end and not turn.text[end : turn.content_end].strip():
-            of_turn[-1] = (start, turn.end)
         for start, end in of_turn:
             is_next = spans and spans[-1][1] == start
             spans[-1:] = [(spans[-1][0], end)] if is_next else [*spans[-1:], (start, end)]

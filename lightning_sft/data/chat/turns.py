@@ -140,7 +140,8 @@ def _find_start(
             return found + shared, shared
     raise SettingsError(
         f"turn {index + 1} (assistant): the chat template prompts for it with {generation_prompt!r}, but this does not "
-        f"stand before the turn: {around(whole, words_start)!r}. Give another `chat_template`."
+        f"stand before the turn: {around(whole, words_start)!r}. Give another `chat_template`, or give the turn the "
+        "`weight` 0."
     )
 
 

@@ -8,21 +8,22 @@ from support.chat import (
     FORMATS,
     GEMMA,
     LONG,
+    MARKED,
     SYSTEM,
     THINKING,
+    THOUGHT,
     assistant,
     chat_tokenizer,
     encode,
+    examples,
     learnt,
+    prompt,
     responses,
     user,
 )
 from support.rows import encode as encoded_rows
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.chat.chat_encoding import ChatEncoder
-from lightning_sft.data.chat.chat_template import ChatTemplate
-from lightning_sft.data.chat.conversation import Conversation
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -74,31 +75,10 @@ def test_whole_conversations_named_as_prompts_are_told_which_column_is_theirs():
         encode([{"dialog": LONG}], chat_tokenizer(CHATML), prompt_field="dialog")
 
 
-def examples(messages, template, **options):
-    """What stands before and what is learnt of each example that a conversation becomes."""
-    tokenizer = chat_tokenizer(template)
-    rows = encode([{"messages": messages}], tokenizer, **options)
-    return [
-        (tokenizer.decode(row["input_ids"][: row["num_prompt_tokens"]]), *responses(row, tokenizer)) for row in rows
-    ]
-
-
-def prompt(messages, template):
-    return chat_tokenizer(template).apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def refusal(messages, template, **row):
     with pytest.raises(ValueError, match="row 1 of") as caught:
         encode([{"messages": messages, **row}], chat_tokenizer(template))
     return str(caught.value)
-
-
-THOUGHT = [
-    user("2+2?"),
-    assistant("4.", reasoning_content="easy"),
-    user("3+3?"),
-    assistant("6!", reasoning_content="harder"),
-]
 
 
 def test_where_earlier_reasoning_is_dropped_each_turn_is_an_example_of_its_own():
@@ -209,49 +189,8 @@ def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it():
     assert counted.in_words(1).startswith(f"{words}'<|im_end|>assistant:6!<|im_end|>'. The response begins with it")
 
 
-def test_rows_of_many_turns_are_written_as_those_of_few():
-    messages = [message for _ in range(40) for message in THOUGHT]
-    expected = []
-    for index in range(1, len(messages), 2):
-        turn = messages[index]
-        response = f"<think>{turn['reasoning_content']}</think>{turn['content']}<|im_end|>"
-        expected.append((prompt(messages[:index], THINKING), response))
-    assert examples(messages, THINKING) == expected
-    tokenizer = chat_tokenizer(CHATML)
-    messages = [{"role": message["role"], "content": message["content"]} for message in [*messages, user("?")]]
-    (row,) = encode([{"messages": messages}], tokenizer)
-    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
-    assert responses(row, tokenizer) == [f"{turn['content']}<|im_end|>" for turn in messages[1::2]]
-
-
-def test_a_template_that_changes_its_mind_in_the_middle_of_a_long_conversation_is_found_out():
-    odd = CHATML.replace(
-        "{{ m.content }}", "{{ 'late ' if loop.index0 == 1 and messages | length > 60 }}{{ m.content }}"
-    )
-    messages = [user("2+2?"), assistant("4.")] * 40
-    contexts = [prompt(messages[:index], odd) for index in range(1, len(messages), 2)]
-    assert [context for context, _ in examples(messages, odd)] == contexts
-    assert "late" not in contexts[20]
-    assert "late" in contexts[-1]
-
-
-def test_the_number_of_renderings_grows_with_the_number_of_turns(monkeypatch):
-    written, write = [], ChatTemplate.write
-    monkeypatch.setattr(
-        ChatTemplate,
-        "write",
-        lambda self, conversation, number=None, **options: (
-            written.append(len(conversation.messages[:number])) or write(self, conversation, number, **options)
-        ),
-    )
-    plain, thought = [user("2+2?"), assistant("4.")], THOUGHT[:2]
-    for template, exchange in ((CHATML, plain), (THINKING, thought)):
-        totals = []
-        for num_turns in (50, 100, 200):
-            written.clear()
-            ChatEncoder(chat_tokenizer(template)).write(Conversation(exchange * num_turns))
-            totals.append(sum(written))
-        assert totals[2] < 2.2 * totals[1] < 5 * totals[0]
+def test_a_turn_that_is_marked_without_the_token_that_ends_it_is_learnt_with_it_even_if_it_is_empty():
+    assert learnt([*LONG[:3], assistant("")], MARKED) == ["4.<|im_end|>", "<|im_end|>"]
 
 
 def test_a_conversation_that_the_assistant_begins_is_learnt_from_the_second_answer_on():
