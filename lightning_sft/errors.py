@@ -47,6 +47,11 @@ def located(location: str) -> Iterator[None]:
         raise SettingsError(f"{location}: {error}") from error.__cause__
 
 
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number with its noun, such as `2 tokens`."""
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
+
+
 def and_more(items: Sequence[object]) -> str:
     """What follows the first of several in a message that names only that."""
     return f", and {len(items) - 1} more" if len(items) > 1 else ""

@@ -97,10 +97,12 @@ def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRo
     row_numbers = np.concatenate(numbers)
     bad_rows = [_read_bad_rows(part) for part in encoded]
     num_dropped = [int(out.sum()) - len(bad) for out, bad in zip(dropped, bad_rows, strict=True)]
+    num_bad = sum(map(len, bad_rows))
     report = EncodingReport(
         len(np.unique(row_numbers)),
         len(dataset),
         sum(num_dropped),
+        sum(len(np.unique(read_numbers(part, "row"))) for part in encoded) - len(np.unique(row_numbers)) - num_bad,
         int(read_numbers(dataset, "is_truncated").sum()),
         BadRowCounts(chain(*bad_rows)),
         sorted({column for part in encoded for column in _unique_texts(part, "unused_columns")}),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.rows.bad_rows import BadRowCounts
+from lightning_sft.errors import counted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class EncodingReport:
         num_rows: Rows of which there are examples.
         num_examples: The examples.
         num_dropped: Examples that are left out, since they are too long.
+        num_too_long: Rows of which all examples are left out for that.
         num_truncated: Examples that are cut.
         bad_rows: Rows that are left out, since they are malformed, counted by what is wrong with them.
         unused_columns: Columns of rows that people mean to be used, and that are not.
@@ -42,18 +44,24 @@ class EncodingReport:
     num_rows: int
     num_examples: int
     num_dropped: int = 0
+    num_too_long: int = 0
     num_truncated: int = 0
     bad_rows: BadRowCounts = field(default_factory=BadRowCounts)
     unused_columns: Sequence[str] = ()
     notices: Sequence[CountedNotice] = ()
 
     @property
+    def counts_examples(self) -> bool:
+        """Whether a row became several examples, left out or not, so that a number of these is none of rows."""
+        return self.num_examples + self.num_dropped > self.num_rows + self.num_too_long
+
+    @property
     def examples_in_words(self) -> str:
         """Why there are more examples than rows."""
         return (
-            f"{self.num_rows:,} rows became {self.num_examples:,} examples, one for each turn that is learnt where the "
-            "chat template writes a turn otherwise within the whole conversation than when a model is asked for it. "
-            '`train_on_turns: "last"` learns the last turns alone.'
+            f"{counted(self.num_rows, 'row')} became {counted(self.num_examples, 'example')}, one for each turn, since "
+            "the chat template writes a turn in another way once others follow, or ends it in no special token. Each "
+            'is learnt as a model is asked for it. `train_on_turns: "last"` learns the last turns alone.'
         )
 
 

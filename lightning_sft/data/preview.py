@@ -65,7 +65,8 @@ class Preview:
         """What is counted, and a value for each split."""
         splits = list(self.splits.values())
         lines = [("rows", [f"{split.report.num_rows:,}" for split in splits])]
-        if any(split.report.num_examples > split.report.num_rows for split in splits):
+        counts_examples = any(split.report.counts_examples for split in splits)
+        if counts_examples:
             lines.append(("examples, one for each turn", [f"{len(split.num_tokens):,}" for split in splits]))
         lines += [
             (source, [f"{split.sources[source]:,}" if split.sources else "" for split in splits])
@@ -80,11 +81,12 @@ class Preview:
         if any(split.report.bad_rows.total for split in splits):
             lines.append(("rows left out", [f"{split.report.bad_rows.total:,}" for split in splits]))
         lines.append(("tokens", [f"{split.num_tokens.sum():,}" for split in splits]))
+        each = "an example" if counts_examples else "a row"
         shares = [percent(split.num_response_tokens.sum(), split.num_tokens.sum()) for split in splits]
         lines.append(("of these response tokens", shares))
         for word, quantile in (("shortest", 0), ("median", 50), ("95th percentile", 95), ("longest", 100)):
             values = [np.percentile(split.num_tokens, quantile, method="nearest") for split in splits]
-            lines.append((f"tokens of a row, {word}", [f"{value:,}" for value in values]))
+            lines.append((f"tokens of {each}, {word}", [f"{value:,}" for value in values]))
         steps = [f"{split.steps_per_epoch:,}" if split.steps_per_epoch else "" for split in splits]
         return [*lines, ("optimizer steps per epoch", steps)]
 

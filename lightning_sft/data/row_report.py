@@ -9,7 +9,7 @@ from lightning_sft.data.rows.bad_rows import BadRowCounts
 from lightning_sft.data.rows.prompt_rows import PromptRows
 from lightning_sft.data.rows.row_format import unused_in_words
 from lightning_sft.data.rows.sources import Source
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, counted
 
 _NUM_SOURCES_NAMED = 20  # in one message
 
@@ -28,27 +28,24 @@ def report_rows(argument: str, rows: EncodedRows, limit: str, sources: Sequence[
         SettingsError: If nothing is left of them.
     """
     report, title = rows.report, f"{argument}{part}"
-    num_kept = report.num_examples
-    num_examples = num_kept + report.num_dropped
-    word = "rows" if report.num_rows == num_kept else "examples"
-    if not num_kept:
-        raise nothing_left(f"`{argument}`{part}", report.bad_rows, limit, report.num_dropped)
-    _report_bad_rows(title, report.bad_rows, report.bad_rows.total + report.num_rows)
+    if not report.num_examples:
+        raise nothing_left(f"`{argument}`{part}", report.bad_rows, limit, report.num_too_long)
+    _report_bad_rows(title, report.bad_rows, report.bad_rows.total + report.num_rows + report.num_too_long)
+    of_all = f"of {counted(report.num_examples + report.num_dropped, 'example' if report.counts_examples else 'row')}"
     if report.num_dropped:
         lost = zip(sources, rows.sizes, rows.num_dropped, strict=False)
         each = ", ".join(f"{num} of {num + size} of {source.name}" for source, size, num in lost if num)
         each = f" ({each})" if 1 < len(sources) <= _NUM_SOURCES_NAMED else ""
-        rank_zero_info(f"{title}: dropped {report.num_dropped} of {num_examples} {word}{each}, {limit}.")
+        rank_zero_info(f"{title}: dropped {report.num_dropped:,} {of_all}{each}, {limit}.")
     if report.num_truncated:
         rank_zero_info(
-            f"{title}: truncated {report.num_truncated} of {num_examples} {word}, {limit}; their responses lose the "
-            "end and the EOS."
+            f"{title}: truncated {report.num_truncated:,} {of_all}, {limit}; their responses lose the end and the EOS."
         )
     if report.num_examples > report.num_rows:
         rank_zero_info(f"{title}: {report.examples_in_words}")
-    for counted in report.notices:
-        say = rank_zero_warn if counted.notice.is_warning else rank_zero_info
-        say(f"{title}: {counted.in_words(report.num_rows)}")
+    for each_notice in report.notices:
+        say = rank_zero_warn if each_notice.notice.is_warning else rank_zero_info
+        say(f"{title}: {each_notice.in_words(report.num_rows)}")
     _warn_of_unused_columns(title, report.unused_columns)
 
 
@@ -79,8 +76,9 @@ def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_lo
         num_too_long: How many those are, if it is known.
     """
     if not bad_rows.total:
-        rows = "rows" if num_too_long is None else f"{num_too_long:,} rows"
-        return SettingsError(f"{title}: all {rows} are {limit}. Raise `max_length`.")
+        rows = "all rows are" if num_too_long is None else f"all {num_too_long:,} rows are"
+        rows = "its only row is" if num_too_long == 1 else rows
+        return SettingsError(f"{title}: {rows} {limit}. Raise `max_length`.")
     too_long = [f"Rows {limit}: {num_too_long:,}."] if num_too_long else []
     return SettingsError(f"{title}: no row can be used. {' '.join([*bad_rows.in_words(), *too_long])}")
 
@@ -88,7 +86,7 @@ def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_lo
 def _report_bad_rows(title: str, bad_rows: BadRowCounts, num_rows: int) -> None:
     if bad_rows.total:
         reason = f"{bad_rows.reason} (`bad_rows` is 'drop')" if bad_rows.reason else ""
-        words = f"{title}: left out {bad_rows.total:,} of {num_rows:,} rows{reason}."
+        words = f"{title}: left out {bad_rows.total:,} of {counted(num_rows, 'row')}{reason}."
         rank_zero_info("\n  ".join([words, *bad_rows.in_words()]))
 
 

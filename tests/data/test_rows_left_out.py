@@ -28,7 +28,7 @@ BAD = {
         "the chat template refuses the first 3 messages: TemplateError: roles must alternate"
     ),
     json.dumps({"messages": [user("a")]}).encode() + b"\n": (
-        "no turn of the assistant to learn from among 1 messages. Remove the row."
+        "no turn of the assistant to learn from among 1 message. Remove the row."
     ),
 }
 

@@ -16,7 +16,7 @@ from lightning_sft.data.chat.turns import Turn, check_has_context
 from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.texts import around, check_is_text
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, counted
 
 TrainOnTurns = Literal["all", "last"]
 
@@ -101,7 +101,7 @@ class ChatEncoder:
         return [replace(example, longest=longest, is_whole=len(examples) == 1) for example in examples]
 
     def write_prompt(self, conversation: Conversation) -> tuple[str, str | None]:
-        """The text for the model to go on from, and what an assistant's turn at the end says (None if there is none).
+        """The text for the model to go on from, and what an assistant's turn at the end says (None if that is nothing).
 
         Raises:
             SettingsError: If the template refuses the conversation.
@@ -111,7 +111,7 @@ class ChatEncoder:
         if final["role"] != "assistant":
             return self._template.write(conversation, add_generation_prompt=True), None
         check_has_context(num_before)
-        return self._template.write(conversation, num_before, add_generation_prompt=True), final["content"]
+        return self._template.write(conversation, num_before, add_generation_prompt=True), final["content"] or None
 
     def _example(
         self, conversation: Conversation, turns: Sequence[Turn], left_out: Sequence[str], text: str | None
@@ -143,7 +143,7 @@ class ChatEncoder:
             )
         if answers:
             raise SettingsError(
-                f"all {len(answers)} turns of the assistant have the `weight` 0 (or `train` false, or the like). "
+                "no turn of the assistant to learn from: each has the `weight` 0 (or `train` false, or the like). "
                 "Remove the row."
             )
         if turns:
@@ -152,7 +152,9 @@ class ChatEncoder:
                 "prompt is not learnt. Rename a column of whole conversations to `messages`, and leave out "
                 "`prompt_field`."
             )
-        raise SettingsError(f"no turn of the assistant to learn from among {len(messages)} messages. Remove the row.")
+        raise SettingsError(
+            f"no turn of the assistant to learn from among {counted(len(messages), 'message')}. Remove the row."
+        )
 
     def encode(self, written: Sequence[WrittenExample]) -> Iterator["EncodedConversation"]:
         """Token ids of each text, exactly those that `apply_chat_template` gives, with what is learnt as the response.

@@ -87,7 +87,8 @@ class ChatTemplate:
             return self._apply(messages, conversation, add_generation_prompt=add_generation_prompt).text
         except Exception as error:  # whatever a template raises
             reason = f"{type(error).__name__}: {one_line(error)}"
-            raise SettingsError(f"the chat template refuses the first {len(messages)} messages: {reason}") from error
+            these = "the first message" if len(messages) == 1 else f"the first {len(messages)} messages"
+            raise SettingsError(f"the chat template refuses {these}: {reason}") from error
 
     def _apply(self, messages: list[Message], conversation: Conversation, **options: bool) -> MarkedText:
         """What `apply_chat_template` writes, without the checks for which that goes through all messages each time."""

@@ -26,6 +26,9 @@ _ROLES = {
     "observation": "tool",
 }
 
+_TAKEN_VARIABLES = {"messages", "conversations", "tools", "chat_template", "add_generation_prompt"}
+_TAKEN_VARIABLES |= {"continue_final_message", "return_assistant_tokens_mask"}
+
 _SWITCHES = ("weight", "train", "trainable", "training", "loss", "loss_mask")
 
 
@@ -75,8 +78,22 @@ def read_conversation(
             parts.append(_read_messages(column, value))
     parts[0][:0] = _read_system(row.get("system"), parts[0][0])
     own = _from_json("`chat_template_kwargs`", row.get("chat_template_kwargs"), dict, "an object") or {}
+    check_variables(own)
     num_prompt_messages = len(parts[0]) if len(columns) == 2 else 0
     return Conversation([*chain(*parts)], num_prompt_messages, _read_tools(row), {**(variables or {}), **own})
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Refuse `chat_template_kwargs` that say how the template is called, not what it can use.
+
+    Raises:
+        SettingsError: If there is one; the message names it.
+    """
+    for name in sorted(_TAKEN_VARIABLES & set(variables)):
+        raise SettingsError(
+            f"`chat_template_kwargs` has `{name}`, by which `transformers` is told how to call the template. Remove "
+            "it; messages and tools have columns of their own."
+        )
 
 
 def _read_system(system: object, first: Message) -> list[Message]:

@@ -53,17 +53,20 @@ class Notice:
         return cls("reasoning", repr(reasoning[:40]))
 
 
+_WAY_OUT = (
+    "give the rows what is missing (`reasoning_content`), or `chat_template_kwargs` that prompt without it (for many "
+    "models `enable_thinking: false`)."
+)
 _SENTENCES: Mapping[NoticeKind, str] = {
     "prompt": (
         "in {rows} the chat template prompts a model with more than it writes before the turn. It prompts with "
-        "{example}. The response begins where the two part. To learn it after the whole prompt, give the rows what is "
-        "missing (`reasoning_content`), or `chat_template_kwargs` that prompt without it (for many models "
-        "`enable_thinking: false`)."
+        "{example}. The response begins where the two part. To learn it after the whole prompt, "
+        f"{_WAY_OUT}"
     ),
     "token": (
         "in {rows} one token holds the end of the generation prompt and the beginning of the turn: {example}. The "
-        "response begins with it, though a model that is asked for the turn cannot write it. Most often it is a space "
-        "or a line break at the beginning of the turn; without that, the two are apart."
+        "response begins with it, though a model that is asked for the turn cannot write it. To learn the turn after "
+        f"the whole prompt, remove the space with which it begins; or where the prompt opens the reasoning, {_WAY_OUT}"
     ),
     "end": (
         "in {rows} the chat template ends a turn that is learnt in no special token, but in {example}. The turn ends "

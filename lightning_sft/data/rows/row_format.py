@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from lightning_sft.checks import check_callable, check_choice, check_type
 from lightning_sft.data.chat.chat_encoding import TrainOnTurns
-from lightning_sft.data.chat.conversation import Conversation, read_conversation
+from lightning_sft.data.chat.conversation import Conversation, check_variables, read_conversation
 from lightning_sft.data.rows.bad_rows import FilteredRowError
 from lightning_sft.data.rows.readers import UnreadableRow
 from lightning_sft.data.tokens.texts import check_is_text, read_template_file
@@ -119,6 +119,7 @@ class RowFormat:
         check_choice("train_on_turns", self.train_on_turns, TrainOnTurns)
         if self.chat_template_kwargs is not None:
             check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
+            check_variables(self.chat_template_kwargs)
         check_type("as_chat", self.as_chat, bool, "true or false")
 
     def render(self, row: AnyRow) -> PlainRow | ChatRow:

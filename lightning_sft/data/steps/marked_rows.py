@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.microbatch import Microbatch
 from lightning_sft.data.tokens.tokenization import token_texts
+from lightning_sft.errors import counted
 
 _NOTEBOOK_ROWS, _NOTEBOOK_TOKENS = 8, 180  # rows of a batch; tokens of a row
 # Two of each, for neighbours, so that every token can be told from the next: prompt, then response.
@@ -169,11 +170,6 @@ def _shown(is_response: list[bool], limit: int) -> list[tuple[int, int]]:
         else:
             stretches += [(start, start + room // 2), (end - (room - room // 2), end)]
     return stretches
-
-
-def counted(number: int, noun: str, plural: str = "s") -> str:
-    """A number with its noun, such as `2 tokens`."""
-    return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
 def percent(part: int, whole: int) -> str:

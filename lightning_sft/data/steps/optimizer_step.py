@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.steps.marked_rows import MarkedRows, counted, marked_rows
+from lightning_sft.data.steps.marked_rows import MarkedRows, marked_rows
 from lightning_sft.data.steps.plan import StepTotals
 from lightning_sft.data.tokens.microbatch import Microbatch
+from lightning_sft.errors import counted
 
 
 @dataclass(eq=False)

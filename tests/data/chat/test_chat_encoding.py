@@ -87,7 +87,13 @@ def test_the_prompt_to_generate_from_is_the_conversation_up_to_the_last_turn():
     data = SFTDataModule(
         tokenizer,
         [{"messages": LONG}, {"messages": LONG, "ground_truth": "six"}],
-        predict_data=[{"messages": LONG[:3]}, {"messages": LONG}, {"prompt": LONG[:1]}, {"prompt": "plain"}],
+        predict_data=[
+            {"messages": LONG[:3]},
+            {"messages": LONG},
+            {"prompt": LONG[:1]},
+            {"prompt": "plain"},
+            {"messages": [LONG[0], WITH_TOOLS[1]]},
+        ],
         chat_template=LLAMA3,
     )
     data.setup("fit")
@@ -102,6 +108,7 @@ def test_the_prompt_to_generate_from_is_the_conversation_up_to_the_last_turn():
         Prompt(1, whole, "6!", is_chat=True),
         Prompt(2, first, None, is_chat=True),
         Prompt(3, "plain", None, is_chat=False),
+        Prompt(4, first, None, is_chat=True),
     ]
     assert tokenizer.chat_template is None  # the given one is left alone
 

@@ -149,8 +149,20 @@ def test_the_row_and_the_options_give_the_template_more_to_use():
     assert [prompt.partition(":")[0] for prompt in prompts] == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["tools", "continue_final_message", "add_generation_prompt"])
+def test_what_says_how_the_template_is_called_is_nothing_for_it_to_use(name):
+    tokenizer, words = chat_tokenizer(CHATML), f"`chat_template_kwargs` has `{name}`, by which `transformers`"
+    with pytest.raises(ValueError, match=f"row 1 of `train_data`: {words}"):
+        encode([{"messages": LONG, "chat_template_kwargs": {name: True}}], tokenizer)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        encode([{"messages": LONG}], tokenizer, chat_template_kwargs={name: True})
+
+
 BAD_MESSAGES = {
-    "no turn of the assistant": ([user("a")], "no turn of the assistant to learn from among 1 messages"),
+    "no turn of the assistant": (
+        [user("a")],
+        "no turn of the assistant to learn from among 1 message. Remove the row.",
+    ),
     "an empty list": ([], "`messages` has no messages; expected at least one."),
     "no list": ("hello", "`messages` is 'hello', which is not JSON"),
     "no object": (["a"], "`messages`, turn 1 is 'a', expected an object with `role` and `content`."),
@@ -201,7 +213,7 @@ BAD_MESSAGES = {
     ),
     "no weight anywhere": (
         [user("a"), assistant("b", weight=0), assistant("c", weight=0)],
-        "all 2 turns of the assistant have the `weight` 0 (or `train` false, or the like). Remove the row.",
+        "no turn of the assistant to learn from: each has the `weight` 0 (or `train` false, or the like).",
     ),
     "the assistant first": ([assistant("a"), user("b")], "turn 1 (assistant) has nothing before it"),
     "a lone surrogate": (
