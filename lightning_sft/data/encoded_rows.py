@@ -26,14 +26,8 @@ from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
 
 _ROWS_READ_AT_ONCE = 10_000
-_ONLY_COUNTED = [
-    "row",
-    "is_truncated",
-    "is_dropped",
-    "problem",
-    "unused_columns",
-    "notices",
-]  # columns that are no part of an example
+# Columns that are no part of an example.
+_ONLY_COUNTED = ["row", "is_truncated", "is_dropped", "problem", "unused_columns", "notices"]
 
 
 @dataclass(frozen=True)
@@ -97,16 +91,16 @@ def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRo
     row_numbers = np.concatenate(numbers)
     bad_rows = [_read_bad_rows(part) for part in encoded]
     num_dropped = [int(out.sum()) - len(bad) for out, bad in zip(dropped, bad_rows, strict=True)]
-    num_bad = sum(map(len, bad_rows))
+    num_rows, num_bad = len(np.unique(row_numbers)), sum(map(len, bad_rows))
     report = EncodingReport(
-        len(np.unique(row_numbers)),
-        len(dataset),
-        sum(num_dropped),
-        sum(len(np.unique(read_numbers(part, "row"))) for part in encoded) - len(np.unique(row_numbers)) - num_bad,
-        int(read_numbers(dataset, "is_truncated").sum()),
-        BadRowCounts(chain(*bad_rows)),
-        sorted({column for part in encoded for column in _unique_texts(part, "unused_columns")}),
-        _count_notices(dataset, row_numbers),
+        num_rows=num_rows,
+        num_examples=len(dataset),
+        num_dropped=sum(num_dropped),
+        num_too_long=sum(len(np.unique(read_numbers(part, "row"))) for part in encoded) - num_rows - num_bad,
+        num_truncated=int(read_numbers(dataset, "is_truncated").sum()),
+        bad_rows=BadRowCounts(chain(*bad_rows)),
+        unused_columns=sorted({column for part in encoded for column in _unique_texts(part, "unused_columns")}),
+        notices=_count_notices(dataset, row_numbers),
     )
     return EncodedRows(dataset.remove_columns(_ONLY_COUNTED), row_numbers, list(map(len, parts)), num_dropped, report)
 

@@ -166,34 +166,31 @@ class ChatEncoder:
             SettingsError: If what is learnt ends within a token; the message names the turn.
         """
         longest = list(dict.fromkeys(each.longest for each in written))
-        counted = {
-            text: self._counter.count(text, ids) for text, ids in zip(longest, self._counter.ids(longest), strict=True)
-        }
+        all_ids = self._counter.ids(longest)
+        texts = {text: self._counter.count(text, ids) for text, ids in zip(longest, all_ids, strict=True)}
         for each in written:
-            text = counted[each.longest]
+            text = texts[each.longest]
             if each.text != each.longest:
                 text = self._counter.count(each.text, text.ids_of(each.text))
             yield self._encoded(each, text)
 
-    def _encoded(self, written: WrittenExample, counted: CountedText) -> "EncodedConversation":
-        notices, bounds, ids = list(written.notices), [], counted.ids
+    def _encoded(self, written: WrittenExample, text: CountedText) -> "EncodedConversation":
+        notices, bounds, ids = list(written.notices), [], text.ids
         turns = {turn.start: turn for turn in written.turns}
         for start, end in written.spans:
             turn = turns.get(start)
-            before = counted.alike(written.text[:start] if turn is None else turn.prompt)
+            before = text.alike(written.text[:start] if turn is None else turn.prompt)
             if turn is not None and not before.is_whole:
-                if before.num_tokens < counted.alike(turn.prompt[: turn.words_end]).num_tokens:
+                if before.num_tokens < text.alike(turn.prompt[: turn.words_end]).num_tokens:
                     raise SettingsError(
                         f"turn {turn.index + 1} (assistant) begins within a token, in "
                         f"{around(turn.text, turn.start)!r}. Give another `chat_template`."
                     )
-                is_written = turn.text.startswith(turn.prompt)
-                notices.append(
-                    Notice.of_token(turn.text, turn.start)
-                    if is_written
-                    else Notice.of_prompt(turn.prompt, turn.text, turn.start)
-                )
-            until = counted.alike(written.text[:end])
+                if turn.text.startswith(turn.prompt):
+                    notices.append(Notice.of_token(turn.text, turn.start))
+                else:
+                    notices.append(Notice.of_prompt(turn.prompt, turn.text, turn.start))
+            until = text.alike(written.text[:end])
             if not until.is_whole:
                 raise SettingsError(
                     f"what is learnt of the assistant's turns ends within a token, in {around(written.text, end)!r}. "
