@@ -49,8 +49,14 @@ def test_heads_are_timed(name):
     assert result["seconds"] > 0
 
 
+def allocates_64_mebibytes():
+    peak = measure.PeakMemory("cpu")
+    torch.ones(2**24)
+    return {"peak": peak.read()}
+
+
 @linux
 def test_peak_memory_sees_what_was_freed_again():
-    peak = measure.PeakMemory("cpu")
-    torch.ones(2**24)  # 64 MiB
-    assert 60 * 2**20 < peak.read() < 300 * 2**20
+    # In a process of its own, as benchmarks measure: here another test's memory may be freed in between.
+    _, results = measure.in_turn({"allocates": allocates_64_mebibytes}, {}, rounds=1, dtype="float32")
+    assert 60 * 2**20 < results["allocates"]["peak"] < 300 * 2**20
