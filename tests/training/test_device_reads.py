@@ -1,0 +1,106 @@
+"""An optimizer step never waits for the device, but for the guard's copy of the numbers of the step before."""
+
+import lightning as L
+import pytest
+from support.cuda import attend_as_the_kernel
+from support.device_reads import DeviceReadError, NoDeviceReads
+from support.models import character_tokenizer, tiny_config
+from support.runs import ROWS, adamw
+from torch import Tensor
+from transformers import masking_utils
+
+from lightning_sft import SFTDataModule, SFTModule, StepProgressBar, TokenThroughput
+from lightning_sft.model import attention, head
+from lightning_sft.training.host_copy import HostCopy
+
+
+class OnDevice(L.Callback):
+    """From the second optimizer step on, model, optimizer and batch are on a device that must not be read."""
+
+    def __init__(self, device: NoDeviceReads) -> None:
+        self.device, self.num_steps, self.is_inside = device, 0, False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx:
+            self.device.put([*pl_module.parameters(), *pl_module.buffers()])
+            moments = [moment for state in trainer.optimizers[0].state.values() for moment in state.values()]
+            self.device.put([moment for moment in moments if moment.ndim])  # AdamW counts its steps on the host
+            self.device.put([vars(microbatch) for microbatch in batch.microbatches])
+            self.device.__enter__()
+            self.is_inside = True
+
+    def leave(self):
+        if self.is_inside:
+            self.device.__exit__(None, None, None)
+        self.is_inside = False
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.leave()
+
+
+class OnHostAgain(L.Callback):
+    """What Lightning does between steps may read."""
+
+    def __init__(self, on_device: OnDevice) -> None:
+        self.on_device = on_device
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.on_device.num_steps += self.on_device.is_inside
+        self.on_device.leave()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = NoDeviceReads()
+
+    def copy(self: HostCopy, tensor: Tensor) -> None:
+        self._copy, self._copied = device.copy_to_host(tensor), None
+
+    monkeypatch.setattr(HostCopy, "__init__", copy)
+    # What reads on the CPU alone does here what it does on a device.
+    monkeypatch.setattr(attention, "_attend_each", attend_as_the_kernel)
+    monkeypatch.setattr(head, "times", lambda gradient, factor: None if gradient is None else gradient.mul_(factor))
+    return device
+
+
+def run(device, data, config, **module):
+    on_device = OnDevice(device)
+    callbacks = [on_device, TokenThroughput(), StepProgressBar(), OnHostAgain(on_device)]
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=callbacks, num_sanity_val_steps=0, precision=module.pop("precision", "32-true"),
+    )  # fmt: skip
+    rows = SFTDataModule(character_tokenizer(), ROWS, batch_size=8, **data)
+    trainer.fit(SFTModule(tiny_config(**config), optimizer=adamw, **module), rows)
+    return on_device.num_steps
+
+
+MIXTURE = {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "output_router_logits": True,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+}
+SETTINGS = {
+    "packed": ({"max_tokens_per_microbatch": 70}, {}, {}),
+    "padded": ({"layout": "padded", "gradient_accumulation_steps": 3}, {}, {}),
+    "half precision": ({}, {}, {"precision": "bf16-mixed"}),
+    "by sequence": ({}, {}, {"loss_normalization": "sequence", "normalize_constant": 100.0}),
+    "smoothed": ({}, {}, {"label_smoothing": 0.1, "neftune_noise_alpha": 5.0, "gradient_checkpointing": True}),
+    "a mixture of experts": ({}, MIXTURE, {}),
+    "dft with adapters": ({}, {}, {"loss_type": "dft", "lora": {"r": 4, "lora_dropout": 0.1}}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_optimizer_step_does_not_read_the_device(device, name, monkeypatch):
+    data, config, module = SETTINGS[name]
+    if data.get("layout") == "padded":  # `transformers` asks, once in a microbatch, whether padded rows are packed
+        monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    assert run(device, data, config, **module) == 3
+
+
+def test_a_step_that_reads_the_device_would_be_seen(device):
+    with pytest.raises(DeviceReadError, match="__bool__"):
+        run(device, {}, {}, nonfinite="skip")
