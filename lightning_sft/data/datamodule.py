@@ -49,9 +49,10 @@ class SFTDataModule(L.LightningDataModule):
 
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.
-        train_data: A JSONL, JSON, CSV or Parquet file, a glob pattern, a hub data set (`name`, `name:config` or
-            `name:config:split`; `name@revision:...` for a commit, branch or tag), or a list of these; in Python also a
-            list of dictionaries or a `datasets.Dataset`.
+        train_data: A JSONL, JSON, CSV, TSV or Parquet file (all but Parquet also with `.gz`, `.bz2`, `.xz` or `.zst`),
+            by path or by an address that `fsspec` opens, or a glob pattern; a hub data set (`name`, `name:config` or
+            `name:config:split`; `name@revision:...` for a commit, branch or tag), or a folder that `save_to_disk` has
+            written (`folder::split`); or a list of these; in Python also of dictionaries, or a `datasets.Dataset`.
             Or `{source: weight}`: how many times an epoch goes through each source's rows. Of `n` rows it takes
             `round(n * weight)`, from where the epoch before stopped, so that none is taken twice before the others are
             taken once; the rows of all sources are shuffled together.
@@ -89,7 +90,7 @@ class SFTDataModule(L.LightningDataModule):
         streaming: Read and tokenise the training rows while training, not all of them before it: for data too large to
             prepare, in files or data sets given by name. How many rows there are is not known: `trainer.max_steps` says
             how long the run is, and where the data ends it begins again. Every process reads and tokenises all rows of
-            a step. A run that continues reads a JSONL, JSON or CSV file from its start and skips what it has had;
+            a step. A run that continues reads a file of text from its start and skips what it has had;
             Parquet files and data sets go on where they stopped.
         shuffle_buffer: With `streaming`, rows are read in blocks of this many, and each block is shuffled; 1 keeps the
             order of the data.

@@ -65,6 +65,7 @@ def data_folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.usefixtures("addresses")
 @pytest.mark.parametrize("kind", DATA)
 def test_no_row_is_tokenised_twice(tmp_path, tokenised, kind):
     data = DATA[kind](data_folder(tmp_path))
@@ -119,7 +120,7 @@ def test_the_same_bytes_in_files_of_two_kinds_are_not_confused(tmp_path):
 def test_rows_are_read_and_tokenised_anew_by_other_code(tmp_path, tokenised, monkeypatch):
     path = write_lines(tmp_path / "rows.jsonl", *ROWS)
     read = []
-    monkeypatch.setattr(sources, "read_file", lambda path: read.append(path) or read_file(path))
+    monkeypatch.setattr(sources, "read_file", lambda path, kind: read.append(path) or read_file(path, kind=kind))
     counts = []
     for module, code in ((encoding, "one"), (sources, "one"), (encoding, "two"), (sources, "two")):
         monkeypatch.setattr(module, "code_hash", lambda code=code: code)

@@ -1,15 +1,20 @@
 """Rows in every kind of file and collection, and what they are encoded to."""
 
+import bz2
 import codecs
 import csv
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
+import fsspec
 import pandas as pd
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft.data.encoded_rows import (
@@ -98,6 +103,62 @@ def csv_with_an_index_and_blank_lines(folder: Path) -> str:
     return write(folder / "rows.csv", "\n" + pd.DataFrame(ROWS).to_csv() + "\n\r\n")
 
 
+def write_tsv(path: Path, *rows: dict[str, str]) -> str:
+    pd.DataFrame(rows).to_csv(path, sep="\t", index=False)
+    return str(path)
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+
+
+def write_compressed(path: Path, content: bytes) -> str:
+    """A file whose name says how it is compressed, in two parts, one after the other, as `cat a.gz b.gz` makes it."""
+    half = len(content) // 2
+    return write(path, b"".join(map(COMPRESS[path.suffix], (content[:half], content[half:]))))
+
+
+def in_memory(name: str, content: bytes) -> str:
+    """A file of `fsspec`'s file system in memory."""
+    fsspec.filesystem("memory").pipe_file(f"/{name.lstrip('/')}", content)
+    return f"memory://{name}"
+
+
+def json_lines(*rows: object) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def pattern_in_memory(folder: Path) -> str:
+    for number, name in enumerate(("b.jsonl", "a/c.jsonl.gz", "c.jsonl")):
+        content = json_lines(ROWS[(1, 0, 2)[number]])
+        in_memory(f"{folder}/{name}", gzip.compress(content) if name.endswith(".gz") else content)
+    return f"memory://{folder}/**/*.jsonl*"
+
+
+def parquet_in_memory(folder: Path) -> str:
+    return in_memory(f"{folder}/rows.parquet", Path(write_parquet(folder / "rows.parquet", *ROWS)).read_bytes())
+
+
+def saved(folder: Path) -> str:
+    Dataset.from_list(ROWS).with_format("torch").save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def saved_splits(folder: Path) -> str:
+    splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list([ROWS[1], *ROWS])}
+    DatasetDict(splits).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def saved_in_memory(folder: Path) -> str:
+    Dataset.from_list(ROWS).save_to_disk(f"memory://{folder}/saved")
+    return f"memory://{folder}/saved"
+
+
 def several_files(folder: Path) -> list[str]:
     return [write_lines(folder / "2.jsonl", ROWS[0]), write_csv(folder / "1.csv", *ROWS[1:])]
 
@@ -125,6 +186,30 @@ DATA: dict[str, Callable[[Path], object]] = {
     "JSON list": lambda folder: write(folder / "rows.json", json.dumps(ROWS, indent=2)),
     "JSON list with a mark": json_list_with_mark,
     "JSON lines in .json": lambda folder: write_lines(folder / "rows.json", *ROWS),
+    "JSON object with data": lambda folder: write(folder / "rows.json", json.dumps({"version": 1, "data": ROWS})),
+    "JSON object with data over several lines": lambda folder: write(
+        folder / "rows.json", json.dumps({"data": ROWS}, indent=2)
+    ),
+    "TSV": lambda folder: write_tsv(folder / "rows.tsv", *ROWS),
+    "JSONL in gzip": lambda folder: write_compressed(folder / "rows.jsonl.gz", json_lines(*ROWS)),
+    "JSON list in xz": lambda folder: write_compressed(folder / "rows.json.xz", json.dumps(ROWS).encode()),
+    "CSV in Zstandard": lambda folder: write_compressed(
+        folder / "rows.csv.zst", Path(write_csv(folder / "rows.csv", *ROWS)).read_bytes()
+    ),
+    "TSV in bzip2": lambda folder: write_compressed(
+        folder / "rows.tsv.bz2", Path(write_tsv(folder / "rows.tsv", *ROWS)).read_bytes()
+    ),
+    "address": lambda folder: in_memory(f"{folder}/rows.jsonl", json_lines(*ROWS)),
+    "address of a local file": lambda folder: f"file://{write_lines(folder / 'rows.jsonl', *ROWS)}",
+    "address of a compressed file": lambda folder: in_memory(
+        f"{folder}/rows.jsonl.zst", COMPRESS[".zst"](json_lines(*ROWS))
+    ),
+    "address of Parquet": parquet_in_memory,
+    "pattern behind an address": pattern_in_memory,
+    "saved": saved,
+    "saved splits": saved_splits,
+    "saved split": lambda folder: saved_splits(folder) + "::test[1:]",
+    "saved behind an address": saved_in_memory,
     "CSV": lambda folder: write_csv(folder / "rows.csv", *ROWS),
     "CSV with a mark": lambda folder: write_csv(folder / "rows.csv", *ROWS, encoding="utf-8-sig"),
     "CSV with an index and blank lines": csv_with_an_index_and_blank_lines,

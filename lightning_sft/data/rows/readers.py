@@ -1,4 +1,4 @@
-"""Readers of JSONL, JSON and CSV files: rows one by one, each with its location in the file."""
+"""Readers of JSONL, JSON, CSV and TSV files: rows one by one, each with its location in the file."""
 
 import csv
 import json
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from lightning_sft.data.rows.files import FileKind
 from lightning_sft.errors import SettingsError, one_line, shorten
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -22,24 +25,28 @@ class UnreadableRow:
     problem: str
 
 
-def read_file(path: str, skip: int = 0) -> Iterator[tuple[str, dict[str, Any] | UnreadableRow]]:
-    """The rows of a JSONL, JSON or CSV file one by one, each with its location in it, such as `line 3`.
+def read_file(
+    path: str, skip: int = 0, kind: FileKind | None = None
+) -> Iterator[tuple[str, dict[str, Any] | UnreadableRow]]:
+    """The rows of a JSONL, JSON, CSV or TSV file one by one, each with its location in it, such as `line 3`.
 
     Args:
         path: The file.
         skip: Leave out so many rows at the start, unparsed if each is a line of JSON.
+        kind: What it is. By default what its name says.
 
     Raises:
         OSError: If the file cannot be read.
         ValueError: If it has no rows, or it is malformed so that nobody knows where a row ends.
     """
+    file = _TextFile(path, kind or FileKind.of(path))
     rows: Iterator[tuple[str, object]]
-    if path.endswith(".csv"):
-        rows = islice(_read_csv(path), skip, None)
-    elif path.endswith(".json") and _is_list(path):
-        rows = islice(_read_json_list(path), skip, None)
+    if file.kind.suffix in _DELIMITERS:
+        rows = islice(_read_csv(file, _DELIMITERS[file.kind.suffix]), skip, None)
+    elif file.kind.suffix == ".json" and (whole := _read_whole_json(file)) is not None:
+        rows = islice(((f"row {number}", row) for number, row in enumerate(whole, 1)), skip, None)
     else:
-        rows = _read_json_lines(path, skip)
+        rows = _read_json_lines(file, skip)
     has_rows = False
     for location, row in rows:
         has_rows = True
@@ -61,24 +68,52 @@ def parse_json(text: str) -> Any:
         return UnreadableRow(f"cannot be read as JSON: {one_line(error)}.")
 
 
-def _read_json_lines(path: str, skip: int) -> Iterator[tuple[str, object]]:
-    lines = ((number, line) for number, line in _text_lines(path) if isinstance(line, UnreadableRow) or line.strip())
-    for number, line in islice(lines, skip, None):
+def _read_json_lines(file: "_TextFile", skip: int) -> Iterator[tuple[str, object]]:
+    for number, line in islice(file.filled_lines(), skip, None):
         yield f"line {number}", line if isinstance(line, UnreadableRow) else parse_json(line)
 
 
-def _is_list(path: str) -> bool:
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "") == "["
+def _read_whole_json(file: "_TextFile") -> list[object] | None:
+    """The rows of a file that is one value: a list, or an object with the list `data`. None: it is lines of JSON.
+
+    Raises:
+        ValueError: If it is a list that cannot be read, or another object that takes several lines.
+    """
+    start = file.first_character()
+    if start == "[":
+        rows: list[object] = json.loads("".join(file.text()))
+        return rows
+    lines = file.filled_lines()
+    _, first = next(lines, (0, ""))
+    if start != "{" or isinstance(first, UnreadableRow):
+        return None
+    try:
+        value = json.loads(first)
+        has_more = next(lines, None) is not None
+    except json.JSONDecodeError as error:
+        if error.pos < len(first.rstrip()):  # or else the object may go on in the next line
+            return None
+        value, has_more = _parse_whole(file), False
+        if isinstance(value, dict) and not isinstance(value.get("data"), list):
+            raise SettingsError(
+                "it is one JSON object over several lines; expected an object a line, a list of objects, or an object "
+                f"with such a list as `data`. It has {shorten(sorted(value), 200)}."
+            ) from None
+    except (ValueError, RecursionError):  # which the row says itself
+        return None
+    data = value.get("data") if isinstance(value, dict) and not has_more else None
+    return data if isinstance(data, list) and all(isinstance(row, dict) for row in data) else None
 
 
-def _read_json_list(path: str) -> Iterator[tuple[str, object]]:
-    rows = json.loads("".join(_text(path)))
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+def _parse_whole(file: "_TextFile") -> object:
+    try:
+        return json.loads("".join(file.text()))
+    except (ValueError, RecursionError):
+        return None
 
 
-def _read_csv(path: str) -> Iterator[tuple[str, object]]:
-    reader = csv.reader(_text(path), strict=True)
+def _read_csv(file: "_TextFile", delimiter: str) -> Iterator[tuple[str, object]]:
+    reader = csv.reader(file.text(), delimiter=delimiter, strict=True)
     field_size_limit = csv.field_size_limit(sys.maxsize)  # unless raised, no field may pass 131,072 characters
     try:
         records = filter(None, reader)  # a blank line is an empty record
@@ -99,18 +134,40 @@ def _read_csv(path: str) -> Iterator[tuple[str, object]]:
         csv.field_size_limit(field_size_limit)
 
 
-def _text(path: str) -> Iterator[str]:
-    """The lines of a file that is a whole: one that is no text makes all of it unreadable."""
-    for number, line in _text_lines(path):
-        if isinstance(line, UnreadableRow):
-            raise SettingsError(f"line {number}: {line.problem}")
-        yield line
+@dataclass(frozen=True)
+class _TextFile:
+    """A file of text, read from its start each time.
 
+    Args:
+        path: Of the file.
+        kind: What it is.
+    """
 
-def _text_lines(path: str) -> Iterator[tuple[int, str | UnreadableRow]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield number, UnreadableRow(f"not UTF-8 text ({error.reason}). Save the file as UTF-8.")
+    path: str
+    kind: FileKind
+
+    def lines(self) -> Iterator[tuple[int, str | UnreadableRow]]:
+        """Its lines with their numbers, from 1; one that is no text is an unreadable row."""
+        with self.kind.open(self.path) as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield number, UnreadableRow(f"not UTF-8 text ({error.reason}). Save the file as UTF-8.")
+
+    def filled_lines(self) -> Iterator[tuple[int, str | UnreadableRow]]:
+        """Those lines that are not blank."""
+        return ((number, line) for number, line in self.lines() if isinstance(line, UnreadableRow) or line.strip())
+
+    def text(self) -> Iterator[str]:
+        """Its lines, if it is a whole: one that is no text makes all of it unreadable."""
+        for number, line in self.lines():
+            if isinstance(line, UnreadableRow):
+                raise SettingsError(f"line {number}: {line.problem}")
+            yield line
+
+    def first_character(self) -> str:
+        """The first that is no white space, whatever follows it; empty if there is none."""
+        with self.kind.open(self.path) as file:
+            lines = (line.decode("utf-8-sig", errors="replace").strip() for line in file)
+            return next(filter(None, lines), "")[:1]

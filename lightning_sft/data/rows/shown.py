@@ -1,12 +1,16 @@
 """Names and settings for model cards, tables and loggers, without the folders of this machine."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 
 def shown_path(path: str) -> str:
-    """A name or path as others may see it: of an absolute path the last part alone."""
+    """A name or path as others may see it: of an absolute path the last part alone, of an address no secrets."""
+    if "://" in path:
+        address = path.partition("?")[0] if path.startswith("http") else path  # where signatures stand
+        return re.sub("://[^/]*@", "://", address)  # and passwords
     return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path
 
 

@@ -3,24 +3,24 @@
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from lightning_sft.data.cache import cache_folder, code_hash
+from lightning_sft.data.rows.files import FileKind, find_files, local_copy
+from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import UnreadableRow, parse_json, read_file
 from lightning_sft.data.rows.row_format import AnyRow, Row
-from lightning_sft.errors import MissingFileError, SettingsError, SettingsTypeError, one_line, shorten
+from lightning_sft.errors import SettingsError, SettingsTypeError, one_line, shorten
 
 Data: TypeAlias = str | Sequence[str] | Dataset | Sequence[Row]
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _JSON_FEATURES = Features({"location": Value("string"), "json": Value("string"), "problem": Value("string")})
 
 
@@ -64,9 +64,11 @@ def open_sources(data: Data, argument: str) -> list[Source]:
     """Find the rows behind a data argument.
 
     Args:
-        data: A JSONL, JSON, CSV or Parquet file, a glob pattern, a hub data set's name (`name`, `name:config` or
-            `name:config:split`; the split is `train` unless given; `name@revision:...` for a commit, branch or tag),
-            the folder of such a data set, a list of these, a `datasets.Dataset`, or a list of dictionaries.
+        data: A JSONL, JSON, CSV, TSV or Parquet file, all but the last perhaps compressed, by its path or an address
+            that `fsspec` opens; a glob pattern; a hub data set's name (`name`, `name:config` or `name:config:split`;
+            the split is `train` unless given; `name@revision:...` for a commit, branch or tag); the folder of such a
+            data set, or one that `save_to_disk` has written (`folder` or `folder::split`); a list of these, a
+            `datasets.Dataset`, or a list of dictionaries.
         argument: What messages call the argument, such as `train_data`.
 
     Raises:
@@ -100,80 +102,27 @@ def _open_name(name: str, argument: str) -> list[Source]:
     return [Source(name, load_named(name, argument))]
 
 
-def find_files(name: str, argument: str) -> list[str]:
-    """The files that a name means; none if it is not one of a file or pattern.
-
-    Raises:
-        FileNotFoundError: If a file is missing or a pattern matches none.
-        ValueError: If there is no name, or a file is of an unknown kind.
-    """
-    if not name.strip():
-        raise SettingsError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
-    path, *options = name.split(":", 2)
-    if os.path.isfile(name):
-        paths = [name]
-    elif options and path.endswith(_SUFFIXES):
-        raise SettingsError(f"`{argument}` is {name!r}, but a file has neither configuration nor split. Use {path!r}.")
-    elif name.endswith(_SUFFIXES) or glob.has_magic(path):
-        paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-        if not paths:
-            raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.")
-    else:
-        return []
-    for path in paths:
-        if not path.endswith(_SUFFIXES):
-            raise SettingsError(f"`{argument}` is {path!r}; expected a file ending in {', '.join(_SUFFIXES)}.")
-    return paths
-
-
-@overload
-def load_named(name: str, argument: str, streaming: Literal[False] = False) -> Dataset: ...
-@overload
-def load_named(name: str, argument: str, streaming: Literal[True]) -> IterableDataset: ...
-def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """Load a data set by its name, as `open_sources` takes it.
-
-    Args:
-        name: Of the data set.
-        argument: What messages call the argument that holds the name.
-        streaming: Whether it is read while it is used, rather than now.
-
-    Raises:
-        ValueError: If it cannot be loaded.
-    """
-    path, *options = name.split(":", 2)
-    config, split = [*options, None, None][:2]
-    revision = None
-    if "@" in path and not os.path.exists(path):
-        path, _, revision = path.rpartition("@")
-    try:
-        return load_dataset(path, config or None, split=split or "train", revision=revision, streaming=streaming)
-    except Exception as error:
-        raise SettingsError(
-            f"`{argument}` is {name!r}: neither a file ({', '.join(_SUFFIXES)}) nor a data set that can be loaded: "
-            f"{type(error).__name__}: {one_line(error.__cause__ or error)}"
-        ) from error
-
-
 def _open_file(path: str, argument: str) -> Source:
     try:
         # Left alone, `datasets` knows a changed file by its modification time only, which copying can preserve.
-        with open(path, "rb") as file:
+        local, kind = local_copy(path), FileKind.of(path)
+        with open(local, "rb") as file:
             content = hashlib.file_digest(file, "blake2b").hexdigest()
-        key = Hasher.hash([content, Path(path).suffix, code_hash()])
-        if path.endswith(".parquet"):
+        key = Hasher.hash([content, kind.suffix, kind.compression, code_hash()])
+        if kind.suffix == ".parquet":
             options = {"split": "train", "cache_dir": str(cache_folder() / key)}
-            rows = load_dataset("parquet", data_files=[glob.escape(path)], **options)
+            rows = load_dataset("parquet", data_files=[glob.escape(local)], **options)
             rows._fingerprint = key  # as `fingerprint` does here:
         else:
-            rows = Dataset.from_generator(_json_rows, _JSON_FEATURES, gen_kwargs={"path": path}, fingerprint=key)
-        return Source(path, rows, is_json=not path.endswith(".parquet"))
+            arguments = {"path": local, "kind": kind}
+            rows = Dataset.from_generator(_json_rows, _JSON_FEATURES, gen_kwargs=arguments, fingerprint=key)
+        return Source(path, rows, is_json=kind.suffix != ".parquet")
     except Exception as error:
         raise SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}") from error
 
 
-def _json_rows(path: str) -> Iterator[dict[str, str | None]]:
-    for location, row in read_file(path):
+def _json_rows(path: str, kind: FileKind) -> Iterator[dict[str, str | None]]:
+    for location, row in read_file(path, kind=kind):
         yield _json_row(location, row)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
+from lightning_sft.data.rows.files import FileKind, find_files, is_remote
+from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import read_file
 from lightning_sft.data.rows.row_format import AnyRow
-from lightning_sft.data.rows.sources import find_files, load_named, own_keys
+from lightning_sft.data.rows.sources import own_keys
 from lightning_sft.errors import SettingsError, SettingsTypeError, one_line, shorten
 
 
@@ -20,7 +22,7 @@ class SourcePosition:
     """Where the next row of a source is read.
 
     Attributes:
-        num_read: Rows before it. Those of a JSONL, JSON or CSV file are skipped.
+        num_read: Rows before it. Those of a JSONL, JSON, CSV or TSV file are skipped.
         state: Of the data set, as `datasets` keeps it, which goes on where it was; None for a file that is read here.
     """
 
@@ -51,7 +53,7 @@ class RowStream:
         self._num_read = position.num_read
         try:
             if self._dataset is None:
-                for location, row in read_file(self.name, self._num_read):
+                for location, row in read_file(self.name, skip=self._num_read):
                     self._num_read += 1
                     yield f"{location} of {self.name}", row
             else:
@@ -94,8 +96,9 @@ def open_streams(data: object, argument: str) -> list[RowStream]:
         if not paths:
             streams.append(RowStream(name, argument, load_named(name, argument, streaming=True)))
         for path in paths:
-            parquet = {"data_files": [glob.escape(path)], "split": "train", "streaming": True}
-            dataset = load_dataset("parquet", **parquet) if path.endswith(".parquet") else None
+            files = [path if is_remote(path) else glob.escape(path)]
+            parquet = {"data_files": files, "split": "train", "streaming": True}
+            dataset = load_dataset("parquet", **parquet) if FileKind.of(path).suffix == ".parquet" else None
             streams.append(RowStream(path, argument, dataset))
     if not streams:
         raise SettingsError(f"`{argument}` has no rows; expected at least one.")

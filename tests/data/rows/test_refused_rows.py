@@ -1,10 +1,13 @@
 """Files and rows that cannot be read or used: each is named with its place."""
 
+import gzip
+import json
 import pickle
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from support.models import character_tokenizer
 from support.refusals import ROWS, Refusal, assert_clear, data, each, file, row, write
 from support.untrusted import Payload, own_code, trace_of_payload
@@ -14,13 +17,21 @@ from lightning_sft.errors import MissingFileError, SettingsTypeError
 
 GOOD = b'{"prompt": "a", "output": "b"}\n'
 UNREADABLE = "`train_data`: cannot read {tmp}/"
-NEITHER = "neither a file (.jsonl, .json, .csv, .parquet) nor a data set that can be loaded: "
+NEITHER = "neither a file (.jsonl, .json, .csv, .tsv, .parquet) nor a data set that can be loaded: "
+KIND_OF_FILE = (
+    "expected a file ending in .jsonl, .json, .csv, .tsv, .parquet, perhaps with .gz, .bz2, .xz, .zst after it."
+)
 KINDS = "expected a file, a data set's name, a list of these, a `datasets.Dataset`, or a list of dictionaries."
 
 
 def parquet(folder: Path) -> bytes:
     Dataset.from_list(ROWS).to_parquet(folder / "good.parquet")
     return (folder / "good.parquet").read_bytes()
+
+
+def saved(folder: Path) -> str:
+    DatasetDict(test=Dataset.from_list(ROWS)).save_to_disk(folder / "saved")
+    return str(folder / "saved")
 
 
 def nested(depth: int) -> list:
@@ -54,11 +65,66 @@ FILES = {
     ),
     "file of another kind": Refusal(
         file("a.pkl", pickle.dumps(ROWS)),
-        "`train_data` is '{tmp}/a.pkl'; expected a file ending in .jsonl, .json, .csv, .parquet.",
+        "`train_data` is '{tmp}/a.pkl'; " + KIND_OF_FILE,
     ),
-    "compressed file": Refusal(
-        file("a.jsonl.gz", b"\x1f\x8b"),
-        "`train_data` is '{tmp}/a.jsonl.gz'; expected a file ending in .jsonl, .json, .csv, .parquet.",
+    "truncated gzip": Refusal(
+        file("a.jsonl.gz", gzip.compress(GOOD)[:-9]),
+        UNREADABLE + "a.jsonl.gz: Compressed file ended before the end-of-stream marker was reached",
+    ),
+    "damaged bzip2": Refusal(file("a.csv.bz2", b"BZh9" + bytes(20)), UNREADABLE + "a.csv.bz2: Invalid data stream"),
+    "xz that is none": Refusal(
+        file("a.json.xz", GOOD), UNREADABLE + "a.json.xz: Input format not supported by decoder"
+    ),
+    "truncated Zstandard": Refusal(
+        file("a.tsv.zst", pa.compress(b"prompt\toutput\na\tb\n", "zstd", asbytes=True)[:-3]),
+        UNREADABLE + "a.tsv.zst: Truncated compressed stream",
+    ),
+    "compressed Parquet": Refusal(
+        file("a.parquet.gz", b"x"),
+        "`train_data` is '{tmp}/a.parquet.gz', but Parquet is compressed within the file. Unpack it.",
+    ),
+    "compressed file of another kind": Refusal(
+        data(train_data="{tmp}/*.gz"), "`train_data` is '{tmp}/*.gz', but there is no such file.", MissingFileError
+    ),
+    "TSV with a row too long": Refusal(
+        file("a.tsv", "prompt\toutput\na\tb\tc\n"),
+        "row 1 of {tmp}/a.tsv: expected 2 fields, as in the header, got 3.",
+    ),
+    "JSON object over several lines": Refusal(
+        file("a.json", json.dumps({"version": 1, "rows": ROWS}, indent=1)),
+        UNREADABLE + "a.json: it is one JSON object over several lines; expected an object a line, a list of objects, "
+        "or an object with such a list as `data`. It has ['rows', 'version'].",
+    ),
+    "missing file behind an address": Refusal(
+        data(train_data="memory://none/a.jsonl"),
+        "`train_data` is 'memory://none/a.jsonl', but there is no such file.",
+        MissingFileError,
+    ),
+    "pattern without match behind an address": Refusal(
+        data(train_data="memory://none/*.jsonl"),
+        "`train_data` is 'memory://none/*.jsonl', but there is no such file.",
+        MissingFileError,
+    ),
+    "unknown protocol": Refusal(
+        data(train_data="none://a/b.jsonl"),
+        "`train_data` is 'none://a/b.jsonl', which cannot be reached: ValueError: Protocol not known: none",
+    ),
+    "protocol whose package is missing": Refusal(
+        data(train_data="adl://a/b.jsonl"),
+        "`train_data` is 'adl://a/b.jsonl', which cannot be reached: ImportError: ...",
+    ),
+    "address of no file": Refusal(
+        data(train_data="memory://a/set"),
+        "`train_data` is 'memory://a/set': " + NEITHER + "an address is of a file, of a pattern, or of a folder that "
+        "`save_to_disk` has written. A hub data set has a name, such as `user/set`.",
+    ),
+    "saved folder without the split": Refusal(
+        lambda folder: data(train_data=f"{saved(folder)}::dev")(folder),
+        "`train_data` is '{tmp}/saved::dev': " + NEITHER + "it has no split 'dev', expected one of ['test'].",
+    ),
+    "saved folder without a training split": Refusal(
+        lambda folder: data(train_data=saved(folder))(folder),
+        "`train_data` is '{tmp}/saved': " + NEITHER + "it has no split 'train', expected one of ['test'].",
     ),
     "truncated JSONL": Refusal(
         file("a.jsonl", GOOD + GOOD[:17]),

@@ -12,11 +12,18 @@ from support.rows import (
     encode,
     encoded,
     folder_of_a_data_set,
+    in_memory,
+    json_lines,
     refusal,
+    saved_splits,
     write,
+    write_lines,
 )
 
+from lightning_sft.data.rows.readers import read_file
 from lightning_sft.data.rows.sources import open_sources
+
+pytestmark = pytest.mark.usefixtures("addresses")
 
 
 @pytest.mark.parametrize("kind", DATA)
@@ -24,6 +31,43 @@ def test_every_kind_of_data_gives_the_same_rows(tmp_path, kind):
     rows = encode(DATA[kind](tmp_path))
     assert encoded(rows) == ENCODED
     assert (rows.report.num_dropped, rows.report.num_truncated) == (0, 0)
+
+
+def test_a_path_may_begin_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "rows.jsonl", *ROWS)
+    saved_splits(tmp_path)
+    for data in ("~/rows.jsonl", "~/*.jsonl", "~/saved", "~/saved::test[1:]"):
+        assert encoded(encode(data)) == ENCODED
+    assert len(encode("~/saved::test").dataset) == 4
+    assert refusal("~/none.jsonl", FileNotFoundError) == "`train_data` is '~/none.jsonl', but there is no such file."
+
+
+def test_a_file_behind_an_address_that_has_changed_is_read_anew():
+    for rows in (ROWS, ROWS[1:]):
+        data = in_memory("changing/rows.jsonl", json_lines(*rows))
+        assert encode(data).dataset["prompt"][:] == [row["prompt"] for row in rows]
+
+
+def test_a_saved_folder_is_known_by_what_it_holds(tmp_path):
+    """Even if its own identity stays the same, as that of a folder that was changed by hand."""
+    for rows in (ROWS, ROWS[::-1]):
+        data = Dataset.from_list(rows)
+        data._fingerprint = "the same"
+        data.save_to_disk(tmp_path / "saved")
+        assert encode(str(tmp_path / "saved")).dataset["prompt"][:] == [row["prompt"] for row in rows]
+
+
+def test_the_lines_of_a_json_file_may_have_a_column_named_data(tmp_path):
+    def transform(row):
+        return row["data"][0]
+
+    for rows in ([{"data": ROWS[:1]}, {"data": ROWS[1:]}], [{"data": ["a"]}]):
+        path = write_lines(tmp_path / "rows.json", *rows)
+        found = [row for _, row in read_file(path)]
+        assert found == rows
+    path = write_lines(tmp_path / "rows.json", {"data": ROWS[:1]}, {"data": ROWS[1:]})
+    assert encode(path, row_transform=transform).dataset["prompt"][:] == ["Hi,", 'a\n"b"']
 
 
 def test_columns_that_are_not_asked_for_may_hold_anything():
@@ -57,7 +101,7 @@ def test_a_hub_name_has_configuration_split_and_revision(name, expected, monkeyp
         asked.append((path, config, split, revision))
         return Dataset.from_list([{"prompt": "a", "output": "b"}])
 
-    monkeypatch.setattr("lightning_sft.data.rows.sources.load_dataset", load)
+    monkeypatch.setattr("lightning_sft.data.rows.named_sets.load_dataset", load)
     open_sources(name, "train_data")
     assert asked == [expected]
 
@@ -72,14 +116,17 @@ def test_a_missing_file_and_a_pattern_without_match_are_named(tmp_path, name):
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     for data in (write(tmp_path / name, '{"prompt": "a", "output": "b"}'), str(tmp_path / "row*")):
         message = refusal(data)
-        assert (
-            message == f"`train_data` is '{tmp_path / name}'; expected a file ending in .jsonl, .json, .csv, .parquet."
+        assert message == (
+            f"`train_data` is '{tmp_path / name}'; expected a file ending in .jsonl, .json, .csv, .tsv, .parquet, "
+            "perhaps with .gz, .bz2, .xz, .zst after it."
         )
 
 
 def test_a_folder_that_is_no_data_set_is_refused_with_the_reason(tmp_path):
     message = refusal(str(tmp_path))
-    assert f"`train_data` is '{tmp_path}': neither a file (.jsonl, .json, .csv, .parquet) nor a data set" in message
+    assert (
+        f"`train_data` is '{tmp_path}': neither a file (.jsonl, .json, .csv, .tsv, .parquet) nor a data set" in message
+    )
     assert "doesn't contain any data files" in message
 
 

@@ -1,5 +1,6 @@
 """Rows read while training: the steps of rows prepared before, the same on any number of processes, and resumed."""
 
+import gzip
 import json
 from itertools import islice
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from support.models import character_tokenizer
+from support.rows import in_memory, json_lines, write_compressed
+from support.rows import write as write_text
 from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
@@ -24,6 +27,10 @@ LONG = {"prompt": "long", "output": "x" * 100}
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def table(rows, delimiter):
+    return b"".join(row["prompt"].encode() + delimiter + row["output"].encode() + b"\n" for row in rows)
 
 
 def streamed(path, **options):
@@ -76,27 +83,49 @@ def test_a_pass_has_every_row_once_and_the_next_another_order(tmp_path):
     assert steps == [batch.locations for batch in islice(loader, 10)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder", "several"])
-def test_from_any_place_on_the_rows_are_the_same(tmp_path, kind, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{i}", "output": "x"} for i in range(11)]
-    data = f"rows.{kind}"
-    if kind == "json":
-        (tmp_path / data).write_text(json.dumps(rows))
-    elif kind == "csv":
-        (tmp_path / data).write_text("prompt,output\n" + "".join(f"{i},x\n" for i in range(11)))
-    elif kind == "parquet":
-        Dataset.from_list(rows).to_parquet(data, batch_size=3)
-    elif kind == "folder":
-        data = "folder"
-        (tmp_path / data).mkdir()
-        for part in range(2):
-            write(tmp_path / data / f"{part}.jsonl", rows[part * 6 : part * 6 + 6])
-    else:
-        write(tmp_path / "rows.jsonl", rows)
-        write(tmp_path / "more.jsonl", rows[:1])
-        data = ["more.jsonl", "rows.jsonl", "more.jsonl"] if kind == "several" else data
+def in_parts(folder, rows):
+    for part in range(2):
+        write(folder / f"{part}.jsonl", rows[part * 6 : part * 6 + 6])
+    return str(folder)
 
+
+def several(folder, rows):
+    return [write(folder / "more.jsonl", rows[:1]), write(folder / "rows.jsonl", rows), str(folder / "more.jsonl")]
+
+
+def saved(folder, rows):
+    Dataset.from_list(rows).save_to_disk(folder)
+    return str(folder)
+
+
+def parquet(path, rows):
+    Dataset.from_list(rows).to_parquet(path, batch_size=3)
+    return str(path)
+
+
+KINDS = {
+    "JSONL": lambda folder, rows: write(folder / "rows.jsonl", rows),
+    "JSON": lambda folder, rows: write_text(folder / "rows.json", json.dumps(rows)),
+    "CSV": lambda folder, rows: write_text(folder / "rows.csv", b"prompt,output\n" + table(rows, b",")),
+    "TSV in bzip2": lambda folder, rows: write_compressed(
+        folder / "rows.tsv.bz2", b"prompt\toutput\n" + table(rows, b"\t")
+    ),
+    "JSONL in Zstandard": lambda folder, rows: write_compressed(folder / "rows.jsonl.zst", json_lines(*rows)),
+    "Parquet": lambda folder, rows: parquet(folder / "rows.parquet", rows),
+    "folder": in_parts,
+    "saved": saved,
+    "several": several,
+    "CSV in gzip behind an address": lambda folder, rows: in_memory(
+        f"{folder.name}/rows.csv.gz", gzip.compress(b"prompt,output\n" + table(rows, b","))
+    ),
+    "Parquet behind an address": lambda folder, rows: parquet(f"memory://{folder.name}/rows.parquet", rows),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_any_place_on_the_rows_are_the_same(tmp_path, kind):
+    rows = [{"prompt": f"{i}", "output": "x"} for i in range(11)]
+    data = KINDS[kind](tmp_path, rows)
     streams = open_streams(data, "train_data")
     straight = list(islice(ordered_rows(streams, 4, 0, StreamPosition()), 40))
     size = 13 if kind == "several" else 11

@@ -1,0 +1,142 @@
+"""Files of rows: found by name or pattern, on this machine or wherever `fsspec` opens them, compressed or not."""
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import BinaryIO, cast
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+from datasets import DownloadConfig, DownloadManager
+from fsspec.core import url_to_fs
+
+from lightning_sft.errors import MissingFileError, SettingsError, one_line
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_DECOMPRESSED: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
+    ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
+    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
+    # By Arrow, which `datasets` brings: Python reads this from 3.14 on.
+    ".zst": lambda file: cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(file, "zstd"))),
+}
+_WEB = ("http://", "https://")
+_KINDS = f"a file ending in {', '.join(SUFFIXES)}, perhaps with {', '.join(_DECOMPRESSED)} after it"
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is an address that `fsspec` opens, such as `s3://bucket/rows.jsonl`."""
+    return "://" in name
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is by its name.
+
+    Attributes:
+        suffix: One of `SUFFIXES`; empty if it has none of them.
+        compression: A suffix after that, such as `.gz`; empty if there is none.
+    """
+
+    suffix: str
+    compression: str = ""
+
+    @classmethod
+    def of(cls, path: str) -> "FileKind":
+        """The kind of the file at a path or address."""
+        name = PurePosixPath(urlsplit(path).path if path.startswith(_WEB) else path)
+        compression = name.suffix if name.suffix in _DECOMPRESSED else ""
+        suffix = PurePosixPath(name.stem).suffix if compression else name.suffix
+        return cls(suffix if suffix in SUFFIXES else "", compression)
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[BinaryIO]:
+        """A file of this kind for reading, decompressed."""
+        with fsspec.open(path, "rb") if is_remote(path) else open(path, "rb") as file:
+            if not self.compression:
+                yield file
+                return
+            with _DECOMPRESSED[self.compression](file) as decompressed:
+                yield decompressed
+
+
+def local_copy(path: str) -> str:
+    """The path of a file itself, or of a copy on this machine, which `datasets` makes and keeps.
+
+    A file is copied anew if it has another ETag than the copy, or none, so that nobody knows whether it has changed.
+    """
+    if not is_remote(path):
+        return path
+    filesystem, inner = url_to_fs(path)
+    known = {"ETag", "etag"} & set(filesystem.info(inner))
+    return str(DownloadManager(download_config=DownloadConfig(force_download=not known)).download(path))
+
+
+def find_files(name: str, argument: str) -> list[str]:
+    """The files that a name means; none if it is not one of a file or pattern.
+
+    Args:
+        name: A path, which may begin with `~`, an address that `fsspec` opens, or a pattern of either.
+        argument: What messages call the argument that holds the name.
+
+    Raises:
+        FileNotFoundError: If a file is missing or a pattern matches none.
+        ValueError: If there is no name, or a file is of an unknown kind or cannot be reached.
+    """
+    if not name.strip():
+        raise SettingsError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
+    paths = _find_remote(name, argument) if is_remote(name) else _find_local(os.path.expanduser(name), name, argument)
+    for path in paths:
+        kind = FileKind.of(path)
+        if not kind.suffix:
+            raise SettingsError(f"`{argument}` is {path!r}; expected {_KINDS}.")
+        if kind.suffix == ".parquet" and kind.compression:
+            raise SettingsError(f"`{argument}` is {path!r}, but Parquet is compressed within the file. Unpack it.")
+    return paths
+
+
+def _find_local(path: str, name: str, argument: str) -> list[str]:
+    inner, *options = path.split(":", 2)
+    if os.path.isfile(path):
+        return [path]
+    if options and FileKind.of(inner).suffix:
+        use = name.split(":", 1)[0]
+        raise SettingsError(f"`{argument}` is {name!r}, but a file has neither configuration nor split. Use {use!r}.")
+    if FileKind.of(path).suffix or glob.has_magic(inner):
+        paths = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        if not paths:
+            raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.")
+        return paths
+    return []
+
+
+def _find_remote(name: str, argument: str) -> list[str]:
+    """The files behind an address; none if it has no kind that a file has, and is no pattern."""
+    is_web = name.startswith(_WEB)  # where a question mark begins the query
+    is_pattern = "*" in name if is_web else glob.has_magic(name)
+    if not is_pattern and not FileKind.of(name).suffix:
+        return []
+    try:
+        filesystem, path = url_to_fs(name)
+        if not is_pattern:
+            filesystem.info(path)
+            return [name]
+        paths = sorted(path for path in filesystem.glob(path) if filesystem.isfile(path))
+    except Exception as error:
+        reason = error if isinstance(error, ImportError) else error.__cause__ or error
+        if isinstance(reason, FileNotFoundError):
+            raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.") from error
+        raise SettingsError(
+            f"`{argument}` is {name!r}, which cannot be reached: {type(reason).__name__}: {one_line(reason)}"
+        ) from error
+    if not paths:
+        raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.")
+    return [filesystem.unstrip_protocol(path) for path in paths]

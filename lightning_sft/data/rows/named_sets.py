@@ -1,0 +1,89 @@
+"""Data sets by name: of a hub, of a folder of files, or as `save_to_disk` of `datasets` has written them."""
+
+import hashlib
+import os
+from typing import Literal, overload
+
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
+from datasets import config as datasets_config
+from datasets import load_from_disk as load_saved
+from datasets.fingerprint import Hasher
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from lightning_sft.data.rows.files import SUFFIXES, is_remote
+from lightning_sft.errors import SettingsError, one_line, shorten
+
+
+@overload
+def load_named(name: str, argument: str, streaming: Literal[False] = False) -> Dataset: ...
+@overload
+def load_named(name: str, argument: str, streaming: Literal[True]) -> IterableDataset: ...
+def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """Load a data set by its name, as `open_sources` takes it.
+
+    Args:
+        name: Of the data set.
+        argument: What messages call the argument that holds the name.
+        streaming: Whether it is read while it is used, rather than now.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    try:
+        if (found := _saved_folder(name)) is not None:
+            folder, split = found
+            saved = _part(load_saved(folder, keep_in_memory=False), split)
+            return saved.to_iterable_dataset() if streaming else saved
+        if is_remote(name):
+            raise SettingsError(
+                "an address is of a file, of a pattern, or of a folder that `save_to_disk` has written. A hub data set "
+                "has a name, such as `user/set`."
+            )
+        path, *options = os.path.expanduser(name).split(":", 2)
+        config, split = [*options, None, None][:2]
+        revision = None
+        if "@" in path and not os.path.exists(path):
+            path, _, revision = path.rpartition("@")
+        return load_dataset(path, config or None, split=split or "train", revision=revision, streaming=streaming)
+    except Exception as error:
+        words = one_line(error.__cause__ or error)
+        words = words if isinstance(error, SettingsError) else f"{type(error).__name__}: {words}"
+        raise SettingsError(
+            f"`{argument}` is {name!r}: neither a file ({', '.join(SUFFIXES)}) nor a data set that can be loaded: "
+            f"{words}"
+        ) from error
+
+
+def _saved_folder(name: str) -> tuple[str, str | None] | None:
+    """The folder that `save_to_disk` has written, and the split that is asked for; None if it is no such folder."""
+    folder, _, split = name.rpartition("::") if "::" in name else (name, "", None)
+    filesystem, path = url_to_fs(folder) if is_remote(folder) else (LocalFileSystem(), os.path.expanduser(folder))
+    names = (datasets_config.DATASET_STATE_JSON_FILENAME, datasets_config.DATASETDICT_JSON_FILENAME)
+    if not any(filesystem.isfile(f"{path}/{each}") for each in names):
+        return None
+    return filesystem.unstrip_protocol(path) if is_remote(folder) else path, split
+
+
+def _part(saved: Dataset | DatasetDict, split: str | None) -> Dataset:
+    """A split of what was saved, or a part of one, such as `train[:10%]`; its content identifies it."""
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if split is None and not isinstance(saved, DatasetDict):
+        parts = [saved]
+    else:
+        instruction = ReadInstruction.from_spec(split or "train")
+        known = {str(name): len(rows) for name, rows in splits.items()}
+        try:
+            bounds = [(each.splitname, each.from_, each.to) for each in instruction.to_absolute(known)]
+        except ValueError:
+            expected = shorten(list(known), 200)
+            raise SettingsError(f"it has no split {split or 'train'!r}, expected one of {expected}.") from None
+        parts = [splits[name].select(range(start, end)) for name, start, end in bounds]
+    hasher = hashlib.blake2b()
+    for part in parts:
+        for file in part.cache_files:
+            with open(file["filename"], "rb") as content:
+                hasher.update(hashlib.file_digest(content, "blake2b").digest())
+    rows = (concatenate_datasets(parts) if len(parts) > 1 else parts[0]).with_format(None)
+    rows._fingerprint = Hasher.hash([hasher.hexdigest(), split, len(rows)])
+    return rows

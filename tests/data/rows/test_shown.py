@@ -1,0 +1,20 @@
+"""Names and paths as model cards and loggers show them."""
+
+import pytest
+
+from lightning_sft.data.rows.shown import shown_path
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("rows/train.jsonl", "rows/train.jsonl"),
+        ("/home/me/train.jsonl", "train.jsonl"),
+        ("user/set@v1:main:train", "user/set@v1:main:train"),
+        ("https://me:secret@host/a.jsonl?signature=1", "https://host/a.jsonl"),
+        ("s3://bucket/part-?.jsonl", "s3://bucket/part-?.jsonl"),
+        ("hf://datasets/user/set@v1/a.jsonl", "hf://datasets/user/set@v1/a.jsonl"),
+    ],
+)
+def test_folders_of_this_machine_and_secrets_of_addresses_are_left_out(path, shown):
+    assert shown_path(path) == shown
