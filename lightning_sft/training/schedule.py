@@ -1,18 +1,27 @@
 """The learning rate over a run's optimizer steps: `Schedule`, and schedules of Lightning's own forms."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_sft.checks import check_number, check_type
 from lightning_sft.errors import SettingsError, one_line
 
 _WITHOUT_LENGTH = ("constant", "constant_with_warmup")
+_AFTER_WARMUP: dict[
+    str, Callable[[float], float]
+] = {  # the learning rate, as a fraction of its peak, at each fraction of the steps after the warmup
+    "constant_with_warmup": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,6 @@ class Schedule:
         Raises:
             SettingsError: If there is no such schedule, or it needs what is not there.
         """
-        from transformers import get_scheduler  # imports `peft` and bitsandbytes, whose optimizers share torch's names
-
         if num_steps < 0 and (self.name not in _WITHOUT_LENGTH or 0 < self.warmup_steps < 1):
             raise SettingsError(
                 f"`lr_scheduler` is {self.name!r} with `warmup_steps` = {self.warmup_steps}, but the run has no "
@@ -65,6 +72,12 @@ class Schedule:
             )
         is_fraction = self.warmup_steps < 1
         num_warmup_steps = math.ceil(self.warmup_steps * num_steps) if is_fraction else int(self.warmup_steps)
+        if self.name in _AFTER_WARMUP and not self.kwargs:
+            factor = partial(_fraction_of_peak, name=self.name, num_warmup_steps=num_warmup_steps, num_steps=num_steps)
+            return LambdaLR(optimizer, factor)
+        # A second or two: it brings `peft`, and what that finds, such as bitsandbytes and torch's compiler.
+        from transformers import get_scheduler
+
         try:
             scheduler: LRScheduler = get_scheduler(
                 self.name, optimizer, num_warmup_steps, max(num_steps, 1), self.kwargs
@@ -73,6 +86,14 @@ class Schedule:
             with_kwargs = f" with `lr_scheduler_kwargs` = {self.kwargs}" if self.kwargs else ""
             raise SettingsError(f"`lr_scheduler` is {self.name!r}{with_kwargs}: {one_line(error)}") from None
         return scheduler
+
+
+def _fraction_of_peak(step: int, *, name: str, num_warmup_steps: int, num_steps: int) -> float:
+    """What `transformers` computes for its most common schedules."""
+    if step < num_warmup_steps:
+        return step / num_warmup_steps
+    progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+    return max(0.0, _AFTER_WARMUP[name](progress))
 
 
 def steps_per_epoch(trainer: L.Trainer) -> int | None:

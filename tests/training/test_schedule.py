@@ -1,0 +1,44 @@
+"""Schedules of the learning rate against those of `transformers`."""
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from lightning_sft.training.schedule import Schedule
+
+NUM_STEPS = 37
+
+
+def rates(build):
+    """The learning rate of each step, and of some after the last."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler, found = build(optimizer), []
+    for _ in range(NUM_STEPS + 3):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("num_warmup_steps", [0, 1, 5, NUM_STEPS + 10])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("constant", None),
+        ("constant_with_warmup", None),
+        ("linear", None),
+        ("cosine", None),
+        ("cosine", {"num_cycles": 2.5}),
+        ("cosine_with_min_lr", {"min_lr": 0.1}),
+    ],
+)
+def test_rates_are_those_of_transformers(name, kwargs, num_warmup_steps):
+    ours = rates(lambda optimizer: Schedule(name, num_warmup_steps, kwargs).build(optimizer, NUM_STEPS))
+    theirs = rates(lambda optimizer: get_scheduler(name, optimizer, num_warmup_steps, NUM_STEPS, kwargs))
+    assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-15)
+
+
+def test_a_warmup_below_one_is_a_fraction_of_the_run():
+    ours = rates(lambda optimizer: Schedule("linear", 0.1).build(optimizer, NUM_STEPS))
+    assert ours[:5] == pytest.approx([0.0, 0.075, 0.15, 0.225, 0.3])  # 3.7 steps become 4
+    assert ours[NUM_STEPS] == 0.0
