@@ -57,7 +57,7 @@ class HuggingFaceExport(Checkpoint):
         if stage == "fit" and folder is not None:
             check_export_folder(folder)
             if not self.merge_lora:
-                check_adapters_alone(pl_module.hparams.get("lora"))
+                check_adapters_alone(cast(SFTModule, pl_module).builder.lora)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the weights that the run ends with."""

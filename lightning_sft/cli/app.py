@@ -29,6 +29,7 @@ from lightning_sft.cli.run_settings import RunSettings
 from lightning_sft.cli.save_settings import SaveSettings
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, one_line
+from lightning_sft.model.stored_adapters import tokenizer_beside
 from lightning_sft.training.checkpoint_files import newest_checkpoint
 from lightning_sft.training.module import SFTModule
 
@@ -144,7 +145,7 @@ class SFTCLI(LightningCLI):
         if "data" in parts:
             model = config.model.get("model")
             if config.data.tokenizer is None and isinstance(model, str):
-                config.data.tokenizer = model
+                config.data.tokenizer = tokenizer_beside(model)
             if isinstance(config.seed_everything, int) and not config.data.seed:
                 config.data.seed = config.seed_everything
         if "model" in parts:

@@ -1,17 +1,25 @@
 """`ModelBuilder`: makes the model that is trained, with its adapters."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lightning_sft.checks import check_integer, check_type
+from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.model.given_adapters import (
+    has_foreign_adapters,
+    settings_of_given,
+    take_adapters,
+    without_wrapper,
+)
 from lightning_sft.model.lora import add_lora, check_settings, has_lora, lora_config
 from lightning_sft.model.parameter_names import check_patterns, freeze
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model
+from lightning_sft.model.stored_adapters import StoredAdapters, is_adapter_folder
 
 
 @dataclass
@@ -20,8 +28,10 @@ class ModelBuilder:
 
     Attributes:
         source: Name or folder of a pretrained model; or the settings of a configuration with `model_type`; or a model.
+            A folder of adapters stands for the model that they are on top of, and for `lora.path`.
         model_kwargs: For `from_pretrained` or `from_config`.
-        lora: Settings of adapters, as for `add_lora`. None: no adapters.
+        lora: Settings of adapters, as for `add_lora`; `path`: the folder of adapters to begin with. Whatever was given,
+            it then holds the settings by which `add_lora` makes them. None: no adapters.
         seed: Of weights that are drawn, those of adapters included.
         freeze: Patterns of names of parameters that are not trained. None: all are, or all adapters.
 
@@ -34,17 +44,41 @@ class ModelBuilder:
     lora: dict[str, Any] | None = None
     seed: int = 0
     freeze: list[str] | None = None
+    _stored: StoredAdapters | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, Path):
-            self.source = str(self.source)
+        self.source = str(self.source) if isinstance(self.source, Path) else without_wrapper(self.source)
         check_type("model", self.source, (str, dict, PreTrainedModel), "a name, a path, settings or a model")
         check_type("model_kwargs", self.model_kwargs, dict, "a mapping of arguments", optional=True)
         check_type("lora", self.lora, dict, "a mapping of arguments", optional=True)
         check_integer("seed", self.seed, at_least=0)
         check_patterns("freeze", self.freeze)
+        self._find_adapters()
         if self.lora is not None:
             lora_config(self.lora)  # refuses what is wrong now rather than after loading
+
+    def _find_adapters(self) -> None:
+        """Take adapters that there are already, in a folder or in the model, for what they are."""
+        given = dict(self.lora or {})
+        path = given.pop("path", None)
+        if isinstance(self.source, str) and is_adapter_folder(self.source):
+            if path is not None:
+                raise SettingsError(
+                    f"`model` is {self.source!r}, a folder of adapters, and `lora.path` is {path!r}, another one. Give "
+                    "the model that they are on top of as `model`."
+                )
+            self._stored = StoredAdapters.read(self.source, given)
+            self.source = self._stored.base
+        elif path is not None:
+            self._stored = StoredAdapters.read(path, given)
+        if isinstance(self.source, PreTrainedModel) and has_foreign_adapters(self.source):
+            if path is not None:
+                raise SettingsError(
+                    f"`model` has adapters already, and `lora.path` is {path!r}. Give the model without adapters."
+                )
+            self.lora = settings_of_given(self.source, given)
+        elif self._stored is not None:
+            self.lora = self._stored.settings
 
     @property
     def base(self) -> str | dict[str, Any] | None:
@@ -52,6 +86,11 @@ class ModelBuilder:
         if isinstance(self.source, PreTrainedModel):
             return self.source.name_or_path or None
         return self.source
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """Where the adapters are that training begins with; None if it begins with new ones, or none."""
+        return None if self._stored is None else self._stored.folder
 
     def build(self, precision: Precision = FLOAT32) -> PreTrainedModel:
         """The model, loaded or initialised in main memory; a model that was given stays where it is.
@@ -91,18 +130,27 @@ class ModelBuilder:
         Raises:
             SettingsError: If it has adapters of other settings, or settings or patterns do not fit it.
         """
+        if has_foreign_adapters(model):
+            if self.lora is None:
+                raise SettingsError(
+                    f"`model` is {shorten(self.base, 200)}, which brings adapters with it. Download them (`hf download "
+                    "NAME --local-dir FOLDER`), and give that folder as `model`."
+                )
+            take_adapters(model, self.lora)
         check_settings(model, self.lora)
         if self.lora is not None and not has_lora(model):
             add_lora(model, self.lora, self.seed)
+            if self._stored is not None and model.device.type != "meta":
+                self._stored.give_to(model)
         if self.freeze:
             freeze(model, self.freeze)
         return model
 
     def arguments_for(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The arguments `model` and `model_kwargs` of `SFTModule` by which a checkpoint's weights find their model.
+        """The arguments of `SFTModule` by which a checkpoint's weights find their model.
 
         Without adapters the checkpoint holds all weights, and the model's configuration is enough. With adapters it
-        holds them alone, so the model that they are on top of is named.
+        holds them alone, so the model that they are on top of is named, and `lora` has their settings in full.
 
         Args:
             model: That this builder has made.
@@ -117,7 +165,7 @@ class ModelBuilder:
             name: json.loads(value.to_json_string()) if hasattr(value, "to_json_string") else value
             for name, value in kwargs.items()
         }
-        return {"model": self.base, "model_kwargs": plain}
+        return {"model": self.base, "model_kwargs": plain, "lora": self.lora}
 
     def _options(self, precision: Precision) -> dict[str, Any]:
         # Frozen weights in float32 would be no more exact than in the type that they are stored in.

@@ -4,7 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,8 +17,32 @@ from lightning_sft.model.quantization import keep_from_packing
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_NOT_SET = {"peft_type", "auto_mapping", "task_type", "inference_mode"}  # always those of training a causal model
+_WRITTEN = {
+    *("peft_type", "auto_mapping", "task_type", "inference_mode"),  # always those of training a causal model
+    *("base_model_name_or_path", "revision", "peft_version", "runtime_config"),  # of whoever stores adapters
+}
+_NOT_SET = _WRITTEN | {
+    *("megatron_config", "megatron_core"),  # layers of another library
+    *("alora_invocation_tokens", "arrow_config", "layer_replication"),  # cannot be merged
+    *("kasa_config", "monteclora_config"),  # want a loss of their own
+}
+_OF_FIRST_WEIGHTS = {"init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"}
+_OTHER_DEFAULTS = ("target_modules", "ensure_weight_tying")  # of which the defaults are others here
+_FROM_DATA = ("eva", "corda", "lora_ga")  # first weights that are computed from data before the training
 _DEFAULTS: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def import_peft() -> Any:
+    """The package `peft`.
+
+    Raises:
+        MissingPackageError: If it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingPackageError("`lora` needs the package `peft`: pip install 'lightning-sft[lora]'") from None
+    return peft
 
 
 def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
@@ -32,11 +56,8 @@ def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
         MissingPackageError: If `peft` is not installed.
         SettingsError: If an argument is unknown or has a wrong value, or makes adapters that cannot be merged.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise MissingPackageError("`lora` needs the package `peft`: pip install 'lightning-sft[lora]'") from None
-    known = set(inspect.signature(LoraConfig).parameters) - _NOT_SET
+    peft = import_peft()
+    known = set(inspect.signature(peft.LoraConfig).parameters) - _NOT_SET
     for name in settings:
         if name not in known:
             raise SettingsError(f"`lora` has `{name}`, which cannot be set. These can: {_listed(known)}.")
@@ -46,8 +67,16 @@ def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
             "afterwards. Train all embeddings instead: put their name, such as `embed_tokens`, into `modules_to_save`."
         )
     check_integer("lora.r", settings.get("r", 8), at_least=1)
+    first = settings.get("init_lora_weights")
+    if isinstance(first, str) and first.lower().startswith(_FROM_DATA):
+        raise SettingsError(
+            f"`lora.init_lora_weights` is {first!r}, for which rows have to be run through the model first. Let `peft` "
+            "do that, and pass the model with adapters that it makes as `model`; or leave it out."
+        )
     try:
-        return LoraConfig(**(_DEFAULTS | copy.deepcopy(dict(settings))))  # it adds to lists that it is given
+        return cast(
+            "LoraConfig", peft.LoraConfig(**(_DEFAULTS | copy.deepcopy(dict(settings))))
+        )  # it adds to lists that it is given
     except (TypeError, ValueError) as error:
         raise SettingsError(f"`lora` is {shorten(dict(settings), 200)}: {one_line(error, 200)}") from error
 
@@ -84,6 +113,12 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     config.base_model_name_or_path = model.name_or_path
     _inject(model, config, seed)
     if tied and not _is_tied(model):
+        if settings.get("modules_to_save") and not config.ensure_weight_tying:
+            raise SettingsError(
+                f"`lora.ensure_weight_tying` is false, so embeddings and head of {type(model).__name__}, which share "
+                "their weights, would be trained apart. Leave it out. (Of adapters that were stored so, let `peft` "
+                "merge them into a model of `tie_word_embeddings` false, and train that.)"
+            )
         raise SettingsError(
             f"`lora` would adapt one of {type(model).__name__}'s embeddings and head, which share their weights. Leave "
             "both out of `target_modules`, or put one of them, by its full name, into `modules_to_save`: of "
@@ -95,10 +130,27 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
             f"`lora.lora_bias` is true, but `{without_bias[0]}` has no bias that its own could be merged into. Leave "
             "it out, or name only layers with a bias in `target_modules`."
         )
-    model.lora_settings = dict(settings)  # type: ignore[assignment]  # `check_settings` reads it
-    for weight in model.parameters():
-        if weight.requires_grad and weight.dtype.itemsize < 4:
+    keep_adapters(model, settings)
+
+
+def keep_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Note on a model what its adapters are, and have those that are trained in float32.
+
+    Args:
+        model: With adapters; all that is trained of it are these.
+        settings: By which `add_lora` would make them.
+    """
+    model.lora_settings = dict(settings)  # type: ignore[assignment]
+    trained = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad]
+    model.adapter_names = frozenset(name for name, _ in trained)  # type: ignore[assignment]
+    for _, weight in trained:
+        if weight.dtype.itemsize < 4:
             weight.data = weight.data.float()  # half precision would lose small steps
+
+
+def adapter_names(model: nn.Module) -> frozenset[str]:
+    """The names of the weights that a model's adapters consist of, biases and whole copies of layers among them."""
+    return getattr(model, "adapter_names", frozenset())
 
 
 def not_adapted(model: nn.Module) -> list[str] | None:
@@ -180,24 +232,39 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def lora_settings(model: Any) -> dict[str, Any]:
-    """The settings of a model's adapters, as `add_lora` takes them."""
+    """The settings that a model's adapters were made by, or would be."""
+    if (found := getattr(model, "lora_settings", None)) is not None:
+        return dict(found)
     config = model.peft_config["default"]
-    known = set(inspect.signature(type(config)).parameters) - _NOT_SET
-    return {name: value for name, value in vars(config).items() if name in known}
+    return settings_of(config) | {"init_lora_weights": config.init_lora_weights}
+
+
+def settings_of(config: "LoraConfig") -> dict[str, Any]:
+    """The settings by which `add_lora` makes adapters of the same layers and shapes, with other first weights.
+
+    Args:
+        config: Of adapters that there are.
+    """
+    default = type(config)()
+    names = set(inspect.signature(type(config)).parameters) - _WRITTEN - _OF_FIRST_WEIGHTS
+    settings = {
+        name: getattr(config, name) for name in sorted(names) if getattr(config, name) != getattr(default, name)
+    }
+    settings |= {name: getattr(config, name) for name in _OTHER_DEFAULTS}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
 
 def check_settings(model: nn.Module, settings: Mapping[str, Any] | None) -> None:
     """Refuse to train adapters that a model has already, if they are of other settings than those asked for.
 
     Args:
-        model: With adapters, or without.
-        settings: As for `add_lora`. None: none are asked for, and adapters that were not made by `add_lora` may stay.
+        model: With adapters that were made here, or without.
+        settings: As for `add_lora`. None: none are asked for.
 
     Raises:
         SettingsError: If they differ.
     """
-    found = getattr(model, "lora_settings", None if settings is None else "settings of somebody else")
-    if has_lora(model) and found != settings:
+    if has_lora(model) and (found := lora_settings(model)) != settings:
         raise SettingsError(
             f"`model` has adapters by {shorten(found, 200)} in it already, but `lora` is {shorten(settings, 200)}. "
             "Load the model anew."

@@ -13,7 +13,6 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.causality import check_causal
 from lightning_sft.model.linear_head import find_linear_head
-from lightning_sft.model.lora import has_lora
 from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.positions import num_positions
 from lightning_sft.model.precision import Precision
@@ -24,6 +23,7 @@ from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import is_sharded, load_sharded, shard
 from lightning_sft.trainer_loops import leave_inference_mode
 from lightning_sft.training.checkpoint_weights import InitialWeights
+from lightning_sft.training.trainer_checks import check_trainer
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ def load_model(
         initial: The weights to begin with, instead of those that the builder finds or draws.
 
     Raises:
-        SettingsError: If the model cannot be loaded, or not be sharded.
+        SettingsError: If the model cannot be loaded, or not be trained by this trainer.
     """
+    if trainer is not None:
+        check_trainer(trainer)
 
     def build(precision: Precision) -> PreTrainedModel:
         model = builder.build(precision) if loaded is None else builder.adapt(loaded)
@@ -91,8 +93,9 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
     if is_quantized(model) and (not trains_adapters or is_sharded(model)):
         why = "not be sharded; use the strategy `ddp`" if trains_adapters else "only train `lora` adapters"
         raise SettingsError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
-    if trainer is not None and trainer.state.fn == "fit":
-        _check_trained(model, trains_adapters)
+    fits = trainer is not None and trainer.state.fn == "fit"
+    if fits and not any(weight.requires_grad for weight in model.parameters()):
+        raise SettingsError("`model` has no weight that is to be trained: all are frozen.")
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     num_embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if tokenizer is not None and len(tokenizer) > num_embeddings:
@@ -100,17 +103,6 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
             f"The tokenizer has {len(tokenizer)} tokens, but the model only {num_embeddings} embeddings. "
             "Use the model's own tokenizer, or call `model.resize_token_embeddings` first."
         )
-
-
-def _check_trained(model: PreTrainedModel, trains_adapters: bool) -> None:
-    if has_lora(model) and not trains_adapters:
-        raise SettingsError(
-            "`model` has adapters by `peft` already, but `lora` is not set, so its checkpoints could not be loaded "
-            "again. Merge them (`peft.PeftModel.from_pretrained(base, folder).merge_and_unload()`), save that "
-            "and train it, with new adapters (`lora`) if you like."
-        )
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise SettingsError("`model` has no weight that is to be trained: all are frozen.")
 
 
 def prepare_model(

@@ -43,7 +43,6 @@ from lightning_sft.training.schedule import Schedule, step_plateau_schedules, st
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import parameter_counts, state_memory
 from lightning_sft.training.trained_weights import keep_trained_weights_only
-from lightning_sft.training.trainer_checks import check_trainer
 
 
 class SFTModule(L.LightningModule):
@@ -55,8 +54,9 @@ class SFTModule(L.LightningModule):
     mixture of experts asks for by `output_router_logits`, is in it; several microbatches then take one more pass each.
 
     Args:
-        model: Name or path of a pretrained model; or the settings of a configuration with `model_type`, such as
-            `{model_type: qwen2, vocab_size: 512, hidden_size: 128}`, to train from scratch; or a model.
+        model: Name or path of a pretrained model, or of adapters by `peft`; or the settings of a configuration with
+            `model_type`, such as `{model_type: qwen2, vocab_size: 512, hidden_size: 128}`, to train from scratch; or a
+            model, which may have adapters by `peft`.
         loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`:
             summed over each response, divided by `normalize_constant`, averaged over the step's sequences.
         normalize_constant: Divides the loss under `sequence`.
@@ -79,9 +79,9 @@ class SFTModule(L.LightningModule):
             as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
         sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
             only where the model is sharded, since whole gradients need memory there.
-        lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`.
-            Unless they say otherwise, every linear layer but the head is adapted. Under `bf16-mixed` adapters are
-            float32, and frozen weights stay in the dtype that they are stored in.
+        lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`,
+            by default for every linear layer but the head; or `path`: a folder of adapters to go on from. Under
+            `bf16-mixed` adapters are float32, and frozen weights stay in the dtype that they are stored in.
         model_kwargs: Passed to `from_pretrained` or `from_config`, such as `attn_implementation`.
         seed: Of weights trained from scratch, and of dropout, which is drawn anew from (seed, step, device) in each
             step. On the command line it is the seed of the data.
@@ -138,9 +138,9 @@ class SFTModule(L.LightningModule):
         self.save_hyperparameters(*own, *further, logger=False)
         self.automatic_optimization = False
         self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
-        if isinstance(model, PreTrainedModel):
-            self.model = model
-        if lora is not None:
+        if isinstance(self.builder.source, PreTrainedModel):
+            self.model = self.builder.source
+        if self.builder.lora is not None:
             self.strict_loading = False  # frozen weights are in no checkpoint
             keep_trained_weights_only(self)
 
@@ -157,8 +157,7 @@ class SFTModule(L.LightningModule):
         Raises:
             SettingsError: If the model cannot be loaded, or not be trained by this trainer.
         """
-        if (trainer := self._trainer) is not None:
-            check_trainer(trainer)
+        trainer = self._trainer
         self.model = load_model(self.builder, getattr(self, "model", None), trainer, self.initial_weights)
         self.initial_weights = None
         if trainer is not None and not is_sharded(self.model):

@@ -7,6 +7,7 @@ import lightning as L
 from transformers import PreTrainedModel
 
 from lightning_sft.data.rows.shown import shown_path, shown_settings
+from lightning_sft.model.builder import ModelBuilder
 
 _OF_OPTIMIZER = ("lr", "betas", "momentum", "weight_decay")
 _OF_MODULE = ("lr_scheduler", "warmup_steps", "max_grad_norm", "loss_normalization", "normalize_constant")
@@ -88,8 +89,11 @@ def _of_optimizer(trainer: L.Trainer) -> dict[str, Any]:
 
 def _of_module(module: L.LightningModule) -> dict[str, Any]:
     settings = {name: module.hparams.get(name) for name in _OF_MODULE}
-    if lora := module.hparams.get("lora"):
-        settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in lora.items())
+    builder = cast(ModelBuilder, module.builder)
+    if builder.lora:
+        settings["LoRA"] = ", ".join(f"{name} {value}" for name, value in builder.lora.items())
+    if builder.adapter_folder is not None:
+        settings["LoRA from"] = shown_path(str(builder.adapter_folder))
     if settings["loss_normalization"] == "token":
         del settings["normalize_constant"]
     return settings

@@ -1,9 +1,11 @@
-"""Beside frozen weights, a checkpoint holds only the weights that are trained."""
+"""Beside frozen weights, a checkpoint holds only the weights that are trained, and all of adapters."""
 
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_sft.model.lora import adapter_names
 
 
 def keep_trained_weights_only(module: nn.Module) -> None:
@@ -17,9 +19,12 @@ def keep_trained_weights_only(module: nn.Module) -> None:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """The names of all weights that are trained; of one that is shared, each."""
+    """The names of all weights that are trained, or belong to adapters; of one that is shared, each."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name for name, weight in named if weight.requires_grad}
+    trained = {name for name, weight in named if weight.requires_grad}
+    for prefix, each in module.named_modules():
+        trained |= {f"{prefix}.{name}".lstrip(".") for name in adapter_names(each)}
+    return trained
 
 
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

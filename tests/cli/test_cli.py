@@ -424,6 +424,30 @@ def test_a_new_run_begins_with_the_weights_of_another_and_with_nothing_else(inpu
     run_command(["validate", "--config", str(runs / "version_1" / "config.yaml"), "--ckpt_path", str(first)])
 
 
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_run_goes_on_from_a_folder_of_adapters_and_continues(inputs, has_tokenizer):
+    changes = {"trainer.max_steps": 2, "model.optimizer.lr": 0.1, "model.lora": '{"r": 2}', "export.merge_lora": False}
+    run_command(arguments(inputs, **changes))
+    exported = Path("runs/x/version_0/huggingface")
+    adapters = exported.rename("adapters")
+    for path in [] if has_tokenizer else adapters.glob("*token*"):
+        path.unlink()
+    del changes["model.lora"]
+    changes |= {"model.model": adapters}
+    cli = run_command(arguments(inputs, **changes))
+    assert cli.config.data.tokenizer == str(adapters if has_tokenizer else inputs / "model")
+    first, second = (Path(f"runs/x/version_{i}/checkpoints/last.ckpt") for i in (0, 1))
+    begun, trained = (torch.load(path)["state_dict"] for path in (first, second))
+    assert begun.keys() == trained.keys()
+    assert not any(torch.equal(weight, trained[name]) for name, weight in begun.items())
+    words = ["--config", "runs/x/version_1/config.yaml", "--ckpt_path", "last"]
+    assert run_command(["fit", *words, "--trainer.max_steps", "3"]).trainer.global_step == 3
+    run_command(["validate", *words])
+    run_command(
+        ["fit", *arguments(inputs, **{"model.lora": f'{{"path": "{adapters}"}}'})[1:], "--init_from", str(second)]
+    )
+
+
 def test_a_run_does_not_begin_and_continue_at_once(inputs, monkeypatch):
     words = arguments(inputs, **{"init_from": "a.ckpt", "ckpt_path": "last"})
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])

@@ -51,6 +51,16 @@ class StepLog(L.Callback):
             file.write(json.dumps({"step": trainer.global_step, **metrics}) + "\n")
 
 
+class StopAt(L.Callback):
+    """Ends a run after a step, as if somebody had stopped it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop |= trainer.global_step >= self.step
+
+
 class FirstGradients(L.Callback):
     gradients: dict[str, Tensor] | None = None
 

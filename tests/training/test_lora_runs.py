@@ -1,23 +1,14 @@
 """Runs that train adapters: what is saved, how they go on, and on how many processes."""
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.lora import LORA, build, logits
-from support.runs import ROWS, Processes, train
+from support.runs import ROWS, Processes, StopAt, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import HuggingFaceExport, SFTModule
-
-
-class StopAt(L.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args):
-        trainer.should_stop |= trainer.global_step >= self.step
 
 
 def test_only_adapters_are_trained_and_saved_and_a_run_continues_to_the_last_bit(tmp_path):

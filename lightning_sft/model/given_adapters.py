@@ -1,0 +1,114 @@
+"""A model that `peft` has put adapters into already: taken as it is, if its checkpoints can be loaded again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_sft.errors import SettingsError
+from lightning_sft.model.lora import add_lora, has_lora, keep_adapters, settings_of
+from lightning_sft.model.pretrained import build_empty_model
+from lightning_sft.model.stored_adapters import check_same_settings, config_of_lora
+
+_CAME = "`model` has adapters by `peft`, whose configuration has"
+
+
+def without_wrapper(model: Any) -> Any:
+    """The model that a `peft.PeftModel` is around, with its adapters in it; anything else is returned as it is.
+
+    Raises:
+        SettingsError: If its adapters are none of LoRA.
+    """
+    if not (has_lora(model) and callable(getattr(model, "get_base_model", None))):
+        return model
+    inner = model.get_base_model()
+    if not has_lora(inner):  # they are not in its layers
+        for config in model.peft_config.values():
+            config_of_lora(config.to_dict(), _CAME)
+    return inner
+
+
+def has_foreign_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters that were not put in by `add_lora`, or noted by `take_adapters`."""
+    return has_lora(model) and not hasattr(model, "lora_settings")
+
+
+def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings by which `add_lora` makes the same adapters.
+
+    Args:
+        model: With adapters by `peft`.
+        given: Settings that the user gives beside it.
+
+    Raises:
+        SettingsError: If they are of other settings, or could not be made again when a checkpoint is loaded: several
+            adapters, no LoRA, merged, switched off, or with other weights trained beside them.
+    """
+    adapters: Mapping[str, Any] = model.peft_config
+    if list(adapters) != ["default"]:
+        raise SettingsError(
+            f"`model` has the adapters {', '.join(adapters)}, but there can be one, of the name `default`. Load one "
+            "alone: `lora.path` takes its folder."
+        )
+    config = config_of_lora(adapters["default"].to_dict(), _CAME)
+    check_same_settings(given or {}, config, "the adapters of `model` are made")
+    settings = settings_of(config)
+    _check_made_again(model, settings)
+    return settings
+
+
+def take_adapters(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Note on a model whose adapters `peft` has made what they are, as `add_lora` would have.
+
+    Args:
+        model: Changed in place: adapters in half precision become float32.
+        settings: That `settings_of_given` has found.
+    """
+    keep_adapters(model, settings)
+
+
+def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    for module in model.modules():
+        if getattr(module, "merged", False) is True:
+            raise SettingsError("`model` has adapters that are merged into its weights. Call its `unmerge_adapter()`.")
+        if getattr(module, "disable_adapters", False) is True:
+            raise SettingsError("`model` has adapters that are switched off. Call its `enable_adapter_layers()`.")
+    again = build_empty_model(model.config.to_dict(), {"dtype": model.dtype})
+    add_lora(again, settings)
+    here, there = (dict(each.named_parameters(remove_duplicate=False)) for each in (model, again))
+    own = {name for name, weight in there.items() if weight.requires_grad}
+    misfits = [f"`{name}` is there alone" for name in here if name not in there]
+    misfits += [f"`{name}` is missing" for name in there if name not in here]
+    misfits += [
+        f"`{name}` is {tuple(here[name].shape)}" for name in own & here.keys() if here[name].shape != there[name].shape
+    ]
+    misfits += [
+        f"`{name}` has another scale" for name, scale in _scales(again).items() if _scales(model).get(name) != scale
+    ]
+    if misfits:
+        raise SettingsError(
+            f"`model` has adapters that its configuration does not make: {misfits[0]}. A checkpoint of them could not "
+            "be loaded again. Save them by `save_pretrained`, and train on from that folder (`lora.path`)."
+        )
+    trained = {name for name, weight in here.items() if weight.requires_grad}
+    if not trained:
+        raise SettingsError(
+            "`model` has adapters that are frozen. Load them by `is_trainable=True`, or give their "
+            "folder as `lora.path`."
+        )
+    if beside := sorted(trained - own):
+        raise SettingsError(
+            f"`model` has adapters, and `{beside[0]}` is to be trained beside them, which no checkpoint would find "
+            "again. Freeze it, or name its layer in `modules_to_save` of the adapters."
+        )
+    if frozen := sorted(own - trained):
+        raise SettingsError(
+            f"`model` has adapters of which `{frozen[0]}` is frozen. Give the patterns of what is not to be trained as "
+            "`freeze`."
+        )
+
+
+def _scales(model: nn.Module) -> dict[str, float]:
+    layers = {name: getattr(module, "scaling", None) for name, module in model.named_modules()}
+    return {name: scale["default"] for name, scale in layers.items() if isinstance(scale, dict) and "default" in scale}
