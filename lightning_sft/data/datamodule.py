@@ -99,8 +99,8 @@ class SFTDataModule(L.LightningDataModule):
         num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
 
     Raises:
-        TypeError: If an argument is of another type.
-        ValueError: If an argument is out of range or two exclude each other. Rows are checked before training starts.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If an argument is out of range or two exclude each other. Rows are checked before training.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class SFTDataModule(L.LightningDataModule):
             self.run_state = self._run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise a ValueError if a run would not continue on the data that it began with."""
+        """Raise a `SettingsError` if a run would not continue on the data that it began with."""
         if state_dict and self._run is not None:
             self.training_rows.resume({name: value for name, value in state_dict.items() if name != "run"})
             self._run.check(state_dict.get("run", {}))
@@ -252,8 +252,8 @@ class SFTDataModule(L.LightningDataModule):
             num_rows: How many rows.
 
         Raises:
-            TypeError: If `num_rows` is no whole number.
-            ValueError: If it is negative, or there are no training rows.
+            SettingsTypeError: If `num_rows` is no whole number.
+            SettingsError: If it is negative, or there are no training rows.
         """
         check_integer("num_rows", num_rows, at_least=0)
         self._load_rows("fit")
@@ -275,7 +275,7 @@ class SFTDataModule(L.LightningDataModule):
             module: It says in `why_not_packed` whether it takes packed ones.
 
         Raises:
-            ValueError: If they are to be packed, and the module cannot take that.
+            SettingsError: If they are to be packed, and the module cannot take that.
         """
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
         if self.layout == "packed" and reason:

@@ -69,7 +69,7 @@ def encode_rows(
         num_proc: Worker processes; one for each 20,000 rows, at most 8, if None.
 
     Raises:
-        ValueError: If a row is malformed, has no response token, or is too long; the message names file and row.
+        SettingsError: If a row is malformed, has no response token, or is too long; the message names file and row.
     """
     encoder = RowEncoder(row_format, tokenizer, encoding)
     key = encoder.fingerprint()

@@ -85,7 +85,7 @@ class RowEncoder:
             keep_name: Whether locations say of which source they are.
 
         Raises:
-            ValueError: As `encode`.
+            SettingsError: As `encode`.
         """
         columns = to_columns(self.encode(source.decode(batch, indices), None if keep_name else source.name))
         return {**columns, "row": [indices[row] for row in columns["row"]]}
@@ -98,8 +98,8 @@ class RowEncoder:
             only_source: The name of the source if there is one alone: the examples' locations then leave it out.
 
         Raises:
-            ValueError: If a row is malformed or has no response token, unless such rows are left out, or is too long;
-                the message begins with its location.
+            SettingsError: If a row is malformed or has no response token, unless such rows are left out, or is too
+                long; the message begins with its location.
         """
         chat_encoder = ChatEncoder(self.tokenizer, self.row_format.train_on_turns, self.encoding.append_eos)
         problems = RowProblems(self.encoding.bad_rows)

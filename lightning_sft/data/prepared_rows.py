@@ -1,6 +1,7 @@
 """Rows of a split that are tokenised before they are used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_sft.data.encoded_rows import content_hash, read_numbers
 from lightning_sft.data.encoding_report import EncodingReport
 from lightning_sft.data.rows.mixture import WeightedSource, weighted_sources
+from lightning_sft.data.rows.sources import full_location
 from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
@@ -31,6 +33,7 @@ class PreparedRows:
         sources: Where the rows come from, in their order, with weights; empty if an epoch takes every row once.
         row_numbers: Which row of the data each example comes from, `(num_examples,)`. By default one from each.
         report: What became of the data's rows. By default all became examples.
+        only_source: The name of the source if there is one alone: then no location needs to say it.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class PreparedRows:
         sources: Sequence[WeightedSource] = (),
         row_numbers: NDArray[np.integer[Any]] | None = None,
         report: EncodingReport | None = None,
+        only_source: str | None = None,
     ) -> None:
         self.label, self.rows, self._rule, self._sources = label, rows, rule, sources
+        self.only_source = only_source
         self.row_numbers = np.arange(len(rows)) if row_numbers is None else row_numbers
         self._report = report or EncodingReport(len(np.unique(self.row_numbers)), len(rows))
 
@@ -64,6 +69,7 @@ class PreparedRows:
             sources=sources,
             row_numbers=row_numbers,
             report=replace(self._report, num_rows=len(np.unique(row_numbers)), num_examples=len(indices)),
+            only_source=self.only_source,
         )
 
     def plan(self, world_size: int, epoch: Epoch | None = None) -> BatchPlan:
@@ -74,23 +80,25 @@ class PreparedRows:
             epoch: What an epoch takes of the rows. None: all, shuffled.
 
         Raises:
-            ValueError: If a row is longer than `max_tokens_per_microbatch`.
+            SettingsError: If a row is longer than `max_tokens_per_microbatch`.
         """
-        return BatchPlan(
-            model_lengths(read_numbers(self.rows, "num_tokens")),
-            read_numbers(self.rows, "num_response_tokens"),
-            self._rule,
-            world_size=world_size,
-            shuffle=epoch is None or epoch.shuffle,
-            limit_steps_per_epoch=None if epoch is None else epoch.num_steps,
-            sources=[(source.num_rows, source.num_rows_per_epoch) for source in self._sources] or None,
-        )
+        num_tokens = read_numbers(self.rows, "num_tokens")
+        with self._longest_named(num_tokens):
+            return BatchPlan(
+                model_lengths(num_tokens),
+                read_numbers(self.rows, "num_response_tokens"),
+                self._rule,
+                world_size=world_size,
+                shuffle=epoch is None or epoch.shuffle,
+                limit_steps_per_epoch=None if epoch is None else epoch.num_steps,
+                sources=[(source.num_rows, source.num_rows_per_epoch) for source in self._sources] or None,
+            )
 
     def count_steps(self) -> int:
         """Optimizer steps of an epoch.
 
         Raises:
-            ValueError: If a row is longer than `max_tokens_per_microbatch`.
+            SettingsError: If a row is longer than `max_tokens_per_microbatch`.
         """
         return self.plan(world_size=1).steps_per_epoch
 
@@ -102,12 +110,19 @@ class PreparedRows:
         return PlanLoader(dataset, range(plan.steps_per_epoch) if steps is None else steps, options)
 
     def _check_lengths(self, num_positions: int | None) -> None:
-        if num_positions is None or not len(self.rows):
-            return
         num_tokens = read_numbers(self.rows, "num_tokens")
-        longest = int(np.argmax(num_tokens))
-        with located(f"`{self.label}_data`: {self.rows[longest]['location']}"):
-            check_length(int(num_tokens[longest]), num_positions)
+        with self._longest_named(num_tokens):
+            check_length(int(num_tokens.max(initial=0)), num_positions)
+
+    @contextmanager
+    def _longest_named(self, num_tokens: NDArray[np.integer[Any]]) -> Iterator[None]:
+        """Begin errors with the location of the longest row: whatever is too long, this one is."""
+        if not len(num_tokens):
+            yield
+            return
+        location = self.rows[int(np.argmax(num_tokens))]["location"]
+        with located(full_location(location, self.only_source)):
+            yield
 
     def in_order(self, options: LoaderOptions) -> PlanLoader:
         """Iterates over all rows once, in the order of the data."""

@@ -50,7 +50,7 @@ class RowStore:
             encoder: Tokenises rows.
 
         Raises:
-            ValueError: If its data is not given or cannot be used.
+            SettingsError: If its data is not given or cannot be used.
         """
         if stage == "fit":
             self._load_training(encoder)
@@ -127,6 +127,7 @@ class RowStore:
             sources=weighted,
             row_numbers=encoded.row_numbers,
             report=encoded.report,
+            only_source=sources[0].name if len(sources) == 1 else None,
         )
 
     def _divide_training(self, encoder: RowEncoder) -> None:
@@ -142,7 +143,13 @@ class RowStore:
             for part in ("train", "test")
         }
         val = examples["test"]
-        self.val = PreparedRows("val", whole.rows.select(val), self._rule, row_numbers=whole.row_numbers[val])
+        self.val = PreparedRows(
+            "val",
+            whole.rows.select(val),
+            self._rule,
+            row_numbers=whole.row_numbers[val],
+            only_source=whole.only_source,
+        )
         self.train = whole.selected(examples["train"])
 
 

@@ -37,8 +37,8 @@ class StreamedRows:
         rows_per_block: Rows that are in memory, and shuffled, together.
 
     Raises:
-        FileNotFoundError: If a file is missing or a pattern matches none.
-        ValueError: If a row cannot be used, unless such rows are left out, or none of the first rows can be.
+        MissingFileError: If a file is missing or a pattern matches none.
+        SettingsError: If a row cannot be used, unless such rows are left out, or none of the first rows can be.
     """
 
     label = f"first {_NUM_FIRST_ROWS:,} rows"
@@ -48,7 +48,9 @@ class StreamedRows:
         self._encoder, self._rule, self._rows_per_block = encoder, rule, rows_per_block
         self._bookmarks: dict[int, Bookmark] = {}
         encoded = _encode_first(self._streams, encoder)
-        self._first = PreparedRows(self.label, encoded.dataset, rule, report=encoded.report)
+        self._first = PreparedRows(
+            self.label, encoded.dataset, rule, report=encoded.report, only_source=only_name(self._streams)
+        )
         self._bad_rows = BadRowLog("train_data", encoded.report.bad_rows)
 
     @property
@@ -64,7 +66,7 @@ class StreamedRows:
         """None, since the number of rows is not known.
 
         Raises:
-            ValueError: If one of the first rows is longer than `max_tokens_per_microbatch`.
+            SettingsError: If one of the first rows is longer than `max_tokens_per_microbatch`.
         """
         self._first.count_steps()
 

@@ -38,7 +38,7 @@ class TrainingRows(Protocol):
         """Optimizer steps that go once through the data; None if nobody knows.
 
         Raises:
-            ValueError: If one of `rows` is longer than `max_tokens_per_microbatch`.
+            SettingsError: If one of `rows` is longer than `max_tokens_per_microbatch`.
         """
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> StepLoader:
@@ -64,5 +64,5 @@ class TrainingRows(Protocol):
             state: Of its checkpoint.
 
         Raises:
-            ValueError: If it was made with other rows, or another `batch_size` or `seed`.
+            SettingsError: If it was made with other rows, or another `batch_size` or `seed`.
         """

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_sft.errors import SettingsError
+
 
 def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
     r"""Turn a GSM8K answer into a response that continues `<think>`; a `row_transform` of the datamodule.
@@ -18,12 +20,12 @@ def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
         The row with `output` and `ground_truth` added.
 
     Raises:
-        ValueError: If there is no text in `answer`, or no `#### <answer>` at its end.
+        SettingsError: If there is no text in `answer`, or no `#### <answer>` at its end.
     """
     answer = row.get("answer")
     reasoning, mark, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
     if not mark:
-        raise ValueError(f"`answer` is {answer!r:.60}, expected GSM8K's reasoning with '#### <answer>' at its end.")
+        raise SettingsError(f"`answer` is {answer!r:.60}, expected GSM8K's reasoning with '#### <answer>' at its end.")
     reasoning = re.sub(r"<<[^>]*>>", "", reasoning).strip()
     ground_truth = final.strip().replace(",", "")
     output = f" {reasoning} </think> <answer> {ground_truth} </answer>"

@@ -205,6 +205,6 @@ def test_a_gsm8k_row_without_its_mark_is_located(tmp_path):
 
     with pytest.raises(
         ValueError,
-        match=r"row 1 of `train_data`: `row_transform` failed: ValueError: `answer` is .six., expected GSM8K",
+        match=r"row 1 of `train_data`: `answer` is .six., expected GSM8K",
     ):
         prepared(train_data=[{"question": "?", "answer": "six"}], row_transform=r1_zero_row, prompt_field="question")

@@ -95,8 +95,8 @@ SETTINGS = {
     ),
     "row longer than a microbatch": Refusal(
         data(max_tokens_per_microbatch=4),
-        "`max_tokens_per_microbatch` is 4, but example 0 has 5 tokens. Raise `max_tokens_per_microbatch` to at least "
-        "that, or lower `max_length`.",
+        "row 1 of `train_data`: `max_tokens_per_microbatch` is 4, but example 0 has 5 tokens. Raise "
+        "`max_tokens_per_microbatch` to at least that, or lower `max_length`.",
     ),
     "max_length of 1": Refusal(
         data(max_length=1), "`max_length` is 1, expected at least 2: a prompt token and a response token."

@@ -110,10 +110,13 @@ def test_a_compiled_body_trains_and_validates_the_same_and_generates_as_it_is(tm
 def test_a_packed_row_may_be_longer_than_the_model_has_positions_but_no_document(tmp_path):
     data = [{"prompt": "p" * 30, "output": "o" * 20}] * 3  # 51 tokens each, 64 positions
     fit(tmp_path, data=make_data(train_data=data), max_steps=1)
-    with pytest.raises(
-        ValueError, match="`train_data`: row 4: The row has 71 tokens, but the model has only 64 positions"
-    ):
-        fit(tmp_path, data=make_data(train_data=[*data, {"prompt": "p" * 50, "output": "o" * 20}]), max_steps=1)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*data, {"prompt": "p" * 50, "output": "o" * 20}]))
+    for more in ({}, {"val_fraction": 0.5}):
+        with pytest.raises(
+            ValueError, match=r"^line 4 of \S+rows\.jsonl: The row has 71 tokens, but the model has only"
+        ):
+            fit(tmp_path, data=make_data(train_data=str(path), **more), max_steps=1)
 
 
 def test_validation_rows_are_held_against_the_positions_before_the_first_step(tmp_path):
@@ -124,7 +127,9 @@ def test_validation_rows_are_held_against_the_positions_before_the_first_step(tm
             steps.append(1)
 
     data = make_data(val_data=[ROWS[0], {"prompt": "p" * 80, "output": "o"}])
-    with pytest.raises(ValueError, match="`val_data`: row 2: The row has 82 tokens, but the model has only 64 positi"):
+    with pytest.raises(
+        ValueError, match=r"^row 2 of `val_data`: The row has 82 tokens, but the model has only 64 posi"
+    ):
         fit(tmp_path, SFTModule(tiny_config()), data, [Count()], max_steps=2, num_sanity_val_steps=0)
     assert not steps
 
@@ -134,7 +139,9 @@ def test_a_streamed_row_that_is_too_long_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = make_data(train_data=str(path), batch_size=2, streaming=True)
-    with pytest.raises(ValueError, match="line 7: The row has 82 tokens, but the model has only 64 positions"):
+    with pytest.raises(
+        ValueError, match=r"^line 7 of \S+rows\.jsonl: The row has 82 tokens, but the model has only 64 positions"
+    ):
         fit(tmp_path, SFTModule(tiny_config(), lr_scheduler="constant", warmup_steps=0), data, max_steps=6)
 
 

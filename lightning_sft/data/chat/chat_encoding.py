@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.chat.chat_template import ChatTemplate
 from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.chat.long_conversations import write_turns
-from lightning_sft.data.chat.marked_turns import learnt_text
+from lightning_sft.data.chat.marked_turns import learnt_text, unlearnt_call
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.chat.token_counter import CountedText, TokenCounter
 from lightning_sft.data.chat.turns import Turn, check_has_context
@@ -118,6 +118,8 @@ class ChatEncoder:
     ) -> WrittenExample:
         learnt = learnt_text(self._template, conversation, turns, text)
         notices = [Notice.of_reasoning(reasoning) for reasoning in left_out if reasoning]
+        calls = [unlearnt_call(conversation, turn, learnt) for turn in turns]
+        notices += [Notice.of_call(name) for name in calls if name is not None]
         if self._append_eos and not turns[-1].is_closed:
             notices.append(Notice.of_end(learnt.text))
         content = conversation.messages[turns[-1].index]["content"]

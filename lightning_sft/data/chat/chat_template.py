@@ -23,9 +23,9 @@ def read_chat_template(chat_template: str) -> str:
     """A template's text, given as itself or as the path of a file that holds it.
 
     Raises:
-        FileNotFoundError: If it has no braces, and is no file either.
-        TypeError: If it is no string.
-        ValueError: If the file is not UTF-8 text.
+        MissingFileError: If it has no braces, and is no file either.
+        SettingsTypeError: If it is no string.
+        SettingsError: If the file is not UTF-8 text.
     """
     check_type("chat_template", chat_template, str, "a text or the path of a file, as a string")
     if "{" in chat_template:
@@ -75,7 +75,7 @@ class ChatTemplate:
             add_generation_prompt: Whether the text ends in what stands before an answer of the assistant.
 
         Raises:
-            ValueError: If there is no template, or it refuses the messages.
+            SettingsError: If there is no template, or it refuses the messages.
         """
         if not self._tokenizer.chat_template:
             raise SettingsError(

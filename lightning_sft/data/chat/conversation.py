@@ -66,7 +66,7 @@ def read_conversation(
         variables: For the template; the row's own `chat_template_kwargs` come first.
 
     Raises:
-        ValueError: If there is no message, or one is not of this form; the message names column and turn. Or if
+        SettingsError: If there is no message, or one is not of this form; the message names column and turn. Or if
             `system` is no text, or not that of the system turn that is there already.
     """
     parts: list[list[Message]] = []

@@ -22,6 +22,22 @@ class LearntText:
     spans: Sequence[tuple[int, int]]
 
 
+def unlearnt_call(conversation: Conversation, turn: Turn, learnt: LearntText) -> str | None:
+    """The function of a turn's first tool call that is written, but not where something is learnt; None without one.
+
+    Args:
+        conversation: All messages.
+        turn: One that is learnt; its text begins as the whole text does.
+        learnt: What is learnt.
+    """
+    for call in conversation.messages[turn.index].get("tool_calls") or ():
+        name: str = call["function"]["name"]
+        start = turn.text.rfind(name, turn.start)  # calls stand last in nearly all templates
+        if start >= 0 and not any(first <= start < end for first, end in learnt.spans):
+            return name
+    return None
+
+
 def learnt_text(
     template: ChatTemplate, conversation: Conversation, turns: Sequence[Turn], text: str | None = None
 ) -> LearntText:

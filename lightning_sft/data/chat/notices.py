@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning_sft.data.tokens.texts import around
 
-NoticeKind = Literal["prompt", "token", "end", "reasoning"]
+NoticeKind = Literal["prompt", "token", "end", "reasoning", "call"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Notice:
 
     Attributes:
         kind: What it is about: a generation prompt that is not written before the turn; a token that holds the end of
-            the prompt and the beginning of the turn; a turn that ends in no special token; or a part of the content,
-            such as its reasoning, that the template leaves out.
+            the prompt and the beginning of the turn; a turn that ends in no special token; a part of the content,
+            such as its reasoning, that the template leaves out; or a tool call that it writes, but does not mark.
         example: The texts by which it can be told.
     """
 
@@ -52,6 +52,11 @@ class Notice:
         """The template does not write the reasoning."""
         return cls("reasoning", repr(reasoning[:40]))
 
+    @classmethod
+    def of_call(cls, name: str) -> "Notice":
+        """The template writes a call of this function, but not into what it marks."""
+        return cls("call", f"`{name}`")
+
 
 _WAY_OUT = (
     "give the rows what is missing (`reasoning_content`), or `chat_template_kwargs` that prompt without it (for many "
@@ -75,5 +80,9 @@ _SENTENCES: Mapping[NoticeKind, str] = {
     "reasoning": (
         "in {rows} the chat template leaves out a part of the content of a turn that is learnt, such as its reasoning: "
         "{example}. It is not learnt. If it is to be, give a `chat_template` that writes it."
+    ),
+    "call": (
+        "in {rows} the chat template leaves a tool call out of what it marks by `{{% generation %}}`, such as that of "
+        "{example}. It is not learnt. If it is to be, give a `chat_template` that marks the calls, too."
     ),
 }

@@ -88,8 +88,8 @@ def find_files(name: str, argument: str) -> list[str]:
         argument: What messages call the argument that holds the name.
 
     Raises:
-        FileNotFoundError: If a file is missing or a pattern matches none.
-        ValueError: If there is no name, or a file is of an unknown kind or cannot be reached.
+        MissingFileError: If a file is missing or a pattern matches none.
+        SettingsError: If there is no name, or a file is of an unknown kind or cannot be reached.
     """
     if not name.strip():
         raise SettingsError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")

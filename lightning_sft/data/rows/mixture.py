@@ -54,8 +54,8 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
         The same, each name as a string and each weight as a float.
 
     Raises:
-        TypeError: If a name is no text or path, or a weight no number, such as the data set of a `DatasetDict`.
-        ValueError: If there is no source, or a weight is not positive or not finite.
+        SettingsTypeError: If a name is no text or path, or a weight no number, such as the data set of a `DatasetDict`.
+        SettingsError: If there is no source, or a weight is not positive or not finite.
     """
     if not data:
         raise SettingsError(f"`{argument}` is {{}}; expected at least one source with its weight.")
@@ -89,8 +89,8 @@ def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Sou
         for many files.
 
     Raises:
-        FileNotFoundError: As `open_sources`.
-        ValueError: As `open_sources`; or if two names mean the same rows.
+        MissingFileError: As `open_sources`.
+        SettingsError: As `open_sources`; or if two names mean the same rows.
     """
     groups = [open_sources(name, argument) for name in weights]
     seen: dict[str, str] = {}
@@ -115,7 +115,7 @@ def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argumen
         argument: What messages call the argument that holds the weights.
 
     Raises:
-        ValueError: If an epoch would take no row of a source.
+        SettingsError: If an epoch would take no row of a source.
     """
     sources = [WeightedSource(name, weight, size) for (name, weight), size in zip(weights.items(), sizes, strict=True)]
     for source in sources:

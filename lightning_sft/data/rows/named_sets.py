@@ -28,7 +28,7 @@ def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | I
         streaming: Whether it is read while it is used, rather than now.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        SettingsError: If it cannot be loaded.
     """
     try:
         if (found := _saved_folder(name)) is not None:

@@ -41,7 +41,7 @@ def render_prompts(
         on_bad_row: Whether a malformed row is an error or is left out.
 
     Raises:
-        ValueError: If a row is malformed; the message names file and row.
+        SettingsError: If a row is malformed; the message names file and row.
     """
     chat_encoder, problems = ChatEncoder(tokenizer), RowProblems(on_bad_row)
     prompts: list[dict[str, object]] = []

@@ -37,7 +37,7 @@ def read_file(
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it has no rows, or it is malformed so that nobody knows where a row ends.
+        SettingsError: If it has no rows, or it is malformed so that nobody knows where a row ends.
     """
     file = _TextFile(path, kind or FileKind.of(path))
     rows: Iterator[tuple[str, object]]
@@ -77,7 +77,7 @@ def _read_whole_json(file: "_TextFile") -> list[object] | None:
     """The rows of a file that is one value: a list, or an object with the list `data`. None: it is lines of JSON.
 
     Raises:
-        ValueError: If it is a list that cannot be read, or another object that takes several lines.
+        SettingsError: If it is a list that cannot be read, or another object that takes several lines.
     """
     start = file.first_character()
     if start == "[":

@@ -93,9 +93,9 @@ class RowFormat:
     `prompt_field` nor `prompt_template` is given, or if its prompt or output is a list of messages.
 
     Raises:
-        FileNotFoundError: If the template has no `{column}` and is no file either.
-        TypeError: If an argument is of another type.
-        ValueError: If the template's braces are not of this form, or its file is not UTF-8 text.
+        MissingFileError: If the template has no `{column}` and is no file either.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text.
     """
 
     prompt_field: str = "prompt"
@@ -126,7 +126,7 @@ class RowFormat:
         """What a row says that is to be learnt.
 
         Raises:
-            ValueError: If it cannot be read, a column is missing or no string, or `row_transform` fails.
+            SettingsError: If it cannot be read, a column is missing or no string, or `row_transform` fails.
         """
         row = self._transformed(row)
         self._refuse_preferences(row)
@@ -142,7 +142,7 @@ class RowFormat:
         """What a row says that a model is to go on from; an output is not needed.
 
         Raises:
-            ValueError: As `render`.
+            SettingsError: As `render`.
         """
         row = self._transformed(row)
         conversation, ground_truth = self._conversation(row), self._ground_truth(row)
@@ -180,9 +180,12 @@ class RowFormat:
         if self.prompt_template is not None:
             return None
         if self.prompt_field == RowFormat.prompt_field:
-            for column in _CONVERSATIONS:
-                if row.get(column) is not None:
-                    return read_conversation(row, [column], self.chat_template_kwargs)
+            found = [column for column in _CONVERSATIONS if row.get(column) is not None]
+            said = [column for column in found if row[column]]
+            if said and any(row[column] != row[said[0]] for column in said):
+                raise SettingsError(f"the row has both `{said[0]}` and `{said[1]}`. Remove one.")
+            if found:
+                return read_conversation(row, (said or found)[:1], self.chat_template_kwargs)
         columns = [self.prompt_field, self.output_field]
         if columns[1] == RowFormat.output_field and row.get(columns[1]) is None:
             columns[1] = "completion"

@@ -24,6 +24,16 @@ Data: TypeAlias = str | Sequence[str] | Dataset | Sequence[Row]
 _JSON_FEATURES = Features({"location": Value("string"), "json": Value("string"), "problem": Value("string")})
 
 
+def full_location(location: str, only_source: str | None) -> str:
+    """A row's location with its source.
+
+    Args:
+        location: Such as `line 3`, or, of one of several sources, `line 3 of train.jsonl`.
+        only_source: The name of the source, if there is one alone.
+    """
+    return location if only_source is None else f"{location} of {only_source}"
+
+
 @dataclass(frozen=True)
 class Source:
     """Rows of one file, data set or collection in memory, and how messages call it.
@@ -72,9 +82,9 @@ def open_sources(data: Data, argument: str) -> list[Source]:
         argument: What messages call the argument, such as `train_data`.
 
     Raises:
-        FileNotFoundError: If a file is missing or a pattern matches none.
-        TypeError: If `data` is none of these.
-        ValueError: If a source has no rows or cannot be read.
+        MissingFileError: If a file is missing or a pattern matches none.
+        SettingsTypeError: If `data` is none of these.
+        SettingsError: If a source has no rows or cannot be read.
     """
     if isinstance(data, Dataset):
         sources = [Source(f"`{argument}`", data.with_format(None))]

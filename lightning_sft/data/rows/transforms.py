@@ -19,7 +19,7 @@ def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
         The row with `messages` in the place of these columns.
 
     Raises:
-        ValueError: If there is no instruction, or a value is of another type.
+        SettingsError: If there is no instruction, or a value is of another type.
     """
     return _conversation(row, ("instruction", "input"), "output")
 
@@ -35,7 +35,7 @@ def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
         The row with `messages` in the place of these columns.
 
     Raises:
-        ValueError: If there is no query, or a value is of another type.
+        SettingsError: If there is no query, or a value is of another type.
     """
     return _conversation(row, ("query",), "response")
 
@@ -50,7 +50,7 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
         The row without `chosen` and `rejected`, and with `output`, or with `messages` if the question is in them.
 
     Raises:
-        ValueError: If there is no chosen answer.
+        SettingsError: If there is no chosen answer.
     """
     chosen = row.get("chosen")
     if chosen is None:

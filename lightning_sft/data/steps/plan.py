@@ -158,9 +158,9 @@ class BatchPlan:
         steps_per_epoch: Optimizer steps in each epoch.
 
     Raises:
-        TypeError: If an argument is no whole number.
-        ValueError: If there are no examples, the arrays differ in shape, a number is too small, or an example is longer
-            than `max_tokens_per_microbatch`.
+        SettingsTypeError: If an argument is no whole number.
+        SettingsError: If there are no examples, the arrays differ in shape, a number is too small, or an example is
+            longer than `max_tokens_per_microbatch`.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class BatchPlan:
             layout: Of the microbatches; it decides what they cost, not which sequences are in the step.
 
         Raises:
-            ValueError: If `index` is negative.
+            SettingsError: If `index` is negative.
         """
         if index < 0:
             raise SettingsError(f"`index` counts optimizer steps from 0, but it is {index}.")

@@ -47,7 +47,7 @@ class RowStream:
         """The rows from a position on, each with its location, such as `line 3 of train.jsonl`.
 
         Raises:
-            ValueError: If the source cannot be read; the message names file and line.
+            SettingsError: If the source cannot be read; the message names file and line.
         """
         position = position or SourcePosition()
         self._num_read = position.num_read
@@ -80,9 +80,9 @@ def open_streams(data: object, argument: str) -> list[RowStream]:
         argument: What messages call the argument.
 
     Raises:
-        FileNotFoundError: If a file is missing or a pattern matches none.
-        TypeError: If `data` is none of these.
-        ValueError: If a data set cannot be loaded.
+        MissingFileError: If a file is missing or a pattern matches none.
+        SettingsTypeError: If `data` is none of these.
+        SettingsError: If a data set cannot be loaded.
     """
     names = [data] if isinstance(data, str | Path) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str | Path) for name in names):

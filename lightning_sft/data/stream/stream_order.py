@@ -73,7 +73,7 @@ def ordered_rows(
         position: Where to begin.
 
     Raises:
-        ValueError: If a whole pass has no row, or a source cannot be read.
+        SettingsError: If a whole pass has no row, or a source cannot be read.
     """
     for start, block in _read_blocks(streams, rows_per_block, position):
         order = np.arange(len(block))

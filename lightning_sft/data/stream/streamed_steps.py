@@ -17,6 +17,7 @@ from lightning_sft.data.encoded_rows import hash_of_examples
 from lightning_sft.data.encoding import RowEncoder
 from lightning_sft.data.row_report import nothing_left
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
+from lightning_sft.data.rows.sources import full_location
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
@@ -152,7 +153,8 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
         num_tokens = [len(example.input_ids) for example in examples]
         num_response_tokens = [example.num_response_labels for example in examples]
         layout = self._options.layout
-        with located(examples[int(np.argmax(num_tokens))].location):  # whatever is too long, this one is
+        longest = examples[int(np.argmax(num_tokens))].location  # whatever is too long, this one is
+        with located(full_location(longest, only_name(self._streams))):
             check_length(max(num_tokens), self._options.num_positions)
             plan = BatchPlan(
                 model_lengths(num_tokens),

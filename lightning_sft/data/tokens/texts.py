@@ -48,8 +48,8 @@ def read_template_file(argument: str, path: str, placeholder: str, way_out: str)
         way_out: What to give instead, for the message if there is no such file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not UTF-8 text.
+        MissingFileError: If there is no such file.
+        SettingsError: If it is not UTF-8 text.
     """
     if not os.path.isfile(path):  # `Path.is_file` raises on a text too long for a file name
         raise MissingFileError(

@@ -43,8 +43,8 @@ def encode_prompts(
             wrote it. By default no prompt is.
 
     Raises:
-        TypeError: If `prompt_strs` is one string, or holds anything else than strings.
-        ValueError: If a prompt is not text: a lone surrogate cannot be encoded.
+        SettingsTypeError: If `prompt_strs` is one string, or holds anything else than strings.
+        SettingsError: If a prompt is not text: a lone surrogate cannot be encoded.
     """
     if not prompt_strs:
         return []
@@ -87,8 +87,8 @@ def encode_examples(
             no second one.
 
     Raises:
-        TypeError: If either is one string, or holds anything else than strings.
-        ValueError: If the numbers of prompts and outputs differ, a text holds a lone surrogate, or EOS is wanted and
+        SettingsTypeError: If either is one string, or holds anything else than strings.
+        SettingsError: If the numbers of prompts and outputs differ, a text holds a lone surrogate, or EOS is wanted and
             the tokenizer has none.
     """
     if len(prompt_strs) != len(output_strs):
@@ -175,8 +175,8 @@ def tokenize_prompt_and_output(
         `input_ids`, `labels` and `response_mask`, each `(batch_size, max(prompt_and_output_lens) - 1)`.
 
     Raises:
-        TypeError: If either is one string, or holds anything else than strings.
-        ValueError: If there is no pair, the numbers of prompts and outputs differ, or a text holds a lone surrogate.
+        SettingsTypeError: If either is one string, or holds anything else than strings.
+        SettingsError: If there is no pair, the numbers of prompts and outputs differ, or a text holds a lone surrogate.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """

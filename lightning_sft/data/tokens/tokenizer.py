@@ -12,8 +12,8 @@ def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
     """What the user has given as a tokenizer, a path as a string.
 
     Raises:
-        TypeError: If it is neither a name, a path nor a tokenizer.
-        ValueError: If there is nothing.
+        SettingsTypeError: If it is neither a name, a path nor a tokenizer.
+        SettingsError: If there is nothing.
     """
     if tokenizer is None:
         raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
@@ -25,7 +25,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer by name or folder.
 
     Raises:
-        ValueError: If there is no such tokenizer, or it brings code of its own.
+        SettingsError: If there is no such tokenizer, or it brings code of its own.
     """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -97,6 +97,21 @@ def test_a_turn_is_left_out_by_any_switch_which_no_template_sees(switch):
     assert responses(row, tokenizer) == ["b rolecontent<|im_end|>"]
 
 
+def test_conversations_in_two_columns_are_refused_unless_they_are_the_same():
+    tokenizer = chat_tokenizer(CHATML)
+    for more in ({"conversations": LONG[:2]}, {"conversation": json.dumps(LONG)}):
+        with pytest.raises(
+            ValueError, match=rf"row 1 .*: the row has both `messages` and `{next(iter(more))}`. Remove"
+        ):
+            encode([{"messages": LONG, **more}], tokenizer)
+    (expected,) = encode([{"messages": LONG}], tokenizer)
+    for more in ({"conversations": LONG}, {"conversations": []}, {"conversation": None}):
+        (row,) = encode([{"messages": LONG, **more}], tokenizer)
+        assert row["input_ids"] == expected["input_ids"]
+    both = [{"messages": LONG}, {"messages": LONG, "conversations": LONG[:2]}]
+    assert len(encode(both, tokenizer, bad_rows="drop")) == 1
+
+
 def test_tools_in_two_spellings_are_refused():
     row = {"messages": LONG, "tools": [TOOL], "functions": [TOOL["function"]]}
     with pytest.raises(ValueError, match=r"row 1 .*: the row has both `tools` and `functions`. Remove one."):

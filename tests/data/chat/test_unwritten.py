@@ -108,3 +108,26 @@ def test_all_parts_of_a_content_that_is_written_in_another_way_are_looked_for():
     ]
     assert [each.notice.example for counted in notices for each in counted] == ["'Use'", "'b'"]
     assert notices[0] == []
+
+
+def test_a_call_that_a_template_writes_but_does_not_mark_is_said():
+    call_text = "<call>{{ c.function.name }}{{ c.function.arguments | tojson }}</call>"
+    content = "{{ m.content }}{% for c in m.tool_calls or [] %}" + call_text + "{% endfor %}"
+    chatml = CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% else %}ANSWER{% endif %}")
+    marked = "{% generation %}BOTH{% endgeneration %}"
+    around_content = content.replace("{{ m.content }}", marked.replace("BOTH", "{{ m.content }}"))
+    rows = [
+        {"messages": [user("?"), assistant("I add.", tool_calls=[call("mul", a=1), call("add", a=1)])]},
+        {"messages": LONG},
+    ]
+    for answer, expected in ((around_content, ["call"]), (marked.replace("BOTH", content), []), (content, [])):
+        tokenizer = chat_tokenizer(chatml.replace("ANSWER", answer))
+        encoded = encoded_rows(rows, tokenizer)
+        assert [counted.notice.kind for counted in encoded.report.notices] == expected
+        assert responses(encoded.dataset[0], tokenizer)[0].startswith("I add.<call>mul") != bool(expected)
+    (counted,) = encoded_rows(rows, chat_tokenizer(chatml.replace("ANSWER", around_content))).report.notices
+    words = (
+        "in 1 of 2 rows the chat template leaves a tool call out of what it marks by `{% generation %}`, such as that"
+    )
+    assert counted.notice.is_warning
+    assert f"{words} of `mul`" in counted.in_words(2)
