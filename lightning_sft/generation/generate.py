@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.steps.microbatch_cuts import cut_by_cost
 from lightning_sft.data.tokens.collation import collate_padded
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.tokenization import pad_token_id, token_texts
@@ -23,6 +25,8 @@ from lightning_sft.model.modes import evaluating
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.rewards.functions import REWARD_KEYS, RewardFunction, checked_reward, r1_zero_reward
 from lightning_sft.rewards.time_limit import TimeLimitError, call_within
+
+_TOKENS_PER_PASS = 8192  # scored at a time: enough to fill a device, and what it computes still fits into caches
 
 
 def log_generations(
@@ -172,16 +176,26 @@ class _TokenValues:
 def _token_values(
     model: PreTrainedModel, requests: Sequence[ResponseRequest], responses: Sequence[Response], pad_id: int
 ) -> list[_TokenValues]:
-    """Log-probability and entropy at each response token, from one forward pass that keeps no logits."""
+    """Log-probability and entropy at each response token, from forward passes that keep no logits."""
     examples = [
         Example(input_ids=[*request.prompt_ids, *response.token_ids], num_prompt_tokens=len(request.prompt_ids))
         for request, response in zip(requests, responses, strict=True)
     ]
-    batch = collate_padded(examples, pad_id).to(model.device)
-    mask = batch.response_mask
-    scores = get_response_log_probs(model, batch.input_ids, batch.labels, return_token_entropy=True, response_mask=mask)
-    rows = zip(scores["log_probs"].cpu(), scores["token_entropy"].cpu(), mask.cpu(), strict=True)
-    return [_TokenValues(log_probs[kept].tolist(), entropies[kept].tolist()) for log_probs, entropies, kept in rows]
+    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+    lengths = [len(examples[place].input_ids) for place in order]
+    # Sharded, all processes run as many passes, whatever lengths their responses have.
+    cuts = [0, len(order)] if is_sharded(model) else cut_by_cost(lengths, max(_TOKENS_PER_PASS, lengths[0]))
+    values: dict[int, _TokenValues] = {}
+    for start, end in pairwise(cuts):
+        places = order[start:end]
+        batch = collate_padded([examples[place] for place in places], pad_id).to(model.device)
+        scores = get_response_log_probs(
+            model, batch.input_ids, batch.labels, return_token_entropy=True, response_mask=batch.response_mask
+        )
+        columns = (scores["log_probs"].cpu(), scores["token_entropy"].cpu(), batch.response_mask.cpu())
+        for place, log_probs, entropies, kept in zip(places, *columns, strict=True):
+            values[place] = _TokenValues(log_probs[kept].tolist(), entropies[kept].tolist())
+    return [values[place] for place in range(len(examples))]
 
 
 def _record(

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import pad_token_id
+from lightning_sft.generation.live_batch import LiveBatch, ResponseEnds
 from lightning_sft.generation.response_end import end_ids
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.routing import RoutingRecorder
@@ -71,35 +78,48 @@ def generate_responses(
     Returns:
         One response for each request.
     """
-    prompts, pad_id = [request.prompt_ids for request in requests], pad_token_id(tokenizer)
-    width = max(len(prompt) for prompt in prompts)
-    eos_ids = model_end_ids(model, tokenizer)
-    input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    processors = sampling.processors([(request.prompt.index, request.sample) for request in requests], width)
-    config = cast(Any, GenerationConfig)(
-        max_new_tokens=requests[0].max_new_tokens,
+    eos_ids, stop_strings = model_end_ids(model, tokenizer), sampling.stop_strings or []
+    pad_id, max_new_tokens = pad_token_id(tokenizer), requests[0].max_new_tokens
+    batch = LiveBatch([request.prompt_ids for request in requests], pad_id, model)
+    responses: dict[int, Response] = {}
+    with (
+        torch.compiler.set_stance("force_eager"),  # a model compiled for training would compile anew for every cache
+        RoutingRecorder(model),  # a loss of routing would take the mask of the whole prompt for that of a token
+    ):
+        while batch.rows:
+            ends = ResponseEnds(batch, eos_ids, stop_strings, tokenizer)
+            numbers = [(requests[row].prompt.index, requests[row].sample) for row in batch.rows]
+            output = cast(Any, model).generate(
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                generation_config=_greedy(max_new_tokens - batch.num_generated, eos_ids, pad_id),
+                logits_processor=LogitsProcessorList(sampling.processors(numbers, batch.prompt_width)),
+                stopping_criteria=StoppingCriteriaList([ends]),
+                **batch.cache,
+            )
+            live = []
+            generated = output[:, batch.prompt_width :].tolist()
+            for place, (ids, length) in enumerate(zip(generated, ends.lengths.tolist(), strict=True)):
+                response = until_its_end(ids[: length or None], eos_ids, tokenizer, stop_strings)
+                if response.stop_reason == "length" and length:
+                    response = Response(response.token_ids, "stop")
+                elif response.stop_reason == "length" and len(ids) < max_new_tokens:
+                    live.append(place)
+                responses[batch.rows[place]] = response
+            batch.keep(live, output)
+    return [responses[row] for row in range(len(requests))]
+
+
+def _greedy(max_new_tokens: int, eos_ids: list[int], pad_id: int) -> Any:
+    return cast(Any, GenerationConfig)(
+        max_new_tokens=max_new_tokens,
         do_sample=False,  # what is drawn is the only token that the processors leave
         eos_token_id=eos_ids or None,
         pad_token_id=pad_id,
         use_cache=True,
         num_beams=1,
         repetition_penalty=1.0,  # the model's own recommendation would otherwise apply
-        stop_strings=sampling.stop_strings,
     )
-    stopping = {"tokenizer": tokenizer} if sampling.stop_strings else {}
-    with (
-        torch.compiler.set_stance("force_eager"),  # a model compiled for training would compile anew for every cache
-        RoutingRecorder(model),  # a loss of routing would take the mask of the whole prompt for that of a token
-    ):
-        output = cast(Any, model).generate(
-            input_ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-            **stopping,
-        )
-    return [until_its_end(ids, eos_ids, tokenizer, sampling.stop_strings or []) for ids in output[:, width:].tolist()]
 
 
 def model_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -79,6 +79,35 @@ def test_log_generations_equals_greedy_decoding_one_token_at_a_time(model):
         assert record.token_entropy == pytest.approx(sum(entropies) / len(ids), rel=1e-5)
 
 
+def test_responses_that_have_ended_leave_the_batch_and_change_no_other(model, monkeypatch):
+    """Prompts of any length, greedy and sampled: each response is what its prompt gets alone."""
+    model.lm_head.weight.data[EOS] = model.lm_head.weight.data[:128].mean(dim=0) * 4  # some responses end soon
+    prompts = [chr(97 + i % 26) * (1 + i % 7) for i in range(24)]
+    sizes = []
+    generate_batch = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **options: sizes.append(len(ids)) or generate_batch(ids, **options)
+    )
+    for options in ({}, {"temperature": 1.0, "seed": 3}, {"stop_strings": ["e", "r3"], "temperature": 1.0}):
+        options |= {"max_new_tokens": 40}
+        alone = [generate(model, [prompt], first_index=i, **options)[0][0] for i, prompt in enumerate(prompts)]
+        sizes.clear()
+        together, _ = generate(model, prompts, max_tokens_per_batch=10_000, **options)
+        assert len(sizes) > 1
+        assert sizes[0] == 24
+        assert sizes == sorted(sizes, reverse=True)
+        assert [record.token_ids for record in together] == [record.token_ids for record in alone]
+        assert [record.stop_reason for record in together] == [record.stop_reason for record in alone]
+        for one, other in zip(together, alone, strict=True):
+            assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-5)
+
+
+def test_a_stop_string_does_not_begin_in_the_prompt(model):
+    (expected,) = generate(model, ["a"])[0]
+    (record,) = generate(model, ["a"], stop_strings=["a" + expected.response[0]])[0]
+    assert record.token_ids == expected.token_ids
+
+
 def test_a_response_ends_in_eos_or_a_stop_string_or_at_its_longest(model):
     ids, *_ = greedy(model, "a", 12)
     assert EOS not in ids
