@@ -18,14 +18,13 @@ from lightning_sft.data.row_store import RowStore
 from lightning_sft.data.rows.bad_rows import BadRows
 from lightning_sft.data.rows.prompts import Prompt, PromptLoader
 from lightning_sft.data.rows.row_format import Row, RowFormat
-from lightning_sft.data.rows.shown import shown_data, shown_settings
+from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
-from lightning_sft.data.tokens.microbatch import Layout
+from lightning_sft.data.tokens.microbatch import Layout, choose_layout
 from lightning_sft.data.tokens.tokenizer import load_tokenizer, name_or_tokenizer
 from lightning_sft.data.training_rows import TrainingRows
-from lightning_sft.errors import SettingsError
 from lightning_sft.trainer_loops import TrainingRun
 
 
@@ -47,6 +46,10 @@ class SFTDataModule(L.LightningDataModule):
     Before each turn stands what the template writes when a model is asked for it; a row in which one text cannot show
     this for all turns becomes an example for each.
 
+    Of a row with `text` alone, all is learnt, after BOS. One with `input_ids` is tokenised already and used as it is,
+    without another EOS: each token is learnt that all of its `labels` (-100 or the id itself), `response_mask`,
+    `completion_mask` and `assistant_masks` mark, or all are if it has none of these.
+
     Args:
         tokenizer: Name, path or object; on the command line it is the model's unless given.
         train_data: A JSONL, JSON, CSV, TSV or Parquet file (all but Parquet also with `.gz`, `.bz2`, `.xz` or `.zst`),
@@ -62,12 +65,14 @@ class SFTDataModule(L.LightningDataModule):
         val_fraction: Without `val_data`: this fraction of the training rows, drawn by `seed`, is for validation. Each
             of them counts once, whatever its source's weight; the weights are of the other rows.
         prompt_field: Column with the text before the response.
-        output_field: Column with the response.
+        output_field: Column with the response. A row without the default column uses `completion`.
         ground_truth_field: Column with the reference answer, for rewards. Without the default column: the output.
         prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
         row_transform: Function called with each row first; returns the row to use instead. Ready for rows of other
             programs are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
         row_filter: Function called with each row as it is read; rows for which it is false are left out.
+        text_field: Column with texts that are learnt as wholes. Default: `text`, in rows that have neither prompt nor
+            output.
         as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
             assistant's turn, after a column `system`.
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
@@ -117,6 +122,7 @@ class SFTDataModule(L.LightningDataModule):
         prompt_template: str | None = None,
         row_transform: Callable[[dict[str, Any]], Row] | None = None,
         row_filter: Callable[[dict[str, Any]], bool] | None = None,
+        text_field: str | None = None,
         as_chat: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -142,7 +148,7 @@ class SFTDataModule(L.LightningDataModule):
         data = (train_data, val_data, test_data, predict_data)
         self._data = DataSettings(*data, val_fraction, streaming, shuffle_buffer, num_workers, num_proc)
         columns = (prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
-        self._row_format = RowFormat(*columns, train_on_turns, chat_template_kwargs, as_chat, row_filter=row_filter)
+        self._row_format = RowFormat(*columns, train_on_turns, chat_template_kwargs, as_chat, row_filter, text_field)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self.encoding = Encoding(max_length, too_long, append_eos, bad_rows)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)
@@ -261,12 +267,9 @@ class SFTDataModule(L.LightningDataModule):
 
     def facts(self) -> dict[str, Any]:
         """What a model card says: `data`, its names and sizes; `settings`; and the `prompt_template`."""
-        data: dict[str, Any] = {}
-        for split, rows in (("train", self._rows.train), ("val", self._rows.val)):
-            data |= {} if rows is None else rows.facts(shown_data(self._data.of(split)))
         options = vars(self.rule) | vars(self.encoding)
         settings = {name: options[name] for name in ("batch_size", "max_length", "too_long", "seed")}
-        return {"data": data, "settings": settings, "prompt_template": self._row_format.prompt_template}
+        return {"data": self._rows.facts(), "settings": settings, "prompt_template": self._row_format.prompt_template}
 
     def layout_for(self, module: object) -> Layout:
         """How the microbatches of a module are laid out.
@@ -278,9 +281,7 @@ class SFTDataModule(L.LightningDataModule):
             SettingsError: If they are to be packed, and the module cannot take that.
         """
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
-        if self.layout == "packed" and reason:
-            raise SettingsError(f"`layout` is 'packed', but {reason}. Use 'padded'.")
-        return self.layout or ("padded" if reason else "packed")
+        return choose_layout(self.layout, reason)
 
     @property
     def _world_size(self) -> int:

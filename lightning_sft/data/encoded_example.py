@@ -20,8 +20,10 @@ class ExampleText:
         location: Where its row comes from, such as `line 3 of train.jsonl`.
         prompt: The text before the response; of a conversation, what prompts for the last turn that is learnt.
         output: The response; of a conversation, the last turn that is learnt.
-        ground_truth: The reference answer; by default the output, or what this turn says.
+        ground_truth: The reference answer; by default the output, or what this turn says. None if there is none.
         conversation: The conversation, if it is one.
+        tokens: The tokens of a row that is tokenised already.
+        is_whole: Whether prompt and output are one text, of which the prompt is nothing.
         unused_columns: Columns of its row that people mean to be used, and that are not.
     """
 
@@ -29,9 +31,16 @@ class ExampleText:
     location: str
     prompt: str
     output: str
-    ground_truth: str
+    ground_truth: str | None
     conversation: WrittenExample | None = None
+    tokens: Example | None = None
+    is_whole: bool = False
     unused_columns: Sequence[str] = ()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the prompt is tokenised as it stands, without the tokenizer's own prefix (BOS)."""
+        return self.conversation is not None or self.tokens is not None
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def to_columns(encoded: Sequence[EncodedExample]) -> dict[str, list[Any]]:
         "prompt": [text.prompt for text in texts],
         "output": [text.output for text in texts],
         "ground_truth": [text.ground_truth for text in texts],
-        "is_chat": [text.conversation is not None for text in texts],
+        "is_chat": [text.is_written for text in texts],
         "input_ids": [example.input_ids for example in examples],
         "num_prompt_tokens": [example.num_prompt_tokens for example in examples],
         "excluded_spans": [example.excluded_spans for example in examples],

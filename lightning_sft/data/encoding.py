@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,12 @@ from lightning_sft.data.cache import code_hash
 from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversation, WrittenExample
 from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_columns
 from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
-from lightning_sft.data.rows.row_format import AnyRow, PlainRow, RowFormat
+from lightning_sft.data.rows.row_format import AnyRow, RowFormat
+from lightning_sft.data.rows.said import PlainRow, TextRow, TokenRow
 from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.rows.token_rows import check_vocabulary, decode_ids, last_stretch, num_token_ids
 from lightning_sft.data.tokens.example import Example
-from lightning_sft.data.tokens.tokenization import encode_examples
+from lightning_sft.data.tokens.tokenization import encode_examples, encode_texts
 from lightning_sft.errors import SettingsError, shorten
 
 TooLong = Literal["error", "drop", "truncate"]
@@ -120,26 +123,42 @@ class RowEncoder:
 
     def _texts(self, number: int, location: str, row: AnyRow, chat_encoder: ChatEncoder) -> list[ExampleText]:
         rendered = self.row_format.render(row)
+        if isinstance(rendered, TextRow):
+            return [ExampleText(number, location, "", rendered.text, rendered.ground_truth, is_whole=True)]
         unused = rendered.unused_columns
         if isinstance(rendered, PlainRow):
             said = (rendered.prompt, rendered.output, rendered.ground_truth)
             return [ExampleText(number, location, *said, unused_columns=unused)]
+        if isinstance(rendered, TokenRow):
+            example = rendered.example
+            check_vocabulary(example.input_ids, self._num_ids)
+            start, end = last_stretch(example)
+            prompt, output = decode_ids(self.tokenizer, example.input_ids[:start], example.input_ids[start:end])
+            answer = rendered.ground_truth
+            return [ExampleText(number, location, prompt, output, answer, tokens=example, unused_columns=unused)]
         written = chat_encoder.write(rendered.conversation)
         answers = [each.answer for each in written]
         if rendered.ground_truth is not None:
             answers[-1] = rendered.ground_truth
         return [
-            ExampleText(number, location, each.prompt, each.output, answer, each, unused)
+            ExampleText(number, location, each.prompt, each.output, answer, each, unused_columns=unused)
             for each, answer in zip(written, answers, strict=True)
         ]
+
+    @cached_property
+    def _num_ids(self) -> int:
+        return num_token_ids(self.tokenizer)
 
     def _tokens(
         self, texts: Sequence[ExampleText], chat_encoder: ChatEncoder
     ) -> Iterator[Example | EncodedConversation | SettingsError]:
         """The tokens of each text, or why it has none."""
-        plain = [text for text in texts if text.conversation is None]
+        append_eos = self.encoding.append_eos
+        plain = [text for text in texts if not text.is_written and not text.is_whole]
         prompts, outputs = [text.prompt for text in plain], [text.output for text in plain]
-        plain_examples = iter(encode_examples(prompts, outputs, self.tokenizer, self.encoding.append_eos))
+        plain_examples = iter(encode_examples(prompts, outputs, self.tokenizer, append_eos))
+        wholes = [text.output for text in texts if text.is_whole]
+        whole_examples = iter(encode_texts(wholes, self.tokenizer, append_eos))
         conversations = [text.conversation for text in texts if text.conversation is not None]
         chat_examples: Iterator[EncodedConversation | SettingsError]
         try:
@@ -147,7 +166,10 @@ class RowEncoder:
         except SettingsError:  # of one among many
             chat_examples = (_tokens_or_problem(chat_encoder, each) for each in conversations)
         for text in texts:
-            yield next(plain_examples) if text.conversation is None else next(chat_examples)
+            if text.conversation is not None:
+                yield next(chat_examples)
+            else:
+                yield text.tokens or next(whole_examples if text.is_whole else plain_examples)
 
     def _checked(
         self, text: ExampleText, tokens: Example | EncodedConversation | SettingsError, only_source: str | None
@@ -162,11 +184,15 @@ class RowEncoder:
         example, notices = (tokens, []) if isinstance(tokens, Example) else (tokens.example, tokens.notices)
         if not example.num_response_labels:
             raise SettingsError(
-                f"no response token to learn from; `{self.row_format.output_field}` is {shorten(text.output)}. "
+                f"no response token to learn from; {self._learnt_column(text)} is {shorten(text.output)}. "
                 "Remove the row, or set `append_eos=True`."
             )
         location = _short_location(text.location, only_source) + _turn_in_words(text)
         return EncodedExample(text, replace(example, location=location), notices=notices)
+
+    def _learnt_column(self, text: ExampleText) -> str:
+        row_format = self.row_format
+        return f"`{(row_format.text_field or 'text') if text.is_whole else row_format.output_field}`"
 
     def _within_length(self, encoded: EncodedExample) -> EncodedExample:
         """The example, cut or marked as dropped if it is too long."""

@@ -6,8 +6,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sft.data.encoded_rows import EncodedRows
 from lightning_sft.data.rows.bad_rows import BadRowCounts
+from lightning_sft.data.rows.columns import unused_in_words
 from lightning_sft.data.rows.prompt_rows import PromptRows
-from lightning_sft.data.rows.row_format import unused_in_words
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.errors import SettingsError, counted
 

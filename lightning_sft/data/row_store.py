@@ -1,7 +1,7 @@
 """The rows of each split, read and tokenised when a stage first needs them."""
 
 from itertools import accumulate, pairwise
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
@@ -14,6 +14,7 @@ from lightning_sft.data.row_report import report_prompts, report_rows
 from lightning_sft.data.rows.mixture import WeightedSource, open_weighted, weighted_sources
 from lightning_sft.data.rows.prompt_rows import render_prompts
 from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.rows.shown import shown_data
 from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.streamed_rows import StreamedRows
@@ -75,6 +76,13 @@ class RowStore:
             Prompt(index, row["prompt"], row["ground_truth"], row["is_chat"])
             for index, row in enumerate(rows.to_list())
         ]
+
+    def facts(self) -> dict[str, Any]:
+        """What a model card says of the training and validation rows that are loaded."""
+        facts: dict[str, Any] = {}
+        for split, rows in (("train", self.train), ("val", self.val)):
+            facts |= {} if rows is None else rows.facts(shown_data(self._settings.of(split)))
+        return facts
 
     def _load_training(self, encoder: RowEncoder) -> None:
         if self.train is not None:

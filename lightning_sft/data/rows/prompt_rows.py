@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.chat.chat_encoding import ChatEncoder
 from lightning_sft.data.rows.bad_rows import BadRow, BadRows, RowProblems
-from lightning_sft.data.rows.row_format import AnyRow, ChatRow, PlainPrompt, RowFormat
+from lightning_sft.data.rows.row_format import AnyRow, RowFormat
+from lightning_sft.data.rows.said import ChatRow, PlainPrompt, TokenPrompt
 from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.rows.token_rows import check_vocabulary, decode_ids, num_token_ids
 
 _ROWS_READ_AT_ONCE = 1000
 
@@ -19,7 +22,7 @@ class PromptRows:
     """Rows that a model is to continue.
 
     Attributes:
-        dataset: The columns `prompt`, `ground_truth` and `is_chat`.
+        dataset: The columns `prompt`, `ground_truth` and `is_chat` (whether it is tokenised as it stands).
         bad_rows: Rows that are left out.
         unused_columns: Columns that people mean to be used, and that are not.
     """
@@ -43,13 +46,13 @@ def render_prompts(
     Raises:
         SettingsError: If a row is malformed; the message names file and row.
     """
-    chat_encoder, problems = ChatEncoder(tokenizer), RowProblems(on_bad_row)
+    writer, problems = _PromptWriter(tokenizer), RowProblems(on_bad_row)
     prompts: list[dict[str, object]] = []
     unused_columns: set[str] = set()
     for number, (location, row) in enumerate(_read(sources)):
         with problems.caught(number, location):
             rendered = row_format.render_prompt(row)
-            prompts.append(_written(rendered, chat_encoder))
+            prompts.append(writer.write(rendered))
             unused_columns.update(rendered.unused_columns)
     return PromptRows(Dataset.from_list(prompts), list(problems.found.values()), sorted(unused_columns))
 
@@ -61,9 +64,32 @@ def _read(sources: Sequence[Source]) -> Iterator[tuple[str, AnyRow]]:
             yield from source.decode(source.rows[start : indices.stop], list(indices))
 
 
-def _written(rendered: PlainPrompt | ChatRow, chat_encoder: ChatEncoder) -> dict[str, object]:
-    if isinstance(rendered, PlainPrompt):
-        return {"prompt": rendered.prompt, "ground_truth": rendered.ground_truth, "is_chat": False}
-    prompt, answer = chat_encoder.write_prompt(rendered.conversation)
-    ground_truth = answer if rendered.ground_truth is None else rendered.ground_truth
-    return {"prompt": prompt, "ground_truth": ground_truth, "is_chat": True}
+@dataclass
+class _PromptWriter:
+    """Writes what rows say to a model.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def write(self, said: PlainPrompt | ChatRow | TokenPrompt) -> dict[str, object]:
+        """The columns of `PromptRows.dataset`."""
+        if isinstance(said, PlainPrompt):
+            return {"prompt": said.prompt, "ground_truth": said.ground_truth, "is_chat": False}
+        if isinstance(said, TokenPrompt):
+            check_vocabulary(said.input_ids, self._num_ids)
+            (prompt,) = decode_ids(self.tokenizer, said.input_ids)
+            return {"prompt": prompt, "ground_truth": said.ground_truth, "is_chat": True}
+        prompt, answer = self._chat_encoder.write_prompt(said.conversation)
+        ground_truth = answer if said.ground_truth is None else said.ground_truth
+        return {"prompt": prompt, "ground_truth": ground_truth, "is_chat": True}
+
+    @cached_property
+    def _chat_encoder(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer)
+
+    @cached_property
+    def _num_ids(self) -> int:
+        return num_token_ids(self.tokenizer)

@@ -1,7 +1,6 @@
 """The format of rows: which columns are the prompt, the output and the ground truth, or a conversation."""
 
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -9,67 +8,16 @@ from lightning_sft.checks import check_callable, check_choice, check_type
 from lightning_sft.data.chat.chat_encoding import TrainOnTurns
 from lightning_sft.data.chat.conversation import Conversation, check_variables, read_conversation
 from lightning_sft.data.rows.bad_rows import FilteredRowError
+from lightning_sft.data.rows.columns import CONVERSATIONS, EASILY_MISSED, TEXTS, unused_beside_tokens, way_out
+from lightning_sft.data.rows.prompt_template import read_prompt_template, template_columns
 from lightning_sft.data.rows.readers import UnreadableRow
-from lightning_sft.data.tokens.texts import check_is_text, read_template_file
+from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TextRow, TokenPrompt, TokenRow
+from lightning_sft.data.rows.token_rows import IDS, read_prompt_tokens, read_tokens
+from lightning_sft.data.tokens.texts import check_is_text
 from lightning_sft.errors import SettingsError, one_line, shorten
 
 Row: TypeAlias = Mapping[str, Any]
 AnyRow: TypeAlias = Row | UnreadableRow
-
-_CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold one
-_ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
-_EASILY_MISSED = {  # columns beside a prompt that people mean to be used, and what would use them
-    "system": "`as_chat: true` writes `system`, prompt and output with the chat template",
-    "history": _ALPACA,
-    "input": _ALPACA,
-}
-
-
-@dataclass(frozen=True)
-class PlainPrompt:
-    """What a row without messages says to a model.
-
-    Attributes:
-        prompt: The text that the model goes on from.
-        ground_truth: The reference answer; None if the row has none.
-        unused_columns: Columns of the row that people mean to be used, and that are not.
-    """
-
-    prompt: str
-    ground_truth: str | None
-    unused_columns: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PlainRow:
-    """What a row without messages says.
-
-    Attributes:
-        prompt: The text before the response.
-        output: The response, which is to be learnt.
-        ground_truth: The reference answer; the output if the row has no other.
-        unused_columns: Columns of the row that people mean to be used, and that are not.
-    """
-
-    prompt: str
-    output: str
-    ground_truth: str
-    unused_columns: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ChatRow:
-    """What a row says that its chat template is to write.
-
-    Attributes:
-        conversation: The messages.
-        ground_truth: The reference answer; None if the row has none.
-        unused_columns: Of a row without messages: columns that people mean to be used, and that are not.
-    """
-
-    conversation: Conversation
-    ground_truth: str | None
-    unused_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +26,7 @@ class RowFormat:
 
     Args:
         prompt_field: Column with the text before; unused with a template.
-        output_field: Column with the text to learn.
+        output_field: Column with the text to learn; a row without the default column uses `completion`.
         ground_truth_field: Column with the reference answer; a row without the default column uses its output.
         prompt_template: Text with `{column}` in it, or the path of a file that holds such a text (its last line
             break is dropped). Literal braces are doubled.
@@ -88,14 +36,17 @@ class RowFormat:
         as_chat: Whether the prompt and output of a row without messages are a user's and an assistant's turn, after a
             column `system`.
         row_filter: Called with each row as it is read; whether it is used.
+        text_field: Column with a text that is learnt as a whole. None: `text`, in rows with neither prompt nor output.
 
-    A row is a conversation if it has the column `messages`, `conversations` or `conversation` while neither
-    `prompt_field` nor `prompt_template` is given, or if its prompt or output is a list of messages.
+    A row with `input_ids` is tokenised already, and one with `messages`, `conversations` or `conversation` is a
+    conversation, unless an argument names the columns of its text. So is a row whose prompt or output is a list of
+    messages.
 
     Raises:
         MissingFileError: If the template has no `{column}` and is no file either.
         SettingsTypeError: If an argument is of another type.
-        SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text.
+        SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text; or if a column of
+            whole texts is given beside those of a prompt and an output.
     """
 
     prompt_field: str = "prompt"
@@ -107,51 +58,89 @@ class RowFormat:
     chat_template_kwargs: Mapping[str, Any] | None = None
     as_chat: bool = False
     row_filter: Callable[[dict[str, Any]], bool] | None = None
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "output_field", "ground_truth_field"):
             check_type(name, getattr(self, name), str, "the name of a column")
+        check_type("text_field", self.text_field, str, "the name of a column", optional=True)
         check_callable("row_transform", self.row_transform, "a function", optional=True)
         check_callable("row_filter", self.row_filter, "a function", optional=True)
         if self.prompt_template is not None:
             check_type("prompt_template", self.prompt_template, str, "a text or the path of a file, as a string")
-            object.__setattr__(self, "prompt_template", _read_prompt_template(self.prompt_template))
+            object.__setattr__(self, "prompt_template", read_prompt_template(self.prompt_template))
         check_choice("train_on_turns", self.train_on_turns, TrainOnTurns)
         if self.chat_template_kwargs is not None:
             check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
             check_variables(self.chat_template_kwargs)
         check_type("as_chat", self.as_chat, bool, "true or false")
+        self._check_text_field()
 
-    def render(self, row: AnyRow) -> PlainRow | ChatRow:
+    def _check_text_field(self) -> None:
+        others = [name for name in ("prompt_field", "output_field") if getattr(self, name) != getattr(RowFormat, name)]
+        others += [name for name in ("prompt_template", "as_chat") if getattr(self, name)]
+        if self.text_field is not None and others:
+            raise SettingsError(
+                f"Both `text_field` and `{others[0]}` are given, but a text that is learnt as a whole has neither "
+                "prompt nor output. Leave one out."
+            )
+
+    def render(self, row: AnyRow) -> PlainRow | TextRow | ChatRow | TokenRow:
         """What a row says that is to be learnt.
 
         Raises:
-            SettingsError: If it cannot be read, a column is missing or no string, or `row_transform` fails.
+            SettingsError: If it cannot be read, a column is missing or of another type, or `row_transform` fails.
         """
         row = self._transformed(row)
+        if self._has_tokens(row):
+            return TokenRow(read_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
         self._refuse_preferences(row)
-        conversation, ground_truth = self._conversation(row), self._ground_truth(row)
-        if conversation is not None:
-            return ChatRow(conversation, ground_truth)
-        prompt, output = self._prompt(row), _text(row, self.output_field, "output_field")
+        if (conversation := self._conversation(row)) is not None:
+            return ChatRow(conversation, self._ground_truth(row))
+        if (text := self._whole_text(row)) is not None:
+            return TextRow(text, self._ground_truth(row))
+        prompt, output = self._prompt(row), self._text(row, self._output_column(row), "output_field")
+        ground_truth = self._ground_truth(row)
         if self.as_chat:
             return self._chat_row(row, prompt, output, ground_truth)
         return PlainRow(prompt, output, output if ground_truth is None else ground_truth, self._unused_columns(row))
 
-    def render_prompt(self, row: AnyRow) -> PlainPrompt | ChatRow:
-        """What a row says that a model is to go on from; an output is not needed.
+    def render_prompt(self, row: AnyRow) -> PlainPrompt | ChatRow | TokenPrompt:
+        """What a row says that a model is to go on from; an output is not needed. A text goes on where it ends.
 
         Raises:
             SettingsError: As `render`.
         """
         row = self._transformed(row)
-        conversation, ground_truth = self._conversation(row), self._ground_truth(row)
-        if conversation is not None:
-            return ChatRow(conversation, ground_truth)
-        prompt = self._prompt(row)
+        if self._has_tokens(row):
+            return TokenPrompt(read_prompt_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
+        if (conversation := self._conversation(row)) is not None:
+            return ChatRow(conversation, self._ground_truth(row))
+        if (text := self._whole_text(row)) is not None:
+            return PlainPrompt(text, self._ground_truth(row))
+        prompt, ground_truth = self._prompt(row), self._ground_truth(row)
         if self.as_chat:
             return self._chat_row(row, prompt, None, ground_truth)
         return PlainPrompt(prompt, ground_truth, self._unused_columns(row))
+
+    def _has_tokens(self, row: Row) -> bool:
+        return row.get(IDS) is not None and not self._names_columns
+
+    def _whole_text(self, row: Row) -> str | None:
+        """The text of a row that is learnt as a whole; None if the row has a prompt or an output."""
+        if self.text_field is not None:
+            return self._text(row, self.text_field, "text_field")
+        if self._names_columns or row.get("text") is None or any(row.get(column) is not None for column in TEXTS):
+            return None
+        if self.as_chat:
+            raise SettingsError("`as_chat` writes a prompt and an output, but the row has `text` alone. Leave one out.")
+        return self._text(row, "text", "text_field")
+
+    @property
+    def _names_columns(self) -> bool:
+        """Whether an argument says where the text of a row is."""
+        given = (self.prompt_field, self.output_field) != (RowFormat.prompt_field, RowFormat.output_field)
+        return given or self.prompt_template is not None or self.text_field is not None
 
     def _is_used(self, row: Row) -> bool:
         try:
@@ -177,22 +166,25 @@ class RowFormat:
         return row
 
     def _conversation(self, row: Row) -> Conversation | None:
-        if self.prompt_template is not None:
+        if self.prompt_template is not None or self.text_field is not None:
             return None
         if self.prompt_field == RowFormat.prompt_field:
-            found = [column for column in _CONVERSATIONS if row.get(column) is not None]
+            found = [column for column in CONVERSATIONS if row.get(column) is not None]
             said = [column for column in found if row[column]]
             if said and any(row[column] != row[said[0]] for column in said):
                 raise SettingsError(f"the row has both `{said[0]}` and `{said[1]}`. Remove one.")
             if found:
                 return read_conversation(row, (said or found)[:1], self.chat_template_kwargs)
-        columns = [self.prompt_field, self.output_field]
-        if columns[1] == RowFormat.output_field and row.get(columns[1]) is None:
-            columns[1] = "completion"
+        columns = [self.prompt_field, self._output_column(row)]
         first = [value[0] for value in map(row.get, columns) if isinstance(value, list) and value]
         if not any(isinstance(message, Mapping) for message in first):
             return None
         return read_conversation(row, columns, self.chat_template_kwargs)
+
+    def _output_column(self, row: Row) -> str:
+        """The column of the output: of the two defaults, the one that the row has."""
+        is_completion = row.get(self.output_field) is None and row.get("completion") is not None
+        return "completion" if is_completion and self.output_field == RowFormat.output_field else self.output_field
 
     def _chat_row(self, row: Row, prompt: str, output: str | None, ground_truth: str | None) -> ChatRow:
         """A row without messages, whose prompt and output become turns."""
@@ -203,7 +195,7 @@ class RowFormat:
 
     def _refuse_preferences(self, row: Row) -> None:
         has_preferences = row.get("chosen") is not None and row.get("rejected") is not None
-        outputs = (*_CONVERSATIONS, self.output_field, "completion")
+        outputs = (*CONVERSATIONS, self.output_field, "completion")
         if has_preferences and all(row.get(column) is None for column in outputs):
             raise SettingsError(
                 "the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. Here one output is "
@@ -215,64 +207,45 @@ class RowFormat:
             return ()
         used = {*self._prompt_columns, self.output_field, self.ground_truth_field}
         used |= {"system"} if self.as_chat else set()
-        return tuple(column for column in _EASILY_MISSED if row.get(column) and column not in used)
+        return tuple(column for column in EASILY_MISSED if row.get(column) and column not in used)
 
     @property
     def _prompt_columns(self) -> list[str]:
         if self.prompt_template is None:
             return [self.prompt_field]
-        return [field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None]
+        return template_columns(self.prompt_template)
 
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:
-            return _text(row, self.prompt_field, "prompt_field")
+            return self._text(row, self.prompt_field, "prompt_field")
         fields = self._prompt_columns
-        return self.prompt_template.format(**{field: _text(row, field, "prompt_template") for field in fields})
+        return self.prompt_template.format(**{field: self._text(row, field, "prompt_template") for field in fields})
 
     def _ground_truth(self, row: Row) -> str | None:
         if self.ground_truth_field == RowFormat.ground_truth_field and row.get(self.ground_truth_field) is None:
             return None
-        return _text(row, self.ground_truth_field, "ground_truth_field")
+        return self._text(row, self.ground_truth_field, "ground_truth_field")
 
-
-def unused_in_words(columns: Sequence[str]) -> str:
-    """What a user is told of columns that nothing uses."""
-    ways = dict.fromkeys(_EASILY_MISSED[column] for column in columns)
-    ways_out = "; ".join([*ways, "`prompt_template` can name any column"])
-    return (
-        f"nothing uses the column{'s' if columns[1:] else ''} {', '.join(f'`{name}`' for name in columns)}. {ways_out}."
-    )
-
-
-def _read_prompt_template(template: str) -> str:
-    if "{" not in template:
-        way_out = "Give a text such as 'Question: {question}', or the path of a file with such a text."
-        template = read_template_file("prompt_template", template, "{column}", way_out).removesuffix("\n")
-    try:
-        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise SettingsError(f"`prompt_template` has unbalanced braces ({error}). Write literal braces twice.") from None
-    if not parts:
-        raise SettingsError("`prompt_template` has no {column} in it, so all prompts would be the same.")
-    for _, field, spec, conversion in parts:
-        if not str(field).isidentifier() or spec or conversion:
-            extras = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            found = shorten(f"{{{field}{extras}}}", 80).strip("'")  # a JSON example has line breaks
+    def _text(self, row: Row, field: str, argument: str) -> str:
+        value = row.get(field)
+        if value is None:
+            columns = shorten(sorted(map(str, row)), 200)
+            hint = way_out(row, self._missing(row)) if argument in ("prompt_field", "output_field") else ""
+            raise SettingsError(f"no value for `{field}` (`{argument}`). The row has {columns}.{hint}")
+        if not isinstance(value, str):
             raise SettingsError(
-                f"`prompt_template` has {found}, but expects plain column names such as {{question}}. "
-                "Write literal braces twice."
+                f"`{field}` (`{argument}`) is {shorten(value)} of type {type(value).__name__}, expected a string."
             )
-    return template
+        check_is_text(f"`{field}` (`{argument}`)", value)
+        return value
 
-
-def _text(row: Row, field: str, argument: str) -> str:
-    value = row.get(field)
-    if value is None:
-        columns = shorten(sorted(map(str, row)), 200)
-        raise SettingsError(f"no value for `{field}` (`{argument}`). The row has {columns}.")
-    if not isinstance(value, str):
-        raise SettingsError(
-            f"`{field}` (`{argument}`) is {shorten(value)} of type {type(value).__name__}, expected a string."
-        )
-    check_is_text(f"`{field}` (`{argument}`)", value)
-    return value
+    def _missing(self, row: Row) -> dict[str, str]:
+        """The default columns that a row lacks, each with the argument that names it."""
+        names = {"output": ("output_field", self._output_column(row))}
+        if self.prompt_template is None:
+            names = {"prompt": ("prompt_field", self.prompt_field), **names}
+        return {
+            column: argument
+            for column, (argument, name) in names.items()
+            if row.get(name) is None and getattr(self, argument) == column
+        }

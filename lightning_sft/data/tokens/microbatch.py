@@ -7,7 +7,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_sft.errors import SettingsError
+
 Layout = Literal["packed", "padded"]
+
+
+def choose_layout(wanted: Layout | None, why_not_packed: str) -> Layout:
+    """The layout that is wanted; without one, packed where that is possible.
+
+    Args:
+        wanted: By the user.
+        why_not_packed: Why microbatches cannot be packed; empty if they can.
+
+    Raises:
+        SettingsError: If they cannot be what is wanted.
+    """
+    if wanted == "packed" and why_not_packed:
+        raise SettingsError(f"`layout` is 'packed', but {why_not_packed}. Use 'padded'.")
+    return wanted or ("padded" if why_not_packed else "packed")
 
 
 @dataclass(eq=False)

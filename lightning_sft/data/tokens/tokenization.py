@@ -98,18 +98,46 @@ def encode_examples(
         )
     if not output_strs:
         return []
-    if append_eos and tokenizer.eos_token_id is None:
-        raise SettingsError(
-            "`append_eos` is True, but the tokenizer has no EOS token. Set `tokenizer.eos_token`, or pass "
-            "`append_eos=False` (the model then never learns to stop)."
-        )
+    eos = _eos(tokenizer, append_eos)
     prompts = encode_prompts(prompt_strs, tokenizer)
     outputs = _encode(output_strs, tokenizer, "output")
-    eos = [tokenizer.eos_token_id] if append_eos else []
     return [
         Example(input_ids=prompt + output + ([] if output[-1:] == eos else eos), num_prompt_tokens=len(prompt))
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> list[Example]:
+    """Tokenise texts that are learnt as wholes: all but the tokenizer's own prefix, such as BOS.
+
+    Args:
+        texts: Any texts. One that spells the prefix out does not get it twice.
+        tokenizer: Any Hugging Face tokenizer.
+        append_eos: Whether each ends in EOS, as in `encode_examples`.
+
+    Raises:
+        SettingsTypeError: As `encode_prompts`.
+        SettingsError: As `encode_prompts`; or if EOS is wanted and the tokenizer has none.
+    """
+    if not texts:
+        return []
+    eos, num_prefix = _eos(tokenizer, append_eos), len(prompt_prefix(tokenizer))
+    return [
+        Example(input_ids=ids if eos and ids[num_prefix:][-1:] == eos else ids + eos, num_prompt_tokens=num_prefix)
+        for ids in encode_prompts(texts, tokenizer)
+    ]
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> list[int]:
+    """What ends a response."""
+    if not append_eos:
+        return []
+    if tokenizer.eos_token_id is None:
+        raise SettingsError(
+            "`append_eos` is True, but the tokenizer has no EOS token. Set `tokenizer.eos_token`, or pass "
+            "`append_eos=False` (the model then never learns to stop)."
+        )
+    return [tokenizer.eos_token_id]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -1,0 +1,56 @@
+"""Names of columns that people use, and what to do with rows that have them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold one
+TEXTS = ("prompt", "output", "completion")  # columns of a row that is no text as a whole
+_PROMPTS = ("question", "query", "instruction", "problem", "input", "source")  # what people call a prompt,
+_OUTPUTS = ("output", "completion", "response", "answer", "solution", "target")  # and an output
+_TOKENS = "`input_ids` comes before it: remove that by a `row_transform`, and the text is tokenised here"
+_ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
+EASILY_MISSED = {  # columns beside a prompt that people mean to be used, and what would use them
+    "system": "`as_chat: true` writes `system`, prompt and output with the chat template",
+    "history": _ALPACA,
+    "input": _ALPACA,
+}
+_BESIDE_TOKENS = (*CONVERSATIONS, *TEXTS, "text")  # columns that a row of tokens need not have, but may
+
+
+def unused_beside_tokens(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns of a row that is tokenised already which would be used otherwise."""
+    return tuple(column for column in _BESIDE_TOKENS if row.get(column) is not None)
+
+
+def unused_in_words(columns: Sequence[str]) -> str:
+    """What a user is told of columns that nothing uses."""
+    ways = dict.fromkeys(EASILY_MISSED.get(column, _TOKENS) for column in columns)
+    ways_out = "; ".join(ways if _TOKENS in ways else [*ways, "`prompt_template` can name any column"])
+    return (
+        f"nothing uses the column{'s' if columns[1:] else ''} {', '.join(f'`{name}`' for name in columns)}. {ways_out}."
+    )
+
+
+def way_out(row: Mapping[str, Any], missing: Mapping[str, str]) -> str:
+    """What to do with a row that lacks a prompt or an output by its default name; empty if it has nothing known.
+
+    Args:
+        row: Values by column.
+        missing: For each column that is missing, the argument that names it.
+    """
+    for column, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and {"role", "from"} & set(value[0]):
+            return f" `{column}` has messages: let a `row_transform` return them as `messages`."
+    has_prompt = "prompt" not in missing
+    if not has_prompt and "instruction" in row and {"output", "input"} & set(row):
+        return " Set `row_transform` to `lightning_sft.alpaca_row`."
+    if not has_prompt and {"query", "response"} <= set(row):
+        return " Set `row_transform` to `lightning_sft.query_row`."
+    known = {"prompt": _PROMPTS, "output": _OUTPUTS}
+    found = {
+        argument: next((name for name in known[column] if isinstance(row.get(name), str)), None)
+        for column, argument in missing.items()
+    }
+    if not found or not all(found.values()):
+        return ""
+    return f" Set {' and '.join(f'`{argument}` to `{name}`' for argument, name in found.items())}."
