@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from typing import SupportsFloat
 
-from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
+from lightning_sft.errors import shorten
 from lightning_sft.rewards.answers import NUMBER, equal, value
 
 RewardFunction = Callable[[str, str], Mapping[str, float]]  # of response and ground truth
@@ -111,12 +111,12 @@ def numeric_match_reward(response: str, ground_truth: str) -> dict[str, float]:
         second.
 
     Raises:
-        SettingsError: `ground_truth` is anything but one number: no response could be right.
+        ValueError: `ground_truth` is anything but one number: no response could be right.
     """
     expected = _fraction(_RATIO_ALONE.fullmatch(_plain(ground_truth)))
     if expected is None:
         came = f"`ground_truth` is {shorten(ground_truth)}"
-        raise SettingsError(f"{came}, expected one number, such as 1,234.5, -3/4 or 1e5. Take another reward function.")
+        raise ValueError(f"{came}, expected one number, such as 1,234.5, -3/4 or 1e5. Take another reward function.")
     for piece in reversed(_JOINED.findall(_plain(response))):
         if fraction := _fraction(_RATIO_AND_UNIT.fullmatch(piece)):
             left, right = _EXACT.multiply(fraction[0], expected[1]), _EXACT.multiply(expected[0], fraction[1])
@@ -152,16 +152,16 @@ def checked_reward(reward_fn: RewardFunction, response: str, ground_truth: str) 
         The three numbers as floats; other keys are dropped.
 
     Raises:
-        SettingsTypeError: It did not return a mapping, or a value is not a number.
-        SettingsError: A key is missing, or a value is not finite.
+        TypeError: It did not return a mapping, or a value is not a number.
+        ValueError: A key is missing, or a value is not finite.
     """
     returned = reward_fn(response, ground_truth)
     came = f"The reward function `{getattr(reward_fn, '__name__', reward_fn)}` returned {reprlib.repr(returned)}"
     expected = f"Return a dict with the keys {', '.join(REWARD_KEYS)}, each a finite number."
     if not isinstance(returned, Mapping):
-        raise SettingsTypeError(f"{came}, a {type(returned).__name__}. {expected}")
+        raise TypeError(f"{came}, a {type(returned).__name__}. {expected}")
     if missing := [key for key in REWARD_KEYS if key not in returned]:
-        raise SettingsError(f"{came}, without {', '.join(missing)}. {expected}")
+        raise ValueError(f"{came}, without {', '.join(missing)}. {expected}")
     rewards = {}
     for key in REWARD_KEYS:
         try:
@@ -169,9 +169,9 @@ def checked_reward(reward_fn: RewardFunction, response: str, ground_truth: str) 
                 raise TypeError
             rewards[key] = float(returned[key])
         except (TypeError, ValueError, OverflowError) as error:  # an array of several elements, too
-            raise SettingsTypeError(f"{came}, where `{key}` cannot be made a float. {expected}") from error
+            raise TypeError(f"{came}, where `{key}` cannot be made a float. {expected}") from error
         if not math.isfinite(rewards[key]):
-            raise SettingsError(f"{came}, where `{key}` is {rewards[key]}. {expected}")
+            raise ValueError(f"{came}, where `{key}` is {rewards[key]}. {expected}")
     return rewards
 
 
