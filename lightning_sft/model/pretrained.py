@@ -84,12 +84,6 @@ def _cannot_be_built(source: str | dict[str, Any], error: Exception) -> Settings
     return SettingsError(f"`model` is {shorten(source, 200)}, which cannot be built: {_reason(error)}")
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Have the model's activations computed again in backward."""
-    new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
-    (new_name or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
 def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:
     # Otherwise weights of other shapes are named in a log alone, and missing ones are drawn at random.
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -34,15 +34,15 @@ class Estimate:
 
     Attributes:
         parameters: How many, in words.
-        memory: Of an optimizer step on each device, without and with gradient checkpointing.
-        is_checkpointing: Whether the settings ask for that.
+        memory: Of an optimizer step on each device, for values of `gradient_checkpointing`.
+        gradient_checkpointing: The one that is set.
         run: What there is to compute, by name.
         notes: What the numbers rest on.
     """
 
     parameters: str
-    memory: dict[bool, StepMemory]
-    is_checkpointing: bool
+    memory: dict[bool | int, StepMemory]
+    gradient_checkpointing: bool | int
     run: dict[str, str]
     notes: list[str]
 
@@ -61,7 +61,8 @@ class Estimate:
         table = Table("memory on each device", box=None, pad_edge=False)
         for checkpointing in self.memory:
             words = f"gradient_checkpointing: {str(checkpointing).lower()}"
-            table.add_column(f"{words} (set)" if checkpointing == self.is_checkpointing else words, justify="right")
+            is_set = checkpointing == self.gradient_checkpointing
+            table.add_column(f"{words} (set)" if is_set else words, justify="right")
         steps = list(self.memory.values())
         lines: dict[str, Sequence[int | None]] = {
             "weights": [step.state.weights for step in steps],
@@ -124,7 +125,7 @@ def estimate_run(
             gradient_checkpointing=checkpointing,
             token_loss=module.objective.token_loss,
         )
-        for checkpointing in (False, True)
+        for checkpointing in dict.fromkeys([False, True, module.checkpointing.gradient_checkpointing])
     }
     run = work.lines | {"largest microbatch": _in_words(work.largest, layout)}
     notes += work.notes
@@ -140,7 +141,9 @@ def estimate_run(
         else:
             notes.append("For a time give the device's FLOP/s as `--throughput.peak_flops`.")
     counts = parameter_counts(model.parameters())
-    return Estimate(counts, memory, module.gradient_checkpointing, run, [*notes, _UNCOUNTED])
+    if module.checkpointing.activation_offloading:
+        notes.append("`activation_offloading` needs less than this; how much less is not estimated.")
+    return Estimate(counts, memory, module.checkpointing.gradient_checkpointing, run, [*notes, _UNCOUNTED])
 
 
 @dataclass(frozen=True)

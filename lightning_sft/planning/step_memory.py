@@ -21,10 +21,10 @@ from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.microbatch import Layout, Microbatch
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.attention import VARLEN, packed_inputs
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.linear_head import configured_transform
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.precision import FLOAT32, Precision
-from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.sharding import transformer_blocks
 from lightning_sft.model.tiles import Tiling, score_tile
 from lightning_sft.model.token_loss import NLL, TokenLoss
@@ -85,7 +85,7 @@ def step_memory(
     *,
     devices: Devices = ONE_CPU,
     precision: Precision = FLOAT32,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int = False,
     token_loss: TokenLoss = NLL,
 ) -> StepMemory:
     """The most that exists at one time in an optimizer step, once the optimizer has made its state.
@@ -101,7 +101,7 @@ def step_memory(
         layout: Of the microbatches.
         devices: Of the run.
         precision: Of the trainer.
-        gradient_checkpointing: Whether activations are computed again.
+        gradient_checkpointing: Which blocks' activations are computed again, see `ActivationCheckpointing`.
         token_loss: What each token adds to the loss.
 
     Raises:
@@ -164,15 +164,14 @@ def _microbatch(shape: MicrobatchShape, layout: Layout) -> Microbatch:
     return collate(examples, layout)
 
 
-def _prepare(model: PreTrainedModel, gradient_checkpointing: bool, plain_attention: bool) -> None:
+def _prepare(model: PreTrainedModel, gradient_checkpointing: bool | int, plain_attention: bool) -> None:
     """Put tensors without values in the place of those on `meta`, which no kernel of a device would take."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model.to_empty(device="cpu")
     model.tie_weights()
     model.train()
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    ActivationCheckpointing(gradient_checkpointing).enable(model)
     if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(_UNMASKED if plain_attention else VARLEN)
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.causality import check_causal
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.positions import num_positions
 from lightning_sft.model.precision import Precision
-from lightning_sft.model.pretrained import enable_gradient_checkpointing
 from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
@@ -106,14 +106,14 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
 
 
 def prepare_model(
-    model: PreTrainedModel, trainer: L.Trainer | None, gradient_checkpointing: bool, compiled: bool
+    model: PreTrainedModel, trainer: L.Trainer | None, checkpointing: ActivationCheckpointing, compiled: bool
 ) -> ModelTraits:
     """Switch on all that the training of a model needs.
 
     Args:
         model: On the device that it is to be trained on.
         trainer: Whose precision counts; None if there is none.
-        gradient_checkpointing: Whether activations are computed again in backward.
+        checkpointing: Which activations are computed again in backward.
         compiled: Whether the model's body is to be compiled.
 
     Raises:
@@ -121,8 +121,9 @@ def prepare_model(
             be compiled and is sharded.
     """
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    checkpointing.enable(model)
+    if checkpointing.activation_offloading and next(model.parameters()).device.type == "cpu":
+        rank_zero_info("On the CPU all activations are in main memory, with or without `activation_offloading`.")
     keep_rotary_by_row(model)
     dtype = _precision_of(trainer).compute_dtype
     check_causal(model, dtype)

@@ -1,7 +1,6 @@
 """`SFTModule`: one `training_step` is one optimizer step."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -22,6 +21,7 @@ from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.embedding_noise import EmbeddingNoise
 from lightning_sft.model.rotary import rotary_frequencies_kept
 from lightning_sft.model.sharding import is_sharded
@@ -30,7 +30,7 @@ from lightning_sft.training.accumulation import accumulate_gradients
 from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
-from lightning_sft.training.grad_scaler import GradScaling
+from lightning_sft.training.gradients import GradScaling, clip_gradients
 from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.logged import log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
@@ -72,7 +72,8 @@ class SFTModule(L.LightningModule):
         lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
         warmup_steps: Optimizer steps over which the learning rate rises; below 1: a fraction of the run.
         lr_scheduler_kwargs: Further arguments of the schedule.
-        gradient_checkpointing: Recompute activations in backward: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in backward, in a third more time; a number: of each n-th block.
+        activation_offloading: Keep the inputs that `gradient_checkpointing` needs in main memory; slower still.
         compile: Compile the model's body for training and validation: a minute or two at the start, faster steps.
         nonfinite: What happens to an optimizer step whose loss or gradient norm is not a finite number. `error`: the
             run stops and names the step's rows; nothing of it is saved. `skip`: weights, optimizer and schedule stay
@@ -112,7 +113,8 @@ class SFTModule(L.LightningModule):
         lr_scheduler: str = "cosine",
         warmup_steps: float = 0.03,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
+        activation_offloading: bool = False,
         compile: bool = False,
         nonfinite: NonFinite = "error",
         sync_every_microbatch: bool | None = None,
@@ -130,8 +132,8 @@ class SFTModule(L.LightningModule):
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
         self.guard, self._continuation = StepGuard(nonfinite), Continuation()
         self.optimizer_factory, self.parameter_groups = optimizer, ParameterGroups(parameter_groups)
-        self.gradient_checkpointing, self._compile = gradient_checkpointing, compile
-        self.sync_every_microbatch, self._max_grad_norm = sync_every_microbatch, max_grad_norm
+        self.checkpointing = ActivationCheckpointing(gradient_checkpointing, activation_offloading)
+        self._compile, self._max_grad_norm, self.sync_every_microbatch = compile, max_grad_norm, sync_every_microbatch
         # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
         own = ("loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed")
         further = ("lora", "loss_type", "label_smoothing", "neftune_noise_alpha", "freeze", "parameter_groups")
@@ -164,7 +166,7 @@ class SFTModule(L.LightningModule):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
         self.objective.noise.install(self.model)
-        traits = prepare_model(self.model, trainer, self.gradient_checkpointing, self._compile)
+        traits = prepare_model(self.model, trainer, self.checkpointing, self._compile)
         self.why_not_packed, self.num_positions = traits.why_not_packed, traits.num_positions
         self.objective = replace(self.objective, router_coefficient=traits.router_coefficient)
         self._compile = False  # once is enough
@@ -202,8 +204,7 @@ class SFTModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
         GradScaling(self.trainer).unscale(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm or math.inf)
-        self._grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._grad_norm = clip_gradients(self.parameters(), self._max_grad_norm)
         if not self.guard.allows(self._grad_norm):
             self.zero_grad()  # without a gradient the optimizer leaves a weight alone, and its state too
 

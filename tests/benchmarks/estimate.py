@@ -99,7 +99,7 @@ def compare(name: str) -> list[str]:
 
     module, data, options = parts(**CONTESTS[name])
     estimate = estimate_run(module, data, options)
-    expected = estimate.memory[module.gradient_checkpointing].peak
+    expected = estimate.memory[module.checkpointing.gradient_checkpointing].peak
     found = [in_process(CONTESTS[name], variables) for variables in (HANDS_BACK, {})]
     sizes = [f"{size / GIB:.2f}" for size in (expected, *found)]
     return [name, estimate.run["largest microbatch"], *sizes[:2], f"{expected / found[0]:.2f}", sizes[2]]

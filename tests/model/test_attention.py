@@ -10,8 +10,8 @@ from lightning_sft.data.tokens.collation import collate_packed
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.model import attention
 from lightning_sft.model.attention import VARLEN, packed_inputs, varlen_attention
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.packing import enable_packing
-from lightning_sft.model.pretrained import enable_gradient_checkpointing
 
 LENGTHS = (8, 13, 2, 5)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # in float64 too, norms and rotary angles are computed in float32
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_keeps_documents_apart_when_it_computes_again():
         model = build("llama").double().train()
         assert enable_packing(model) is None
         if checkpointing:
-            enable_gradient_checkpointing(model)
+            ActivationCheckpointing(True).enable(model)
         inputs = packed_inputs(model, batch.model_inputs())
         model(batch.input_ids, use_cache=False, **inputs).logits.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -56,7 +56,7 @@ MODULE = {
     "lr_scheduler": ("constant", EFFECT),
     "warmup_steps": (4, EFFECT),
     "lr_scheduler_kwargs": ({"num_cycles": 2.5}, EFFECT),
-    "gradient_checkpointing": (True, NONE),
+    "gradient_checkpointing": (2, NONE),
     "nonfinite": ("skip", NONE),
     "sync_every_microbatch": (True, NONE),
     "lora": ({"r": 2}, REFUSED),
@@ -96,7 +96,15 @@ TRAINER = {
     "overfit_batches": (1, "another `trainer.overfit_batches`"),
 }
 # Compiling takes a minute; settings of conversations change tokens or what is learnt of them, as those above do.
-ELSEWHERE = {"compile", "optimizer", "as_chat", "chat_template", "chat_template_kwargs", "train_on_turns"}
+ELSEWHERE = {
+    "activation_offloading",
+    "compile",
+    "optimizer",
+    "as_chat",
+    "chat_template",
+    "chat_template_kwargs",
+    "train_on_turns",
+}
 
 
 def test_every_setting_is_in_these_tables():

@@ -1,7 +1,11 @@
-"""`GradScaling`: the scale under which float16 can hold small gradients."""
+"""What is done to gradients before the optimizer uses them: the scale of float16, and clipping."""
+
+import math
+from collections.abc import Iterable
 
 import lightning as L
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -29,3 +33,18 @@ class GradScaling:
         scale = 0.0 if self._scaler is None else self._scaler.get_scale()
         optimizer.step()
         return self._scaler is None or self._scaler.get_scale() >= scale
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale gradients down to a total norm.
+
+    Args:
+        parameters: That have them, on one device or sharded over all.
+        max_norm: None: no clipping.
+
+    Returns:
+        The norm before, a scalar.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole

@@ -1,0 +1,76 @@
+"""`ActivationCheckpointing`: activations that are computed again in backward rather than kept."""
+
+import inspect
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lightning_sft.checks import check_type
+from lightning_sft.errors import SettingsError, SettingsTypeError
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointing:
+    """Which blocks of a model keep their input alone, and where.
+
+    Args:
+        gradient_checkpointing: True: every block; a number `n`: each `n`-th. False: none, all activations are kept.
+        activation_offloading: Keep these inputs in main memory.
+
+    Raises:
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If the number is below 1, or there are no inputs to keep elsewhere.
+    """
+
+    gradient_checkpointing: bool | int = False
+    activation_offloading: bool = False
+
+    def __post_init__(self) -> None:
+        every = self.gradient_checkpointing
+        if not isinstance(every, int):
+            raise SettingsTypeError(
+                f"`gradient_checkpointing` is {every!r} of type {type(every).__name__}, expected a number, or true or "
+                "false."
+            )
+        if every is not False and every < 1:
+            raise SettingsError(
+                f"`gradient_checkpointing` is {every}, expected true, false, or a number from 1 up: each n-th block."
+            )
+        check_type("activation_offloading", self.activation_offloading, bool, "true or false")
+        if self.activation_offloading and not every:
+            raise SettingsError(
+                "`activation_offloading` keeps the inputs of blocks under `gradient_checkpointing` in main memory, but "
+                "that is false. Set it to true as well."
+            )
+
+    def enable(self, model: PreTrainedModel) -> None:
+        """Have the model do it.
+
+        Raises:
+            SettingsError: If the model, or this version of `transformers`, cannot.
+        """
+        if not self.gradient_checkpointing:
+            return
+        new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
+        enable = new_name or model.gradient_checkpointing_enable
+        if self.activation_offloading and "offload" not in inspect.signature(enable).parameters:
+            raise SettingsError(
+                "`activation_offloading` needs `transformers` 5.24 or later. Set it to false, or update that."
+            )
+        try:
+            enable({"use_reentrant": False}, **({"offload": True} if self.activation_offloading else {}))
+        except ValueError as error:
+            raise SettingsError(f"`gradient_checkpointing` is not for this model: {error}") from error
+        if self.gradient_checkpointing > 1:
+            self._keep_others(model)
+
+    def _keep_others(self, model: PreTrainedModel) -> None:
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise SettingsError(
+                f"`gradient_checkpointing` is {self.gradient_checkpointing}, but {type(model).__name__} does not say "
+                "what its blocks are. Set it to true."
+            )
+        for index, block in enumerate(blocks):
+            block.gradient_checkpointing = index % self.gradient_checkpointing == 0
