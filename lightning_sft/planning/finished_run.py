@@ -1,0 +1,172 @@
+"""A run's folder, read from a program: its metrics, the records of its generations, and its settings."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from lightning_sft.checks import check_type
+from lightning_sft.errors import MissingFileError, SettingsError
+from lightning_sft.generation.records import GenerationRecord
+
+_NO_COLUMNS = ("token_ids", "tokens", "token_log_probs", "token_entropies")  # of single tokens
+
+
+def read_run(folder: str | Path) -> "FinishedRun":
+    """Read what a run has left in its folder, be it finished or still going on.
+
+    Args:
+        folder: Of the run, such as `runs/quickstart/version_0`; it has the logger's files, `generations` or both.
+
+    Raises:
+        SettingsTypeError: If `folder` is no path.
+        MissingFileError: If there is no such folder.
+        SettingsError: If nothing in it is of a run.
+    """
+    check_type("folder", folder, (str, Path), "the folder of a run")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise MissingFileError(f"`folder` is {str(folder)!r}, but there is no such folder.")
+    run = FinishedRun(path)
+    if not (run.generation_steps or run.settings or (path / "checkpoints").is_dir() or _metric_files(path)):
+        below = sorted({file.parent for name in ("config.yaml", "hparams.yaml") for file in path.glob(f"**/{name}")})
+        hint = f" Below it is {below[-1]}." if below else ""
+        raise SettingsError(f"`folder` is {str(folder)!r}, which has no settings, metrics or generations.{hint}")
+    return run
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run has left in its folder; made by `read_run`. Each part is read when it is first asked for.
+
+    Args:
+        folder: The folder.
+    """
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings: of `config.yaml`, which the command line writes, or else of the logger's `hparams.yaml`."""
+        for name in ("config.yaml", "hparams.yaml"):
+            path = self.folder / name
+            if path.is_file():
+                try:
+                    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+                except (yaml.YAMLError, UnicodeDecodeError) as error:
+                    raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        return {}
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """All metrics that were logged, a column each, by optimizer step; NaN at steps where one was not logged.
+
+        Read from the files of CSV's, TensorBoard's and MLflow's loggers.
+
+        Raises:
+            SettingsError: If the run had no logger, or one whose files cannot be read here.
+        """
+        files = _metric_files(self.folder)
+        if not files:
+            raise SettingsError(f"{self.folder} has no metrics that can be read. {_why_no_metrics(self.folder)}")
+        if files[0].name == "metrics.csv":
+            table = pd.read_csv(files[0])
+            return table.groupby("step").last().sort_index()  # the last that is no NaN
+        points = _read_events(self.folder) if files[0].name.startswith("events.") else _read_mlflow(self.folder)
+        table = pd.DataFrame(points, columns=["step", "name", "value"])
+        table = table.drop_duplicates(["step", "name"], keep="last").pivot_table("value", "step", "name", sort=True)
+        return table.rename_axis(columns=None)
+
+    @cached_property
+    def generation_steps(self) -> list[int]:
+        """The optimizer steps at which responses were kept."""
+        names = [
+            re.fullmatch(r"step_(\d+)\.jsonl", path.name) for path in (self.folder / "generations").glob("*.jsonl")
+        ]
+        return sorted(int(name[1]) for name in names if name)
+
+    def records(self, step: int | None = None) -> list[GenerationRecord]:
+        """The responses at a step, with all of their tokens.
+
+        Args:
+            step: One of `generation_steps`. None: the last of them.
+
+        Raises:
+            SettingsError: If there are none of that step, or their file cannot be read.
+        """
+        if step is None and self.generation_steps:
+            step = self.generation_steps[-1]
+        if step not in self.generation_steps:
+            known = ", ".join(map(str, self.generation_steps)) or "none"
+            raise SettingsError(f"{self.folder} has no generations of step {step}; the steps that have some: {known}.")
+        path = self.folder / "generations" / f"step_{step}.jsonl"
+        return [_record(line, f"line {number} of {path}") for number, line in enumerate(_lines(path), 1)]
+
+    @cached_property
+    def generations(self) -> pd.DataFrame:
+        """The responses of all steps, one a row, but for what is known of single tokens.
+
+        The index is the optimizer step, the prompt's number and the sample's.
+        """
+        rows = []
+        for step in self.generation_steps:
+            for record in self.records(step):
+                fields = {name: value for name, value in vars(record).items() if name not in _NO_COLUMNS}
+                rows.append({"step": step, **fields})
+        columns = ["step", *(name for name in GenerationRecord.__dataclass_fields__ if name not in _NO_COLUMNS)]
+        return pd.DataFrame(rows, columns=columns).set_index(["step", "index", "sample"])
+
+
+def _lines(path: Path) -> list[str]:
+    """Those of a run that is still writing may lack the end of the last one."""
+    text = path.read_text(encoding="utf-8")
+    return text.split("\n")[:-1]
+
+
+def _record(line: str, location: str) -> GenerationRecord:
+    try:
+        fields = {name: value for name, value in json.loads(line).items() if name not in ("step", "run")}
+        return GenerationRecord(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingsError(f"{location} is no record of a generation: {error}") from error
+
+
+def _metric_files(folder: Path) -> list[Path]:
+    """Files with metrics, those of one logger."""
+    csv, mlflow = folder / "metrics.csv", folder / "metrics"
+    if csv.is_file():
+        return [csv]
+    return sorted(folder.glob("events.out.tfevents.*")) or sorted(path for path in mlflow.rglob("*") if path.is_file())
+
+
+def _read_events(folder: Path) -> list[tuple[int, str, float]]:
+    """What TensorBoard shows: after a run that continued at an earlier step, only what came later of that step on."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # all of them, not a sample
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name != "hp_metric"]
+    return [(event.step, name, event.value) for name in names for event in events.Scalars(name)]
+
+
+def _read_mlflow(folder: Path) -> list[tuple[int, str, float]]:
+    """Of MLflow's store of files: one for each metric, with lines of time, value and step."""
+    points = []
+    for path in _metric_files(folder):
+        name = path.relative_to(folder / "metrics").as_posix()
+        for line in _lines(path):
+            _, value, step, *_ = line.split()
+            points.append((int(step), name, float(value)))
+    return points
+
+
+def _why_no_metrics(folder: Path) -> str:
+    way_out = "Give the run a `CSVLogger` or a `TensorBoardLogger`, beside others if need be."
+    if any((folder.parent.parent / "wandb").glob(f"*-{folder.name}")):
+        return f"Weights & Biases has them in its own files: `wandb sync` sends, `wandb.Api` reads them. {way_out}"
+    return f"It had no logger, or one that keeps them elsewhere. {way_out}"
