@@ -15,10 +15,12 @@ if TYPE_CHECKING:  # `as`: these are public
     from lightning_sft.data.datamodule import SFTDataModule as SFTDataModule
     from lightning_sft.data.rows.transforms import alpaca_row as alpaca_row
     from lightning_sft.data.rows.transforms import chosen_row as chosen_row
+    from lightning_sft.data.rows.transforms import is_rewarded as is_rewarded
     from lightning_sft.data.rows.transforms import query_row as query_row
     from lightning_sft.data.tokens.tokenization import tokenize_prompt_and_output as tokenize_prompt_and_output
     from lightning_sft.errors import SettingsError as SettingsError
     from lightning_sft.export.huggingface import export_model as export_model
+    from lightning_sft.generation.best_responses import best_responses as best_responses
     from lightning_sft.generation.generate import log_generations as log_generations
     from lightning_sft.generation.records import GenerationRecord as GenerationRecord
     from lightning_sft.generation.responses import Response as Response
@@ -49,10 +51,11 @@ _MODULES = {
         "TokenThroughput",
     ),
     "data.datamodule": ("SFTDataModule",),
-    "data.rows.transforms": ("alpaca_row", "chosen_row", "query_row"),
+    "data.rows.transforms": ("alpaca_row", "chosen_row", "is_rewarded", "query_row"),
     "data.tokens.tokenization": ("tokenize_prompt_and_output",),
     "errors": ("SettingsError",),
     "export.huggingface": ("export_model",),
+    "generation.best_responses": ("best_responses",),
     "generation.generate": ("log_generations",),
     "generation.records": ("GenerationRecord",),
     "generation.responses": ("Response", "ResponseRequest"),

@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from lightning_sft.cli.best_responses import best_responses
 from lightning_sft.cli.export import export
 from lightning_sft.cli.places import tell_places
 from lightning_sft.data.datamodule import SFTDataModule
@@ -172,5 +173,6 @@ COMMANDS = {
     "estimate": Command(estimate, frozenset({"trainer", "model", "data", "throughput"})),
     "find_lr": Command(find_lr, _TRIALS),
     "find_batch_size": Command(find_batch_size, _TRIALS),
+    "best_responses": Command(best_responses, frozenset()),
     "export": Command(export, frozenset()),
 }

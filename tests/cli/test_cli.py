@@ -107,6 +107,7 @@ def test_help_explains_every_setting_in_words(capsys):
         ("find_lr", {"trainer", "model", "data", "min_lr", "max_lr", "num_steps"}),
         ("find_batch_size", {"trainer", "model", "data", "memory_gib", "margin"}),
         ("validate", {"trainer", "model", "data", "generation", "progress_bar", "ckpt_path", "weights_only"}),
+        ("best_responses", {"records", "output", "per_prompt", "min_reward"}),
         ("export", {"ckpt_path", "output", "tokenizer", "dtype", "merge_lora", "weights_only"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ready row transforms: rows in the forms of other programs become conversations."""
+"""Ready row transforms: rows in the forms of other programs become conversations; and a ready filter."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,6 +60,25 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(first, Mapping) and (first.get("role") or first.get("from")) in _ASKING_ROLES:
         return {**rest, "messages": chosen}
     return {**rest, "output": chosen}
+
+
+def is_rewarded(row: Mapping[str, Any]) -> bool:
+    """Whether a response that `predict` wrote has the full reward and was not cut off; a `row_filter`.
+
+    Such rows are learnt with `output_field="response"`. `best_responses` chooses among several to a prompt.
+
+    Args:
+        row: A record, with `reward` and `stop_reason`.
+
+    Returns:
+        Whether the reward is at least 1, and the response has ended by itself or in a stop string.
+
+    Raises:
+        SettingsError: If the row is no record.
+    """
+    if "reward" not in row or "stop_reason" not in row:
+        raise SettingsError(f"expected a record of `predict`. The row has {shorten(sorted(map(str, row)), 200)}.")
+    return (row["reward"] or 0.0) >= 1.0 and row["stop_reason"] in ("eos", "stop")
 
 
 def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""`lightning-sft best_responses`: from what a model has said to rows that it learns."""
+
+import json
+from pathlib import Path
+
+from lightning_sft.errors import SettingsError, path_from_here
+from lightning_sft.generation.best_responses import choose_responses
+
+
+def best_responses(records: str | list[str], output: str, per_prompt: int = 1, min_reward: float = 1.0) -> None:
+    """Write the best responses in files of `predict` as rows to train on: expert iteration, rejection sampling.
+
+    Of each prompt those with the highest reward are chosen, of equal ones those that come first, and none twice.
+    Responses that were cut off are left out. Each ends in the token that ended it: where a chat template ends turns in
+    another token than EOS, train on the rows with `--data.append_eos false`.
+
+    Args:
+        records: A file that `predict` has written, a glob pattern, or a list of these.
+        output: The file of rows, for `--data.train_data`: JSON lines with `prompt`, `output`, `ground_truth` and
+            `reward`.
+        per_prompt: The most responses to one prompt.
+        min_reward: The least reward of a response.
+
+    Raises:
+        MissingFileError: If there is no such file.
+        SettingsError: If a file cannot be read or holds something else; no response has a reward, or enough of it; or
+            the output would take the place of records.
+    """
+    path = Path(output)
+    if path.suffix != ".jsonl":
+        raise SettingsError(f"`output` is {output!r}; expected a file ending in .jsonl.")
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if '"token_log_probs"' in file.readline():
+                raise SettingsError(f"`output` is {output!r}, which holds records. Give another file.")
+    chosen = choose_responses(records, per_prompt, min_reward)
+    print(chosen)
+    if not chosen.rows:
+        raise SettingsError(
+            f"no response has a reward of at least {min_reward:g} and has ended. Sample more of them, or lower "
+            "`min_reward`."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen.rows), encoding="utf-8")
+    unfinished.replace(path)
+    print(f"Rows: {path_from_here(path)}")
