@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
+import pyarrow as pa
 from datasets import Features, Value
 
 from lightning_sft.data.chat.chat_encoding import WrittenExample
@@ -86,10 +86,15 @@ ENCODED_FEATURES = Features(
 )
 
 
-def to_columns(encoded: Sequence[EncodedExample]) -> dict[str, list[Any]]:
-    """The columns of `ENCODED_FEATURES`."""
+def to_table(encoded: Sequence[EncodedExample], row_numbers: Sequence[int] | None = None) -> pa.Table:
+    """The columns of `ENCODED_FEATURES`; made here, since `datasets` would look at every value by itself.
+
+    Args:
+        encoded: The examples.
+        row_numbers: Which rows of all those are that were encoded together. By default they are all.
+    """
     texts, examples = [each.text for each in encoded], [each.example for each in encoded]
-    return {
+    columns = {
         "prompt": [text.prompt for text in texts],
         "output": [text.output for text in texts],
         "ground_truth": [text.ground_truth for text in texts],
@@ -100,10 +105,11 @@ def to_columns(encoded: Sequence[EncodedExample]) -> dict[str, list[Any]]:
         "num_tokens": [len(example.input_ids) for example in examples],
         "num_response_tokens": [example.num_response_labels for example in examples],
         "location": [example.location for example in examples],
-        "row": [text.row for text in texts],
+        "row": [text.row if row_numbers is None else row_numbers[text.row] for text in texts],
         "is_truncated": [each.is_truncated for each in encoded],
         "is_dropped": [each.is_dropped for each in encoded],
         "problem": [each.problem for each in encoded],
         "unused_columns": [text.unused_columns for text in texts],
         "notices": [[asdict(notice) for notice in each.notices] for each in encoded],
     }
+    return pa.Table.from_pydict(columns, ENCODED_FEATURES.arrow_schema)

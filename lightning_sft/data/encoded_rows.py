@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.cache import cache_folder
 from lightning_sft.data.chat.notices import Notice
-from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_columns
+from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_table
 from lightning_sft.data.encoding import Encoding, RowEncoder
 from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, count_notices
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
@@ -155,7 +155,7 @@ def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: boo
 
 def rows_in_memory(encoded: Sequence[EncodedExample]) -> EncodedRows:
     """Examples of one source as `encode_rows` returns them, without a cache."""
-    return _collect([Dataset.from_dict(to_columns(encoded), ENCODED_FEATURES)], [0])
+    return _collect([Dataset(to_table(encoded))], [0])
 
 
 def read_numbers(dataset: Dataset, column: str) -> NDArray[Any]:

@@ -7,13 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer, check_type
 from lightning_sft.data.cache import code_hash
 from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversation, WrittenExample
-from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_columns
+from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_table
 from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
 from lightning_sft.data.rows.row_format import AnyRow, RowFormat
 from lightning_sft.data.rows.said import PlainRow, TextRow, TokenRow
@@ -76,10 +77,8 @@ class RowEncoder:
     tokenizer: PreTrainedTokenizerBase
     encoding: Encoding
 
-    def __call__(
-        self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool
-    ) -> dict[str, list[Any]]:
-        """The columns of a batch of rows, as `datasets.Dataset.map` calls it.
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool) -> pa.Table:
+        """The examples of a batch of rows, as `datasets.Dataset.map` calls it.
 
         Args:
             batch: Columns of the source's rows.
@@ -90,8 +89,7 @@ class RowEncoder:
         Raises:
             SettingsError: As `encode`.
         """
-        columns = to_columns(self.encode(source.decode(batch, indices), None if keep_name else source.name))
-        return {**columns, "row": [indices[row] for row in columns["row"]]}
+        return to_table(self.encode(source.decode(batch, indices), None if keep_name else source.name), indices)
 
     def encode(self, rows: Iterable[tuple[str, AnyRow]], only_source: str | None = None) -> list[EncodedExample]:
         """Tokenise rows. A conversation can become several examples.

@@ -67,7 +67,8 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str)
                 f"{kind} {index} is {shorten(text)} of type {type(text).__name__}, expected a string."
             )
         check_is_text(f"{kind} {index}", text)
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     return ids
 
 
