@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer
+from lightning_sft.loops.trainer_state import ends_here
 from lightning_sft.training.checkpoint_files import (
     AtomicCheckpointIO,
     put_folder_behind_link,
@@ -72,7 +73,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save every `every_n_steps` optimizer steps; stop if a signal says so."""
         step = trainer.global_step
-        # Where a validation follows, saving before it would leave it out when the run is resumed.
+        # Where a validation follows, the run is saved after that, with what callbacks make of it.
         interval = trainer.val_check_batch if trainer.enable_validation else None
         if (
             self.every_n_steps is not None
@@ -89,8 +90,9 @@ class LastCheckpoint(Checkpoint):
             self._obey_signals(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save where the run ended: later Lightning's `WeightAveraging` replaces the weights by their average."""
-        self._save(trainer)
+        """Save where the run ends: later Lightning's `WeightAveraging` replaces the weights by their average."""
+        if ends_here(trainer):
+            self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save a run that has trained nothing, and give the signals back."""

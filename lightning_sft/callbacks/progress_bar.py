@@ -1,5 +1,6 @@
 """The progress bar in optimizer steps."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,18 @@ class StepProgressBar(RichProgressBar):
     def total_train_batches(self) -> int | float:
         """Optimizer steps of the run."""
         max_steps = self.trainer.max_steps
-        return max_steps if max_steps >= 0 else super().total_train_batches
+        return max_steps if max_steps >= 0 else math.inf
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the bar with the first epoch; it goes on through the others."""
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the steps of the whole run."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"

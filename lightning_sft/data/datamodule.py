@@ -25,7 +25,8 @@ from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, Step
 from lightning_sft.data.tokens.microbatch import Layout, choose_layout
 from lightning_sft.data.tokens.tokenizer import load_tokenizer, name_or_tokenizer
 from lightning_sft.data.training_rows import TrainingRows
-from lightning_sft.trainer_loops import TrainingRun
+from lightning_sft.loops.trainer_state import logged_metrics
+from lightning_sft.loops.training_run import EpochLoader, TrainingRun
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -36,8 +37,8 @@ class SFTDataModule(L.LightningDataModule):
     all microbatches and devices. Validation and test batches are the same, in the order of the file. A notebook shows a
     batch with its tokens coloured by the mask.
 
-    To the trainer the whole training is one long epoch: `max_epochs` and a fractional `val_check_interval` are turned
-    into numbers of optimizer steps before it starts, so that every count in a run counts optimizer steps.
+    An epoch of the trainer is an epoch of the data. `max_epochs` and a fractional `val_check_interval` are turned into
+    numbers of optimizer steps before training starts, so that when a run ends and validates counts optimizer steps.
 
     Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
     `completion`), are written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it
@@ -178,7 +179,7 @@ class SFTDataModule(L.LightningDataModule):
                 rows.count_steps()  # refuses what is too long for a microbatch
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
             self._end_run()
-            self._run = TrainingRun(self.trainer, self.training_rows.count_steps(), self._rows.val is not None)
+            self._run = TrainingRun(self.trainer, self.training_rows, has_validation=self._rows.val is not None)
             self.run_state = self._run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -187,13 +188,11 @@ class SFTDataModule(L.LightningDataModule):
             self.training_rows.resume({name: value for name, value in state_dict.items() if name != "run"})
             self._run.check(state_dict.get("run", {}))
 
-    def train_dataloader(self) -> StepLoader:
-        """One `OptimizerStep` for each step of the run, from the current position on.
-
-        Without a trainer of one epoch; of a stream, which has none, without an end.
-        """
-        epoch = None if self._run is None else self._run.epoch
-        return self.training_rows.loader(epoch, self._run, self._loader_options())
+    def train_dataloader(self) -> StepLoader | EpochLoader:
+        """Each `OptimizerStep` of the present epoch that is still to come; of a stream without a trainer, endlessly."""
+        if self._run is None:
+            return self.training_rows.loader(None, None, self._loader_options())
+        return self._run.by_epochs(self.training_rows.loader(self._run.epoch, self._run, self._loader_options()))
 
     def val_dataloader(self) -> PlanLoader | list[PlanLoader]:
         """The validation rows; nothing if there are none."""
@@ -209,9 +208,8 @@ class SFTDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a run's place in its data depends on, besides its number of optimizer steps."""
-        num_steps = self.trainer.global_step if self.trainer else 0
-        rows = self._rows.train
-        return {} if rows is None else rows.state(num_steps) | {"run": self.run_state}
+        rows, run = self._rows.train, self.run_state | {"metrics": logged_metrics(self.trainer)}
+        return {} if rows is None else rows.state(self.trainer.global_step if self.trainer else 0) | {"run": run}
 
     def on_exception(self, exception: BaseException) -> None:
         """Give the trainer back as it was."""

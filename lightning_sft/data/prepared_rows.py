@@ -20,7 +20,8 @@ from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepDataset, StepNumbers
 from lightning_sft.data.tokens.example import check_length
 from lightning_sft.errors import located
-from lightning_sft.trainer_loops import Epoch
+from lightning_sft.loops.progress import EpochPosition
+from lightning_sft.loops.run_length import Epoch
 
 
 class PreparedRows:
@@ -101,6 +102,10 @@ class PreparedRows:
             SettingsError: If a row is longer than `max_tokens_per_microbatch`.
         """
         return self.plan(world_size=1).steps_per_epoch
+
+    def position(self, num_steps: int) -> EpochPosition:
+        """As `TrainingRows.position`."""
+        return EpochPosition.in_equal_epochs(num_steps, self.count_steps())
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> PlanLoader:
         """As `TrainingRows.loader`."""

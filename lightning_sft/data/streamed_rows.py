@@ -18,7 +18,8 @@ from lightning_sft.data.steps.step_loader import LoaderOptions, StepNumbers
 from lightning_sft.data.stream.bad_row_log import BadRowLog
 from lightning_sft.data.stream.row_stream import RowStream, only_name, open_streams
 from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedSteps, StreamLoader, StreamOrder
-from lightning_sft.trainer_loops import Epoch
+from lightning_sft.loops.progress import EpochPosition
+from lightning_sft.loops.run_length import Epoch
 
 _NUM_FIRST_ROWS = 1000
 _ENDLESS = 2**31
@@ -47,6 +48,7 @@ class StreamedRows:
         self._streams = open_streams(data, "train_data")
         self._encoder, self._rule, self._rows_per_block = encoder, rule, rows_per_block
         self._bookmarks: dict[int, Bookmark] = {}
+        self._saved_positions: dict[int, EpochPosition] = {}
         encoded = _encode_first(self._streams, encoder)
         self._first = PreparedRows(
             self.label, encoded.dataset, rule, report=encoded.report, only_source=only_name(self._streams)
@@ -99,19 +101,30 @@ class StreamedRows:
             dataset, range(_ENDLESS) if steps is None else steps, options, self._bookmarks, self._bad_rows
         )
 
+    def position(self, num_steps: int) -> EpochPosition:
+        """As `TrainingRows.position`."""
+        latest, after = self._bookmarks.get(num_steps), self._bookmarks.get(num_steps + 1)
+        if num_steps in self._saved_positions or latest is None:
+            return self._saved_positions.get(num_steps, EpochPosition())
+        is_whole = after is not None and after.epoch > latest.epoch
+        return EpochPosition(latest.epoch, latest.num_steps_in_epoch, is_whole)
+
     def state(self, num_steps: int) -> dict[str, Any]:
-        """What the order of the rows depends on, and the bookmark of the last step."""
+        """What the order of the rows depends on, the bookmark of the last step, and whether an epoch ends there."""
         bookmark = self._bookmarks.get(num_steps)
-        return {**self._identity, "last": None if bookmark is None else bookmark.to_values()}
+        last = None if bookmark is None else bookmark.to_values()
+        return {**self._identity, "last": last, "ends_epoch": self.position(num_steps).is_whole}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """As `TrainingRows.resume`; whether the rows are the same is found out when the first step is made."""
         saved = dict(state)
-        last = saved.pop("last", None)
+        last, ends_epoch = saved.pop("last", None), saved.pop("ends_epoch", False)
         check_same_data(saved, self._identity)
         self._bookmarks.clear()
         if last is not None:
-            self._bookmarks[last["num_steps"]] = Bookmark.from_values(last)
+            bookmark = self._bookmarks[last["num_steps"]] = Bookmark.from_values(last)
+            position = EpochPosition(bookmark.epoch, bookmark.num_steps_in_epoch, ends_epoch)
+            self._saved_positions = {bookmark.num_steps: position}
 
     @property
     def _identity(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from datasets import Dataset
 from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
-from lightning_sft.trainer_loops import Epoch
+from lightning_sft.loops.progress import EpochPosition
+from lightning_sft.loops.run_length import Epoch
 
 
 class TrainingRows(Protocol):
@@ -39,6 +40,13 @@ class TrainingRows(Protocol):
 
         Raises:
             SettingsError: If one of `rows` is longer than `max_tokens_per_microbatch`.
+        """
+
+    def position(self, num_steps: int) -> EpochPosition:
+        """Where in epochs that go once through the data a run is after so many optimizer steps.
+
+        Args:
+            num_steps: Of a stream: those of the checkpoint that the run continues from, or of the latest steps made.
         """
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> StepLoader:

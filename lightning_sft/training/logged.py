@@ -30,7 +30,7 @@ def log_step(
         numbers["train/router_loss"] = sums.router_loss.float()
     # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
     numbers |= {f"train/{name}": torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
-    if in_epoch := steps_per_epoch(module.trainer):  # to Lightning a run is a single epoch, with the number 0
+    if in_epoch := steps_per_epoch(module.trainer):
         numbers["epoch"] = torch.tensor(module.global_step / in_epoch, dtype=torch.float64)
     numbers["step"] = torch.tensor(module.global_step, dtype=torch.float64)  # every logger's x-axis
     module.log_dict(numbers)

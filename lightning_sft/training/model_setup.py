@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_sft.errors import SettingsError
+from lightning_sft.loops.trainer_state import leave_inference_mode
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.causality import check_causal
 from lightning_sft.model.checkpointing import ActivationCheckpointing
@@ -21,7 +22,6 @@ from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import is_sharded, load_sharded, shard
-from lightning_sft.trainer_loops import leave_inference_mode
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
 

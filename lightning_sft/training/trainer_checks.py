@@ -1,17 +1,13 @@
 """Strategies, precisions and callbacks of Lightning that `SFTModule` cannot be trained with."""
 
 import warnings
-from collections.abc import Iterator
 
 import lightning as L
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     Callback,
-    EarlyStopping,
     LearningRateFinder,
-    LearningRateMonitor,
-    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -21,6 +17,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_sft.errors import SettingsError
 
+_UNFIT: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "it puts a schedule of its own in the place of the run's. Use Lightning's "
+    "`WeightAveraging` or `EMAWeightAveraging`, which leave the schedule alone and continue from a checkpoint.",
+    BaseFinetuning: "what it unfreezes is not in the optimizer's schedule, and is frozen again when a run continues. "
+    "In a callback of your own call `requires_grad_(trainer.current_epoch >= N)` in `on_train_batch_start`, for what "
+    "is to be trained from epoch N on.",
+    ModelPruning: "its masks are in no checkpoint, so a run that continues would have forgotten them. Prune the "
+    "weights of a run that has ended, with `torch.nn.utils.prune`.",
+}
 _FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeFinder: "find_batch_size"}
 
 
@@ -35,6 +40,8 @@ def check_trainer(trainer: L.Trainer) -> None:
     """
     # Lightning would warn that it does not step a schedule by a metric; `step_plateau_schedules` does.
     warnings.filterwarnings("ignore", "The lr scheduler dict contains the key")
+    # Steps are counted, and logged, over epochs.
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     strategy = type(trainer.strategy).__name__
     if strategy in ("FSDPStrategy", "DeepSpeedStrategy"):
         raise SettingsError(
@@ -44,12 +51,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     if trainer.state.fn == "fit":
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-            _check_callback(callback, is_sharded, has_validation=getattr(trainer, "limit_val_batches", 0) != 0)
-        if (every := getattr(trainer, "reload_dataloaders_every_n_epochs", 0)) > 0:
-            raise SettingsError(
-                f"`trainer.reload_dataloaders_every_n_epochs` is {every}, but to the trainer a run is a single epoch. "
-                "Leave it out: `SFTDataModule` orders its rows anew in each epoch."
-            )
+            _check_callback(callback, is_sharded)
     if trainer.strategy.root_device.type == "mps":
         raise SettingsError(
             "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."
@@ -61,40 +63,18 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def _check_callback(callback: Callback, is_sharded: bool, has_validation: bool) -> None:
+def _check_callback(callback: Callback, is_sharded: bool) -> None:
     for finder, way_out in _FINDERS.items():
         if isinstance(callback, finder):
             raise SettingsError(
                 f"Lightning's `{finder.__name__}` does not work with manual optimization. Use "
                 f"`lightning_sft.{way_out}(module, datamodule)` or `lightning-sft {way_out}` before the run."
             )
-    for argument, way_out in _counting_epochs(callback, has_validation):
-        raise SettingsError(
-            f"`{type(callback).__name__}`{f' with `{argument}`' if argument else ''} counts epochs, but to the trainer "
-            f"a run is a single one. {way_out}"
-        )
+    for kind, problem in _UNFIT.items():
+        if isinstance(callback, kind):
+            raise SettingsError(f"`{type(callback).__name__}` cannot be used: {problem}")
     if isinstance(callback, WeightAveraging) and is_sharded:
         raise SettingsError(
             f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "
             "without an average."
         )
-
-
-def _counting_epochs(callback: Callback, has_validation: bool) -> Iterator[tuple[str, str]]:
-    """The arguments by which a callback counts epochs, empty for the callback itself, and what to use instead."""
-    if isinstance(callback, StochasticWeightAveraging):
-        yield "", "Use Lightning's `WeightAveraging` or `EMAWeightAveraging`, which count optimizer steps."
-    if isinstance(callback, BaseFinetuning | ModelPruning):
-        yield "", "Do the same in a callback of your own at `trainer.global_step`, in `on_train_batch_start`."
-    if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end:
-        yield "check_on_train_epoch_end", "Leave it out: it looks after each validation (`trainer.val_check_interval`)."
-    if isinstance(callback, LearningRateMonitor) and callback.logging_interval == "epoch":
-        yield "logging_interval='epoch'", "Use 'step'."
-    if isinstance(callback, ModelCheckpoint):
-        steps = "Use `every_n_train_steps`, or leave it out to save after each validation."
-        if callback.every_n_epochs is not None and callback.every_n_epochs > 1:
-            yield f"every_n_epochs={callback.every_n_epochs}", steps
-        if callback._save_on_train_epoch_end and not callback._every_n_train_steps:
-            yield "save_on_train_epoch_end=True", steps
-        if callback.every_n_epochs == 1 and not has_validation and callback.save_top_k not in (0, 1):
-            yield f"save_top_k={callback.save_top_k}", steps

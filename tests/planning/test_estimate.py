@@ -28,7 +28,7 @@ def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
 
     class Count(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 1:
+            if trainer.global_step == 1:
                 states = pl_module.optimizers(use_pl_optimizer=False).state.values()
                 counted.keep(pl_module.model.parameters())
                 counted.keep(value for state in states for value in state.values())
@@ -36,7 +36,7 @@ def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
                 counted.__enter__()
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if batch_idx == 1:
+            if trainer.global_step == 2:
                 counted.__exit__(None, None, None)
 
     data = SFTDataModule(character_tokenizer(), rows, batch_size=6, layout=layout)

@@ -33,7 +33,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class StepLog(L.Callback):
-    """A line for each optimizer step: numbers to the last digit, and which rows this process had."""
+    """A line for each optimizer step: numbers to the last digit, and which rows this process had.
+
+    In files of their own, a line for each validation, and for each epoch's beginning and end.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,9 +49,17 @@ class StepLog(L.Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         # Means over correct responses alone stay as they were where this validation has none.
         shown = (name for name in trainer.callback_metrics if name.startswith("val/") and not name.endswith("correct"))
-        metrics = {name: trainer.callback_metrics[name].item() for name in shown}
-        with open(self.path.with_name(self.path.name.replace("steps", "validations")), "a") as file:
-            file.write(json.dumps({"step": trainer.global_step, **metrics}) + "\n")
+        self._note("validations", trainer, {name: trainer.callback_metrics[name].item() for name in shown})
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._note("epoch_starts", trainer, {"epoch": trainer.current_epoch})
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._note("epoch_ends", trainer, {"epoch": trainer.current_epoch})
+
+    def _note(self, kind: str, trainer: Any, values: dict[str, float]) -> None:
+        with open(self.path.with_name(self.path.name.replace("steps", kind)), "a") as file:
+            file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
 
 
 class StopAt(L.Callback):

@@ -8,7 +8,7 @@ from support.models import tiny_model
 
 from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsError
-from lightning_sft.trainer_loops import leave_inference_mode
+from lightning_sft.loops.trainer_state import leave_inference_mode
 
 
 def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):

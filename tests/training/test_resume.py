@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from support.runs import ROWS, Processes, read_log, train
 
 # 43 rows in steps of 8 are 6 steps an epoch: validations, checkpoints and generations fall everywhere in it.
@@ -23,7 +24,7 @@ SETTINGS = {
 
 def assert_same_steps(folder: Path, straight: Path, num_steps: int, world_size: int = 1) -> None:
     """Every line that any part of the run logged is that of the straight run, and nothing is missing."""
-    for kind in ("steps", "validations"):
+    for kind in ("steps", "validations", "epoch_starts", "epoch_ends"):
         for rank in range(world_size):
             expected = {line["step"]: line for line in read_log(straight / f"{kind}_{rank}.jsonl")}
             found = read_log(folder / f"{kind}_{rank}.jsonl")
@@ -91,10 +92,10 @@ class KillAfter(L.Callback):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_that_are_killed_go_on_as_if_nothing_had_happened(tmp_path, strategy):
-    settings = SETTINGS | {"strategy": strategy, "generate": False}
+    settings = SETTINGS | {"strategy": strategy, "generate": False, "limit_train_batches": 2}
     assert Processes(train, tmp_path / "straight", world_size=2, **settings).wait() == [0, 0]
     folder = tmp_path / "killed"
-    for step in (3, 9, 17):
+    for step in (4, 9, 18):
         processes = Processes(train, folder, world_size=2, **settings)
         wait_for_step(folder, step, processes)
         processes.kill()
@@ -108,20 +109,30 @@ def test_two_processes_that_are_killed_go_on_as_if_nothing_had_happened(tmp_path
 
 
 def test_a_storm_of_kills_leaves_no_trace(tmp_path):
-    """20 kills at random moments; checkpoints are being written most of the time."""
-    settings = SETTINGS | {"max_steps": 140, "every_n_steps": 1}
-    train(tmp_path / "straight", **settings)
+    """20 kills at random moments. Checkpoints are being written most of the time; every other step ends an epoch."""
+    settings = SETTINGS | {"max_steps": 140, "every_n_steps": 1, "limit_train_batches": 2}
+
+    def each_epoch(folder):
+        options = {"every_n_epochs": 1, "save_top_k": -1, "save_on_train_epoch_end": True, "save_weights_only": True}
+        return [ModelCheckpoint(folder / "epochs", "{epoch}", **options)]
+
+    train(tmp_path / "straight", callbacks=each_epoch(tmp_path / "straight"), **settings)
     folder, moments = tmp_path / "storm", random.Random(0)
     for _ in range(20):
-        processes = Processes(train, folder, **settings)
+        processes = Processes(train, folder, callbacks=each_epoch(folder), **settings)
         done = max((line["step"] for line in read_log(folder / "steps_0.jsonl")), default=0)
         wait_for_step(folder, done + 1, processes)
         time.sleep(moments.uniform(0, 0.06))
         processes.kill()
         assert [process.exitcode for process in processes.ranks] == [-signal.SIGKILL]
-    assert Processes(train, folder, **settings).wait() == [0]
+    assert Processes(train, folder, callbacks=each_epoch(folder), **settings).wait() == [0]
     assert_same_run(folder, tmp_path / "straight", 140)
+    assert {path.name for path in (tmp_path / "straight" / "epochs").iterdir()} == EPOCH_FILES
+    assert {path.name for path in (folder / "epochs").iterdir()} >= EPOCH_FILES  # one more where a kill came after it
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+EPOCH_FILES = {f"epoch={epoch}.ckpt" for epoch in range(1, 71)}
 
 
 def kill_while_writing(moment, folder, **settings):

@@ -115,13 +115,6 @@ class StepLoader(ABC):
     def __iter__(self) -> Iterator[OptimizerStep]:
         """The steps. It must be a generator, whose body runs at the first `next`: a checkpoint has been restored."""
 
-    def state_dict(self) -> dict[str, int]:
-        """Empty: a run's step says where to begin. Having it tells Lightning that the loader can be resumed."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:  # noqa: B027 - meant to be empty
-        """Nothing to restore here."""
-
 
 class PlanLoader(StepLoader):
     """Iterates over the optimizer steps of a plan.

@@ -37,11 +37,17 @@ class Bookmark:
         num_steps: Optimizer steps of the run up to this one.
         begin: Where its rows begin.
         content: A hash of its rows' tokens.
+        num_passes: How often the data had been gone through before its last row.
+        epoch: That of its last row, from 0. Small data may come to its end several times in a step: that is one epoch.
+        num_steps_in_epoch: Optimizer steps of this epoch up to this one.
     """
 
     num_steps: int
     begin: StreamPosition
     content: str
+    num_passes: int = 0
+    epoch: int = 0
+    num_steps_in_epoch: int = 1
 
     def to_values(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -50,7 +56,14 @@ class Bookmark:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Bookmark":
         """The bookmark that `to_values` has written."""
-        return cls(values["num_steps"], StreamPosition.from_values(values["begin"]), values["content"])
+        return cls(**{**values, "begin": StreamPosition.from_values(values["begin"])})
+
+    def of_next(self, begin: StreamPosition, content: str, num_passes: int) -> "Bookmark":
+        """That of the step after this one."""
+        epoch, before = self.epoch, self.num_steps_in_epoch
+        if num_passes > self.num_passes:
+            epoch, before = epoch + 1, 0
+        return Bookmark(self.num_steps + 1, begin, content, num_passes, epoch, before + 1)
 
 
 @dataclass(frozen=True)
@@ -124,24 +137,25 @@ class StreamedSteps(IterableDataset[StreamedStep | SettingsError]):
             yield error
 
     def _steps(self) -> Iterator[StreamedStep]:
-        num_steps, begin = 0, StreamPosition()
-        if self._last is not None:  # that step is made once more: it tells whether these are still the same rows
-            num_steps, begin = self._last.num_steps - 1, self._last.begin
+        latest, begin = None, StreamPosition() if self._last is None else self._last.begin
         rows, waiting = self._rows(begin), deque[PlacedExample]()
         while True:
             examples, after = self._take(rows, begin, waiting)
-            num_steps += 1
+            content, num_passes = hash_of_examples(examples), after.num_passes
             bad_rows, self._bad_rows = self._bad_rows, []
-            bookmark = Bookmark(num_steps, begin, hash_of_examples(examples))
-            if self._last is None or num_steps > self._last.num_steps:
-                yield StreamedStep(self._step(examples), bookmark, bad_rows)
-            elif bookmark != self._last:
-                raise SettingsError(
-                    "The checkpoint was made with other training rows or tokens: the run cannot continue at the same "
-                    "place in the data. Use those, or begin a new run with its weights (`--init_from`)."
-                )
+            if latest is None and self._last is not None:  # made once more, to tell whether the rows are still the same
+                if content != self._last.content:
+                    raise SettingsError(
+                        "The checkpoint was made with other training rows or tokens: the run cannot continue at the "
+                        "same place in the data. Use those, or begin a new run with its weights (`--init_from`)."
+                    )
+                latest = self._last
+            else:
+                first = Bookmark(1, begin, content, num_passes)
+                latest = first if latest is None else latest.of_next(begin, content, num_passes)
+                yield StreamedStep(self._step(examples), latest, bad_rows)
             begin = after
-            if self._order.steps_per_pass is not None and num_steps % self._order.steps_per_pass == 0:
+            if self._order.steps_per_pass is not None and latest.num_steps % self._order.steps_per_pass == 0:
                 begin = begin.next_pass()
                 rows, waiting = self._rows(begin), deque[PlacedExample]()
 
@@ -213,7 +227,8 @@ class StreamLoader(StepLoader):
         dataset: The steps.
         steps: Their numbers.
         options: How they are made; at most one process reads and tokenises ahead.
-        bookmarks: By the number of optimizer steps; here each step puts its own, and only the latest two stay.
+        bookmarks: By the number of optimizer steps; here each step puts its own, and only the latest three stay: while
+            one is taken, Lightning has asked for the next, and the run may be saved as it was before.
         bad_rows: Says which rows are left out.
     """
 
@@ -247,6 +262,6 @@ class StreamLoader(StepLoader):
                 raise item
             num_steps = item.bookmark.num_steps
             self._bookmarks[num_steps] = item.bookmark
-            self._bookmarks.pop(num_steps - 2, None)
+            self._bookmarks.pop(num_steps - 3, None)
             self._bad_rows.add(item.bad_rows)
             yield replace(item.step, tokenizer=self._options.tokenizer)

@@ -1,18 +1,11 @@
-"""How Lightning's loops see a run: all that touches the trainer's own settings and counters.
+"""How long a run is, and when it is validated: a trainer's settings, turned into optimizer steps."""
 
-To the trainer a run is one long epoch, and what counts in its settings counts optimizer steps. Lightning's own epoch
-counters go wrong when a run is resumed more than once, and with them order and length.
-"""
-
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
 
 from lightning_sft.errors import SettingsError
-
-_ENDLESS = 2**31
 
 
 @dataclass(frozen=True)
@@ -68,70 +61,17 @@ class LoopSettings:
         trainer.check_val_every_n_epoch = self.check_val_every_n_epoch
 
 
-class TrainingRun:
-    """A run's optimizer steps, by their numbers; iterated over, those that are still to come.
+def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
+    """What a trainer takes of the data in each epoch.
 
     Args:
-        trainer: Before it starts. Its settings are changed until `end`.
+        trainer: With the settings that a user has given.
         steps_in_data: Optimizer steps that go once through the data; None if nobody knows.
-        has_validation: Whether there are validation rows.
-
-    Attributes:
-        epoch: What it takes of the data.
 
     Raises:
         SettingsError: If nobody knows how long the data is, and the trainer does not say how long the run is, or is to
             take a share of the data.
     """
-
-    def __init__(self, trainer: L.Trainer, steps_in_data: int | None, has_validation: bool) -> None:
-        self._trainer, self._steps_in_data = trainer, steps_in_data
-        self.epoch = _read_epoch(trainer, steps_in_data)
-        self._found = LoopSettings.of(trainer)
-        _as_one_epoch(self._found, self.epoch.num_steps, has_validation).apply(trainer)
-
-    def end(self) -> None:
-        """Leave the trainer's settings as they were found."""
-        self._found.apply(self._trainer)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, in plain values: which step of which epoch the next one is."""
-        known = self._steps_in_data is not None or self.epoch.is_limited
-        return {"steps_per_epoch": self.epoch.num_steps if known else None, "shuffle": self.epoch.shuffle}
-
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to continue a run whose epochs had other steps.
-
-        Args:
-            saved: The `state` of its checkpoint; empty if it does not say.
-
-        Raises:
-            SettingsError: If they had.
-        """
-        now = self.state()
-        if saved and saved["shuffle"] != now["shuffle"]:
-            raise SettingsError(
-                "The checkpoint was made with another `trainer.overfit_batches`: the run cannot continue at the same "
-                "place in the data. Use that, or begin a new run with its weights (`--init_from`)."
-            )
-        if saved and saved["steps_per_epoch"] != now["steps_per_epoch"]:
-            then, today = (state["steps_per_epoch"] or "all" for state in (saved, now))
-            raise SettingsError(
-                f"The checkpoint was made with {then} optimizer steps in each epoch, now it is {today} "
-                "(`trainer.limit_train_batches`): the run cannot continue at the same place in the data. Use that, or "
-                "begin a new run with its weights (`--init_from`)."
-            )
-
-    def __len__(self) -> int:
-        # One more than are taken: the run ends by its number of steps, so a finished run can be extended.
-        return self._trainer.max_steps + 1 if self._trainer.max_steps >= 0 else _ENDLESS
-
-    def __iter__(self) -> Iterator[int]:
-        # Resumed or not, a run has taken as many of the data's steps as it has taken optimizer steps.
-        return iter(range(self._trainer.global_step, len(self)))
-
-
-def _read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
     if steps_in_data is None:
         _check_length(trainer)
     limit = trainer.limit_train_batches
@@ -159,8 +99,14 @@ def _check_length(trainer: L.Trainer) -> None:
         )
 
 
-def _as_one_epoch(found: LoopSettings, steps_per_epoch: int, has_validation: bool) -> LoopSettings:
-    """The same run, with its epochs turned into optimizer steps."""
+def in_steps(found: LoopSettings, steps_per_epoch: int, has_validation: bool) -> LoopSettings:
+    """The same run, with what ends and validates it turned from epochs into optimizer steps.
+
+    Args:
+        found: The settings that a user has given.
+        steps_per_epoch: Optimizer steps of each epoch.
+        has_validation: Whether there are validation rows.
+    """
     limits = [found.max_steps] if found.max_steps >= 0 else []
     if found.max_epochs is not None and found.max_epochs >= 0:
         limits.append(found.max_epochs * steps_per_epoch)
@@ -176,7 +122,6 @@ def _as_one_epoch(found: LoopSettings, steps_per_epoch: int, has_validation: boo
         min_steps = max(min_steps or 0, found.min_epochs * steps_per_epoch)
     return replace(
         found,
-        max_epochs=-1,
         min_epochs=None,
         max_steps=num_steps,
         min_steps=min_steps,
@@ -186,14 +131,3 @@ def _as_one_epoch(found: LoopSettings, steps_per_epoch: int, has_validation: boo
         # The interval counts over the whole run, not from the beginning of an epoch.
         check_val_every_n_epoch=None if has_validation else found.check_val_every_n_epoch,
     )
-
-
-def leave_inference_mode(trainer: L.Trainer) -> None:
-    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there.
-
-    Args:
-        trainer: Before it starts.
-    """
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-        loop.inference_mode = False

@@ -1,0 +1,1 @@
+"""How Lightning's loops see a run: all that touches the trainer's own settings and counters."""

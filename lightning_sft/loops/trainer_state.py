@@ -1,0 +1,30 @@
+"""What others ask of a trainer's loops, or set in them."""
+
+import lightning as L
+
+
+def leave_inference_mode(trainer: L.Trainer) -> None:
+    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there.
+
+    Args:
+        trainer: Before it starts.
+    """
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
+
+
+def logged_metrics(trainer: L.Trainer | None) -> dict[str, float]:
+    """The latest numbers that callbacks of a run can look at."""
+    return {} if trainer is None else {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def ends_here(trainer: L.Trainer) -> bool:
+    """Whether the epoch that is ending is the run's last.
+
+    Args:
+        trainer: While it calls `on_train_epoch_end`.
+    """
+    loop = trainer.fit_loop
+    num_epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return trainer.should_stop or trainer.global_step == loop.max_steps or num_epochs == loop.max_epochs
