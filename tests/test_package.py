@@ -100,6 +100,7 @@ def test_the_wheel_holds_code_types_pages_and_configs_and_the_sdist_builds_the_s
         "lightning_sft/py.typed",
         "lightning_sft/generation/report/pages/step.html",
         "lightning_sft/generation/report/pages/step.js",
+        "lightning_sft/generation/report/pages/tokens.js",
     } <= package
     assert {name for name in held if ".dist-info/" not in name} == package | configs
 

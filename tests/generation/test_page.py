@@ -8,22 +8,11 @@ import threading
 from functools import partial
 
 import pytest
-import support.browser as browser_module
-from support.browser import Browser
 
 from lightning_sft.generation.report.page import update_index, write_page
 
 NOTHING = "\N{EN DASH}"
 PREAMBLE = "A conversation. " * 10 + "\n"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if browser_module.EXECUTABLE is None:
-        pytest.skip("no chromium or google-chrome on the PATH")
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
@@ -156,6 +145,7 @@ def test_tokens_are_coloured_by_what_was_chosen_and_nothing_moves(page):
     browser = page([record(0, "sure not rare lost\n\n", tokens=tokens, stop_reason="eos", **values)])
     seen = "[...document.querySelectorAll('article .t')].map(t => getComputedStyle(t).backgroundColor)"
     places = "[...document.querySelectorAll('article .t')].map(t => JSON.stringify(t.getBoundingClientRect()))"
+    browser.wait("document.querySelector('article header').innerText")  # a card is laid out when it comes into view
     found = {}
     for name in ("entropy", "log_prob", "none"):
         browser.click(f"#colours [data-colour={name}]")

@@ -1,4 +1,4 @@
-"""Records as pages to read: each step's responses, and an index that walks through the steps.
+"""Pages to read: each step's responses, an index that walks through the steps, and rows that a model has scored.
 
 A page is one file that loads nothing from elsewhere. What a model wrote stands in it as JSON alone and is shown as
 text; the page's policy allows the one script that comes with it, so markup in a response is never more than text.
@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _INDEX = "index.html"
+_SHARED = {"index": ["shared"], "step": ["shared", "tokens", "cards"], "rows": ["shared", "tokens", "cards"]}
 
 
 def write_page(
@@ -39,6 +42,37 @@ def write_page(
     """
     data = {"title": title, "summary": summary, "num_records": num_records or len(records), "records": records}
     _write(path, _filled("step", _json(data)))
+
+
+def write_rows_page(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, float],
+    *,
+    title: str,
+    num_rows: int | None = None,
+) -> None:
+    """Write a page on which scored rows can be searched, sorted by their loss and read token by token.
+
+    Args:
+        path: The HTML file; what was there before stays until the new one is complete.
+        rows: Each has `index` (its place in the data), `location` (words for that place), `prompt` (all text before
+            the first learnt token), `response`, `loss` (mean over the learnt tokens, in nats), `share` (of the loss of
+            all rows, from 0 to 1), `token_entropy` (mean, in nats), `accuracy` (the share of learnt tokens that are
+            the model's first choice), `num_tokens` (of prompt and response), `response_length` (learnt tokens), and,
+            from the first learnt token on, lists of one length: `tokens`, `token_ids`, `token_log_probs` and
+            `token_entropies`, with None where a token is not learnt. Their order does not matter.
+        summary: `loss`, `perplexity`, `token_accuracy`, `token_entropy` and `num_rows`, of all scored rows.
+        title: Says which data and which model this is.
+        num_rows: How many rows were scored, if `rows` are only those with the highest loss.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    # The share in per cent: its decimals are few, and with many rows each has only a small share.
+    shown = [{**row, "share": 100 * row["share"]} for row in rows]
+    data = {"title": title, "summary": summary, "num_rows": num_rows or len(rows), "rows": shown}
+    _write(path, _filled("rows", _json(data)))
 
 
 def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float]) -> None:
@@ -67,12 +101,14 @@ def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float
 def _filled(page: str, data: str) -> str:
     """A page of the folder `pages` with its style, its script, its data, and a policy that lets no other script run."""
     folder = Path(__file__).with_name("pages")
-    template, shared, style, script = (
-        (folder / name).read_text(encoding="utf-8")
-        for name in (f"{page}.html", "shared.css", f"{page}.css", f"{page}.js")
+    names = [*_SHARED[page], page]
+    style, script = (
+        "\n".join(file.read_text(encoding="utf-8") for name in names if (file := folder / f"{name}{kind}").exists())
+        for kind in (".css", ".js")
     )
+    template = (folder / f"{page}.html").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {"hash": f"sha256-{digest}", "style": f"{shared}\n{style}", "script": script, "data": data}
+    parts = {"hash": f"sha256-{digest}", "style": style, "script": script, "data": data}
     # In one pass, so that nothing is replaced within the data.
     return re.sub(r"\{\{ (\w+) \}\}", lambda place: parts[place[1]], template)
 
@@ -99,6 +135,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        kinds = set(map(type, value))  # a page can hold millions of values: those of one kind are done together
+        if kinds <= {int, str}:
+            return value
+        if kinds == {float} and np.isfinite(rounded := np.round(value, 4)).all():
+            return rounded.tolist()
         return [_plain(item) for item in value]
     return value
 
