@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # `as`: these are public
     from lightning_sft.generation.responses import Response as Response
     from lightning_sft.generation.responses import ResponseRequest as ResponseRequest
     from lightning_sft.generation.sampling import Sampling as Sampling
+    from lightning_sft.inspection.inspect_rows import inspect_rows as inspect_rows
     from lightning_sft.model.log_probs import compute_entropy as compute_entropy
     from lightning_sft.model.log_probs import get_response_log_probs as get_response_log_probs
     from lightning_sft.planning.batch_sizes import find_batch_size as find_batch_size
@@ -60,6 +61,7 @@ _MODULES = {
     "generation.records": ("GenerationRecord",),
     "generation.responses": ("Response", "ResponseRequest"),
     "generation.sampling": ("Sampling",),
+    "inspection.inspect_rows": ("inspect_rows",),
     "model.log_probs": ("compute_entropy", "get_response_log_probs"),
     "planning.batch_sizes": ("find_batch_size",),
     "planning.finished_run": ("read_run",),

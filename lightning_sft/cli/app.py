@@ -173,7 +173,9 @@ class SFTCLI(LightningCLI):
             find_last_checkpoint(config, trains)
         else:
             check_ckpt_path(config, trains)
-        if self.name != "predict" and not config.trainer.fast_dev_run:
+        if self.name == "inspect":
+            config.trainer.logger = False  # what it finds is on the page
+        elif self.name != "predict" and not config.trainer.fast_dev_run:
             RunSettings(config).choose_folder(config.ckpt_path, trains)
 
     def instantiate_classes(self) -> None:

@@ -17,6 +17,8 @@ from lightning_sft.cli.best_responses import best_responses
 from lightning_sft.cli.export import export
 from lightning_sft.cli.places import tell_places
 from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.errors import path_from_here
+from lightning_sft.inspection.inspect_rows import Split, inspect_rows
 from lightning_sft.planning import batch_sizes, learning_rates
 from lightning_sft.planning.estimate import estimate_run
 from lightning_sft.training.checkpoint_weights import InitialWeights
@@ -72,6 +74,38 @@ def predict(
         return_predictions=False,  # they are in the file, and may be many
         ckpt_path=ckpt_path,
         weights_only=weights_only,
+    )
+
+
+def inspect(
+    trainer: L.Trainer,
+    model: SFTModule,
+    datamodule: SFTDataModule,
+    ckpt_path: str | None,
+    weights_only: bool | None,
+    split: Split = "train",
+    num_rows: int = 1000,
+    folder: str | None = None,
+) -> None:
+    """Score each row under the model, and write a page with the hardest first, and all as JSON lines.
+
+    Args:
+        trainer: The trainer.
+        model: The model.
+        datamodule: The data.
+        ckpt_path: Checkpoint whose weights to score with; without one the model as it is before training.
+        weights_only: Whether to refuse a checkpoint that could run code.
+        split: Whose rows: `train`, `val` or `test`.
+        num_rows: Rows on the page: those with the highest loss.
+        folder: Where page and lines are written. Default: `inspection` in the folder of the checkpoint's run, or in
+            `trainer.default_root_dir`.
+    """
+    found = inspect_rows(trainer, model, datamodule, split, num_rows, folder, ckpt_path, weights_only)
+    summary = dict(found.summary)
+    num_seen = summary.pop("num_rows")
+    words = ", ".join(f"{name} {value:.4f}" for name, value in summary.items())
+    rank_zero_only(print)(
+        f"{num_seen:,.0f} rows: {words}\nPage: {path_from_here(found.page)}\nRows: {path_from_here(found.rows)}"
     )
 
 
@@ -169,6 +203,7 @@ COMMANDS = {
     "validate": Command(validate, _RUN),
     "test": Command(test, _RUN),
     "predict": Command(predict, _RUN),
+    "inspect": Command(inspect, frozenset({"trainer", "model", "data", "progress_bar"})),
     "preview": Command(preview, frozenset({"data"})),
     "estimate": Command(estimate, frozenset({"trainer", "model", "data", "throughput"})),
     "find_lr": Command(find_lr, _TRIALS),

@@ -10,6 +10,7 @@ SUMMARIES = {  # of the commands, for the overview and for each command's own he
     "validate": "Evaluate a checkpoint on the validation rows.",
     "test": "Evaluate a checkpoint on the test rows, and answer all of their prompts.",
     "predict": "Write responses to prompts into a file.",
+    "inspect": "Score each row under a model, and write a page with the hardest first.",
     "preview": "Show some training rows as the model will see them, and statistics of the data.",
     "estimate": "Say what memory and time `fit` would need.",
     "find_lr": "Try rising learning rates, and suggest one to begin with.",

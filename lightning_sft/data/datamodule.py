@@ -204,7 +204,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> PromptLoader:
         """Lists of `Prompt`, `batch_size` of them for each device: the same lists on every device."""
-        return PromptLoader(self.prompts("predict"), self.rule.batch_size * self._world_size)
+        return PromptLoader(self.prompts("predict"), self.rule.batch_size * self._loader_options().world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """What a run's place in its data depends on, besides its number of optimizer steps."""
@@ -232,9 +232,17 @@ class SFTDataModule(L.LightningDataModule):
     @property
     def training_rows(self) -> TrainingRows:
         """The training rows; they are read if they are not yet."""
-        if self._rows.train is None:
-            self._load_rows("fit")
-        return cast(TrainingRows, self._rows.train)
+        return self.rows_of("train")
+
+    def rows_of(self, split: str) -> TrainingRows:
+        """The rows of a split; they are read if they are not yet.
+
+        Args:
+            split: `train`, `val` or `test`.
+        """
+        if getattr(self._rows, split) is None:
+            self._load_rows({"train": "fit", "val": "validate", "test": "test"}[split])
+        return cast(TrainingRows, getattr(self._rows, split))
 
     def prompts(self, stage: str, num_prompts: int | None = None) -> list[Prompt]:
         """The first prompts of a stage.
@@ -281,17 +289,13 @@ class SFTDataModule(L.LightningDataModule):
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
         return choose_layout(self.layout, reason)
 
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
     def _loader_options(self) -> LoaderOptions:
         module = getattr(self.trainer, "lightning_module", None)
         return LoaderOptions(
             self.tokenizer,
             self.layout_for(module),
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self._world_size,
+            world_size=self.trainer.world_size if self.trainer else 1,
             num_workers=self._data.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             num_positions=getattr(module, "num_positions", None),

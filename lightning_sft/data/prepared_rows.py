@@ -73,6 +73,12 @@ class PreparedRows:
             only_source=self.only_source,
         )
 
+    def unweighted(self) -> "PreparedRows":
+        """The same rows, each once in an epoch, whatever the weights of their sources."""
+        return PreparedRows(
+            self.label, self.rows, self._rule, row_numbers=self.row_numbers, only_source=self.only_source
+        )
+
     def plan(self, world_size: int, epoch: Epoch | None = None) -> BatchPlan:
         """The optimizer steps.
 

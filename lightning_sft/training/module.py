@@ -218,9 +218,9 @@ class SFTModule(L.LightningModule):
 
     # -- validation and test -------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: OptimizerStep, batch_idx: int) -> None:
-        """Add the batch's sums and counts to the validation metrics."""
-        evaluate(self.model, batch, self.val_metrics)
+    def validation_step(self, batch: OptimizerStep, batch_idx: int) -> Any:
+        """Add the batch's sums and counts to the validation metrics, and return the scores of each microbatch."""
+        return evaluate(self.model, batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""

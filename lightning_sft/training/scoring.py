@@ -45,13 +45,18 @@ def score_microbatch(
     )
 
 
-def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics) -> None:
+def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics) -> list[ResponseScores]:
     """Add the sums and counts of all response tokens of a step to metrics.
 
     Args:
         model: The model.
         step: Its microbatches are on the model's device.
         metrics: Are added to.
+
+    Returns:
+        The scores of each microbatch.
     """
-    for microbatch in step.microbatches:
-        metrics.update(score_microbatch(model, microbatch, return_is_top1=True), microbatch.num_sequences)
+    scores = [score_microbatch(model, microbatch, return_is_top1=True) for microbatch in step.microbatches]
+    for each, microbatch in zip(scores, step.microbatches, strict=True):
+        metrics.update(each, microbatch.num_sequences)
+    return scores

@@ -108,6 +108,10 @@ def test_help_explains_every_setting_in_words(capsys):
         ("find_batch_size", {"trainer", "model", "data", "memory_gib", "margin"}),
         ("validate", {"trainer", "model", "data", "generation", "progress_bar", "ckpt_path", "weights_only"}),
         ("best_responses", {"records", "output", "per_prompt", "min_reward"}),
+        (
+            "inspect",
+            {"trainer", "model", "data", "progress_bar", "ckpt_path", "weights_only", "split", "num_rows", "folder"},
+        ),
         ("export", {"ckpt_path", "output", "tokenizer", "dtype", "merge_lora", "weights_only"}),
     ],
 )
@@ -148,6 +152,11 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
         assert not cli.trainer.predict_loop.predictions
         (written,) = Path("predictions").iterdir()
         assert [json.loads(line)["prompt"] for line in written.read_text().splitlines()] == ["q1", "q2"]
+    capsys.readouterr()
+    run_command(["inspect", *saved, "--split", "val", "--num_rows", "2"])
+    assert f"5 rows: loss {float(last_loss):.4f}, " in (told := capsys.readouterr().out)
+    assert f"Page: {run}/inspection/val_step_8.html\nRows: {run}/inspection/val_step_8.jsonl\n" in told
+    assert len((run / "inspection" / "val_step_8.jsonl").read_text().splitlines()) == 5
     # Every other command takes the run's configuration as it is.
     for command, *options in (["preview"], ["estimate"], ["find_lr", "--num_steps", "2"]):
         run_command([command, "--config", str(run / "config.yaml"), *options])

@@ -89,6 +89,10 @@ class StepDataset(TorchDataset[OptimizerStep]):
         self._reader, self._plan = ExampleReader(rows), plan
         self._rank, self._layout, self._pad_id = options.rank, options.layout, options.pad_id
 
+    def examples_of(self, step: int) -> list[list[int]]:
+        """Which examples a step has on this device, in each of its microbatches."""
+        return self._plan.step(step, self._layout).ranks[self._rank]
+
     def __getitem__(self, step: int) -> OptimizerStep:
         plan = self._plan.step(step, self._layout)
         microbatches = [
@@ -128,6 +132,10 @@ class PlanLoader(StepLoader):
     def __init__(self, dataset: StepDataset, steps: StepNumbers, options: LoaderOptions) -> None:
         super().__init__(steps, options)
         self._dataset = dataset
+
+    def examples_of(self, step: int) -> list[list[int]]:
+        """Which examples a step has on this device, in each of its microbatches."""
+        return self._dataset.examples_of(step)
 
     def __iter__(self) -> Iterator[OptimizerStep]:
         loader = DataLoader(

@@ -1,0 +1,1 @@
+"""What a model makes of each row of the data."""

@@ -1,0 +1,241 @@
+"""`inspect_rows`: score every row under a model, and write a page to read them on, the hardest first."""
+
+import heapq
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.checks import check_choice, check_integer
+from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.prepared_rows import PreparedRows
+from lightning_sft.data.rows.sources import full_location
+from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.step_loader import ExampleReader, LoaderOptions, PlanLoader
+from lightning_sft.errors import SettingsError
+from lightning_sft.generation.report.page import write_rows_page
+from lightning_sft.inspection.scored_row import ScoredRow
+from lightning_sft.model.head import ResponseScores
+from lightning_sft.training.module import SFTModule
+from lightning_sft.training.run_folder import writes_files
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_rows` has found and written.
+
+    Attributes:
+        page: The rows with the highest loss, to read in a browser.
+        rows: All rows, a `ScoredRow` as a JSON object a line.
+        summary: `loss`, `perplexity`, `token_accuracy` and `token_entropy` over all tokens that are learnt, and
+            `num_rows`.
+    """
+
+    page: Path
+    rows: Path
+    summary: dict[str, float]
+
+
+def inspect_rows(
+    trainer: L.Trainer,
+    module: SFTModule,
+    datamodule: SFTDataModule,
+    split: Split = "train",
+    num_rows: int = 1000,
+    folder: str | Path | None = None,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
+) -> Inspection:
+    """Score every row of a split once under the model, and write what it makes of them.
+
+    The rows with the highest loss are more often than not those with wrong labels. Results are the same on any number
+    of devices. Memory does not grow with the number of rows, but for those on the page.
+
+    Args:
+        trainer: Runs it; its callbacks take part as in `validate`.
+        module: The model.
+        datamodule: The data.
+        split: Whose rows: `train`, `val` or `test`.
+        num_rows: How many rows the page has: those with the highest loss. The JSON lines have all.
+        folder: Where page and lines are written. Default: `inspection` in the folder of the checkpoint's run, or in the
+            trainer's `default_root_dir`.
+        ckpt_path: Checkpoint whose weights to score with. Default: the module's own.
+        weights_only: Whether to refuse a checkpoint that could run code.
+
+    Raises:
+        SettingsError: If the rows are streamed, or there are none.
+    """
+    check_choice("split", split, Split)
+    check_integer("num_rows", num_rows, at_least=1)
+    rows = InspectedRows(datamodule, split)
+    inspector = RowInspector(rows, Path(folder or _run_folder(trainer, ckpt_path) / "inspection"), num_rows)
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(inspector)
+    try:
+        trainer.validate(module, datamodule=rows, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+    finally:
+        callbacks.remove(inspector)
+    return inspector.inspection
+
+
+def _run_folder(trainer: L.Trainer, ckpt_path: str | None) -> Path:
+    run = Path(trainer.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent.parent
+    return run if run.is_dir() else Path(trainer.default_root_dir)
+
+
+class InspectedRows(L.LightningDataModule):
+    """All rows of a split, each once, in the place of validation rows.
+
+    Args:
+        data: Has them.
+        split: Whose.
+    """
+
+    def __init__(self, data: SFTDataModule, split: Split) -> None:
+        super().__init__()
+        self.data, self.split = data, split
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the rows."""
+        return self.data.tokenizer
+
+    def prepare_data(self) -> None:
+        """Tokenise on one process of each machine; the others then find the result in the cache."""
+        self.data.rows_of(self.split)
+
+    @property
+    def rows(self) -> PreparedRows:
+        """The rows, without weights that would have some of them left out.
+
+        Raises:
+            SettingsError: If they are streamed.
+        """
+        rows = self.data.rows_of(self.split)
+        if not isinstance(rows, PreparedRows):
+            raise SettingsError("`streaming` is true, but rows are inspected in their order. Set it to false.")
+        return rows.unweighted()
+
+    def val_dataloader(self) -> PlanLoader:
+        """The rows in the order of the data."""
+        trainer = cast(L.Trainer, self.trainer)
+        module = trainer.lightning_module
+        options = LoaderOptions(
+            self.tokenizer,
+            self.data.layout_for(module),
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            num_positions=getattr(module, "num_positions", None),
+        )
+        return self.rows.in_order(options)
+
+
+class RowInspector(L.Callback):
+    """Writes each row that is evaluated, and at the end a page of those with the highest loss.
+
+    Args:
+        data: The rows.
+        folder: Where they are written.
+        num_rows: Rows on the page.
+    """
+
+    inspection: Inspection
+
+    def __init__(self, data: InspectedRows, folder: Path, num_rows: int) -> None:
+        self._data, self._folder, self._num_rows = data, folder, num_rows
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the file."""
+        self._rows = rows = self._data.rows
+        self._reader, self._locations = ExampleReader(rows.rows), rows.rows.select_columns(["location"])
+        self._name = f"{self._data.split}_step_{cast(SFTModule, pl_module).num_steps_taken}"
+        self._hardest: list[tuple[float, int, int]] = []  # loss, -index, place in the file
+        self._num_seen, self._total_loss = 0, 0.0
+        self._file: IO[bytes] | None = None
+        if writes_files(trainer):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._partial, "wb")  # noqa: SIM115 - closed when validation ends
+            except OSError as error:
+                words = f"`folder` is {str(self._folder)!r}, where nothing can be written: {error.strerror}."
+                raise SettingsError(words) from error
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f".{self._name}.jsonl.partial"
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: OptimizerStep,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the rows of a batch, of all devices, in the order of the data."""
+        loader = cast(PlanLoader, trainer.val_dataloaders)
+        scored = list(self._scored(loader.examples_of(batch_idx), outputs, batch))
+        if trainer.world_size > 1:
+            parts: list[list[ScoredRow]] = [[]] * trainer.world_size
+            dist.all_gather_object(parts, scored)
+            scored = [row for part in parts for row in part]
+        for row in sorted(scored, key=lambda row: row.index):
+            self._write(row)
+
+    def _scored(
+        self, examples: Sequence[Sequence[int]], outputs: Sequence[ResponseScores], batch: OptimizerStep
+    ) -> Iterator[ScoredRow]:
+        for indices, scores in zip(examples, outputs, strict=True):
+            assert scores.is_top1 is not None
+            columns = torch.stack([scores.log_probs, scores.token_entropy, scores.is_top1.to(scores.log_probs)]).cpu()
+            read = self._reader.read(indices)
+            parts = columns.split([example.num_response_labels for example in read], dim=1) if read else ()
+            for index, example, part in zip(indices, read, parts, strict=True):
+                location = full_location(example.location, self._rows.only_source)
+                yield ScoredRow.of(index, location, example, part, self._data.tokenizer)
+
+    def _write(self, row: ScoredRow) -> None:
+        self._num_seen += 1
+        self._total_loss += row.loss * row.response_length
+        if self._file is None:
+            return
+        push = heapq.heappush if len(self._hardest) < self._num_rows else heapq.heappushpop
+        hardness = row.loss if math.isfinite(row.loss) else math.inf
+        push(self._hardest, (hardness, -row.index, self._file.tell()))
+        self._file.write(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the page."""
+        names = ("loss", "perplexity", "token_accuracy", "token_entropy")
+        found = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in names}
+        summary = found | {"num_rows": float(self._num_seen)}
+        page, lines = (self._folder / f"{self._name}.{ending}" for ending in ("html", "jsonl"))
+        self.inspection = Inspection(page, lines, summary)
+        if self._file is None:
+            return
+        self._file.close()
+        title = f"{self._data.split} rows, step {cast(SFTModule, pl_module).num_steps_taken}"
+        write_rows_page(page, self._shown(), summary, title=title, num_rows=self._num_seen)
+        self._partial.replace(lines)
+
+    def _shown(self) -> list[dict[str, Any]]:
+        """The hardest rows, read back from the file."""
+        rows = []
+        with open(self._partial, "rb") as file:
+            for _, _, place in sorted(self._hardest, reverse=True):
+                file.seek(place)
+                row = json.loads(file.readline())
+                loss = (row["loss"] or 0.0) * row["response_length"]
+                row["share"] = loss / self._total_loss if self._total_loss else 0.0
+                rows.append(row)
+        return rows
