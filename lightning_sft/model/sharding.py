@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -33,7 +33,41 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return blocks
 
 
-def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype | None = None) -> None:
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is shared among processes.
+
+    Attributes:
+        device_type: Of the devices: `cuda` or `cpu`.
+        compute_dtype: Type in which weights are gathered and matrices multiplied; gradients are then summed in
+            float32. None: the type of the weights, for both.
+        num_replicas: Groups of processes of which each holds the whole model (HSDP).
+    """
+
+    device_type: str
+    compute_dtype: torch.dtype | None = None
+    num_replicas: int = 1
+
+    def mesh(self) -> DeviceMesh:
+        """All processes; replicas times shards if there are several replicas.
+
+        Raises:
+            SettingsError: If the processes cannot be divided like that.
+        """
+        num_processes, num_replicas = dist.get_world_size(), self.num_replicas
+        if num_replicas == 1:
+            return init_device_mesh(self.device_type, (num_processes,))
+        if num_processes % num_replicas or num_processes == num_replicas:
+            raise SettingsError(
+                f"`num_replicas` is {num_replicas}, but {num_processes} devices cannot be divided into so many groups "
+                "of two or more. Give a divisor of their number; or `trainer.strategy` 'ddp', where each holds the "
+                "whole model."
+            )
+        shape = (num_replicas, num_processes // num_replicas)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: PreTrainedModel, sharding: Sharding) -> None:
     """Shard a model over all processes, each of its transformer blocks by itself.
 
     A block's weights are gathered when it runs. Embeddings and head stay gathered from the forward to the backward
@@ -41,18 +75,15 @@ def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype |
 
     Args:
         model: The same on every process, or without data (on `meta`).
-        device_type: Of the devices: `cuda` or `cpu`.
-        compute_dtype: Type in which weights are gathered and matrices multiplied; gradients are then summed in
-            float32. None: the type of the weights, for both.
+        sharding: How.
 
     Raises:
-        SettingsError: If the model does not say what its blocks are.
+        SettingsError: If the model does not say what its blocks are, or the processes cannot be divided as it says.
     """
-    blocks = transformer_blocks(model)
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    blocks, mesh = transformer_blocks(model), sharding.mesh()
     precision = MixedPrecisionPolicy()
-    if compute_dtype is not None:
-        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    if sharding.compute_dtype is not None:
+        precision = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=torch.float32)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision)
 
@@ -60,7 +91,7 @@ def shard(model: PreTrainedModel, device_type: str, compute_dtype: torch.dtype |
 def load_sharded(
     build: Callable[[], PreTrainedModel],
     device: torch.device,
-    compute_dtype: torch.dtype | None = None,
+    sharding: Sharding,
     adapt: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> PreTrainedModel:
     """Build a model on the first process alone, and give every process its share of the weights.
@@ -68,7 +99,7 @@ def load_sharded(
     Args:
         build: Loads or initialises the model; called on the first process only, where it stays in main memory.
         device: Of this process.
-        compute_dtype: As for `shard`.
+        sharding: How it is shared.
         adapt: Changes the layers of a model without data as `build` changes those of the model.
 
     Raises:
@@ -78,7 +109,7 @@ def load_sharded(
     with torch.device("meta"):
         model = adapt(AutoModelForCausalLM.from_config(whole.config, dtype=whole.dtype))
     model.generation_config = whole.generation_config
-    shard(model, device.type, compute_dtype)
+    shard(model, sharding)
     model.to_empty(device=device)
     model.tie_weights()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

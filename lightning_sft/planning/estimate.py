@@ -111,7 +111,7 @@ def estimate_run(
     devices = Devices(
         on_cuda=settings.on_cuda,
         num_copies=1 if settings.is_sharded else settings.num_devices,
-        num_shards=settings.num_devices if settings.is_sharded else 1,
+        num_shards=settings.num_devices // module.num_replicas if settings.is_sharded else 1,
         whole_gradients=module.sync_every_microbatch is False,
     )
     memory = {

@@ -21,7 +21,7 @@ from lightning_sft.model.precision import Precision
 from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
-from lightning_sft.model.sharding import is_sharded, load_sharded, shard
+from lightning_sft.model.sharding import Sharding, is_sharded, load_sharded, shard
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
 
@@ -46,6 +46,7 @@ def load_model(
     loaded: PreTrainedModel | None,
     trainer: L.Trainer | None,
     initial: InitialWeights | None = None,
+    num_replicas: int = 1,
 ) -> PreTrainedModel:
     """The model with its adapters; sharded over all devices if the trainer's strategy asks for that.
 
@@ -54,6 +55,7 @@ def load_model(
         loaded: The model, if there is one already: it is adapted and sharded in place.
         trainer: Whose strategy and precision count; None if there is none.
         initial: The weights to begin with, instead of those that the builder finds or draws.
+        num_replicas: As for `Sharding`.
 
     Raises:
         SettingsError: If the model cannot be loaded, or not be trained by this trainer.
@@ -69,14 +71,31 @@ def load_model(
 
     precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
     if not isinstance(strategy, ModelParallelStrategy):
+        if num_replicas > 1 and trainer is not None and trainer.state.fn == "fit":
+            raise SettingsError(
+                f"`num_replicas` is {num_replicas}, but the model is not sharded. Leave it out, or set "
+                "`trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`)."
+            )
         return build(precision)
     leave_inference_mode(cast(L.Trainer, trainer))
-    device, dtype = strategy.root_device, precision.autocast
+    _check_mesh(strategy)
+    device = strategy.root_device
+    sharding = Sharding(device.type, precision.autocast, num_replicas)
     if loaded is None:
-        return load_sharded(lambda: build(precision), device, dtype, builder.adapt)
+        return load_sharded(lambda: build(precision), device, sharding, builder.adapt)
     if not is_sharded(loaded):
-        shard(build(precision), device.type, dtype)
+        shard(build(precision), sharding)
     return loaded
+
+
+def _check_mesh(strategy: ModelParallelStrategy) -> None:
+    sizes = strategy.device_mesh["data_parallel"].size(), strategy.device_mesh["tensor_parallel"].size()
+    if sizes != (strategy.num_nodes, strategy.num_processes):
+        raise SettingsError(
+            f"`trainer.strategy` has `data_parallel_size` {sizes[0]} and `tensor_parallel_size` {sizes[1]}, but layers "
+            "are not divided here: all devices share the model. Leave both at 'auto'; `model.num_replicas` says how "
+            "many groups of devices each hold it whole."
+        )
 
 
 def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Trainer | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from lightning_sft.checks import check_callable, check_number
+from lightning_sft.checks import check_callable, check_integer, check_number
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
@@ -80,6 +80,7 @@ class SFTModule(L.LightningModule):
             as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
         sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
             only where the model is sharded, since whole gradients need memory there.
+        num_replicas: Of a sharded model: groups of devices that each hold it whole between them (HSDP).
         lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`,
             by default for every linear layer but the head; or `path`: a folder of adapters to go on from. Under
             `bf16-mixed` adapters are float32, and frozen weights stay in the dtype that they are stored in.
@@ -118,6 +119,7 @@ class SFTModule(L.LightningModule):
         compile: bool = False,
         nonfinite: NonFinite = "error",
         sync_every_microbatch: bool | None = None,
+        num_replicas: int = 1,
         lora: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
@@ -125,11 +127,13 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.settings = shown_settings(locals())
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
+        check_integer("num_replicas", num_replicas, at_least=1)
         check_callable("optimizer", optimizer, "a function of the parameters")
         self.builder = ModelBuilder(model, model_kwargs, lora, seed, freeze)
         loss, scale = TokenLoss(loss_type, label_smoothing), LossScale(loss_normalization, normalize_constant)
         self.objective = Objective(loss, scale, EmbeddingNoise(neftune_noise_alpha, seed))
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
+        self.num_replicas = num_replicas
         self.guard, self._continuation = StepGuard(nonfinite), Continuation()
         self.optimizer_factory, self.parameter_groups = optimizer, ParameterGroups(parameter_groups)
         self.checkpointing = ActivationCheckpointing(gradient_checkpointing, activation_offloading)
@@ -160,7 +164,8 @@ class SFTModule(L.LightningModule):
             SettingsError: If the model cannot be loaded, or not be trained by this trainer.
         """
         trainer = self._trainer
-        self.model = load_model(self.builder, getattr(self, "model", None), trainer, self.initial_weights)
+        loaded = getattr(self, "model", None)
+        self.model = load_model(self.builder, loaded, trainer, self.initial_weights, self.num_replicas)
         self.initial_weights = None
         if trainer is not None and not is_sharded(self.model):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lightning_sft import Sampling, SettingsError, log_generations
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.packing import enable_packing
-from lightning_sft.model.sharding import gradient_sync, is_sharded, load_sharded, transformer_blocks
+from lightning_sft.model.sharding import Sharding, gradient_sync, is_sharded, load_sharded, transformer_blocks
 
 MODELS = {
     "tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -37,7 +37,7 @@ def compare(folder):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for name in MODELS:
         reference = build(name)
-        model = load_sharded(lambda name=name: build(name, seed=rank), torch.device("cpu"))
+        model = load_sharded(lambda name=name: build(name, seed=rank), torch.device("cpu"), Sharding("cpu"))
         assert is_sharded(model)
         assert not is_sharded(reference)
         for (key, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -84,7 +84,7 @@ def refuse(folder):
         raise SettingsError("`model` is 'none', which cannot be loaded")
 
     with pytest.raises(ValueError, match="`model` is 'none'"):
-        load_sharded(build_nothing, torch.device("cpu"))
+        load_sharded(build_nothing, torch.device("cpu"), Sharding("cpu"))
     (folder / f"done_{dist.get_rank()}").touch()
 
 

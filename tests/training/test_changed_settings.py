@@ -99,6 +99,7 @@ TRAINER = {
 # Compiling takes a minute; settings of conversations change tokens or what is learnt of them, as those above do.
 ELSEWHERE = {
     "activation_offloading",
+    "num_replicas",
     "compile",
     "optimizer",
     "as_chat",

@@ -6,7 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from support.runs import Processes, read_log, train
+
+from lightning_sft.errors import SettingsError
 
 # 43 rows in steps of 8: the last step of an epoch has 3 rows, and of these longest first, one process gets 1 of them.
 NORMALIZATIONS = {"token": {}, "sequence": {"loss_normalization": "sequence", "normalize_constant": 7.0}}
@@ -109,6 +112,42 @@ def test_a_process_without_a_row_takes_part(tmp_path):
         assert_same(torch.load(tmp_path / strategy / "result.pt"), one, "float32")
         rows = [read_log(tmp_path / strategy / f"steps_{rank}.jsonl")[7]["rows"] for rank in (0, 1)]
         assert sorted(map(len, rows)) == [0, 1], json.dumps(rows)
+
+
+SHORT = {"data": {"gradient_accumulation_steps": 3}, "dtype": "float64"}
+
+
+def train_in_parts(folder, **options):
+    """In two parts, the second continuing the first, whose devices exchange gradients once in a step."""
+    for max_steps, once in ((4, {"sync_every_microbatch": False}), (8, {})):
+        train(folder, **SHORT, strategy="fsdp", module=once | options, max_steps=max_steps, every_n_steps=2)
+
+
+def test_replicas_of_a_sharded_model_are_one_process_also_when_they_continue(tmp_path):
+    """Four processes: two groups of two, each of which holds the whole model."""
+    reference = train(tmp_path / "whole", **SHORT, module={"lr_scheduler": "constant"}, max_steps=8)
+    options = {"num_replicas": 2, "lr_scheduler": "constant"}
+    processes = Processes(train_in_parts, tmp_path / "parts", **options, world_size=4)
+    assert processes.wait(timeout=240) == [0] * 4
+    result = torch.load(tmp_path / "parts" / "result.pt")
+    assert result["losses"] == pytest.approx(reference["losses"], rel=1e-10)
+    for name, weight in reference["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, **TOLERANCES["float64"])
+
+
+def refused(folder, **options):
+    with pytest.raises(SettingsError, match=options.pop("message")):
+        train(folder, **options)
+
+
+def test_sizes_that_do_not_fit_the_devices_are_refused(tmp_path):
+    message = "`num_replicas` is 2, but 2 devices cannot be divided into so many groups of two or more"
+    options = {"strategy": "fsdp", "module": {"num_replicas": 2}, "message": message}
+    assert Processes(refused, tmp_path, **options, world_size=2).wait() == [0, 0]
+    sizes = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    message = "has `data_parallel_size` 2 and `tensor_parallel_size` 1, but layers are not divided here"
+    assert Processes(refused, tmp_path, strategy=sizes, message=message, world_size=2).wait() == [0, 0]
+    refused(tmp_path, module={"num_replicas": 2}, message="`num_replicas` is 2, but the model is not sharded")
 
 
 def test_a_sharded_model_in_half_precision_stays_close(tmp_path):
