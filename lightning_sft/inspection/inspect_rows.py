@@ -149,6 +149,7 @@ class RowInspector(L.Callback):
     """
 
     inspection: Inspection
+    _file: IO[bytes] | None = None
 
     def __init__(self, data: InspectedRows, folder: Path, num_rows: int) -> None:
         self._data, self._folder, self._num_rows = data, folder, num_rows
@@ -160,7 +161,6 @@ class RowInspector(L.Callback):
         self._name = f"{self._data.split}_step_{cast(SFTModule, pl_module).num_steps_taken}"
         self._hardest: list[tuple[float, int, int]] = []  # loss, -index, place in the file
         self._num_seen, self._total_loss = 0, 0.0
-        self._file: IO[bytes] | None = None
         if writes_files(trainer):
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -227,6 +227,12 @@ class RowInspector(L.Callback):
         title = f"{self._data.split} rows, step {cast(SFTModule, pl_module).num_steps_taken}"
         write_rows_page(page, self._shown(), summary, title=title, num_rows=self._num_seen)
         self._partial.replace(lines)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no part of a file."""
+        if self._file is not None:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
 
     def _shown(self) -> list[dict[str, Any]]:
         """The hardest rows, read back from the file."""

@@ -13,6 +13,7 @@ from support.refusals import Refusal, each
 from support.runs import Processes
 
 from lightning_sft import SFTDataModule, SFTModule, inspect_rows
+from lightning_sft.inspection import inspect_rows as inspect_rows_module
 
 WORDS = ["tree", "a", "stone river", "of", "light and day"]
 ROWS = [{"prompt": f"{i}:" + "p" * (i % 4), "output": WORDS[i % 5]} for i in range(21)]
@@ -72,8 +73,8 @@ def test_each_row_is_scored_as_by_plain_logits(tmp_path, layout):
     assert found.summary["num_rows"] == 21
     page = json.loads(found.page.read_text().partition('id="data">')[2].partition("</script>")[0])
     hardest = sorted(lines, key=lambda line: -line["loss"])
-    assert [row["index"] for row in page["records"]] == [line["index"] for line in hardest]
-    assert sum(row["share"] for row in page["records"]) == pytest.approx(1, abs=2e-3)
+    assert [row["index"] for row in page["rows"]] == [line["index"] for line in hardest]
+    assert sum(row["share"] for row in page["rows"]) == pytest.approx(100, abs=2e-3)
 
 
 def test_tokens_between_two_learnt_turns_have_no_scores(tmp_path):
@@ -97,10 +98,10 @@ def test_weights_leave_no_row_out_and_the_page_has_the_hardest(tmp_path):
         f"line {i} of {tmp_path}/{n}.jsonl" for n in "ab" for i in range(1, 6)
     ]
     page = json.loads(found.page.read_text().partition('id="data">')[2].partition("</script>")[0])
-    assert [row["index"] for row in page["records"]] == [
+    assert [row["index"] for row in page["rows"]] == [
         line["index"] for line in sorted(lines, key=lambda line: (-line["loss"], line["index"]))[:3]
     ]
-    assert page["num_records"] == 10
+    assert page["num_rows"] == 10
 
 
 def inspect_in_process(folder, **trainer):
@@ -156,6 +157,13 @@ REFUSALS = {
 @each(REFUSALS)
 def test_what_cannot_be_inspected_is_refused_by_name(refusal, tmp_path):
     refusal.check(tmp_path)
+
+
+def test_a_run_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_rows_module.ScoredRow, "of", None)
+    with pytest.raises(TypeError):
+        inspect(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_streamed_rows_are_refused(tmp_path):

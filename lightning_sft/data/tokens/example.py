@@ -32,7 +32,7 @@ class Example:
     @property
     def num_response_labels(self) -> int:
         """Labels that count in the loss: the response tokens, less one that has nothing before it."""
-        if not self.excluded_spans:  # nearly always, for very many examples
+        if not len(self.excluded_spans):  # nearly always, for very many examples
             return max(len(self.input_ids) - max(self.num_prompt_tokens, 1), 0)
         return sum(max(end - start, 0) for start, end in self.response_labels())
 
