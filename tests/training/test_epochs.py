@@ -134,23 +134,22 @@ def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path, num_steps):
     assert steps[0] == steps[1]
 
 
-def test_a_scheduler_that_asks_for_the_length_of_the_run_leaves_the_position_alone(tmp_path):
-    """Lightning then asks for the loader before the checkpoint is restored."""
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_scheduler_that_asks_for_the_length_of_the_run_leaves_the_position_alone(tmp_path, streaming):
+    """Lightning then asks for the loader, and of a stream for its first step, before the checkpoint is restored."""
 
     class Estimating(SFTModule):
         def configure_optimizers(self):
             assert self.trainer.estimated_stepping_batches == 9
             return adamw(self.parameters())
 
-    def module():
-        return Estimating(tiny_config())
+    def again(folder, **how):
+        return run(folder, data, module=Estimating(tiny_config()), max_epochs=3, max_steps=9, **how)
 
-    data = make_data(num_workers=1)
-    straight = run(tmp_path / "straight", data, module=module(), max_epochs=3)
-    for number in (3, 4, 5, 6):  # the end of the first epoch, and what is around it
-        path = tmp_path / "straight" / f"{number}.ckpt"
-        if path.exists():
-            assert run(None, data, module=module(), max_epochs=3, ckpt_path=path) == straight[number + 1 :]
+    data = make_data(train_data=str(write_rows(tmp_path)), streaming=streaming)
+    straight = again(tmp_path / "straight")
+    for number in saved(tmp_path / "straight")[1:5]:  # around the end of the first epoch
+        assert again(None, ckpt_path=tmp_path / "straight" / f"{number}.ckpt") == straight[number + 1 :]
 
 
 def test_workers_go_on_from_one_epoch_to_the_next(tmp_path, monkeypatch):
