@@ -33,10 +33,19 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 from execute import execute
 
 PARAMETERS = {
+    "expert_iteration": {
+        "num_labelled": 300,
+        "start_steps": 120,
+        "num_rounds": 2,
+        "num_problems": 100,
+        "num_samples": 4,
+        "round_steps": 4,
+    },
     "quickstart": {"max_steps": 24, "validate_every": 12, "num_rows": 200, "num_prompts": 6},
     "reading_a_run": {"max_steps": 30, "validate_every": 15, "num_prompts": 24, "num_samples": 4},
     "text_to_gradient": {"num_steps": 20, "batch_size": 16},
 }
+WITHOUT_FILES = ("expert_iteration", "text_to_gradient")
 
 
 @dataclass
@@ -132,7 +141,7 @@ def shown_rows(html: str) -> list[list[str]]:
 def every_cell_ran_in_order_and_only_the_run_is_left(run: Run) -> None:
     counts = [cell.execution_count for cell in run.notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
-    assert [path.name for path in run.folder.iterdir()] == ([] if run.name == "text_to_gradient" else ["runs"])
+    assert [path.name for path in run.folder.iterdir()] == ([] if run.name in WITHOUT_FILES else ["runs"])
 
 
 def no_warning_is_shown(run: Run) -> None:
@@ -355,7 +364,29 @@ def samples_of_one_problem_are_shown(run: Run) -> None:
     assert rows == [shown(record) for record in records if record["index"] == chosen]
 
 
+def each_round_adds_rows_and_is_drawn_beside_a_model_that_learns_nothing_new(run: Run) -> None:
+    html = run.html("iterate")
+    for name in ("own right answers", "nothing new", "rows", "right among its samples"):
+        assert f"<th>{name}</th>" in html
+    rounds = cells(html)
+    assert len(rounds) == 3
+    assert rounds[0][0] == rounds[0][1] == re.findall(r"^(\S+) of the held-out", run.text("base"))[0]
+    counts = [int(row[2]) for row in rounds]
+    assert counts[0] == 0
+    assert 0 < counts[1] <= counts[2] <= 2 * 2 * 100
+
+
+def the_rows_that_are_shown_are_right_answers(run: Run) -> None:
+    for _, output in cells(run.html("rows")):
+        numbers_in_it = re.findall(r"\d+", output)
+        assert output.endswith(f"<answer> {numbers_in_it[-1]} </answer><eos>")
+
+
 CHECKS: dict[str, list[Callable[[Run], None]]] = {
+    "expert_iteration": [
+        each_round_adds_rows_and_is_drawn_beside_a_model_that_learns_nothing_new,
+        the_rows_that_are_shown_are_right_answers,
+    ],
     "quickstart": [
         green_tokens_are_the_response_and_its_eos_and_no_others,
         labels_are_the_inputs_shifted_by_one_and_the_mask_begins_after_think,
