@@ -241,7 +241,7 @@ class PythonTokenizer(PreTrainedTokenizer):
 
     def __init__(self, letters: str, **options: object) -> None:
         self.letters = letters
-        super().__init__(eos_token=letters[0], **options)
+        super().__init__(eos_token=letters[0], special_tokens_pattern="none", **options)
 
     @property
     def vocab_size(self) -> int:
