@@ -72,7 +72,8 @@ def pretend(capability: int) -> ExitStack:
         "is_available": True, "is_initialized": True, "current_device": 0, "device_count": 1, "_lazy_init": None,
         "get_device_properties": properties, "get_device_capability": divmod(capability, 10), "synchronize": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "random._lazy_init": None,
-        "_exchange_device": 0, "_get_device_properties": properties, "_maybe_exchange_device": 0, "current_stream": SimpleNamespace(cuda_stream=0),
+        "_exchange_device": 0, "_get_device_properties": properties, "_maybe_exchange_device": 0,
+        "current_stream": SimpleNamespace(cuda_stream=0),
     }  # fmt: skip
     stack = ExitStack()
     for name, answer in answers.items():
