@@ -52,12 +52,21 @@ class HuggingFaceExport(Checkpoint):
         return None if self.folder is None or trainer.fast_dev_run else root / self.folder  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder with something else in it before anything is trained."""
-        folder = self.exported_to(trainer)
-        if stage == "fit" and folder is not None:
+        """Refuse a folder with something else in it, or adapters that there are none of, before anything is loaded."""
+        if stage != "fit" or self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self.merge_lora:
+            check_adapters_alone(cast(SFTModule, pl_module).builder.lora)
+        if trainer.loggers:
+            self._check_folder(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse it here, where no logger says at once in which folder a run is."""
+        self._check_folder(trainer)
+
+    def _check_folder(self, trainer: L.Trainer) -> None:
+        if (folder := self.exported_to(trainer)) is not None:
             check_export_folder(folder)
-            if not self.merge_lora:
-                check_adapters_alone(cast(SFTModule, pl_module).builder.lora)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the weights that the run ends with."""

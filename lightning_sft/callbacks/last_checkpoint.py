@@ -52,21 +52,23 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = None
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if stage == "fit":
-            folder = self._folder(trainer)
-            if trainer.is_global_zero:
-                remove_partial(folder)
 
     # -- when ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over from Lightning's handlers, which would save and exit in the middle of a step."""
+        """Take over from Lightning's handlers, which would save and exit in the middle of a step.
+
+        What was not saved to the end, as when a run was killed, is removed.
+        """
         numbers = {signal.SIGTERM, signal.SIGINT}
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             numbers.add(environment.requeue_signal or signal.SIGUSR1)
         self._asked = None
         self._signals.catch(numbers)
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            remove_partial(folder)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

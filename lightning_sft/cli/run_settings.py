@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import newest_checkpoint
-from lightning_sft.training.run_folder import holds_a_run, unused_folder
+from lightning_sft.training.run_folder import folder_of_run, holds_a_run
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,8 @@ class RunSettings:
         if own is not None:  # it is meant to be there
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         if self._first is None:
-            root = self.root.absolute()
-            if own is not None and (own == root or root in own.parents):
-                self._config.trainer.default_root_dir = str(own)
-            elif trains:
-                self._config.trainer.default_root_dir = str(unused_folder(self.root))
+            if trains or (own is not None and own.is_relative_to(self.root.absolute())):
+                self._config.trainer.default_root_dir = str(folder_of_run(self.root, ckpt_path))
             return
         arguments = _OF_LOGGERS.get(self._kind)
         version = None if arguments is None else self._options.get(arguments.version)

@@ -6,7 +6,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from lightning_sft.training.run_folder import run_folder
+from lightning_sft.training.run_folder import run_folder, use_folder
 
 
 class SaveSettings(SaveConfigCallback):
@@ -24,6 +24,7 @@ class SaveSettings(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save the settings."""
+        use_folder(trainer, Path(trainer.default_root_dir))
         self._folder = run_folder(trainer)  # every process has to ask
         super().setup(trainer, pl_module, stage)
 

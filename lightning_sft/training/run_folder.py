@@ -1,16 +1,21 @@
 """Where a run keeps its files, and who writes them."""
 
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 _OF_A_RUN = ("config.yaml", "checkpoints", "generations", "huggingface")
+# Of trainers without a logger, which would give each run a version: found before there is anything of the run itself.
+_chosen: WeakKeyDictionary[L.Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of a run, which the first logger names; `default_root_dir` where there is no logger.
+    """The folder of a run, which the first logger names.
 
+    Without a logger it is `default_root_dir`; if that holds another run, which is not continued, `version_<N>` below.
+    Ask for it then once the training starts: only then it is known which checkpoint is continued from.
     TensorBoard's and CSV's is their `log_dir`. Of others, such as Weights & Biases and MLflow, it is
     `<save_dir>/<name>/<version>`, where Lightning puts checkpoints too: their `save_dir` holds all of their runs.
 
@@ -25,8 +30,12 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 def _folder(trainer: L.Trainer) -> Path:
     root = trainer.default_root_dir
-    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return Path(root)
+    if not trainer.loggers:
+        if trainer.state.fn == "fit" and trainer not in _chosen:
+            _chosen[trainer] = folder_of_run(Path(root), trainer.ckpt_path)
+        return _chosen.get(trainer, Path(root))
     logger = trainer.loggers[0]
     if isinstance(logger, TensorBoardLogger | CSVLogger):
         return Path(logger.log_dir)
@@ -34,13 +43,32 @@ def _folder(trainer: L.Trainer) -> Path:
     return Path(logger.save_dir or root, str(logger.name), version)
 
 
+def use_folder(trainer: L.Trainer, folder: Path) -> None:
+    """Have a run without a logger keep its files in a folder that was found for it."""
+    if not trainer.loggers:
+        _chosen[trainer] = folder
+
+
 def holds_a_run(folder: Path) -> bool:
     """Whether a folder holds what a run leaves."""
     return any((folder / name).exists() for name in _OF_A_RUN)
 
 
-def unused_folder(root: Path) -> Path:
-    """The folder itself, or the first `version_<N>` below it that holds no run."""
+def folder_of_run(root: Path, ckpt_path: str | Path | None) -> Path:
+    """The folder of a training run without a logger.
+
+    Args:
+        root: The `default_root_dir`.
+        ckpt_path: The checkpoint that is continued from; None for a new run.
+
+    Returns:
+        That of the checkpoint, if it is in `root` or below. Otherwise `root` itself, or the first `version_<N>` below
+        it that holds no run.
+    """
+    if ckpt_path:
+        own = Path(ckpt_path).absolute().parent.parent
+        if own.is_relative_to(root.absolute()):
+            return own
     folder, number = root, 0
     while holds_a_run(folder):
         folder, number = root / f"version_{number}", number + 1

@@ -169,8 +169,8 @@ def test_nothing_but_an_earlier_export_is_written_over(tmp_path):
     with pytest.raises(ValueError, match="holds something other than an earlier export"):
         export_model(build("tied"), tmp_path / "huggingface")
     with pytest.raises(ValueError, match="holds something other than an earlier export"):
-        train(tmp_path, callbacks=[HuggingFaceExport()])
-    assert not (tmp_path / "checkpoints").exists()  # refused before training
+        train(tmp_path / "run", callbacks=[HuggingFaceExport(str(tmp_path / "huggingface"))])
+    assert not (tmp_path / "run" / "checkpoints").exists()  # refused before training
     assert files(tmp_path / "huggingface") == {"README.md"}
     with pytest.raises(ValueError, match="which is a file"):
         export_model(build("tied"), tmp_path / "huggingface" / "README.md")

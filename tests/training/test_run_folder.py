@@ -1,0 +1,38 @@
+"""Where a run that a script starts keeps its files."""
+
+import lightning as L
+import pytest
+import torch
+from support.fits import make_data
+from support.models import tiny_config
+
+from lightning_sft import LastCheckpoint, SFTModule
+
+
+def run(folder, max_steps, ckpt_path=None):
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        logger=False, default_root_dir=folder, max_steps=max_steps, callbacks=[LastCheckpoint()], **options
+    )
+    trainer.fit(SFTModule(tiny_config()), make_data(), ckpt_path=ckpt_path)
+    trainer.validate(trainer.model, make_data(val_data=[{"prompt": "a", "output": "b"}]), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # of the part that continues
+def test_runs_without_a_logger_do_not_take_each_other_s_place_and_continue_in_their_own(tmp_path):
+    def steps():
+        return {
+            str(path.parent.parent.relative_to(tmp_path)): torch.load(path)["global_step"]
+            for path in tmp_path.rglob("last.ckpt")
+        }
+
+    run(tmp_path, 1)
+    run(tmp_path, 2)
+    run(tmp_path, 3)
+    assert steps() == {".": 1, "version_0": 2, "version_1": 3}
+    run(tmp_path, 4, tmp_path / "version_0" / "checkpoints" / "last.ckpt")
+    run(tmp_path, 5, tmp_path / "checkpoints" / "last.ckpt")
+    assert steps() == {".": 5, "version_0": 4, "version_1": 3}
+    elsewhere = tmp_path / "elsewhere"
+    run(elsewhere, 6, tmp_path / "checkpoints" / "last.ckpt")
+    assert steps() == {".": 5, "version_0": 4, "version_1": 3, "elsewhere": 6}
