@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_sft.cli.further_loggers import read_further_loggers
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import newest_checkpoint
 from lightning_sft.training.run_folder import folder_of_run, holds_a_run
@@ -119,6 +120,7 @@ class RunSettings:
         if self._first is None:
             self._config.trainer.default_root_dir = str(run)
             return
+        self._continue_further(run)
         arguments = _OF_LOGGERS.get(self._kind)
         parent = run.parent.parent if self._kind == "MLFlowLogger" else run.parent
         if arguments is None or parent != self.folder or self._options.get(arguments.version) is not None:
@@ -127,8 +129,23 @@ class RunSettings:
         if self._config.trainer.logger in (None, True):
             self._config.trainer.logger = self._first
         if self._kind == "CSVLogger":  # it deletes what an earlier part of the run has written
-            warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-            _keep(run / "metrics.csv")
+            _begin_table(run)
+
+    def _continue_further(self, run: Path) -> None:
+        """Let the loggers beyond the first go on, too; of each kind in the order in which the run had them."""
+        known = read_further_loggers(run)
+        for logger in list(self._loggers())[1:]:
+            kind, options = str(logger.class_path).rpartition(".")[2], getattr(logger, "init_args", Namespace())
+            found = next((each for each in known if each.kind == kind), None)
+            arguments = _OF_LOGGERS.get(kind)
+            if found is None or arguments is None or options.get(arguments.version) is not None:
+                continue
+            known.remove(found)
+            options[arguments.version] = found.version
+            if kind == "CSVLogger":
+                folder = self.root / (options.get("save_dir") or "") / (options.get("name") or arguments.default_name)
+                version = f"version_{found.version}" if isinstance(found.version, int) else str(found.version)
+                _begin_table(folder / version)
 
     def choose_folder(self, ckpt_path: str | None, trains: bool) -> None:
         """Let a training run have a folder that no other run has.
@@ -159,6 +176,12 @@ class RunSettings:
                 f"`{arguments.version}` of the logger is {version!r}, but {path_from_here(folder)} holds another run. "
                 "Leave it out, and the run gets a folder of its own; or continue that run: `--ckpt_path last`."
             )
+
+
+def _begin_table(folder: Path) -> None:
+    """Let a CSV logger begin another table in the folder of a run that continues."""
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    _keep(folder / "metrics.csv")
 
 
 @rank_zero_only

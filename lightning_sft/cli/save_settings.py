@@ -6,6 +6,7 @@ import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from lightning_sft.cli.further_loggers import save_further_loggers
 from lightning_sft.training.run_folder import run_folder, use_folder
 
 
@@ -34,3 +35,5 @@ class SaveSettings(SaveConfigCallback):
         if stage == "fit" or not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_further_loggers(trainer.loggers, path.parent)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
@@ -206,8 +207,15 @@ class Continuation:
         """Note what the optimizers are made with, before they are restored.
 
         Raises:
-            SettingsError: If they are not those of the checkpoint.
+            SettingsError: If they are not those of the checkpoint, or not one of parameters.
         """
+        if len(optimizers) != 1:
+            raise SettingsError(
+                f"`configure_optimizers` returns {len(optimizers)} optimizers, but an optimizer step is that of one. "
+                "Return one with several parameter groups, each of which may have a learning rate of its own."
+            )
+        if isinstance(optimizers[0], _MockOptimizer):
+            raise SettingsError("`configure_optimizers` returns no optimizer, so nothing would be trained. Return one.")
         self._now = [OptimizerSettings.of(optimizer) for optimizer in optimizers]
         check_optimizers(self._then, self._now)
 

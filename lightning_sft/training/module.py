@@ -37,7 +37,7 @@ from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import check_model, load_model, prepare_model
 from lightning_sft.training.objective import Objective
-from lightning_sft.training.parameter_groups import ParameterGroups
+from lightning_sft.training.parameter_groups import ParameterGroups, parameters_of
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
@@ -197,7 +197,8 @@ class SFTModule(L.LightningModule):
         """One optimizer step over the batch's microbatches."""
         seeds = np.random.SeedSequence((self.builder.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
-        (optimizer := cast(Optimizer, self.optimizers())).zero_grad()
+        optimizer = cast(Optimizer, self.optimizers())
+        self.zero_grad()  # a subclass's optimizer may have some of the parameters alone
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
         on_host = {"learning_rate": optimizer.param_groups[0]["lr"]}
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
@@ -209,7 +210,7 @@ class SFTModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
         GradScaling(self.trainer).unscale(optimizer)
-        self._grad_norm = clip_gradients(self.parameters(), self._max_grad_norm)
+        self._grad_norm = clip_gradients(parameters_of(optimizer), self._max_grad_norm)
         if not self.guard.allows(self._grad_norm):
             self.zero_grad()  # without a gradient the optimizer leaves a weight alone, and its state too
 

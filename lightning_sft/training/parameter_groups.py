@@ -59,6 +59,11 @@ class ParameterGroups:
         groups = []
         for group in self._groups:
             found = [weight for weight in matching("parameter_groups", group["pattern"], trained) if weight in rest]
+            if not found:
+                raise SettingsError(
+                    f"`parameter_groups` has {group['pattern']!r}, but all that it matches belongs to a pattern before "
+                    "it. Put it first, or leave it out."
+                )
             groups.append({name: value for name, value in group.items() if name != "pattern"} | {"params": found})
             rest = {weight: None for weight in rest if weight not in set(found)}
         optimizer = factory([{"params": list(rest)}, *groups] if rest else groups)
@@ -69,3 +74,8 @@ class ParameterGroups:
                     f"{', '.join(sorted(optimizer.defaults))}."
                 )
         return optimizer
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-_OF_A_RUN = ("config.yaml", "checkpoints", "generations", "huggingface")
+_OF_A_RUN = ("config.yaml", "checkpoints", "huggingface")  # generations alone: it was killed before it saved anything
 # Of trainers without a logger, which would give each run a version: found before there is anything of the run itself.
 _chosen: WeakKeyDictionary[L.Trainer, Path] = WeakKeyDictionary()
 

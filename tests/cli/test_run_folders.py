@@ -136,6 +136,32 @@ def test_a_csv_run_that_continues_keeps_the_numbers_of_its_first_part(work):
     assert [float(row["step"]) for row in rows] == [1, 2, 3, 4]
 
 
+def test_each_of_several_loggers_goes_on_in_its_own_run(work):
+    """Which are called otherwise than the folder of the run, that the first one names."""
+
+    def loggers(*kinds):
+        options = {"CSVLogger": {"save_dir": "tables"}, "WandbLogger": {"offline": True, "save_dir": "logs"}}
+        options |= {"TensorBoardLogger": {"save_dir": "curves", "name": "x"}}
+        return {"trainer.logger": json.dumps([{"class_path": kind, "init_args": options[kind]} for kind in kinds])}
+
+    run_command(words(work, **loggers("CSVLogger"), **{"trainer.max_steps": 1}))
+    several = loggers("TensorBoardLogger", "CSVLogger", "WandbLogger")
+    for steps in (2, 4):
+        run_command(words(work, **several, **{"trainer.max_steps": steps, "ckpt_path": "last"}))
+        finish()
+    assert [path.name for path in Path("curves/x").iterdir()] == ["version_0"]
+    tables = {path: len(path.read_text().splitlines()) for path in Path("tables").rglob("metrics*.csv")}
+    own = Path("tables/lightning_logs/version_1")
+    assert {path.parent for path in tables} == {own.with_name("version_0"), own}
+    rows = [
+        list(csv.DictReader((own / name).read_text().splitlines())) for name in ("metrics_part_1.csv", "metrics.csv")
+    ]
+    assert [float(row["step"]) for part in rows for row in part if row["train/loss"]] == [1, 2, 3, 4]
+    ids = [path.name.rpartition("-")[2] for path in Path("logs/wandb").glob("offline-run-*")]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
+
+
 @pytest.mark.parametrize("name", ["TensorBoard", "CSV", "W&B", "none"])
 def test_default_root_dir_moves_everything(work, name):
     settings = LOGGERS[name][0] | {"trainer.default_root_dir": work / "elsewhere", "trainer.max_steps": 1}

@@ -1,11 +1,13 @@
 """What loggers are told of a run, and where in its epochs each step is."""
 
 import csv
+import json
+import struct
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from support.fits import ROWS, fit, make_data
 from support.models import save_tiny_model
 
@@ -39,6 +41,64 @@ def test_loggers_are_told_everything_that_was_set(tmp_path):
         "trainer.devices": 1,
     }
     assert {name: logged[name] for name in expected} == expected
+
+
+def of_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    (path,) = (folder / "tb" / "x" / "version_0").glob("events.*")
+    events = EventAccumulator(str(path)).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    stored = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in stored.items()}
+
+
+def of_wandb(folder):
+    """Records in the format of LevelDB's log: blocks of 32 KiB, of parts with a head of checksum, length and kind."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    wandb.finish()
+    (path,) = (folder / "wb").rglob("run-*.wandb")
+    content, at, record, stored = path.read_bytes(), 7, b"", {}
+    while at < len(content):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15  # no head fits into what is left of a block
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            parsed, record = Record.FromString(record), b""
+            updates = (*parsed.run.config.update, *parsed.config.update)
+            stored |= {each.key or ".".join(each.nested_key): json.loads(each.value_json) for each in updates}
+    return stored
+
+
+def of_mlflow(folder):
+    (run,) = (folder / "ml").glob("*/*/params")
+    return {path.relative_to(run).as_posix(): path.read_text() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])
+def test_each_logger_keeps_them_where_it_is_looked_for(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")
+    save_tiny_model(tmp_path / "small")
+    logger, read = {
+        "tensorboard": (lambda: TensorBoardLogger(tmp_path / "tb", name="x"), of_tensorboard),
+        "wandb": (lambda: WandbLogger(save_dir=tmp_path / "wb", offline=True), of_wandb),
+        "mlflow": (lambda: MLFlowLogger(save_dir=str(tmp_path / "ml")), of_mlflow),
+    }[kind]
+    module = SFTModule(str(tmp_path / "small"), optimizer=lambda params: torch.optim.SGD(params, lr=0.25))
+    fit(tmp_path, module, make_data(), logger=logger(), max_steps=2, log_every_n_steps=1)
+    stored = read(tmp_path)
+    expected = {"model.model": "small", "model.optimizer": "SGD", "data.train_data": "22 rows"}
+    assert {name: stored[name] for name in expected} == expected
+    numbers = {"model.optimizer.lr": 0.25, "data.batch_size": 8, "trainer.max_steps": 2}
+    assert {name: float(stored[name]) for name in numbers} == numbers
 
 
 @pytest.mark.parametrize(("options", "length"), [({}, 3), ({"limit_train_batches": 2}, 2)])

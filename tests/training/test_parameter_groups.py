@@ -46,6 +46,12 @@ def test_the_documented_pattern_is_that_of_all_norms_and_biases(name):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0]
 
 
+def test_a_pattern_to_which_those_before_leave_nothing_is_refused():
+    module = SFTModule(tiny_config(), parameter_groups=[*GROUPS, {"pattern": "lm_head", "lr": 1.0}])
+    with pytest.raises(SettingsError, match="has 'lm_head', but all that it matches belongs to a pattern before it"):
+        optimizer_of(module)
+
+
 def test_the_first_pattern_counts_and_all_others_have_the_optimizer_s_own_settings():
     module = SFTModule(tiny_config(), optimizer=adamw, parameter_groups=[{"pattern": "layers.0", "lr": 0.3}, *GROUPS])
     optimizer = optimizer_of(module)

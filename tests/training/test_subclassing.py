@@ -117,3 +117,30 @@ def test_a_callback_freezes_layers_of_a_model_that_is_given_by_name(tmp_path):
     assert torch.equal(frozen, trained)
     assert len(trainer.optimizers[0].param_groups[0]["params"]) == len(list(module.parameters())) - 1
     assert not torch.equal(loaded.model.lm_head.weight, module.model.lm_head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*will run with no optimizer")  # by Lightning, before it is refused
+@pytest.mark.parametrize(
+    ("configure", "message"),
+    [
+        (lambda module: [sgd(module), sgd(module)], "returns 2 optimizers, but an optimizer step is that of one"),
+        (lambda module: None, "returns no optimizer, so nothing would be trained"),
+    ],
+)
+def test_several_optimizers_or_none_are_refused_before_the_first_step(tmp_path, configure, message):
+    with pytest.raises(SettingsError, match=f"`configure_optimizers` {message}"):
+        rates_of(tmp_path, configure)
+
+
+def test_an_optimizer_of_some_parameters_trains_and_clips_these_alone(tmp_path):
+    def configure(module):
+        return torch.optim.SGD(module.model.lm_head.parameters(), lr=0.5)
+
+    def frozen(module):
+        module.model.base_model.requires_grad_(False)
+        return configure(module)
+
+    some, alone = (rates_of(tmp_path / str(i), each, max_steps=4)[0] for i, each in enumerate((configure, frozen)))
+    for name, weight in alone.named_parameters():
+        assert torch.equal(weight, dict(some.named_parameters())[name]), name
+    assert not torch.equal(alone.model.lm_head.weight, started(tmp_path).model.lm_head.weight)
