@@ -41,7 +41,7 @@ def accumulate_gradients(
     objective: Objective,
     sync_every_microbatch: bool | None,
 ) -> StepSums:
-    """Add the gradients of an optimizer step's loss to the model's.
+    """Make the gradients of an optimizer step's loss, in the place of those of the step before.
 
     Args:
         module: Whose trainer runs the backward passes.
@@ -50,6 +50,7 @@ def accumulate_gradients(
         objective: The loss.
         sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
     """
+    module.zero_grad()  # also of parameters that a subclass's optimizer does not have
     sums = torch.zeros(3, dtype=torch.float64, device=module.device)
     num_devices = module.trainer.world_size
     # Strategies average gradients over devices, but the loss is a sum over them.

@@ -198,7 +198,6 @@ class SFTModule(L.LightningModule):
         seeds = np.random.SeedSequence((self.builder.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
-        self.zero_grad()  # a subclass's optimizer may have some of the parameters alone
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
         on_host = {"learning_rate": optimizer.param_groups[0]["lr"]}
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
