@@ -133,8 +133,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     keep_adapters(model, settings)
 
 
-def keep_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Note on a model what its adapters are, and have those that are trained in float32.
+def keep_adapters(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Note on a model what its adapters are, and have what is trained in float32, or as the model if that has more.
 
     Args:
         model: With adapters; all that is trained of it are these.
@@ -143,9 +143,9 @@ def keep_adapters(model: nn.Module, settings: Mapping[str, Any]) -> None:
     model.lora_settings = dict(settings)  # type: ignore[assignment]
     trained = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad]
     model.adapter_names = frozenset(name for name, _ in trained)  # type: ignore[assignment]
+    dtype = torch.promote_types(model.dtype, torch.float32)  # half precision would lose small steps
     for _, weight in trained:
-        if weight.dtype.itemsize < 4:
-            weight.data = weight.data.float()  # half precision would lose small steps
+        weight.data = weight.data.to(torch.promote_types(weight.dtype, dtype))
 
 
 def adapter_names(model: nn.Module) -> frozenset[str]:

@@ -155,6 +155,16 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(each, FSDPModule) for each in module.modules())
 
 
+def reshard(module: nn.Module) -> None:
+    """Have a sharded module that has run let go of whole weights.
+
+    What is then done to its parameters, such as freezing some, is done to those that are trained.
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
+
+
 @contextmanager
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
     """A context in which backward passes exchange gradients between processes, or do not.

@@ -21,7 +21,7 @@ from lightning_sft.model.precision import Precision
 from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
-from lightning_sft.model.sharding import Sharding, is_sharded, load_sharded, shard
+from lightning_sft.model.sharding import Sharding, is_sharded, load_sharded, reshard, shard
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
 
@@ -159,6 +159,7 @@ def prepare_model(
         raise SettingsError("`compile` is true, but the model is sharded. Set `compile` to false, or use `ddp`.")
     if compiled:
         model.base_model.compile(dynamic=True)
+    reshard(model)
     return traits
 
 

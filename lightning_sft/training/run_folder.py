@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-_OF_A_RUN = ("config.yaml", "checkpoints", "huggingface")  # generations alone: it was killed before it saved anything
+_OF_A_RUN = ("config.yaml", "checkpoints/[!.]*", "huggingface")  # without these it was killed before it saved anything
 # Of trainers without a logger, which would give each run a version: found before there is anything of the run itself.
 _chosen: WeakKeyDictionary[L.Trainer, Path] = WeakKeyDictionary()
 
@@ -51,7 +51,7 @@ def use_folder(trainer: L.Trainer, folder: Path) -> None:
 
 def holds_a_run(folder: Path) -> bool:
     """Whether a folder holds what a run leaves."""
-    return any((folder / name).exists() for name in _OF_A_RUN)
+    return any(next(folder.glob(pattern), None) is not None for pattern in _OF_A_RUN)
 
 
 def folder_of_run(root: Path, ckpt_path: str | Path | None) -> Path:

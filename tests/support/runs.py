@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_sft import GenerationMonitor, LastCheckpoint, Sampling, SFTDataModule, SFTModule
+from lightning_sft.training.checkpoint_weights import InitialWeights
 from support.models import character_tokenizer, tiny_config
 
 WORDS = ["tree", "a", "stone river", "of", "light and day", "to", "grass", "sun moon star", "w", "seas"]
@@ -101,14 +102,19 @@ def train(
     every_n_steps: int | None = None,
     generate: bool = False,
     callbacks: list[L.Callback] | None = None,
+    init_from: Path | None = None,
     **trainer_options: Any,
 ) -> dict[str, Any]:
-    """One run of AdamW with a schedule and clipping; continues from the folder's last checkpoint if there is one."""
+    """One run of AdamW with a schedule and clipping; continues from the folder's last checkpoint if there is one.
+
+    A new one can begin with the weights of another's checkpoint.
+    """
     torch.set_num_threads(1)
     log, first = StepLog(folder / f"steps_{os.environ.get('RANK', 0)}.jsonl"), FirstGradients()
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"optimizer": adamw, "warmup_steps": 2, "model_kwargs": {"dtype": getattr(torch, dtype)}}
     sft = SFTModule(**({"model": tiny_config(**(config or {}))} | options | (module or {})))
+    sft.initial_weights = None if init_from is None else InitialWeights(init_from, weights_only=init_from.is_file())
     sampling = Sampling(max_new_tokens=4, temperature=1.0)
     monitor = [GenerationMonitor(longer_length, num_prompts=3, every_n_steps=5, sampling=sampling)] if generate else []
     trainer = L.Trainer(
