@@ -15,10 +15,21 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
 
 from lightning_sft.errors import SettingsError
 
+_PROPORTIONAL = (StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR, ReduceLROnPlateau)
 _IMPLEMENTATION = ("foreach", "fused")  # how a step is computed, not what
 
 
@@ -159,12 +170,15 @@ def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, no
         now: What this one was made with.
 
     Raises:
-        SettingsError: If the learning rate was changed, and the schedule makes each rate of the one before.
+        SettingsError: If the learning rate was changed, and the schedule is neither a function of the step nor known
+            to be in proportion to the rate.
     """
     rates = [group["lr"] for group in now.groups]
     if not isinstance(scheduler, LambdaLR):
         before = rates if then is None else [group["lr"] for group in then.groups]
-        if before != rates:
+        if before != rates and type(scheduler) in _PROPORTIONAL and all(before):
+            _scale(scheduler, [today / earlier for today, earlier in zip(rates, before, strict=True)])
+        elif before != rates:
             raise SettingsError(
                 f"The checkpoint was made with `lr` = {before[0]}, now it is {rates[0]}, but "
                 f"{type(scheduler).__name__} makes each learning rate of the one before. Use {before[0]}, or begin a "
@@ -173,13 +187,24 @@ def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, no
         return
     scheduler.base_lrs[: len(rates)] = rates
     factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
-    new = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, new, strict=False):
+    _set_rates(scheduler, [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)])
+
+
+def _scale(scheduler: LRScheduler, factors: Sequence[float]) -> None:
+    """Multiply the learning rates of a schedule that makes each of the one before by a factor."""
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [float(rate) * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    groups = scheduler.optimizer.param_groups
+    _set_rates(scheduler, [float(group["lr"]) * factor for group, factor in zip(groups, factors, strict=True)])
+
+
+def _set_rates(scheduler: LRScheduler, rates: list[Any]) -> None:
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=False):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-    scheduler._last_lr = new
+    scheduler._last_lr = rates
 
 
 class Continuation:

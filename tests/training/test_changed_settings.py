@@ -213,22 +213,28 @@ def test_a_finished_run_goes_on_by_the_schedule_of_the_longer_run(tmp_path, lr):
     assert then == pytest.approx([lr * share for share in shares(10)[4:]])
 
 
-@pytest.mark.parametrize("optimizer", [None, partial(adamw, lr=0.03)])
-def test_a_schedule_that_is_no_function_of_the_step_goes_on_or_is_refused(tmp_path, optimizer):
+@pytest.mark.parametrize("lr", [0.01, 0.03])
+@pytest.mark.parametrize("kind", ["StepLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR"])
+def test_a_schedule_that_makes_each_rate_of_the_one_before_goes_on_in_proportion_or_is_refused(tmp_path, kind, lr):
+    arguments = {"StepLR": (2, 0.5), "ExponentialLR": (0.5,), "PolynomialLR": (8,), "CosineAnnealingLR": (8, 0.001)}
+
     class Stepwise(SFTModule):
         def configure_optimizers(self):
             optimizer = self.optimizer_factory(self.parameters())
-            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), "interval": "step"}]
+            scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, *arguments[kind])
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=3)
-    trainer.fit(Stepwise(tiny_config(), optimizer=adamw), make_data())
-    trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
-    watch = Watch()
-    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=6, callbacks=[watch])
-    module = Stepwise(tiny_config(), optimizer=optimizer or adamw)
-    if optimizer is None:
-        trainer.fit(module, make_data(), ckpt_path=tmp_path / "end.ckpt")
-        assert watch.rates == pytest.approx([0.005, 0.0025, 0.0025])
-    else:
-        with pytest.raises(SettingsError, match=r"`lr` = 0\.01, now it is 0\.03, but StepLR makes each learning rate"):
-            trainer.fit(module, make_data(), ckpt_path=tmp_path / "end.ckpt")
+    def rates(name, lr, max_steps, ckpt_path=None):
+        watch = Watch()
+        trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=max_steps, callbacks=[watch])
+        module = Stepwise(tiny_config(), optimizer=partial(adamw, lr=lr))
+        trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / name, weights_only=False)
+        return watch.rates
+
+    rates("end.ckpt", 0.01, 3)
+    if kind == "CosineAnnealingLR" and lr != 0.01:  # whose lowest rate stays as it is
+        with pytest.raises(SettingsError, match=rf"`lr` = 0\.01, now it is 0\.03, but {kind} makes each learning rate"):
+            rates("other.ckpt", lr, 6, tmp_path / "end.ckpt")
+        return
+    assert rates("other.ckpt", lr, 6, tmp_path / "end.ckpt") == pytest.approx(rates("whole.ckpt", lr, 6)[3:])
