@@ -97,7 +97,7 @@ class _RangeTest(Trial):
     ) -> None:
         """Set the rate, whatever the schedule says; the rates of several parameter groups keep their ratios."""
         groups = trainer.optimizers[0].param_groups
-        lr = self._lrs[min(batch_idx, len(self._lrs) - 1)]
+        lr = self._lrs[min(trainer.global_step, len(self._lrs) - 1)]
         for group in groups:
             group["lr"] = lr * group["initial_lr"] / groups[0]["initial_lr"]
 
@@ -107,7 +107,7 @@ class _RangeTest(Trial):
         """Record the loss; it is over all devices, so that they stop together."""
         loss = trainer.callback_metrics["train/loss"].item()
         finite = math.isfinite(loss) and not trainer.callback_metrics["train/skipped_steps"]
-        if finite and batch_idx:
+        if finite and trainer.global_step > 1:
             self.losses.append(loss)
         smoothed = smooth(self.losses)
         if not finite or (smoothed and smoothed[-1] > _DIVERGED * min(smoothed)):
