@@ -164,6 +164,14 @@ def test_what_follows_the_end_of_a_response_is_no_part_of_it(model):
     ] * 3
 
 
+def test_what_follows_a_stop_string_is_no_part_of_a_response_either(model):
+    def beyond(given, requests, sampling):
+        return [Response([97, 98, 99, 99]) for _ in requests]
+
+    records, _ = generate(model, beyond, stop_strings=["b"])
+    assert [(record.token_ids, record.stop_reason) for record in records] == [([97, 98], "stop")] * 3
+
+
 def answers(*responses):
     return lambda model, requests, sampling: responses
 
