@@ -52,6 +52,19 @@ def test_a_pattern_to_which_those_before_leave_nothing_is_refused():
         optimizer_of(module)
 
 
+def test_patterns_see_each_name_in_the_model_also_of_a_tied_weight_and_may_take_all_parameters():
+    module = SFTModule(build("tied"), optimizer=adamw, parameter_groups=[{"pattern": "^lm_head", "lr": 0.5}])
+    assert names_of(optimizer_of(module), module.model)[1] == {"model.embed_tokens.weight"}
+    module = SFTModule(tiny_config(), optimizer=adamw, parameter_groups=[{"pattern": ".", "lr": 0.5}])
+    assert len(optimizer_of(module).param_groups) == 1
+
+
+@pytest.mark.parametrize("group", [{"pattern": "norm"}, {"pattern": "norm", "params": []}])
+def test_a_group_without_settings_or_with_parameters_is_refused(group):
+    with pytest.raises(SettingsError, match="expected a `pattern` of names and settings"):
+        SFTModule("model", parameter_groups=[group])
+
+
 def test_the_first_pattern_counts_and_all_others_have_the_optimizer_s_own_settings():
     module = SFTModule(tiny_config(), optimizer=adamw, parameter_groups=[{"pattern": "layers.0", "lr": 0.3}, *GROUPS])
     optimizer = optimizer_of(module)
