@@ -73,8 +73,8 @@ TRAINING = {
     ),
     "row longer than the model": Refusal(
         fit(tiny_config(max_position_embeddings=4)),
-        "row 1 of `train_data`: The row has 6 tokens, but the model has only 4 positions. Set `max_length` to 5 at most, "
-        "and `too_long` to drop or truncate.",
+        "row 1 of `train_data`: The row has 6 tokens, but the model has only 4 positions. Set `max_length` to 5 at "
+        "most, and `too_long` to drop or truncate.",
     ),
 }
 
