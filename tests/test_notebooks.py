@@ -35,9 +35,9 @@ from execute import execute
 PARAMETERS = {
     "expert_iteration": {
         "num_labelled": 300,
-        "start_steps": 120,
+        "start_steps": 100,
         "num_rounds": 2,
-        "num_problems": 100,
+        "num_problems": 60,
         "num_samples": 4,
         "round_steps": 4,
     },

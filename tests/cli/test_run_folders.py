@@ -157,7 +157,8 @@ def test_each_of_several_loggers_goes_on_in_its_own_run(work):
         list(csv.DictReader((own / name).read_text().splitlines())) for name in ("metrics_part_1.csv", "metrics.csv")
     ]
     assert [float(row["step"]) for part in rows for row in part if row["train/loss"]] == [1, 2, 3, 4]
-    ids = [path.name.rpartition("-")[2] for path in Path("logs/wandb").glob("offline-run-*")]
+    # offline-run-TIME-ID, and `-1` where two have the same second.
+    ids = [path.name.split("-")[3] for path in Path("logs/wandb").glob("offline-run-*")]
     assert len(ids) == 2
     assert len(set(ids)) == 1
 
