@@ -88,8 +88,9 @@ def inspect_rows(
 
 
 def _run_folder(trainer: L.Trainer, ckpt_path: str | None) -> Path:
-    run = Path(trainer.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent.parent
-    return run if run.is_dir() else Path(trainer.default_root_dir)
+    if ckpt_path is not None and (checkpoints := Path(ckpt_path).parent).name == "checkpoints":
+        return checkpoints.parent
+    return Path(trainer.default_root_dir)  # also for a checkpoint that was moved elsewhere
 
 
 class InspectedRows(L.LightningDataModule):
