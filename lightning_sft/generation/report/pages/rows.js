@@ -9,7 +9,7 @@ for (const r of rows) {
 
 const FILTERS = {
   all: ["All", () => true],
-  highest: [`Highest ${HIGHEST} % of losses`, r => highest.has(r), "Here are most of the rows with a wrong response"],
+  highest: [`Highest ${HIGHEST} % of losses`, r => highest.has(r), "Wrong responses are often among these"],
   rare: ["A token below 1 %", r => r.least < RARE, "The model gave less than 1 % to at least one learnt token"],
   known: ["Loss below 0.1", r => r.loss != null && r.loss < 0.1, "Learnt by heart, or trivial"],
 };
