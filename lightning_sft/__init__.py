@@ -30,8 +30,9 @@ if TYPE_CHECKING:  # `as`: these are public
     from lightning_sft.model.log_probs import compute_entropy as compute_entropy
     from lightning_sft.model.log_probs import get_response_log_probs as get_response_log_probs
     from lightning_sft.planning.batch_sizes import find_batch_size as find_batch_size
-    from lightning_sft.planning.finished_run import read_run as read_run
     from lightning_sft.planning.learning_rates import find_lr as find_lr
+    from lightning_sft.results.comparison import compare_runs as compare_runs
+    from lightning_sft.results.finished_run import read_run as read_run
     from lightning_sft.rewards.functions import boxed_answer_reward as boxed_answer_reward
     from lightning_sft.rewards.functions import exact_match_reward as exact_match_reward
     from lightning_sft.rewards.functions import numeric_match_reward as numeric_match_reward
@@ -64,8 +65,9 @@ _MODULES = {
     "inspection.inspect_rows": ("inspect_rows",),
     "model.log_probs": ("compute_entropy", "get_response_log_probs"),
     "planning.batch_sizes": ("find_batch_size",),
-    "planning.finished_run": ("read_run",),
     "planning.learning_rates": ("find_lr",),
+    "results.comparison": ("compare_runs",),
+    "results.finished_run": ("read_run",),
     "rewards.functions": ("boxed_answer_reward", "exact_match_reward", "numeric_match_reward", "r1_zero_reward"),
     "training.losses": ("masked_normalize", "sft_loss", "sft_microbatch_train_step"),
     "training.module": ("SFTModule",),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import browser as browser_module
+from support.browser import Browser
 from support.paths import SHARED_DATA
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins by ignoring it
@@ -51,3 +53,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA.name} with real data is not beside the checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser in which pages are tried."""
+    if browser_module.EXECUTABLE is None:
+        pytest.skip("no chromium or google-chrome on the PATH")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()

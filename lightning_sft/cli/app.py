@@ -62,6 +62,10 @@ _CKPT_PATH_HELP = (
     "Checkpoint to start from. `last`: the newest complete one of the runs with these settings; `fit` begins a run "
     "where there is none."
 )
+_RUNS_HELP = (
+    "At least two: the folder of a run, or a file of records, as `predict` writes it or as a run's folder "
+    "`generations` has one for each step. The others are compared with the first, such as the base model."
+)
 _WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true, but for `last` of a sharded model."
 
 
@@ -76,6 +80,7 @@ class SFTCLI(LightningCLI):
     def __init__(self, name: str, words: list[str]) -> None:
         self.name, self.command = name, COMMANDS[name]
         self._parameters = inspect.signature(self.command.function).parameters
+        places = "RUN RUN... " if self.command.words else ""
         super().__init__(
             SFTModule,
             SFTDataModule,
@@ -89,7 +94,7 @@ class SFTCLI(LightningCLI):
             parser_kwargs={
                 "allow_abbrev": False,
                 "prog": f"lightning-sft {name}",
-                "usage": "%(prog)s [--config NAME_OR_FILE] [--SETTING VALUE ...]",
+                "usage": f"%(prog)s {places}[--config NAME_OR_FILE] [--SETTING VALUE ...]",
                 "description": SUMMARIES[name],
             },
         )
@@ -128,6 +133,9 @@ class SFTCLI(LightningCLI):
             parser.add_argument("--weights_only", type=bool | None, default=None, help=_WEIGHTS_ONLY_HELP)
         for name in {"ckpt_path", "weights_only", "init_from"} - self._parameters.keys():
             parser.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+        if self.command.words:
+            built.add(self.command.words)
+            parser.add_argument(self.command.words, nargs="+", type=str, metavar="RUN", help=_RUNS_HELP)
         parser.add_function_arguments(self.command.function, skip=built)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -21,6 +21,7 @@ from lightning_sft.errors import path_from_here
 from lightning_sft.inspection.inspect_rows import Split, inspect_rows
 from lightning_sft.planning import batch_sizes, learning_rates
 from lightning_sft.planning.estimate import estimate_run
+from lightning_sft.results.comparison import compare_runs
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.module import SFTModule
 
@@ -180,6 +181,20 @@ def find_batch_size(
     rank_zero_only(print)(found)
 
 
+def compare(
+    runs: list[str], output: str = "comparison.html", names: list[str] | None = None, step: int | None = None
+) -> None:
+    """Put runs beside one another on a page: their curves, and what each answers to the same prompts.
+
+    Args:
+        runs: At least two: folders of runs, or files of records.
+        output: The page, a file ending in .html; it takes the place of an earlier one.
+        names: What to call the runs, such as `[base, tuned]`. Default: as much of their paths as tells them apart.
+        step: The optimizer step whose responses are compared, of all folders. Default: the last of each.
+    """
+    print(compare_runs(runs, output, names, step))
+
+
 @dataclass(frozen=True)
 class Command:
     """A command.
@@ -188,10 +203,12 @@ class Command:
         function: What it does.
         parts: The parts of a configuration that it uses, such as `data` for `--data.*`. Others are accepted, since a
             run's `config.yaml` has them all, but not looked at.
+        words: The setting that is a list of words, given without its name; None if it has none.
     """
 
     function: Callable[..., None]
     parts: frozenset[str]
+    words: str | None = None
 
 
 _RUN = frozenset({"trainer", "model", "data", "generation", "progress_bar"})
@@ -208,6 +225,7 @@ COMMANDS = {
     "estimate": Command(estimate, frozenset({"trainer", "model", "data", "throughput"})),
     "find_lr": Command(find_lr, _TRIALS),
     "find_batch_size": Command(find_batch_size, _TRIALS),
+    "compare": Command(compare, frozenset(), words="runs"),
     "best_responses": Command(best_responses, frozenset()),
     "export": Command(export, frozenset()),
 }

@@ -15,6 +15,7 @@ SUMMARIES = {  # of the commands, for the overview and for each command's own he
     "estimate": "Say what memory and time `fit` would need.",
     "find_lr": "Try rising learning rates, and suggest one to begin with.",
     "find_batch_size": "Try how many tokens of a microbatch fit into memory.",
+    "compare": "Put runs, or steps of one, beside one another on a page.",
     "best_responses": "Write the best of a model's own responses as rows to train on.",
     "export": "Write a checkpoint's model to a folder that `from_pretrained` loads.",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+from lightning_sft.generation.bootstrap import bootstrap_mean
 
 _DECIMALS = 4  # of values of single tokens in files
 
@@ -145,14 +145,7 @@ def bootstrap_interval(
     """
     groups = _by_prompt([record for record in records if record.answer_reward is not None])
     means = [sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups.values()]
-    if not means:
-        return math.nan, math.nan
-    # How often each distinct value is drawn is multinomial: as exact as drawing prompts, and no slower for many.
-    values, counts = np.unique(means, return_counts=True)
-    rng, n = np.random.default_rng(seed), len(means)
-    drawn = [rng.multinomial(n, counts / n) @ values / n for _ in range(num_resamples)]
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return bootstrap_mean(means, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
 def summarize_test(records: Sequence[GenerationRecord]) -> dict[str, float]:

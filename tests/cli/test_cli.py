@@ -107,6 +107,7 @@ def test_help_explains_every_setting_in_words(capsys):
         ("find_lr", {"trainer", "model", "data", "min_lr", "max_lr", "num_steps"}),
         ("find_batch_size", {"trainer", "model", "data", "memory_gib", "margin"}),
         ("validate", {"trainer", "model", "data", "generation", "progress_bar", "ckpt_path", "weights_only"}),
+        ("compare", {"output", "names", "step"}),
         ("best_responses", {"records", "output", "per_prompt", "min_reward"}),
         (
             "inspect",
@@ -157,6 +158,9 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     assert f"5 rows: loss {float(last_loss):.4f}, " in (told := capsys.readouterr().out)
     assert f"Page: {run}/inspection/val_step_8.html\nRows: {run}/inspection/val_step_8.jsonl\n" in told
     assert len((run / "inspection" / "val_step_8.jsonl").read_text().splitlines()) == 5
+    run_command(["compare", str(run / "generations" / "step_0.jsonl"), str(run), "--names", "[base, tuned]"])
+    assert "\nReward of tuned above base: " in (told := capsys.readouterr().out)
+    assert told.endswith("\nPage: comparison.html\n")
     # Every other command takes the run's configuration as it is.
     for command, *options in (["preview"], ["estimate"], ["find_lr", "--num_steps", "2"]):
         run_command([command, "--config", str(run / "config.yaml"), *options])

@@ -1,4 +1,4 @@
-"""Pages to read: each step's responses, an index that walks through the steps, and rows that a model has scored.
+"""Pages to read: each step's responses, an index of the steps, rows that a model has scored, runs beside one another.
 
 A page is one file that loads nothing from elsewhere. What a model wrote stands in it as JSON alone and is shown as
 text; the page's policy allows the one script that comes with it, so markup in a response is never more than text.
@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 _INDEX = "index.html"
-_SHARED = {"index": ["shared"], "step": ["shared", "tokens", "cards"], "rows": ["shared", "tokens", "cards"]}
+_CARDS = ["shared", "elements", "tokens", "cards"]
+_SHARED = {
+    "index": ["shared", "elements", "charts"],
+    "step": [*_CARDS, "generated"],
+    "rows": _CARDS,
+    "comparison": [*_CARDS, "generated", "charts"],
+}
 
 
 def write_page(
@@ -41,7 +47,7 @@ def write_page(
         OSError: If the file cannot be written.
     """
     data = {"title": title, "summary": summary, "num_records": num_records or len(records), "records": records}
-    _write(path, _filled("step", _json(data)))
+    _write(path, _filled("step", data=_json(data)))
 
 
 def write_rows_page(
@@ -72,7 +78,42 @@ def write_rows_page(
     # The share in per cent: its decimals are few, and with many rows each has only a small share.
     shown = [{**row, "share": 100 * row["share"]} for row in rows]
     data = {"title": title, "summary": summary, "num_rows": num_rows or len(rows), "rows": shown}
-    _write(path, _filled("rows", _json(data)))
+    _write(path, _filled("rows", data=_json(data)))
+
+
+def write_comparison_page(
+    path: Path,
+    *,
+    runs: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Sequence[Sequence[Sequence[float]]]],
+    settings: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Mapping[str, Any]],
+    tokens: Sequence[str],
+) -> None:
+    """Write a page with the curves of several runs over one another, and with their responses side by side.
+
+    Args:
+        path: The HTML file.
+        runs: Each has `name`, `path`, `step` (None if unknown), `num_responses`, `notes` (words), `summary` (averages,
+            by name) and `difference` in reward to the first run: None, or `mean`, `low`, `high`, `num_pairs`,
+            `num_better` and `num_worse`.
+        curves: By metric, for each run pairs of step and value.
+        settings: Each has `name`, and `values`, a text or None for each run.
+        prompts: Each has `index` (its place, from 0), `prompt`, `ground_truths` and `responses`, a list for each run.
+            A response has fields of a `GenerationRecord`; `log_prob`, the mean over its tokens; and `line`, the place
+            of its tokens among `tokens`, or None.
+        tokens: Of a response each, as JSON: texts, ids, log-probabilities and entropies. They are most of the page, and
+            a line is read only when it is shown.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    parts = {
+        "data": _json({"runs": runs, "settings": settings, "prompts": prompts}),
+        "curves": _in_html(json.dumps(curves, allow_nan=False, separators=(",", ":"))),  # with all of their digits
+        "tokens": "\n".join(map(_in_html, tokens)),
+    }
+    _write(path, _filled("comparison", **parts))
 
 
 def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float]) -> None:
@@ -95,10 +136,10 @@ def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float
     if before and not complete:
         index.with_name(f"{_INDEX}.bak").write_bytes(before)
     steps[step] = {"step": step, "page": page, "summary": summary}
-    _write(index, _filled("index", "[\n" + ",\n".join(_json(steps[step]) for step in sorted(steps)) + "\n]"))
+    _write(index, _filled("index", data="[\n" + ",\n".join(_json(steps[step]) for step in sorted(steps)) + "\n]"))
 
 
-def _filled(page: str, data: str) -> str:
+def _filled(page: str, **data: str) -> str:
     """A page of the folder `pages` with its style, its script, its data, and a policy that lets no other script run."""
     folder = Path(__file__).with_name("pages")
     names = [*_SHARED[page], page]
@@ -108,7 +149,7 @@ def _filled(page: str, data: str) -> str:
     )
     template = (folder / f"{page}.html").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {"hash": f"sha256-{digest}", "style": style, "script": script, "data": data}
+    parts = {"hash": f"sha256-{digest}", "style": style, "script": script, **data}
     # In one pass, so that nothing is replaced within the data.
     return re.sub(r"\{\{ (\w+) \}\}", lambda place: parts[place[1]], template)
 
@@ -124,8 +165,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _json(value: object) -> str:
-    """JSON that can stand in HTML: ASCII, so that half a surrogate pair can be written too, and without a `<`."""
-    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    """ASCII, so that half a surrogate pair can be written too."""
+    return _in_html(json.dumps(_plain(value), allow_nan=False, separators=(",", ":")))
+
+
+def _in_html(text: str) -> str:
+    """JSON that can stand in HTML: without a `<`."""
+    return text.replace("<", "\\u003c")
 
 
 def _plain(value: Any) -> Any:

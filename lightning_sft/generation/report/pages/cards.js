@@ -7,7 +7,7 @@ let places = [];  // numbers of all records, in order
 let preamble = 0;  // how many characters all prompts start with
 
 // Show records as cards that can be filtered, searched and sorted.
-//   title, count, summary: what stands above; a summary's `labels` have a label, unit, decimals and a factor
+//   title, count, summary: what stands above; a summary, if there is one, has `labels`: a label, unit, decimals, a factor
 //   records: each with `index`, `prompt`, `response`, and lists for its tokens
 //   filters: by name, a label, which records fit, and what that means where the label does not say it
 //   sorts: by name, a label, what of a record counts, and whether the least comes first
@@ -18,14 +18,12 @@ let preamble = 0;  // how many characters all prompts start with
 //   tell: is given each new hash, and each arrow key that no response has taken
 function start(given) {
   page = given;
-  for (const r of page.records) {
-    for (const list of ["tokens", "token_ids", "token_log_probs", "token_entropies"]) r[list] ??= [];
-  }
+  page.records.forEach(fillLists);
   places = [...new Set(page.records.map(r => r.index))].sort((a, b) => a - b);
   preamble = sharedStart([...new Set(page.records.map(r => r.prompt ?? ""))]);
   document.title = document.querySelector("h1").textContent = page.title;
   $("count").textContent = page.count;
-  $("summary").append(...Object.entries(page.summary).map(([name, value]) => {
+  $("summary")?.append(...Object.entries(page.summary).map(([name, value]) => {
     const [label, unit, digits, factor = 1] = page.labels[name] ?? [name.replace(/^pass_at_/, "pass@")];
     const after = unit && value != null ? el("small", unit) : null;
     return el("div.card", el("dt", label), el("dd", number(value == null ? value : factor * value, digits), after));
@@ -35,6 +33,9 @@ function start(given) {
   render();
 }
 
+function fillLists(r) {
+  for (const list of ["tokens", "token_ids", "token_log_probs", "token_entropies"]) r[list] ??= [];
+}
 function sharedStart(texts) {  // how many characters, up to a line's end or a space
   if (texts.length < 2) return 0;
   let length = texts[0].length;
@@ -121,6 +122,7 @@ function promptParts(r) {
 function responseText(r) {
   const text = el("div.text"), {length} = r.tokens, whole = length <= HEAD + 2 * TAIL || searched(r.response);
   text.classList.add("response");
+  text.record = r;
   text.tabIndex = 0;
   text.role = "group";
   text.ariaLabel = "Response; the arrow keys walk through its tokens";

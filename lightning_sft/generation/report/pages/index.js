@@ -1,5 +1,3 @@
-"use strict";
-const $ = id => document.getElementById(id);
 const steps = JSON.parse($("data").textContent);
 const named = Object.keys(Object.assign({}, ...steps.map(({summary}) => summary)));
 const passes = named.filter(name => name.startsWith("pass_at_"));
@@ -17,26 +15,9 @@ const CHARTS = [  // title, decimals, least height of the scale, and what each l
   }],
   ["Entropy, nats", 3, 0, {response_entropy: ["", "--three"]}],
 ];
-const number = (value, digits) => value == null ? "–" : value.toLocaleString("en", {maximumFractionDigits: digits});
-
-function el(tag, ...children) {
-  const element = document.createElement(tag);
-  element.append(...children);
-  return element;
-}
-function shape(tag, attributes, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
 
 // -- the charts
 
-function nice(most) {  // the next of 1, 2, 5, 10, 20, ...
-  const power = 10 ** Math.floor(Math.log10(most));
-  return power * ([1, 2, 5].find(factor => factor * power >= most) ?? 10);
-}
 function chart([title, digits, least, lines]) {
   const svg = shape("svg", {role: "img", "aria-label": `${title} over the steps`});
   const caption = el("figcaption", el("strong", title)), figure = el("figure", caption, svg);
@@ -49,29 +30,15 @@ function chart([title, digits, least, lines]) {
   }
   const values = present.flatMap(name => steps.filter(has(name)).map(({summary}) => summary[name]));
   const low = Math.min(0, ...values), high = nice(Math.max(least, ...values) || 1);
-  const first = steps[0].step, last = steps.at(-1).step, left = 34, right = 10, top = 9, bottom = 16;
+  const first = steps[0].step, last = steps.at(-1).step;
   figure.className = "card";
   figure.draw = () => {
-    const {width, height} = svg.getBoundingClientRect();
-    const x = step => left + (last === first ? 0.5 : (step - first) / (last - first)) * (width - left - right);
-    const y = value => height - bottom - (value - low) / (high - low) * (height - top - bottom);
-    const label = (x, y, anchor, value) => shape("text", {x, y, "text-anchor": anchor}, number(value, 2));
-    const rule = value => [
-      shape("line", {class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value)}),
-      label(left - 6, y(value) + 3.5, "end", value),
-    ];
-    const now = x(steps[chosen].step);
-    svg.replaceChildren(
-      ...[low, (low + high) / 2, high].flatMap(rule),
-      label(x(first), height - 2, last === first ? "middle" : "start", first),
-      ...(last === first ? [] : [label(x(last), height - 2, "end", last)]),
-      shape("line", {class: "now", x1: now, x2: now, y1: top - 5, y2: height - bottom}),
-      ...present.map(name => {
-        const points = steps.filter(has(name)).map(({step, summary}) => [x(step), y(summary[name])]);
-        const [, colour] = lines[name], dots = points.length < 40 ? points : points.slice(-1);
-        return shape("g", {class: colour.slice(2), style: `--colour: var(${colour})`},
-          shape("polyline", {points: points.join(" ")}), ...dots.map(([cx, cy]) => shape("circle", {cx, cy, r: 2.5})));
-      }));
+    const x = drawLines(svg, {
+      lines: present.map(name => ({
+        points: steps.filter(has(name)).map(({step, summary}) => [step, summary[name]]), colour: lines[name][1],
+      })),
+      first, last, ticks: [low, (low + high) / 2, high], now: steps[chosen].step,
+    });
     svg.onclick = event => {
       const distances = steps.map(({step}) => Math.abs(x(step) - (event.clientX - svg.getBoundingClientRect().left)));
       choose(distances.indexOf(Math.min(...distances)));

@@ -1,6 +1,5 @@
 const {title, summary, num_records, records} = JSON.parse($("data").textContent);
 
-const VERDICTS = {correct: "✓ Correct", answer: "✗ Wrong answer", format: "⊘ Wrong format", unscored: "– Unscored"};
 const FILTERS = {
   all: ["All", () => true],
   ...Object.fromEntries(Object.entries(VERDICTS).map(([name, label]) => [name, [label, r => r.verdict === name]])),
@@ -13,7 +12,6 @@ const SORTS = {
   entropy: ["Entropy", r => r.token_entropy],
   reward: ["Reward", r => r.reward],
 };
-const ENDS = {eos: "ended by EOS", stop: "ended by stop string", length: "✂ cut off"};
 const SUMMARY = {
   reward: ["Reward"], answer_reward: ["Answer reward"], format_reward: ["Format reward"],
   response_length: ["Length", "tokens", 0],
@@ -24,8 +22,7 @@ const SUMMARY = {
 
 records.forEach((r, place) => {
   r.index ??= place;
-  r.verdict = r.answer_reward > 0 ? "correct" : r.format_reward != null && r.format_reward <= 0 ? "format"
-    : r.answer_reward != null ? "answer" : "unscored";
+  r.verdict = verdictOf(r);
 });
 const samples = new Map();  // how many each prompt has
 for (const r of records) samples.set(r.index, (samples.get(r.index) ?? 0) + 1);
@@ -34,17 +31,9 @@ function card(r) {
   const several = samples.get(r.index);
   const header = el("header", focusLink(r), el("span.verdict", VERDICTS[r.verdict]),
     several > 1 ? el("span.dim", `sample ${(r.sample ?? 0) + 1} of ${several}`) : null,
-    el("span.facts",
-      el("span", `reward ${number(r.reward)}`),
-      el("span", `${number(r.response_length)} tokens`),
-      el("span", `${number(r.token_entropy)} nats`),
-      el(r.stop_reason === "length" ? "span.cut" : "span", ENDS[r.stop_reason] ?? r.stop_reason ?? "–")),
-    r.reward_error != null ? el("span.error", "⚠ reward failed: " + r.reward_error) : null);
-  const expected = el("div.expected", el("h2", "Expected"), el("div.text", r.ground_truth ?? "–"));
-  const response = responseText(r);
-  if (r.stop_reason === "eos") response.lastElementChild?.classList.add("eos");
-  const article = el("article.card", header, el("div.left", el("div", ...promptParts(r), expected)),
-    el("div.right", el("h2", "Response"), response));
+    el("span.facts", ...facts(r)), rewardError(r));
+  const article = el("article.card", header, el("div.left", el("div", ...promptParts(r), expected(r.ground_truth))),
+    el("div.right", el("h2", "Response"), generated(r)));
   article.classList.add(r.verdict);
   return article;
 }

@@ -1,27 +1,9 @@
-"use strict";
-const $ = id => document.getElementById(id);
 const COLOURS = {
   entropy: ["Entropy", "0", "3+ nats"],
   log_prob: ["Log-prob", "100 %", "≤ 1 %"],
   none: ["None"],
 };
 
-// -- small things
-
-function el(name, ...children) {  // "tag" or "tag.class"; strings among the children become text
-  const [tag, className = ""] = name.split("."), element = document.createElement(tag);
-  element.className = className;
-  element.append(...children.filter(child => child != null));
-  return element;
-}
-function button(label, action, name = "button") {
-  const element = el(name, label);
-  element.onclick = action;
-  return element;
-}
-const press = (element, pressed) => element.setAttribute("aria-pressed", String(pressed));
-const formats = [0, 1, 2, 3].map(digits => new Intl.NumberFormat("en", {maximumFractionDigits: digits}));
-const number = (value, digits = 3) => value == null ? "–" : formats[digits].format(value).replace("-", "−");
 const percent = logProb => logProb == null ? "–" : +(100 * Math.exp(logProb)).toPrecision(3) + " %";
 const codePoint = char => "⟨U+" + char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟩";
 const MARKS = {" ": "·", "\n": "↵", "\t": "⇥"};
@@ -62,7 +44,7 @@ function colourTokens(colour) {
   $("legend").replaceChildren(...(low ? [low, ...scale, high] : []));
 }
 
-// -- what a token under the pointer, a finger or the arrow keys tells; its `article` has the record
+// -- what a token under the pointer, a finger or the arrow keys tells; the response around it has the record
 
 let current = null;
 function hideTip() {
@@ -74,7 +56,7 @@ function showTip(span) {
   hideTip();
   current = span;
   span.classList.add("on");
-  const {record: r} = span.closest("article"), places = [];
+  const {record: r} = span.closest(".response"), places = [];
   for (let i = span.from; i <= span.to; i++) places.push(i);
   const row = (name, value) => el("tr", el("th", name), ...places.map(i => el("td", value(i))));
   $("tip").replaceChildren(el("code", visible(r.tokens[span.to]) || "◌"), el("table",

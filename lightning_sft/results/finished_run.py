@@ -1,6 +1,5 @@
 """A run's folder, read from a program: its metrics, the records of its generations, and its settings."""
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import yaml
 from lightning_sft.checks import check_type
 from lightning_sft.errors import MissingFileError, SettingsError
 from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.results.record_lines import parse_records
 
 _NO_COLUMNS = ("token_ids", "tokens", "token_log_probs", "token_entropies")  # of single tokens
 
@@ -105,7 +105,7 @@ class FinishedRun:
             known = ", ".join(map(str, self.generation_steps)) or "none"
             raise SettingsError(f"{self.folder} has no generations of step {step}; the steps that have some: {known}.")
         path = self.folder / "generations" / f"step_{step}.jsonl"
-        return [_record(line, f"line {number} of {path}") for number, line in enumerate(_lines(path), 1)]
+        return parse_records(path.read_text(encoding="utf-8"), str(path))
 
     @cached_property
     def generations(self) -> pd.DataFrame:
@@ -126,14 +126,6 @@ def _lines(path: Path) -> list[str]:
     """Those of a run that is still writing may lack the end of the last one."""
     text = path.read_text(encoding="utf-8")
     return text.split("\n")[:-1]
-
-
-def _record(line: str, location: str) -> GenerationRecord:
-    try:
-        fields = {name: value for name, value in json.loads(line).items() if name not in ("step", "run")}
-        return GenerationRecord(**fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{location} is no record of a generation: {error}") from error
 
 
 def _metric_files(folder: Path) -> list[Path]:

@@ -1,0 +1,100 @@
+"""`compare_runs`: several runs beside one another, on a page and in numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_sft.checks import check_type
+from lightning_sft.errors import SettingsError, counted, path_from_here
+from lightning_sft.generation.records import summarize
+from lightning_sft.results.compared_prompts import RewardDifference, match_prompts, reward_difference
+from lightning_sft.results.compared_run import ComparedRun, read_compared_runs
+from lightning_sft.results.comparison_page import write_page_of_runs
+
+_TOLD = ("reward", "answer_reward", "response_length", "response_entropy")  # of a summary, in the terminal
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_runs` has found and written. `print` shows it.
+
+    Attributes:
+        page: Curves, and the responses of all runs beside one another, to read in a browser.
+        names: What each run is called.
+        summaries: Of each run's responses: rewards, lengths and entropy, as the summary of `log_generations` has them;
+            empty for a run without responses.
+        differences: By how much the reward of each run but the first is above that of the first.
+        num_prompts: Prompts that at least one run was asked.
+        num_common: Prompts that all runs were asked.
+        notes: What of a run could not be read, in words.
+    """
+
+    page: Path
+    names: list[str]
+    summaries: list[dict[str, float]]
+    differences: list[RewardDifference]
+    num_prompts: int
+    num_common: int
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = list(self.notes)
+        for name, summary in zip(self.names, self.summaries, strict=True):
+            found = [f"{key} {summary[key]:.3f}" for key in _TOLD if not math.isnan(summary.get(key, math.nan))]
+            lines.append(f"{name}: {', '.join(found) or 'no responses'}")
+        lines.append(f"{counted(self.num_prompts, 'prompt')}, {self.num_common:,} of them common to all runs.")
+        for name, difference in zip(self.names[1:], self.differences, strict=True):
+            lines.append(f"Reward of {name} above {self.names[0]}: {difference}")
+        return "\n".join([*lines, f"Page: {path_from_here(self.page)}"])
+
+
+def compare_runs(
+    runs: Sequence[str | Path],
+    output: str | Path = "comparison.html",
+    names: Sequence[str] | None = None,
+    step: int | None = None,
+) -> Comparison:
+    """Put runs beside one another on a page: their curves, and what each answers to the same prompts.
+
+    Prompts are matched by their text. What the runs' rewards differ by is a mean over the prompts that both have a
+    reward for, each with all of its samples, with a 95% interval by the paired bootstrap; its seed is fixed.
+
+    Args:
+        runs: At least two: the folder of a run, or a file of records, as `predict` writes it or as a run's folder
+            `generations` has one for each step. The others are compared with the first, such as the base model.
+        output: The page, a file ending in .html; it takes the place of an earlier one.
+        names: What to call the runs. Default: as much of their paths as tells them apart.
+        step: The optimizer step whose responses are compared, of all folders. Default: the last of each.
+
+    Raises:
+        SettingsTypeError: If an argument is of another type.
+        MissingFileError: If there is no such folder or file.
+        SettingsError: If there are less than two runs, one twice, or one that cannot be read, or the page cannot be
+            written.
+    """
+    check_type("output", output, (str, Path), "a file ending in .html")
+    path = Path(output).expanduser()
+    if path.suffix != ".html":
+        raise SettingsError(f"`output` is {str(output)!r}, expected a file ending in .html.")
+    compared = read_compared_runs(runs, names, step)
+    prompts = match_prompts([run.records for run in compared])
+    differences = [reward_difference(prompts, run) for run in range(1, len(compared))]
+    summaries = [_summary(run) for run in compared]
+    try:
+        write_page_of_runs(path, compared, prompts, summaries, differences)
+    except OSError as error:
+        raise SettingsError(f"`output` is {str(output)!r}, which cannot be written: {error.strerror}.") from error
+    return Comparison(
+        page=path,
+        names=[run.name for run in compared],
+        summaries=summaries,
+        differences=differences,
+        num_prompts=len(prompts),
+        num_common=sum(all(prompt.responses) for prompt in prompts),
+        notes=[note for run in compared for note in run.notes],
+    )
+
+
+def _summary(run: ComparedRun) -> dict[str, float]:
+    return summarize(run.records) if run.records else {}

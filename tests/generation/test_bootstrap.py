@@ -1,0 +1,30 @@
+"""How sure a mean is, against the normal approximation and by drawing naively."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lightning_sft.generation.bootstrap import bootstrap_mean
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [RNG.choice([-1.0, 0.0, 1.0], p=[0.1, 0.5, 0.4], size=4000), RNG.uniform(-1.0, 2.0, size=1000)],
+    ids=["three values", "all different"],
+)
+def test_of_many_values_the_interval_is_that_of_the_normal_approximation(values):
+    half = 1.959964 * values.std() / math.sqrt(len(values))
+    expected = values.mean() - half, values.mean() + half
+    found = bootstrap_mean(values.tolist())
+    assert found == pytest.approx(expected, abs=0.05 * half)
+    assert found == bootstrap_mean(values.tolist())  # the draws have a seed
+    assert found != bootstrap_mean(values.tolist(), seed=1)
+
+
+def test_values_that_are_all_the_same_leave_no_doubt_and_none_leave_everything_open():
+    assert bootstrap_mean([0.0] * 50) == (0.0, 0.0)
+    assert bootstrap_mean([0.7]) == (0.7, 0.7)
+    assert all(map(math.isnan, bootstrap_mean([])))
