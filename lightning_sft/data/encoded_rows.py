@@ -191,18 +191,19 @@ def content_hash(dataset: Dataset) -> str:
 def hash_of_examples(examples: Sequence[Example]) -> str:
     """The `content_hash` of a data set with these rows, made without one."""
     return _hash(
-        [
-            np.fromiter(numbers, np.int32)
-            for numbers in (
-                chain.from_iterable(example.input_ids for example in block),
-                (example.num_prompt_tokens for example in block),
-                chain.from_iterable(example.excluded_spans for example in block),
-                (len(example.input_ids) for example in block),
-            )
-        ]
+        (
+            _joined([example.input_ids for example in block]),
+            np.array([example.num_prompt_tokens for example in block], np.int32),
+            _joined([example.excluded_spans for example in block if len(example.excluded_spans)]),
+            np.array([len(example.input_ids) for example in block], np.int32),
+        )
         for start in range(0, len(examples), _ROWS_READ_AT_ONCE)
         for block in [examples[start : start + _ROWS_READ_AT_ONCE]]
     )
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(each, np.int32) for each in sequences)])
 
 
 def _hash(blocks: Iterable[Iterable[NDArray[np.int32]]]) -> str:

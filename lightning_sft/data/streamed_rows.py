@@ -16,8 +16,11 @@ from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepNumbers
 from lightning_sft.data.stream.bad_row_log import BadRowLog
+from lightning_sft.data.stream.bookmark import Bookmark
 from lightning_sft.data.stream.row_stream import RowStream, only_name, open_streams
-from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedSteps, StreamLoader, StreamOrder
+from lightning_sft.data.stream.row_windows import RowWindows
+from lightning_sft.data.stream.stream_loader import StreamLoader
+from lightning_sft.data.stream.streamed_steps import StreamedSteps
 from lightning_sft.loops.progress import EpochPosition
 from lightning_sft.loops.run_length import Epoch
 
@@ -91,15 +94,12 @@ class StreamedRows:
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> StreamLoader:
         """As `TrainingRows.loader`."""
         epoch = epoch or Epoch(_ENDLESS)
-        order = StreamOrder(
-            self._rows_per_block,
-            self._rule.seed if epoch.shuffle else None,
-            epoch.num_steps if epoch.is_limited else None,
-        )
-        dataset = StreamedSteps(self._streams, self._encoder, self._rule, order, options)
-        return StreamLoader(
-            dataset, range(_ENDLESS) if steps is None else steps, options, self._bookmarks, self._bad_rows
-        )
+        seed = self._rule.seed if epoch.shuffle else None
+        windows = RowWindows(self._streams, self._encoder, self._rule.batch_size, self._rows_per_block, seed)
+        steps_per_pass = epoch.num_steps if epoch.is_limited else None
+        made = StreamedSteps(self._rule, self._encoder.encoding, options, steps_per_pass, only_name(self._streams))
+        numbers = range(_ENDLESS) if steps is None else steps
+        return StreamLoader(windows, made, numbers, options, self._bookmarks, self._bad_rows)
 
     def position(self, num_steps: int) -> EpochPosition:
         """As `TrainingRows.position`."""

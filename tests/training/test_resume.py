@@ -1,5 +1,6 @@
 """A run that is killed, stopped or moved, and goes on, is the run that nobody disturbed."""
 
+import json
 import os
 import random
 import signal
@@ -93,6 +94,10 @@ class KillAfter(L.Callback):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_that_are_killed_go_on_as_if_nothing_had_happened(tmp_path, strategy):
     settings = SETTINGS | {"strategy": strategy, "generate": False, "limit_train_batches": 2}
+    if strategy == "ddp":  # of streamed rows, of which each process tokenises its share
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        streamed = {"train_data": str(tmp_path / "rows.jsonl"), "streaming": True, "shuffle_buffer": 10}
+        settings |= {"data": SETTINGS["data"] | streamed}
     assert Processes(train, tmp_path / "straight", world_size=2, **settings).wait() == [0, 0]
     folder = tmp_path / "killed"
     for step in (4, 9, 18):

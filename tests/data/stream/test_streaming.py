@@ -232,7 +232,7 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
 def test_when_all_later_rows_are_too_long_it_is_an_error_and_not_an_endless_search(tmp_path):
     encoder = RowEncoder(RowFormat(), character_tokenizer(), Encoding(max_length=90, too_long="drop"))
     rows = StreamedRows(write(tmp_path / "a.jsonl", ROWS), encoder, StepRule(8), rows_per_block=10)
-    loader = rows.loader(None, None, LoaderOptions(character_tokenizer()))
     encoder.encoding = Encoding(max_length=4, too_long="drop")  # as if later rows were longer
+    loader = rows.loader(None, None, LoaderOptions(character_tokenizer()))
     with pytest.raises(ValueError, match="`train_data`: all rows are longer than `max_length` = 4 tokens"):
         next(iter(loader))
