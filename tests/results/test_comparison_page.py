@@ -108,7 +108,7 @@ def test_planted_differences_are_found_by_the_filters(page):
         assert shown(browser) == indices
     assert texts(browser, "article .column")[1] == "tunedThis run was not asked."
     row = texts(browser, "#runs tbody tr:last-child > *")
-    assert row[:3] == ["tuned", "1", f"+0.03395 %: {MINUS}0.067 to +0.16730 pairs: 2 better, 1 worse"]
+    assert row[:3] == ["tuned", "1", f"+0.03395 %: {MINUS}0.067 to +0.1672 better, 1 worseof 30 pairs"]
     browser.evaluate("apply({filter: 'all', sort: '-reward'})")
     assert shown(browser)[:3] == [4, 17, 0]
     browser.click("#direction")
@@ -116,20 +116,20 @@ def test_planted_differences_are_found_by_the_filters(page):
 
 
 def test_a_card_has_all_runs_their_samples_and_where_a_response_departs_from_the_first(page):
-    first = [record(0, ["2", " +", " 3"], 0.0, sample=i, token_entropies=[0.0, 3.0, 0.0]) for i in range(5)]
-    second = [record(0, ["2", " -", " 3"], 1.0, token_log_probs=[-1.0, math.log(0.25), -1.0])]
-    third = [record(0, ["2", " +", " 3"], None, ground_truth=None)]
+    first = [record(0, ["2", "+", "3"], 0.0, sample=i, token_entropies=[0.0, 3.0, 0.0]) for i in range(5)]
+    second = [record(0, ["2", "-", "3"], 1.0, token_log_probs=[-1.0, math.log(0.25), -1.0])]
+    third = [record(0, ["2", "+", "3"], None, ground_truth=None)]
     browser = page(one=first, two=second, three=third)
     assert filters(browser)["gained_1"] == "two right more often than one1"
     assert texts(browser, "article .run") == ["one", "two", "three"]
     assert texts(browser, ".columns .verdict") == ["✗ Wrong answer"] * 3 + ["✓ Correct", f"{NOTHING} Unscored"]
-    assert texts(browser, ".column .departs") == [" -"]
+    assert texts(browser, ".column .departs") == ["-"]
     browser.click(".column .gap")
     assert texts(browser, ".sample .facts span:nth-child(2)")[:5] == [f"sample {i} of 5" for i in range(1, 6)]
     assert texts(browser, "article header .verdict") == ["▲ reward +1"]
     browser.hover(".column:nth-child(2) .departs")
-    assert texts(browser, "#tip")[0].startswith("·-probability25 %")
-    browser.evaluate("apply({q: '2 -', prompt: ''})")
+    assert texts(browser, "#tip")[0].startswith("-probability25 %")
+    browser.evaluate("apply({q: '2-', prompt: ''})")
     assert (shown(browser), browser.evaluate("CSS.highlights.get('found').size")) == ([0], 1)
 
 

@@ -33,7 +33,8 @@ function differenceCell(difference) {
   if (!num_pairs) return el("td", "–", el("small", "no pairs with rewards"));
   return el(low > 0 ? "td.better" : high < 0 ? "td.worse" : "td", signed(mean),
     el("small", `95 %: ${signed(low)} to ${signed(high)}`),
-    el("small", `${number(num_pairs)} pairs: ${number(num_better)} better, ${number(num_worse)} worse`));
+    el("small", `${number(num_better)} better, ${number(num_worse)} worse`),
+    el("small", `of ${number(num_pairs)} pairs`));
 }
 function showRuns() {
   const named = Object.keys(Object.assign({}, ...runs.map(run => run.summary)));
