@@ -64,11 +64,11 @@ def with_few_colours(image: Image.Image) -> Image.Image:
 
 
 def draw_comparison(run: Path, output: Path) -> None:
-    """The model before and after, side by side."""
+    """The model half-way and at the end, side by side: what it has learnt in between."""
     with tempfile.TemporaryDirectory() as folder:
-        base = run / "generations" / "step_0.jsonl"
-        page = compare_runs([base, run], Path(folder, "comparison.html"), ["base", "tuned"]).page
-        draw_page(page, "", (1180, 1050), output)
+        halfway = run / "generations" / f"step_{STEP}.jsonl"
+        page = compare_runs([halfway, run], Path(folder, "comparison.html"), [f"step {STEP}", "the end"]).page
+        draw_page(page, "filter=gained_1", (1180, 1120), output)
 
 
 def draw_curves(run: Path, output: Path) -> None:

@@ -49,9 +49,10 @@ function showRuns() {
   ])));
   $("runs").after(...runs.flatMap(run => run.notes.map(note => el("div.note", "⚠ " + note))));
   $("settings").hidden = !settings.length;
-  $("settings").firstElementChild.textContent = `${number(settings.length)} settings differ`;
-  $("settings").lastElementChild.append(
-    table(["", ...runs.map((_, k) => runLabel(k))], settings.map(({name, values}) => [name, ...values.map(v => v ?? "–")])));
+  $("settings").firstElementChild.textContent =
+    settings.length === 1 ? "1 setting differs" : `${number(settings.length)} settings differ`;
+  const rows = settings.map(({name, values}) => [name, ...values.map(value => value ?? "–")]);
+  $("settings").lastElementChild.append(table(["", ...runs.map((_, k) => runLabel(k))], rows));
 }
 
 // -- the curves
@@ -134,14 +135,13 @@ const differs = (p, key) => new Set(p.of.map(values => values[key]).filter(isKno
 const isCommon = p => p.responses.every(records => records.length);
 const several = prompts.some(p => p.responses.some(records => records.length > 1));
 const others = runs.map((_, k) => k).slice(1);
-const more = several ? ["right more often than ", ""] : ["right, ", " wrong"];
+const isAhead = (p, a, b) => p.of[a].right != null && p.of[b].right != null && p.of[a].right > p.of[b].right;
+const ahead = (a, b) => several ? `${name(a)} right more often than ${name(b)}` : `${name(a)} right, ${name(b)} wrong`;
 const FILTERS = {
   all: ["All", () => true],
   ...Object.fromEntries(others.flatMap(k => [
-    [`gained_${k}`, [`${name(k)} ${more[0]}${name(0)}${more[1]}`, p => p.of[k].right != null && p.of[0].right != null
-      && p.of[k].right > p.of[0].right]],
-    [`lost_${k}`, [`${name(0)} ${more[0]}${name(k)}${more[1]}`, p => p.of[k].right != null && p.of[0].right != null
-      && p.of[k].right < p.of[0].right]],
+    [`gained_${k}`, [ahead(k, 0), p => isAhead(p, k, 0)]],
+    [`lost_${k}`, [ahead(0, k), p => isAhead(p, 0, k)]],
   ])),
   reward: ["Different rewards", p => differs(p, "reward")],
   text: ["Different responses", p => differs(p, "text")],
@@ -190,13 +190,14 @@ function sample(p, k, i) {
   return element;
 }
 function column(p, k) {
-  const {length} = p.responses[k], samples = [...Array(length).keys()].map(i => () => sample(p, k, i));
-  const box = el("div.column", el("h2", runLabel(k)), ...samples.slice(0, MOST_SAMPLES).map(make => make()));
+  const {length} = p.responses[k], most = state.q ? length : MOST_SAMPLES;  // what is searched may be in any of them
+  const samples = (from, to) => [...Array(length).keys()].slice(from, to).map(i => sample(p, k, i));
+  const box = el("div.column", el("h2", runLabel(k)), ...samples(0, most));
   box.style.setProperty("--colour", `var(--run${k % 8})`);
   if (!length) box.append(el("div.dim", "This run was not asked."));
-  if (length > MOST_SAMPLES) {
-    const rest = button(`${number(length - MOST_SAMPLES)} more samples`,
-      () => rest.replaceWith(...samples.slice(MOST_SAMPLES).map(make => make())), "button.gap");
+  if (length > most) {
+    const more = () => rest.replaceWith(...samples(most));
+    const rest = button(`${number(length - most)} more samples`, more, "button.gap");
     box.append(rest);
   }
   return box;
@@ -216,16 +217,14 @@ function card(p) {
 }
 
 function count() {
-  const common = prompts.filter(isCommon).length, both = runs.length === 2 ? "both" : `all ${runs.length}`;
-  const only = others.length > 1 ? [] : runs.map((_, k) => [name(k), prompts.filter(p => !p.responses[1 - k].length).length]);
-  const rest = others.length > 1 && prompts.length > common ? [["some of them", prompts.length - common]]
-    : only.filter(([, number]) => number);
-  const bare = prompts.filter(p => p.responses.some(records => records.some(r => r.line == null && r.response_length)));
-  return [
-    `${number(common)} prompts that ${both} runs were asked`,
-    ...rest.map(([who, prompts]) => `${number(prompts)} that only ${who} ${others.length > 1 ? "were" : "was"}`),
-    ...(bare.length ? [`tokens are not here for ${number(bare.length)}, most of them with the same rewards`] : []),
-  ].join(", ");
+  const two = runs.length === 2, all = two ? "both runs" : `all ${runs.length} runs`;
+  const parts = [[prompts.filter(isCommon), `prompts that ${all} were asked`]];
+  if (two) {
+    for (const k of [0, 1]) parts.push([prompts.filter(p => !p.responses[1 - k].length), `that only ${name(k)} was`]);
+  } else parts.push([prompts.filter(p => !isCommon(p)), "that only some of them were"]);
+  const isBare = r => r.line == null && r.response_length > 0;
+  parts.push([prompts.filter(p => p.responses.flat().some(isBare)), "are shown without their tokens"]);
+  return parts.filter(([{length}], i) => length || !i).map(([{length}, words]) => `${number(length)} ${words}`).join(", ");
 }
 
 $("legend").after(el("span.dim", el("i.departs"), `where a response departs from ${name(0)}’s`));
