@@ -197,7 +197,7 @@ function column(p, k) {
   if (!length) box.append(el("div.dim", "This run was not asked."));
   if (length > most) {
     const more = () => rest.replaceWith(...samples(most));
-    const rest = button(`${number(length - most)} more samples`, more, "button.gap");
+    const rest = button(`show all ${number(length)} samples`, more, "button.gap");
     box.append(rest);
   }
   return box;
