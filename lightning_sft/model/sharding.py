@@ -158,7 +158,7 @@ def is_sharded(module: nn.Module) -> bool:
 def reshard(module: nn.Module) -> None:
     """Have a sharded module that has run let go of whole weights.
 
-    What is then done to its parameters, such as freezing some, is done to those that are trained.
+    What is then done to its parameters, such as freezing some or clearing gradients, is done to those that are trained.
     """
     for each in module.modules():
         if isinstance(each, FSDPModule):

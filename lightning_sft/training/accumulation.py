@@ -13,7 +13,7 @@ from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.tokens.microbatch import Microbatch
 from lightning_sft.model.embedding_noise import NoisyRows
 from lightning_sft.model.head import ResponseScores
-from lightning_sft.model.sharding import gradient_sync, is_sharded
+from lightning_sft.model.sharding import gradient_sync, is_sharded, reshard
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.router_balance import RouterBalance
 from lightning_sft.training.scoring import score_microbatch
@@ -50,6 +50,8 @@ def accumulate_gradients(
         objective: The loss.
         sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
     """
+    # Generating leaves some of a sharded model's weights whole; clearing their gradients would not clear the shards'.
+    reshard(model)
     module.zero_grad()  # also of parameters that a subclass's optimizer does not have
     sums = torch.zeros(3, dtype=torch.float64, device=module.device)
     num_devices = module.trainer.world_size

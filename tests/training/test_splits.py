@@ -86,10 +86,10 @@ def train_all(folder, module=None, **options):
     ("strategy", "options"),
     [
         ("ddp", {"data": {"max_tokens_per_microbatch": 60}}),
-        ("fsdp", {"data": {"max_tokens_per_microbatch": 60}}),
+        ("fsdp", {"data": {"max_tokens_per_microbatch": 60}, "generate": True}),  # between steps
         ("fsdp", {"data": {"gradient_accumulation_steps": 3}, "module": {"sync_every_microbatch": False}}),
     ],
-    ids=["ddp", "fsdp", "fsdp, gradients exchanged once"],
+    ids=["ddp", "fsdp, generating", "fsdp, gradients exchanged once"],
 )
 def test_two_processes_are_one(tmp_path, whole_steps, strategy, options):
     processes = Processes(train_all, tmp_path, strategy=strategy, **options, world_size=2)
