@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError
+from lightning_sft.model.blocks import find_blocks
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -23,8 +25,7 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         SettingsError: If the model does not say what its blocks are.
     """
-    names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = find_blocks(model)
     if not blocks:
         raise SettingsError(
             f"{type(model).__name__} does not say what its blocks are (`_no_split_modules`), so it cannot be sharded. "
@@ -70,8 +71,8 @@ class Sharding:
 def shard(model: PreTrainedModel, sharding: Sharding) -> None:
     """Shard a model over all processes, each of its transformer blocks by itself.
 
-    A block's weights are gathered when it runs. Embeddings and head stay gathered from the forward to the backward
-    pass.
+    A block's weights are gathered while the block before it runs. Embeddings and head stay gathered from the forward to
+    the backward pass.
 
     Args:
         model: The same on every process, or without data (on `meta`).
@@ -84,8 +85,11 @@ def shard(model: PreTrainedModel, sharding: Sharding) -> None:
     precision = MixedPrecisionPolicy()
     if sharding.compute_dtype is not None:
         precision = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=torch.float32)
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+    sharded = [fully_shard(module, mesh=mesh, mp_policy=precision) for module in (*blocks, model)]
+    # Forward, torch gathers a block only once the process has come to it, too late where that waits for the device, as
+    # a router of experts does, or is behind it. Backward, torch gathers the next block ahead by itself.
+    for module, following in pairwise((sharded[-1], *sharded[:-1])):
+        module.set_modules_to_forward_prefetch([following])
 
 
 def load_sharded(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.trainer_state import leave_inference_mode
+from lightning_sft.model.blocks import compile_blocks
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.causality import check_causal
 from lightning_sft.model.checkpointing import ActivationCheckpointing
@@ -133,11 +134,10 @@ def prepare_model(
         model: On the device that it is to be trained on.
         trainer: Whose precision counts; None if there is none.
         checkpointing: Which activations are computed again in backward.
-        compiled: Whether the model's body is to be compiled.
+        compiled: Whether the model's blocks are to be compiled.
 
     Raises:
-        SettingsError: If it is not causal, if its configuration asks for a loss that is not known here, or if it is to
-            be compiled and is sharded.
+        SettingsError: If it is not causal, or if its configuration asks for a loss that is not known here.
     """
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     checkpointing.enable(model)
@@ -155,10 +155,8 @@ def prepare_model(
             f"Logits are kept: {type(model).__name__} makes them in a way that is not known here. Each response token "
             f"of a microbatch takes some {3 * 4 * vocab_size / 1e6:.2g} MB for them and their gradients."
         )
-    if compiled and is_sharded(model):
-        raise SettingsError("`compile` is true, but the model is sharded. Set `compile` to false, or use `ddp`.")
     if compiled:
-        model.base_model.compile(dynamic=True)
+        compile_blocks(model)
     reshard(model)
     return traits
 

@@ -74,7 +74,7 @@ class SFTModule(L.LightningModule):
         lr_scheduler_kwargs: Further arguments of the schedule.
         gradient_checkpointing: Recompute activations in backward, in a third more time; a number: of each n-th block.
         activation_offloading: Keep the inputs that `gradient_checkpointing` needs in main memory; slower still.
-        compile: Compile the model's body for training and validation: a minute or two at the start, faster steps.
+        compile: Compile the model's blocks for training and validation: slower first steps, faster ones after.
         nonfinite: What happens to an optimizer step whose loss or gradient norm is not a finite number. `error`: the
             run stops and names the step's rows; nothing of it is saved. `skip`: weights, optimizer and schedule stay
             as they are, and `train/skipped_steps` counts it; the device is waited for in every step.

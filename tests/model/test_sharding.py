@@ -2,22 +2,28 @@
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from support.models import character_tokenizer, tiny_config
 from support.runs import Processes, whole
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import Sampling, SettingsError, log_generations
+from lightning_sft.model.blocks import compile_blocks
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.packing import enable_packing
-from lightning_sft.model.sharding import Sharding, gradient_sync, is_sharded, load_sharded, transformer_blocks
+from lightning_sft.model.sharding import Sharding, gradient_sync, is_sharded, load_sharded, reshard, transformer_blocks
 
 MODELS = {
     "tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
     "gpt2": {"model_type": "gpt2", "embd_pdrop": 0, "resid_pdrop": 0, "attn_pdrop": 0},
-    "soft-capped": {"model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 8},
+    "soft-capped": {"model_type": "gemma2", "final_logit_softcapping": 3.0, "head_dim": 8, "sliding_window": 4},
 }
+COMPILED = "soft-capped"  # its blocks are of two kinds
 
 
 def build(name, seed=0):
@@ -29,6 +35,40 @@ def build(name, seed=0):
 def score(model, rank, microbatch):
     ids = torch.arange(12).view(1, 12) + 5 * rank + microbatch
     return score_responses(model, ids, ids + 1, torch.arange(4, 12), normalize_constant=8.0).loss
+
+
+class Gathers(TorchDispatchMode):
+    num = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.num += "allgather" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def gathered_before_each_block(model):
+    """How many of the root and the blocks are gathered, or on their way, once each block has its own weights."""
+    reshard(model)
+    counts, inside = [], [next(block.children()) for block in transformer_blocks(model)]
+    with Gathers() as gathers, torch.no_grad():
+        hooks = [layer.register_forward_pre_hook(lambda *_: counts.append(gathers.num)) for layer in inside]
+        model(torch.arange(12).view(1, 12))
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def compile_counted(model):
+    """Compile the blocks without generating code; returns the list of what is compiled once they run."""
+    graphs, compile_with = [], nn.Module.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda self, **options: compile_with(self, backend=count, **options))
+        compile_blocks(model)
+    return graphs
 
 
 def compare(folder):
@@ -46,6 +86,11 @@ def compare(folder):
         for (key, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
             assert torch.equal(ours, theirs), key
         assert enable_packing(model) == enable_packing(reference)
+        assert gathered_before_each_block(model) == [3, 3]  # the root and both blocks: the second ahead of its turn
+        graphs = []
+        if name == COMPILED:
+            graphs = compile_counted(model)
+            ActivationCheckpointing(True).enable(model.train())
         for microbatch in range(2):
             with gradient_sync(model, enabled=microbatch == 1):
                 score(model, rank, microbatch).backward()
@@ -55,6 +100,8 @@ def compare(folder):
                 (score(reference, each, microbatch) / world_size).backward()
         for (key, ours), theirs in zip(model.named_parameters(), reference.named_parameters(), strict=True):
             torch.testing.assert_close(whole(ours.grad), theirs[1].grad, msg=lambda text, key=key: f"{key}: {text}")
+        assert model.state_dict().keys() == reference.state_dict().keys()
+        assert bool(graphs) == (name == COMPILED)
         # Three prompts for two processes, one of them with room for four tokens only: as many calls on both, each
         # until the last response is done.
         prompts, sampling = ["ab", "abcdef", "a" * 60], Sampling(max_new_tokens=5, temperature=1.0, num_samples=2)
@@ -93,9 +140,14 @@ def test_a_model_that_cannot_be_loaded_is_refused_on_every_process(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_model_that_does_not_name_its_blocks_is_refused(monkeypatch):
-    model = build("untied")
+def test_a_model_that_does_not_name_its_blocks_is_refused_but_compiled_as_a_whole(monkeypatch):
+    compiled, model = [], build("untied")
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
     assert transformer_blocks(model) == list(model.model.layers)
+    compile_blocks(model)
+    assert compiled == list(model.model.layers)
     monkeypatch.setattr(model, "_no_split_modules", None)
+    compile_blocks(model)
+    assert compiled[-1] is model.model
     with pytest.raises(SettingsError, match="LlamaForCausalLM does not say what its blocks are"):
         transformer_blocks(model)

@@ -24,12 +24,6 @@ def test_a_sharded_model_is_not_evaluated_in_inference_mode(tmp_path):
     assert seen == [(False, False)]
 
 
-def test_what_does_not_run_on_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setattr("lightning_sft.training.model_setup.is_sharded", lambda module: True)
-    with pytest.raises(ValueError, match="`compile` is true, but the model is sharded"):
-        SFTModule(tiny_model(), compile=True).configure_model()
-
-
 def test_a_model_of_which_nothing_is_trained_is_refused_at_once(tmp_path):
     model = tiny_model()
     model.requires_grad_(False)

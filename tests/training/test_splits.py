@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.runs import Processes, read_log, train
+from torch.distributed.tensor import Replicate, Shard
 
 from lightning_sft.errors import SettingsError
 
@@ -117,10 +118,23 @@ def test_a_process_without_a_row_takes_part(tmp_path):
 SHORT = {"data": {"gradient_accumulation_steps": 3}, "dtype": "float64"}
 
 
+class TwoWholeCopies(L.Callback):
+    """Processes 0 and 1 hold the model between them, and so do 2 and 3: the same shares."""
+
+    def on_train_start(self, trainer, pl_module):
+        for weight in pl_module.model.parameters():
+            assert (weight.device_mesh.mesh.tolist(), weight.placements) == ([[0, 1], [2, 3]], (Replicate(), Shard(0)))
+            shares = [None] * 4
+            torch.distributed.all_gather_object(shares, weight.to_local().detach())
+            assert torch.equal(torch.cat(shares[:2]), weight.full_tensor())
+            assert torch.equal(torch.cat(shares[2:]), weight.full_tensor())
+
+
 def train_in_parts(folder, **options):
     """In two parts, the second continuing the first, whose devices exchange gradients once in a step."""
     for max_steps, once in ((4, {"sync_every_microbatch": False}), (8, {})):
-        train(folder, **SHORT, strategy="fsdp", module=once | options, max_steps=max_steps, every_n_steps=2)
+        how = SHORT | {"strategy": "fsdp", "module": once | options, "callbacks": [TwoWholeCopies()]}
+        train(folder, **how, max_steps=max_steps, every_n_steps=2)
 
 
 def test_replicas_of_a_sharded_model_are_one_process_also_when_they_continue(tmp_path):

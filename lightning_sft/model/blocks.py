@@ -1,0 +1,25 @@
+"""The transformer blocks of a model: compiled one by one, and sharded one by one."""
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+_MOST_VARIANTS = 64  # kinds of blocks, with and without gradients, of few or many rows
+
+
+def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's transformer blocks in their order, also of a sharded one; none if it does not say what they are."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile each of the model's transformer blocks in place; the body as a whole if it does not say what they are.
+
+    Blocks that run the same code share what is compiled of it, so that it takes no longer for more of them. The hooks
+    that gather and release a sharded block's weights are not compiled. Names of weights remain what they are.
+    """
+    for part in find_blocks(model) or [model.base_model]:
+        # In sharded modules the compiler would take every number for a variable, the sizes of heads included. There it
+        # is left to find out which lengths vary, each time by compiling anew, and after 8 times it would give up.
+        part.compile(dynamic=None if isinstance(part, FSDPModule) else True, recompile_limit=_MOST_VARIANTS)
