@@ -95,9 +95,9 @@ class SFTDataModule(L.LightningDataModule):
         seed: Of the order of the rows and of the validation split.
         streaming: Read and tokenise the training rows while training, not all of them before it: for data too large to
             prepare, in files or data sets given by name. How many rows there are is not known: `trainer.max_steps` says
-            how long the run is, and where the data ends it begins again. Every process reads and tokenises all rows of
-            a step. A run that continues reads a file of text from its start and skips what it has had;
-            Parquet files and data sets go on where they stopped.
+            how long the run is, and where the data ends it begins again. Every process reads all rows and tokenises its
+            share of them. A run that continues reads a file of text from its start and skips what it has had; Parquet
+            files and data sets go on where they stopped.
         shuffle_buffer: With `streaming`, rows are read in blocks of this many, and each block is shuffled; 1 keeps the
             order of the data.
         num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also reads and
