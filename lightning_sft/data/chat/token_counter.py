@@ -9,6 +9,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.texts import common_length
+from lightning_sft.data.tokens.token_ids import token_ids
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -54,7 +55,7 @@ class TokenCounter:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """The token ids of texts, without any that the tokenizer adds of its own accord."""
-        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return token_ids(texts, self._tokenizer)
 
     def count(self, text: str, ids: Sequence[int]) -> "CountedText":
         """Where in the token ids of a text its special tokens are."""

@@ -1,14 +1,16 @@
 """Prompt templates: text with names of columns in it."""
 
 import string
+from functools import cache
 
 from lightning_sft.data.tokens.texts import read_template_file
 from lightning_sft.errors import SettingsError, shorten
 
 
-def template_columns(template: str) -> list[str]:
+@cache  # asked for with each row
+def template_columns(template: str) -> tuple[str, ...]:
     """The columns that a template names."""
-    return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field is not None)
 
 
 def read_prompt_template(template: str) -> str:

@@ -210,9 +210,9 @@ class RowFormat:
         return tuple(column for column in EASILY_MISSED if row.get(column) and column not in used)
 
     @property
-    def _prompt_columns(self) -> list[str]:
+    def _prompt_columns(self) -> tuple[str, ...]:
         if self.prompt_template is None:
-            return [self.prompt_field]
+            return (self.prompt_field,)
         return template_columns(self.prompt_template)
 
     def _prompt(self, row: Row) -> str:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.tokens.collation import collate_padded
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.texts import check_is_text
+from lightning_sft.data.tokens.token_ids import token_ids
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 
@@ -67,9 +68,7 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, kind: str)
                 f"{kind} {index} is {shorten(text)} of type {type(text).__name__}, expected a string."
             )
         check_is_text(f"{kind} {index}", text)
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
-    return ids
+    return token_ids(list(texts), tokenizer)
 
 
 def encode_examples(
