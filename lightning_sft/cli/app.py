@@ -66,7 +66,7 @@ _RUNS_HELP = (
     "At least two: the folder of a run, or a file of records, as `predict` writes it or as a run's folder "
     "`generations` has one for each step. The others are compared with the first, such as the base model."
 )
-_WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true, but for `last` of a sharded model."
+_WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true."
 
 
 class SFTCLI(LightningCLI):
@@ -179,8 +179,7 @@ class SFTCLI(LightningCLI):
         if config.ckpt_path == "last":
             as_given.ckpt_path = as_given.weights_only = None
             find_last_checkpoint(config, trains)
-        else:
-            check_ckpt_path(config, trains)
+        check_ckpt_path(config, trains)
         if self.name == "inspect":
             config.trainer.logger = False  # what it finds is on the page
         elif self.name != "predict" and not config.trainer.fast_dev_run:

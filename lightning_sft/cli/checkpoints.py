@@ -14,7 +14,7 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
     A training run that is found goes on in its own folder, where its logger appends to what it has written.
 
     Args:
-        config: Settings of the command; `ckpt_path`, `weights_only` and the logger's version are changed in it.
+        config: Settings of the command; `ckpt_path` and the logger's version are changed in it.
         continues: Whether a training is to go on, rather than weights to be evaluated.
 
     Raises:
@@ -23,7 +23,6 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
     settings = RunSettings(config)
     path, folder = settings.newest_checkpoint(), settings.folder
     config.ckpt_path = None if path is None else str(path)
-    config.weights_only = path is not None and path.is_file()  # torch unpickles the folder of a sharded model
     if path is None and not continues:
         raise MissingFileError(
             f"`ckpt_path` is 'last', but there is no complete checkpoint below {path_from_here(folder)}."

@@ -33,8 +33,7 @@ def export(
         tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
         dtype: To convert weights to. Default: as they are.
         merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
-        weights_only: Refuse what could run code. Default: true, but for `last`. False: for a sharded checkpoint, if you
-            trust whoever made it.
+        weights_only: Refuse what could run code. Default: true.
 
     Raises:
         MissingFileError: If there is no such checkpoint.
@@ -43,7 +42,6 @@ def export(
     path: Path | None = Path(ckpt_path)
     if ckpt_path == "last":
         path = newest_checkpoint(Path("runs"))
-        weights_only = path is not None and path.is_file()
     if path is None:
         raise MissingFileError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
     check_export_folder(output)

@@ -25,8 +25,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
 
     Args:
         path: The file, or the folder that a sharded model is saved to.
-        weights_only: Refuse what could run code: every sharded checkpoint, and files that hold more than tensors and
-            plain values.
+        weights_only: Refuse what could run code: more than tensors and plain values.
 
     Raises:
         MissingFileError: There is no such file.

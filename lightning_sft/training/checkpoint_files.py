@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lightning_sft.errors import MissingFileError, SettingsError, one_line
+from lightning_sft.training.sharded_files import OF_WEIGHTS, check_shards
 
 _PARTIAL = ".partial"
 
@@ -128,7 +129,7 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
     Tensors are mapped, not read, so the size does not matter.
 
     Args:
-        path: The file.
+        path: The file, or the folder that a sharded model is saved to.
         resume: Whether a training is to go on from it, which takes more than weights.
         argument: The name of the setting, for messages.
 
@@ -139,22 +140,18 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
     came = f"`{argument}` is {path!r}"
     if not os.path.exists(path):
         raise MissingFileError(f"{came}, but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.")
-    if os.path.isfile(os.path.join(path, ".metadata")):
-        raise SettingsError(
-            f"{came}, a sharded checkpoint. Torch unpickles those, so loading it could run code from it. If you trust "
-            "whoever made it, set `weights_only` to false."
-        )
-    if os.path.isdir(path):
+    is_sharded = os.path.isfile(os.path.join(path, ".metadata"))
+    if os.path.isdir(path) and not is_sharded:
         raise SettingsError(
             f"{came}, a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt."
         )
-    if not zipfile.is_zipfile(path):
+    if not is_sharded and not zipfile.is_zipfile(path):
         raise SettingsError(
             f"{came}, which is no whole checkpoint ({os.path.getsize(path)} bytes): it is cut short, or something "
             "else. Take another one, such as the best."
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint = _look_into_folder(Path(path)) if is_sharded else _look_into_file(path)
     except pickle.UnpicklingError as error:
         raise SettingsError(
             f"{came}, which holds {_what(error)}, not tensors and plain values alone. Loading it could run code, so it "
@@ -162,13 +159,26 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
         ) from None
     except Exception as error:
         raise SettingsError(f"{came}, which cannot be read: {one_line(error)} Take another one.") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+    if not {"state_dict", "pytorch-lightning_version"} <= checkpoint:
         raise SettingsError(
             f"{came}, which is no checkpoint of a run: it has no `state_dict` beside a Lightning version. "
             "To start from weights, set `model` to a folder that `save_pretrained` made."
         )
-    if resume and not {"loops", "optimizer_states"} <= checkpoint.keys():
+    if resume and not {"loops", "optimizer_states"} <= checkpoint:
         raise SettingsError(f"{came}, which has weights alone. To continue a training, take one with the optimizer.")
+
+
+def _look_into_file(path: str) -> set[str]:
+    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return set(checkpoint) if isinstance(checkpoint, dict) else set()
+
+
+def _look_into_folder(path: Path) -> set[str]:
+    """What would be found in a file, of which Lightning writes the larger parts into shards instead."""
+    stored = check_shards(path)
+    parts = {"state_dict": OF_WEIGHTS, "optimizer_states": "optimizer_"}
+    sharded = {part for part, beginning in parts.items() if any(name.startswith(beginning) for name in stored)}
+    return sharded | _look_into_file(str(path / "meta.pt"))
 
 
 def _what(error: pickle.UnpicklingError) -> str:

@@ -1,19 +1,16 @@
 """The weights of a checkpoint, without its optimizer; and runs that begin with them."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import PreTrainedModel
 
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.training.checkpoint_files import check_checkpoint
 from lightning_sft.training.checkpoint_fit import check_adapters, check_weights
+from lightning_sft.training.sharded_files import read_weights
 from lightning_sft.training.trained_weights import trained_names
 
 _OF_MODEL = "model."  # what the names of its weights begin with
@@ -26,8 +23,7 @@ def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt
 
     Args:
         path: The file, or the folder that a sharded model is saved to.
-        weights_only: Refuse what could run code: every sharded checkpoint, and files that hold more than tensors and
-            plain values.
+        weights_only: Refuse what could run code: more than tensors and plain values.
         argument: The name of the setting, for messages.
 
     Raises:
@@ -36,24 +32,11 @@ def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt
     """
     if weights_only or not path.exists():
         check_checkpoint(str(path), resume=False, argument=argument)
+    file = path / "meta.pt" if path.is_dir() else path
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
     if path.is_dir():
-        return _read_folder(path)
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        checkpoint["state_dict"] = read_weights(path, weights_only)
     return checkpoint
-
-
-def _read_folder(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=False)
-    reader = FileSystemReader(path)
-    weights = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("state_dict.") and isinstance(stored, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # it warns of what it was told to do
-        load(weights, storage_reader=reader, no_dist=True)
-    return checkpoint | {"state_dict": {name.removeprefix("state_dict."): weights[name] for name in weights}}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"optimizer": adamw, "warmup_steps": 2, "model_kwargs": {"dtype": getattr(torch, dtype)}}
     sft = SFTModule(**({"model": tiny_config(**(config or {}))} | options | (module or {})))
-    sft.initial_weights = None if init_from is None else InitialWeights(init_from, weights_only=init_from.is_file())
+    sft.initial_weights = None if init_from is None else InitialWeights(init_from)
     sampling = Sampling(max_new_tokens=4, temperature=1.0)
     monitor = [GenerationMonitor(longer_length, num_prompts=3, every_n_steps=5, sampling=sampling)] if generate else []
     trainer = L.Trainer(

@@ -1,6 +1,7 @@
 """Checkpoints that cannot be continued from: not whole, not safe to load, or of another run."""
 
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from support.models import character_tokenizer, tiny_config, tiny_model
 from support.refusals import ROWS, Provoke, Refusal, assert_says, each, fit, write
 from support.untrusted import Payload, trace_of_payload
+from torch.distributed.checkpoint import save
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.errors import MissingFileError, SettingsError
 from lightning_sft.training.checkpoint_files import check_checkpoint
+from lightning_sft.training.checkpoint_weights import read_checkpoint
 
 WEIGHTS = {"state_dict": {"a": torch.zeros(2000)}, "pytorch-lightning_version": "2.6.0"}
 
@@ -27,6 +30,18 @@ def checkpoint(content: object, change: Callable[[bytes], bytes] = lambda good: 
         check_checkpoint(str(folder / "bad.ckpt"), resume=True)
 
     return provoke
+
+
+def sharded(folder: Path, **changes: object) -> Path:
+    """The folder of a sharded checkpoint, as Lightning has torch write it: with weights and an optimizer's setting."""
+    parts = {"state_dict": WEIGHTS["state_dict"], "optimizer_0": {"lr": 0.1}, "meta.pt": {"loops": {}}} | changes
+    torch.save(
+        {"pytorch-lightning_version": "2.6.0"} | parts.pop("meta.pt"), write(folder / "sharded" / "meta.pt", b"")
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        save(parts, checkpoint_id=folder / "sharded", no_dist=True)
+    return folder / "sharded"
 
 
 FILES = {
@@ -57,10 +72,13 @@ FILES = {
         lambda folder: check_checkpoint(str(folder), resume=True),
         "`ckpt_path` is '{tmp}', a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt.",
     ),
-    "sharded": Refusal(
+    "sharded and cut short": Refusal(
         lambda folder: check_checkpoint(str(write(folder / ".metadata", b"").parent), resume=True),
-        "`ckpt_path` is '{tmp}', a sharded checkpoint. Torch unpickles those, so loading it could run code from it. If "
-        "you trust whoever made it, set `weights_only` to false.",
+        "`ckpt_path` is '{tmp}', which cannot be read: ... Take another one.",
+    ),
+    "sharded, without an optimizer": Refusal(
+        lambda folder: check_checkpoint(str(sharded(folder, optimizer_0={})), resume=True),
+        "`ckpt_path` is '{tmp}/sharded', which has weights alone. To continue a training, take one with the optimizer.",
     ),
     "weights of a model": Refusal(
         checkpoint(tiny_model().state_dict()),
@@ -97,6 +115,26 @@ def test_a_checkpoint_that_holds_code_is_not_loaded(tmp_path, resume):
     )
     assert_says(str(caught.value), expected, tmp_path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("place", ["meta.pt", "optimizer_0", ".metadata"])
+def test_a_sharded_checkpoint_that_holds_code_anywhere_is_not_loaded(tmp_path, place):
+    trace = trace_of_payload(tmp_path)
+    folder = sharded(tmp_path, **{place: {"lr": Payload(trace)}} if place != ".metadata" else {})
+    if place == ".metadata":
+        metadata = pickle.loads((folder / place).read_bytes())
+        metadata.planner_data = Payload(trace)
+        (folder / place).write_bytes(pickle.dumps(metadata))
+    for refuse in (lambda: check_checkpoint(str(folder), resume=True), lambda: read_checkpoint(folder)):
+        with pytest.raises(SettingsError, match=r"which holds `posix\.mkdir`, not tensors and plain values alone"):
+            refuse()
+    assert not trace.exists()
+
+
+def test_a_sharded_checkpoint_of_tensors_and_plain_values_is_loaded(tmp_path):
+    folder = sharded(tmp_path, state_dict={"a": torch.arange(3.0)})
+    check_checkpoint(str(folder), resume=True)
+    assert read_checkpoint(folder)["state_dict"]["a"].tolist() == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
