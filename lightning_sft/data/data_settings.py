@@ -45,6 +45,11 @@ class DataSettings:
         check_number("val_fraction", self.val_fraction, expected, lambda fraction: 0.0 <= fraction < 1.0)
         check_type("streaming", self.streaming, bool, "true or false")
         check_integer("shuffle_buffer", self.shuffle_buffer, at_least=1)
+        if not self.streaming and self.shuffle_buffer != DataSettings.shuffle_buffer:
+            raise SettingsError(
+                f"`shuffle_buffer` is {self.shuffle_buffer}, but only rows that are streamed are shuffled in blocks. "
+                "Leave it out, or set `streaming` to true."
+            )
         check_integer("num_workers", self.num_workers, at_least=0)
         check_integer("num_proc", self.num_proc, at_least=1, optional=True)
         if self.streaming and self.num_workers > 1:

@@ -39,7 +39,7 @@ class Encoding:
         bad_rows: Whether a malformed row is an error, or is left out. A row that is too long is not malformed.
 
     Raises:
-        SettingsError: If an argument is of another type or out of range.
+        SettingsError: If an argument is of another type or out of range, or `too_long` is given without `max_length`.
     """
 
     max_length: int | None = None
@@ -54,6 +54,11 @@ class Encoding:
                 f"`max_length` is {self.max_length}, expected at least 2: a prompt token and a response token."
             )
         check_choice("too_long", self.too_long, TooLong)
+        if self.max_length is None and self.too_long != "error":
+            raise SettingsError(
+                f"`too_long` is {self.too_long!r}, but without `max_length` no row is too long. Leave it out, or give "
+                "`max_length`."
+            )
         check_type("append_eos", self.append_eos, bool, "true or false")
         check_choice("bad_rows", self.bad_rows, BadRows)
 

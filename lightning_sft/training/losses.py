@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sft.checks import check_choice, check_number
+from lightning_sft.errors import SettingsError
 
 LossNormalization = Literal["token", "sequence"]
 _Count = TypeVar("_Count", float, Tensor)
@@ -42,10 +43,10 @@ class LossScale:
     Attributes:
         normalization: `"token"`: the step's number of response tokens. `"sequence"`: `constant` times its number of
             sequences.
-        constant: Only used by `"sequence"`.
+        constant: For `"sequence"` alone.
 
     Raises:
-        SettingsError: If `normalization` is neither, or `constant` is not positive.
+        SettingsError: If `normalization` is neither, or `constant` is not positive, or given beside `"token"`.
     """
 
     normalization: LossNormalization = "token"
@@ -54,6 +55,11 @@ class LossScale:
     def __post_init__(self) -> None:
         check_choice("loss_normalization", self.normalization, LossNormalization)
         check_number("normalize_constant", self.constant, "a positive number", lambda constant: constant > 0)
+        if self.normalization == "token" and self.constant != LossScale.constant:
+            raise SettingsError(
+                f"`normalize_constant` is {self.constant}, but `loss_normalization` is 'token', which divides by the "
+                "number of response tokens alone. Leave it out, or set `loss_normalization` to 'sequence'."
+            )
 
     def divisor(self, num_response_tokens: _Count, num_sequences: _Count) -> _Count:
         """The divisor of a step with so many response tokens and sequences, over all microbatches and ranks."""
@@ -83,13 +89,14 @@ def sft_loss(
         num_response_tokens: Of the whole step: all microbatches, all ranks.
         num_sequences: Likewise.
         loss_normalization: Which of the two.
-        normalize_constant: Only used by `"sequence"`.
+        normalize_constant: For `"sequence"` alone.
 
     Returns:
         A scalar.
 
     Raises:
-        SettingsError: If `loss_normalization` is neither, or `normalize_constant` is not positive.
+        SettingsError: If `loss_normalization` is neither, or `normalize_constant` is not positive, or given beside
+            `"token"`.
     """
     scale = LossScale(loss_normalization, normalize_constant)
     return -masked_normalize(log_probs, response_mask, scale.divisor(num_response_tokens, num_sequences))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import GenerationConfig, PreTrainedModel
 
-from lightning_sft.checks import check_callable, check_integer, check_number
+from lightning_sft.checks import check_callable, check_integer, check_number, check_type
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
@@ -129,6 +129,8 @@ class SFTModule(L.LightningModule):
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_integer("num_replicas", num_replicas, at_least=1)
         check_callable("optimizer", optimizer, "a function of the parameters")
+        check_type("compile", compile, bool, "true or false")
+        check_type("sync_every_microbatch", sync_every_microbatch, bool, "true, false or none", optional=True)
         self.builder = ModelBuilder(model, model_kwargs, lora, seed, freeze)
         loss, scale = TokenLoss(loss_type, label_smoothing), LossScale(loss_normalization, normalize_constant)
         self.objective = Objective(loss, scale, EmbeddingNoise(neftune_noise_alpha, seed))

@@ -34,7 +34,7 @@ class Schedule:
         kwargs: Further arguments of the schedule.
 
     Raises:
-        SettingsError: If `warmup_steps` is neither, or `kwargs` is no mapping.
+        SettingsError: If there is no such schedule, `warmup_steps` is neither, or `kwargs` is no mapping.
     """
 
     name: str = "cosine"
@@ -49,6 +49,19 @@ class Schedule:
             lambda steps: steps >= 0 and (steps <= 1 or steps % 1 == 0),
         )
         check_type("lr_scheduler_kwargs", self.kwargs, dict, "a mapping of arguments", optional=True)
+        if self.name == "reduce_lr_on_plateau":
+            raise SettingsError(
+                "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
+            )
+        if self.name not in (*_AFTER_WARMUP, *_WITHOUT_LENGTH):
+            self._check_name()
+
+    def _check_name(self) -> None:
+        from transformers.trainer_utils import SchedulerType  # takes as long as what `build` imports for such a name
+
+        names = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau"}
+        if self.name not in names:
+            raise SettingsError(f"`lr_scheduler` is {self.name!r}, expected one of {', '.join(sorted(names))}.")
 
     def build(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
         """The scheduler of an optimizer, stepped once after each optimizer step.
@@ -58,17 +71,13 @@ class Schedule:
             num_steps: Optimizer steps of the run; -1 if it has no length.
 
         Raises:
-            SettingsError: If there is no such schedule, or it needs what is not there.
+            SettingsError: If the schedule needs what is not there.
         """
         if num_steps < 0 and (self.name not in _WITHOUT_LENGTH or 0 < self.warmup_steps < 1):
             raise SettingsError(
                 f"`lr_scheduler` is {self.name!r} with `warmup_steps` = {self.warmup_steps}, but the run has no "
                 "length. Set `max_steps` or `max_epochs`, or choose `constant` or `constant_with_warmup` with a "
                 "number of steps."
-            )
-        if self.name == "reduce_lr_on_plateau":
-            raise SettingsError(
-                "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
             )
         is_fraction = self.warmup_steps < 1
         num_warmup_steps = math.ceil(self.warmup_steps * num_steps) if is_fraction else int(self.warmup_steps)

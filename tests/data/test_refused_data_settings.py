@@ -135,6 +135,15 @@ SETTINGS = {
         data(val_data=ROWS, val_fraction=0.1),
         "Both `val_data` and `val_fraction` are given; the validation rows come from one of them.",
     ),
+    "shuffle_buffer without streaming": Refusal(
+        data(shuffle_buffer=5),
+        "`shuffle_buffer` is 5, but only rows that are streamed are shuffled in blocks. Leave it out, or set "
+        "`streaming` to true.",
+    ),
+    "too_long without max_length": Refusal(
+        data(too_long="drop"),
+        "`too_long` is 'drop', but without `max_length` no row is too long. Leave it out, or give `max_length`.",
+    ),
     "unknown too_long": Refusal(data(too_long="cut"), "`too_long` is 'cut', expected one of error, drop, truncate."),
     "unknown layout": Refusal(data(layout="flat"), "`layout` is 'flat', expected one of packed, padded."),
     "append_eos of text": Refusal(

@@ -10,7 +10,8 @@ LONG_LAST = [*THOUGHT[:3], assistant("6!" * 60, reasoning_content="harder")]  # 
 
 def load(conversations, **options):
     rows = [{"messages": messages} for messages in conversations]
-    data = SFTDataModule(chat_tokenizer(THINKING), rows, too_long="drop", bad_rows="drop", **options)
+    lenient = {"max_length": 300, "too_long": "drop", "bad_rows": "drop"}
+    data = SFTDataModule(chat_tokenizer(THINKING), rows, **lenient | options)
     data.setup("fit")
     return data
 

@@ -82,12 +82,11 @@ DATA = {
     "max_tokens_per_microbatch": (64, NONE),
     "layout": ("packed", NONE),
     "max_length": (12, "other training rows or tokens"),
-    "too_long": ("drop", NONE),  # without `max_length` none is
-    "bad_rows": ("drop", NONE),  # of which there are none
+    "too_long": ("drop", NONE),  # of which there are none
+    "bad_rows": ("drop", NONE),  # likewise
     "append_eos": (False, "other training rows or tokens"),
     "seed": (1, REFUSED),
     "streaming": (True, REFUSED),
-    "shuffle_buffer": (3, NONE),  # only of streams
     "num_workers": (1, NONE),
     "num_proc": (1, NONE),
 }
@@ -102,6 +101,7 @@ ELSEWHERE = {
     "num_replicas",
     "compile",
     "optimizer",
+    "shuffle_buffer",  # of streams
     "as_chat",
     "chat_template",
     "chat_template_kwargs",
@@ -173,7 +173,12 @@ def test_a_changed_setting_of_the_module(begun, tmp_path, name):
 @pytest.mark.parametrize("name", DATA)
 def test_a_changed_setting_of_the_data(begun, tmp_path, name):
     value, outcome = DATA[name]
-    more = {"max_length": {"too_long": "truncate"}, "val_fraction": {"val_data": None}}.get(name, {})
+    further = {
+        "max_length": {"too_long": "truncate"},
+        "too_long": {"max_length": 60},
+        "val_fraction": {"val_data": None},
+    }
+    more = further.get(name, {})
     if name == "streaming":
         (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "output": "b"}\n')
         more = {"train_data": str(tmp_path / "rows.jsonl")}

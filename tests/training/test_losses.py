@@ -98,8 +98,8 @@ def test_sft_loss_per_token_divides_the_sum_by_the_tokens_of_the_step():
     total = 0.0
     for row, column in product(range(7), range(6)):
         total -= log_probs[row, column].item() if mask[row, column] else 0.0
-    # 100 tokens in the step, of which these 21 are a part; what belongs to "sequence" changes nothing
-    loss = sft_loss(log_probs, mask, num_response_tokens=100, num_sequences=3, normalize_constant=9.0)
+    # 100 tokens in the step, of which these 21 are a part
+    loss = sft_loss(log_probs, mask, num_response_tokens=100, num_sequences=3)
     assert loss.item() == pytest.approx(total / 100)
 
 
@@ -120,9 +120,11 @@ def test_sft_loss_and_its_gradient_do_not_depend_on_how_a_step_is_split(sizes, l
         log_probs, mask = random_microbatch()
         log_probs.requires_grad_()
         totals = {"num_response_tokens": int(mask.sum()), "num_sequences": len(mask)}
-        loss = 0.0
+        constant, loss = 3.0 if loss_normalization == "sequence" else 1.0, 0.0
         for part, part_mask in zip(log_probs.split(sizes), mask.split(sizes), strict=True):
-            share = sft_loss(part, part_mask, loss_normalization=loss_normalization, normalize_constant=3.0, **totals)
+            share = sft_loss(
+                part, part_mask, loss_normalization=loss_normalization, normalize_constant=constant, **totals
+            )
             share.backward()
             loss += share.item()
         return loss, log_probs.grad

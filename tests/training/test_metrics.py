@@ -10,14 +10,14 @@ from support.models import tiny_config, tiny_model
 from lightning_sft import SFTModule
 
 
-@pytest.mark.parametrize("normalization", ["token", "sequence"])
-def test_validation_divides_by_what_training_divides_by(tmp_path, normalization):
+@pytest.mark.parametrize(("normalization", "constant"), [("token", 1.0), ("sequence", 5.0)])
+def test_validation_divides_by_what_training_divides_by(tmp_path, normalization, constant):
     """The loss of a run of no learning rate, on the same rows, is that of its validation."""
     module = SFTModule(
         tiny_config(),
         optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
         loss_normalization=normalization,
-        normalize_constant=5.0,
+        normalize_constant=constant,
     )
     data = make_data(val_data=ROWS, batch_size=len(ROWS))
     metrics = fit(tmp_path, module, data, max_steps=1)[2].callback_metrics

@@ -17,6 +17,19 @@ TRAINING = {
     "constant of zero": Refusal(
         module({}, normalize_constant=0.0), "`normalize_constant` is 0.0, expected a positive number."
     ),
+    "constant of nothing": Refusal(
+        module({}, normalize_constant=7.0),
+        "`normalize_constant` is 7.0, but `loss_normalization` is 'token', which divides by the number of response "
+        "tokens alone. Leave it out, or set `loss_normalization` to 'sequence'.",
+    ),
+    "compile of text": Refusal(
+        module({}, compile="no"), "`compile` is 'no' of type str, expected true or false.", SettingsTypeError
+    ),
+    "sync_every_microbatch of a number": Refusal(
+        module({}, sync_every_microbatch=2),
+        "`sync_every_microbatch` is 2 of type int, expected true, false or none.",
+        SettingsTypeError,
+    ),
     "unknown word for steps that are not finite": Refusal(
         module({}, nonfinite="ignore"), "`nonfinite` is 'ignore', expected one of error, skip."
     ),
@@ -49,11 +62,10 @@ TRAINING = {
         SettingsTypeError,
     ),
     "unknown schedule": Refusal(
-        fit(tiny_config(), lr_scheduler="cosin"),
-        "`lr_scheduler` is 'cosin': cosin is not a valid SchedulerType, please select one of ['linear', ...",
+        module({}, lr_scheduler="cosin"), "`lr_scheduler` is 'cosin', expected one of constant, ...cosine, ..."
     ),
     "schedule of a metric": Refusal(
-        fit(tiny_config(), lr_scheduler="reduce_lr_on_plateau"),
+        module({}, lr_scheduler="reduce_lr_on_plateau"),
         "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps.",
     ),
     "unknown argument of the schedule": Refusal(

@@ -74,7 +74,7 @@ def test_ranks_share_the_step_that_one_rank_has(tmp_path):
 
 
 def test_a_pass_has_every_row_once_and_the_next_another_order(tmp_path):
-    loader = streamed(write(tmp_path / "rows.jsonl", ROWS[:40]), shuffle_buffer=16, too_long="drop").train_dataloader()
+    loader = streamed(write(tmp_path / "rows.jsonl", ROWS[:40]), shuffle_buffer=16).train_dataloader()
     steps = [batch.locations for batch in islice(loader, 10)]
     first, second = ([row for step in steps[at : at + 5] for row in step] for at in (0, 5))
     assert sorted(first) == sorted(second) == sorted(f"line {number}" for number in range(1, 41))
@@ -147,7 +147,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened_and_not_with_other_rows(tmp_pa
     train(tmp_path / "parts", data=data | {"num_workers": 1}, **options, max_steps=4)
     for changed, message in (
         ({"shuffle_buffer": 11}, "`shuffle_buffer` = 10, now it is 11"),
-        ({"streaming": False}, "`streaming` = True, now it is False"),
+        ({"streaming": False, "shuffle_buffer": 10_000}, "`streaming` = True, now it is False"),
         ({"max_length": 10}, "other training rows or tokens: the run cannot continue"),
     ):
         with pytest.raises(ValueError, match=message):
