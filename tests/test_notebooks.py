@@ -35,10 +35,10 @@ from execute import execute
 PARAMETERS = {
     "expert_iteration": {
         "num_labelled": 300,
-        "start_steps": 100,
+        "start_steps": 150,
         "num_rounds": 2,
         "num_problems": 60,
-        "num_samples": 4,
+        "num_samples": 8,
         "round_steps": 4,
     },
     "quickstart": {"max_steps": 24, "validate_every": 12, "num_rows": 200, "num_prompts": 6},
@@ -373,7 +373,7 @@ def each_round_adds_rows_and_is_drawn_beside_a_model_that_learns_nothing_new(run
     assert rounds[0][0] == rounds[0][1] == re.findall(r"^(\S+) of the held-out", run.text("base"))[0]
     counts = [int(row[2]) for row in rounds]
     assert counts[0] == 0
-    assert 0 < counts[1] <= counts[2] <= 2 * 2 * 100
+    assert 0 < counts[1] <= counts[2] <= 2 * 2 * 60
 
 
 def the_rows_that_are_shown_are_right_answers(run: Run) -> None:
