@@ -4,6 +4,7 @@ Registered with `transformers` under the name in `VARLEN`. A batch is packed if 
 `cu_seq_lens_q`, as for flash attention; any other call is `sdpa`, to the letter, masks included.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lightning_sft.errors import SettingsError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # not in every build of torch
+    _HAS_KERNEL = False
+else:  # before torch 2.12 it takes no fewer heads of keys than of queries
+    _HAS_KERNEL = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 VARLEN = "lightning_sft_varlen"
 _LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
@@ -61,9 +69,7 @@ def varlen_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as for `sdpa`: rotary embeddings have made float32 of queries and keys
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
-
+    if _HAS_KERNEL and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         longest = kwargs["max_length_q"]
         q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         sizes = (-1 if window is None else window - 1, 0)
@@ -85,7 +91,7 @@ def _attend_each(
     window: int | None,
 ) -> Tensor:
     """One document after another."""
-    lengths = bounds.diff().tolist()  # waits for a CUDA device; half precision goes another way there
+    lengths = bounds.diff().tolist()  # waits for a CUDA device; half precision has a kernel of its own there
     half_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
     documents = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     attended = []

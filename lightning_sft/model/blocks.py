@@ -1,10 +1,14 @@
 """The transformer blocks of a model: compiled one by one, and sharded one by one."""
 
+import inspect
+
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-_MOST_VARIANTS = 64  # kinds of blocks, with and without gradients, of few or many rows
+# Kinds of blocks, with and without gradients, of few or many rows. Older torch has 8, whatever is asked for.
+_LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -22,4 +26,4 @@ def compile_blocks(model: PreTrainedModel) -> None:
     for part in find_blocks(model) or [model.base_model]:
         # In sharded modules the compiler would take every number for a variable, the sizes of heads included. There it
         # is left to find out which lengths vary, each time by compiling anew, and after 8 times it would give up.
-        part.compile(dynamic=None if isinstance(part, FSDPModule) else True, recompile_limit=_MOST_VARIANTS)
+        part.compile(dynamic=None if isinstance(part, FSDPModule) else True, **_LIMIT)

@@ -168,7 +168,7 @@ FILES = {
     "folder of nothing": Refusal(data(train_data="{tmp}"), "`train_data` is '{tmp}': " + NEITHER + "..."),
     "folder with a damaged file": Refusal(
         lambda folder: data(train_data=str(write(folder / "set/a.jsonl", '{"a": {').parent))(folder),
-        "`train_data` is '{tmp}/set': " + NEITHER + "DatasetGenerationError: ...",
+        "`train_data` is '{tmp}/set': " + NEITHER + "...",
     ),
     "folder without the split": Refusal(
         lambda folder: data(train_data=f"{write(folder / 'set/a.jsonl', GOOD).parent}::dev")(folder),
