@@ -1,4 +1,4 @@
-"""The head alone, with entropies, forward and backward: time and memory against full logits and TRL's function.
+"""The head alone, with entropies, forward and backward: time and memory beside full logits, TRL's function and torch's.
 
     python tests/benchmarks/head.py --rows 2048 --hidden 1024 --vocabulary 151936 --dtype bfloat16
 
@@ -6,6 +6,7 @@ Each list may have several values; all combinations are run. Memory is the peak 
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -56,11 +57,22 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -
     return -(log_probs * token_weights).sum()
 
 
+def torch_chunked(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, rows: int | None = None
+) -> Tensor:
+    """`F.linear_cross_entropy` of torch 2.13: the mean loss alone, without entropies and without weights of tokens."""
+    chunks = {} if rows is None else {"batch_chunk_size": rows, "chunking_method": None}
+    options = torch.nn.LinearCrossEntropyOptions(**chunks)
+    return F.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
 CONTESTANTS = {
     "ours, known weights": ours_known_weights,
     "ours, any gradient": ours_any_gradient,
     "full logits": full_logits,
     "TRL": trl,
+    "torch, chunks of 128 rows, no entropies": functools.partial(torch_chunked, rows=128),
+    "torch, its own chunks, no entropies": torch_chunked,
 }
 
 
@@ -101,11 +113,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[151936])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=3, help="times that every contestant is run, in turn")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps in each run, after one that is not")
     options = parser.parse_args()
     print(machine(options.device))
-    contestants = {name: Contestant(name) for name in CONTESTANTS}
+    contestants = {name: Contestant(name) for name in options.contestants}
     for dtype, rows, hidden, vocabulary in itertools.product(
         options.dtype, options.rows, options.hidden, options.vocabulary
     ):
@@ -113,7 +126,7 @@ def main() -> None:
         arguments |= {"device": options.device, "repeats": options.repeats}
         rate, results = in_turn(contestants, arguments, options.rounds, dtype)
         print(f"\n{rows} rows, hidden {hidden}, vocabulary {vocabulary}, {dtype}; GEMM {rate / 1e9:,.0f} GFLOP/s\n")
-        reference = results["full logits"]
+        reference = results.get("full logits", {"error": "not run"})
         lines = []
         for name, result in results.items():
             if "error" in result:

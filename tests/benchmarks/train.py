@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,15 @@ class Clock:
 # -- the contestants -----------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "packed", **options: Any) -> dict:
+def ours(
+    folder: Path,
+    case: str,
+    device: str,
+    num_steps: int,
+    layout: str = "packed",
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> dict:
     import lightning as L
 
     from lightning_sft import SFTDataModule, SFTModule
@@ -177,7 +185,7 @@ def ours(folder: Path, case: str, device: str, num_steps: int, layout: str = "pa
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[StepDone()],
+        callbacks=[StepDone(), *callbacks],
     )
     clock = Clock(device)
     trainer.fit(module, data)
