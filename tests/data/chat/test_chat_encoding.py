@@ -65,19 +65,19 @@ def test_a_tokenizer_that_marks_the_start_of_a_text_is_asked_for_the_text_up_to_
     assert responses(row, template) == ["4.</s>", "6!</s>"]
 
 
-@pytest.mark.parametrize("max_length", [None, 30])
-def test_padded_and_packed_batches_mark_the_same_tokens_and_the_plan_knows_how_many(max_length):
+@pytest.mark.parametrize("options", [{}, {"max_length": 30, "too_long": "truncate"}])
+def test_padded_and_packed_batches_mark_the_same_tokens_and_the_plan_knows_how_many(options):
     tokenizer = chat_tokenizer(CHATML)
     rows = [{"messages": LONG}, {"prompt": "a", "output": "b"}, {"messages": LONG[:2]}]
     marked = {}
     for layout in ("padded", "packed"):
-        data = SFTDataModule(tokenizer, rows, max_length=max_length, too_long="truncate", batch_size=3)
+        data = SFTDataModule(tokenizer, rows, batch_size=3, **options)
         data.setup("fit")
         (step,) = data.training_rows.loader(None, None, LoaderOptions(tokenizer, layout))
         (batch,) = step.microbatches
         assert step.totals.num_response_tokens == batch.response_mask.sum() == len(batch.response_positions)
         marked[layout] = tokenizer.decode(batch.labels[batch.response_mask])
-    expected = "4.<|im_end|>6!<|im_end|>" if max_length is None else "4.<|im_end|>"
+    expected = "4.<|im_end|>6!<|im_end|>" if not options else "4.<|im_end|>"
     assert marked["padded"] == marked["packed"]
     assert sorted(marked["padded"]) == sorted(expected + "b<eos>" + "4.<|im_end|>")
 
