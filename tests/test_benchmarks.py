@@ -4,32 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import head
 import measure
 import train
+from support.contestants import allocates_64_mebibytes, counts, fails
 
 from lightning_sft.model.flops import training_flops
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
-def fails(**arguments):
-    raise RuntimeError("on purpose\nand more")
-
-
-def counts(number):
-    return {"number": number, "twice": 2 * number}
-
-
-def allocates_64_mebibytes(number):
-    """In a process of its own, as benchmarks measure: here another test's memory may be freed in between."""
-    peak = measure.PeakMemory("cpu")
-    torch.ones(2**24)
-    return {"peak": peak.read()}
 
 
 @linux

@@ -52,22 +52,18 @@ def test_a_name_that_is_not_there_is_an_attribute_error(name):
         getattr(lightning_sft, name.rpartition(".")[2])
 
 
-def test_helpers_bring_neither_lightning_nor_datasets():
+def test_neither_helpers_nor_what_the_course_s_later_chapters_take_from_the_adapters_bring_lightning_or_datasets():
     run(
         "import sys, lightning_sft\n"
-        f"for name in {HELPERS}:\n"
-        "    getattr(lightning_sft, name)\n"
+        "def check(name):\n"
         "    brought = {'lightning', 'pytorch_lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
         "    assert not brought, (name, brought)\n"
-    )
-
-
-def test_what_the_course_s_later_chapters_take_from_the_adapters_can_be_imported_alone():
-    run(
-        "import sys\n"
         f"sys.path.insert(0, {str(TESTS)!r})\n"
         "from adapters import run_get_response_log_probs, run_tokenize_prompt_and_output\n"
-        "assert not {'lightning', 'torchmetrics', 'datasets'} & set(sys.modules)\n"
+        "check('adapters')\n"
+        f"for name in {HELPERS}:\n"
+        "    getattr(lightning_sft, name)\n"
+        "    check(name)\n"
     )
 
 
