@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from lightning_utilities.core.imports import RequirementCache
 from support.models import character_tokenizer, tiny_config
 from support.runs import Processes, whole
 from torch import nn
@@ -104,7 +105,8 @@ def compare(folder):
         for (key, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
             assert torch.equal(ours, theirs), key
         assert enable_packing(model) == enable_packing(reference)
-        assert gathered_before_each_block(model) == [3, 3]  # the root and both blocks: the second ahead of its turn
+        if RequirementCache("torch>=2.12") or name != COMPILED:  # there torch 2.11 has begun one gather
+            assert gathered_before_each_block(model) == [3, 3]  # the root and both blocks: the second ahead of its turn
         graphs = []
         if name == COMPILED:
             graphs = compile_counted(model)
