@@ -46,6 +46,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Knows nothing but what torch writes."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 says that paths are
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _IN_METADATA:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not what torch writes into `.metadata`")
