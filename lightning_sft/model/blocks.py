@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-# Kinds of blocks, with and without gradients, of few or many rows. Older torch has 8, whatever is asked for.
+# How often code may be compiled anew: for each kind of block, with and without gradients, for few and many rows. Older
+# versions of torch have no such argument, and give up after 8 times.
 _LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 

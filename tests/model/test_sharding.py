@@ -105,7 +105,7 @@ def compare(folder):
         for (key, ours), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
             assert torch.equal(ours, theirs), key
         assert enable_packing(model) == enable_packing(reference)
-        if RequirementCache("torch>=2.12") or name != COMPILED:  # there torch 2.11 has begun one gather
+        if RequirementCache("torch>=2.12") or name != COMPILED:  # of Gemma 2, 2.11 has begun one alone by then
             assert gathered_before_each_block(model) == [3, 3]  # the root and both blocks: the second ahead of its turn
         graphs = []
         if name == COMPILED:
