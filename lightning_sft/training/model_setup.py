@@ -1,9 +1,12 @@
 """What happens to a model between its source and the first optimizer step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from functools import wraps
+from typing import ParamSpec, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -25,6 +28,26 @@ from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import Sharding, is_sharded, load_sharded, reshard, shard
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
+
+P = ParamSpec("P")
+
+
+def in_main_memory(configure: Callable[P, None]) -> Callable[P, None]:
+    """Let a hook make its tensors in main memory, as a training step does, unless it says where.
+
+    Lightning makes the GPU the default device while a model is configured, on which random numbers of a generator in
+    main memory cannot be drawn.
+
+    Args:
+        configure: The hook.
+    """
+
+    @wraps(configure)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        with torch.device("cpu"):
+            configure(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.logged import log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
-from lightning_sft.training.model_setup import check_model, load_model, prepare_model
+from lightning_sft.training.model_setup import check_model, in_main_memory, load_model, prepare_model
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.parameter_groups import ParameterGroups, parameters_of
 from lightning_sft.training.run_facts import run_facts
@@ -159,6 +159,7 @@ class SFTModule(L.LightningModule):
             self.guard.start_run()
             self._continuation.begin()
 
+    @in_main_memory
     def configure_model(self) -> None:
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
 

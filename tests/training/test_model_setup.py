@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from support.fits import fit
-from support.models import tiny_model
+from support.models import tiny_config, tiny_model
 
 from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsError
@@ -29,3 +29,14 @@ def test_a_model_of_which_nothing_is_trained_is_refused_at_once(tmp_path):
     model.requires_grad_(False)
     with pytest.raises(SettingsError, match="no weight that is to be trained"):
         fit(tmp_path, SFTModule(model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 4}}], ids=["whole", "adapters"])
+def test_a_default_device_changes_nothing_of_what_is_found_out_about_a_model(settings):
+    """Lightning makes the GPU the default device in `configure_model`; here it is one without any values."""
+    module = SFTModule(tiny_config(), **settings)
+    with torch.device("meta"):
+        module.configure_model()
+    assert module.why_not_packed is None
+    assert module.num_positions == 64
+    assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"cpu"}
