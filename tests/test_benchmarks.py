@@ -32,7 +32,7 @@ def test_useful_arithmetic_by_hand_is_that_of_the_models_own_weights():
         {"input_ids": [0] * 7, "labels": [-100] * 3 + [0] * 4},
         {"input_ids": [0] * 5, "labels": [-100, *[0] * 4]},
     ]
-    model = train.build_model("small-fp32", "cpu")
+    model = train.build_model(train.Contest(Path(), "small-fp32", "cpu", 0))
     expected = training_flops(model, num_tokens=12, num_response_tokens=8, num_attended=7 * 8 // 2 + 5 * 6 // 2)
     assert train.useful_flops_per_token("small-fp32", examples) * 12 == pytest.approx(expected)
 

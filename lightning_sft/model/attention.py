@@ -20,9 +20,9 @@ from lightning_sft.errors import SettingsError
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # not in every build of torch
-    _HAS_KERNEL = False
-else:  # before torch 2.12 it takes no fewer heads of keys than of queries
-    _HAS_KERNEL = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    varlen_attn = None  # type: ignore[assignment]
+# Fewer heads of keys than of queries: torch 2.11 takes them without a word, newer ones want to be told.
+_GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 VARLEN = "lightning_sft_varlen"
 _LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
@@ -69,12 +69,12 @@ def varlen_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as for `sdpa`: rotary embeddings have made float32 of queries and keys
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
-    if _HAS_KERNEL and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if varlen_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         longest = kwargs["max_length_q"]
         q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         sizes = (-1 if window is None else window - 1, 0)
         attended: Any = varlen_attn(
-            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sizes, enable_gqa=True
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sizes, **_GROUPED
         )
         return attended.unsqueeze(0), None
     return _attend_each(query, key, value, bounds, scaling, dropout, window), None

@@ -1,9 +1,10 @@
 """Estimated against measured: the peak memory of real training, each in a process of its own.
 
-    python tests/benchmarks/estimate.py
+    python tests/benchmarks/estimate.py [--device cuda]
 
-Measured is the process's most resident memory above what it had before the model was built, on CPU: with a C library
-that hands every freed block back at once, which is what an estimate can know of, and as it comes (glibc keeps many).
+On CUDA measured is what torch's tensors held at the most. On CPU it is the process's most resident memory above what
+it had before the model was built: with a C library that hands every freed block back at once, which is what an estimate
+can know of, and as it comes (glibc keeps many).
 """
 
 import argparse
@@ -27,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
     },
+    "0.5b": CASES["0.5b"]["model"],
+    "1.5b": CASES["1.5b"]["model"],
 }
 CONTESTS: dict[str, dict[str, Any]] = {
     "small": {"model": "small-fp32"},
@@ -43,6 +46,25 @@ CONTESTS: dict[str, dict[str, Any]] = {
     },
     "0.14b, SGD": {"model": "0.14b", "batch_size": 8, "max_tokens_per_microbatch": 1536, "optimizer": "sgd"},
 }
+CUDA_CONTESTS: dict[str, dict[str, Any]] = {
+    "0.5b": {"model": "0.5b", "precision": "bf16-mixed", "batch_size": 32, "max_tokens_per_microbatch": 8192},
+    "0.5b, checkpointing": {
+        "model": "0.5b",
+        "precision": "bf16-mixed",
+        "batch_size": 128,
+        "max_tokens_per_microbatch": 32768,
+        "gradient_checkpointing": True,
+    },
+    "0.5b, bf16-true": {"model": "0.5b", "precision": "bf16-true", "batch_size": 32, "max_tokens_per_microbatch": 8192},
+    "1.5b": {"model": "1.5b", "precision": "bf16-mixed", "batch_size": 16, "max_tokens_per_microbatch": 4096},
+    "0.5b, LoRA": {
+        "model": "0.5b",
+        "precision": "bf16-mixed",
+        "batch_size": 32,
+        "max_tokens_per_microbatch": 8192,
+        "lora": {"r": 16},
+    },
+}
 HANDS_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -56,10 +78,12 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 def parts(
     model: str,
+    device: str,
     precision: str = "32-true",
     gradient_checkpointing: bool = False,
     optimizer: str = "adamw",
     batch_size: int = 16,
+    lora: dict[str, Any] | None = None,
     **data_options: Any,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Module, data and the trainer's settings; rows of 67 to 547 tokens, about a third of them of responses."""
@@ -77,8 +101,14 @@ def parts(
         optimizer={"adamw": adamw, "sgd": sgd}[optimizer],
         lr_scheduler="constant",
         gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
     )
-    settings = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "precision": precision}
+    settings = {
+        "accelerator": "gpu" if device == "cuda" else "cpu",
+        "devices": 1,
+        "max_steps": 2,
+        "precision": precision,
+    }
     return module, data, settings
 
 
@@ -89,20 +119,21 @@ def measured(sender: Any, settings: dict[str, Any]) -> None:
     options |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False}
     trainer = L.Trainer(**options, enable_model_summary=False, num_sanity_val_steps=0)
     data.prepare_data()
-    peak = PeakMemory("cpu")
+    peak = PeakMemory(settings["device"])
     trainer.fit(module, data)
     sender.send(peak.read())
 
 
-def compare(name: str) -> list[str]:
+def compare(name: str, device: str) -> list[str]:
     from lightning_sft.planning.estimate import estimate_run
 
-    module, data, options = parts(**CONTESTS[name])
+    settings = (CUDA_CONTESTS if device == "cuda" else CONTESTS)[name] | {"device": device}
+    module, data, options = parts(**settings)
     estimate = estimate_run(module, data, options)
     expected = estimate.memory[module.checkpointing.gradient_checkpointing].peak
-    found = [in_process(CONTESTS[name], variables) for variables in (HANDS_BACK, {})]
+    found = [in_process(settings, variables) for variables in ([{}] if device == "cuda" else [HANDS_BACK, {}])]
     sizes = [f"{size / GIB:.2f}" for size in (expected, *found)]
-    return [name, estimate.run["largest microbatch"], *sizes[:2], f"{expected / found[0]:.2f}", sizes[2]]
+    return [name, estimate.run["largest microbatch"], *sizes[:2], f"{expected / found[0]:.2f}", *sizes[2:]]
 
 
 def in_process(settings: dict[str, Any], variables: dict[str, str]) -> int:
@@ -124,14 +155,16 @@ HEADER = ["", "microbatch", "estimated GiB", "measured GiB", "ratio", "measured 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contests", nargs="+", choices=CONTESTS, default=list(CONTESTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contests", nargs="+", choices=[*CONTESTS, *CUDA_CONTESTS], help="default: all of the device")
     options = parser.parse_args()
-    print(machine("cpu"))
+    print(machine(options.device))
+    on_cuda = options.device == "cuda"
     lines = []
-    for name in options.contests:
-        lines.append(compare(name))
+    for name in options.contests or (CUDA_CONTESTS if on_cuda else CONTESTS):
+        lines.append(compare(name, options.device))
         print("; ".join(lines[-1]), flush=True)
-    print(f"\n{table(HEADER, lines)}")
+    print(f"\n{table(HEADER[:5] if on_cuda else HEADER, lines)}")
 
 
 if __name__ == "__main__":

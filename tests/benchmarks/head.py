@@ -10,6 +10,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,32 @@ def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: T
         log_p = logits.log_softmax(-1)
         -(log_p.exp() * log_p).sum(-1)  # the entropy, as the course's text computes it
     return -(log_probs * token_weights).sum()
+
+
+class _Products(torch.autograd.Function):
+    """The three matrix products that no head can do without."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight)
+        ctx.save_for_backward(hidden, weight, logits)
+        return logits[0, 0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight, logits = ctx.saved_tensors
+        return logits @ weight, logits.t() @ hidden
+
+
+def products_alone(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
+    return _Products.apply(hidden, weight)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
+    """The mean loss alone, without entropies and without weights of tokens."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, labels)
 
 
 def trl(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
@@ -71,6 +98,8 @@ CONTESTANTS = {
     "ours, any gradient": ours_any_gradient,
     "full logits": full_logits,
     "TRL": trl,
+    "Liger, no entropies": liger,
+    "the three products alone": products_alone,
     "torch, chunks of 128 rows, no entropies": functools.partial(torch_chunked, rows=128),
     "torch, its own chunks, no entropies": torch_chunked,
 }
@@ -124,7 +153,7 @@ def main() -> None:
     ):
         arguments = {"rows": rows, "hidden": hidden, "vocabulary": vocabulary, "dtype": dtype}
         arguments |= {"device": options.device, "repeats": options.repeats}
-        rate, results = in_turn(contestants, arguments, options.rounds, dtype)
+        rate, results = in_turn(contestants, arguments, options.rounds, dtype, options.device)
         print(f"\n{rows} rows, hidden {hidden}, vocabulary {vocabulary}, {dtype}; GEMM {rate / 1e9:,.0f} GFLOP/s\n")
         reference = results.get("full logits", {"error": "not run"})
         lines = []

@@ -53,8 +53,13 @@ def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def matmul_rate(dtype: str, device: str = "cpu", **_: Any) -> dict[str, float]:
-    """FLOP/s of large matrix products: the median of several, of shapes that models have. A contestant like others."""
+def _gemm(dtype: str, device: str, **_: Any) -> dict[str, float]:
+    """A contestant like others."""
+    return matmul_rate(dtype, device)
+
+
+def matmul_rate(dtype: str, device: str = "cpu") -> dict[str, float]:
+    """FLOP/s of large matrix products: the median of several, of shapes that models have."""
     rates, kind = [], {"dtype": getattr(torch, dtype), "device": device}
     for rows, inner, columns in ((4096, 384, 1024), (4096, 1024, 384), (2048, 1024, 4096)):
         scale = 8 if device == "cuda" else 1
@@ -75,7 +80,11 @@ def peak_rate(dtype: torch.dtype, device: str) -> float | None:
 
 
 def in_turn(
-    contestants: Mapping[str, Callable[..., dict[str, float]]], arguments: dict[str, Any], rounds: int, dtype: str
+    contestants: Mapping[str, Callable[..., dict[str, float]]],
+    arguments: dict[str, Any],
+    rounds: int,
+    dtype: str,
+    device: str = "cpu",
 ) -> tuple[float, dict[str, dict[str, Any]]]:
     """Run every contestant once in each round, each time in a fresh process.
 
@@ -83,9 +92,10 @@ def in_turn(
         The rate of matrix products, measured in each round too, and the numbers of each contestant; all medians. A
         contestant that fails has its error as the only entry.
     """
-    contestants = {_GEMM: partial(matmul_rate, dtype=dtype), **contestants}
+    contestants = {_GEMM: partial(_gemm, dtype=dtype, device=device), **contestants}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning", "datasets", "transformers"])  # what takes long to import, just once
     for _ in range(rounds):
         for name, contestant in contestants.items():
             if results[name] and "error" in results[name][0]:

@@ -47,22 +47,38 @@ KINDS = {
 class Profiled(L.Callback):
     """Profiles the step after the warm-up."""
 
-    def __init__(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CPU], with_flops=True)
+    def __init__(self, contest: train.Contest) -> None:
+        self._step, self.on_cuda = contest.warmup_steps, contest.device == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_cuda else [])]
+        self._profile = profile(activities=activities, with_flops=True)
         self.seconds = 0.0
 
+    def _wait(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == train.WARMUP_STEPS:
+        if batch_idx == self._step:
+            self._wait()
             self._profile.start()
             self._begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == train.WARMUP_STEPS:
+        if batch_idx == self._step:
+            self._wait()
             self.seconds = time.perf_counter() - self._begun
             self._profile.stop()
 
     def events(self) -> list[Any]:
+        """The operators; of a CUDA device the kernels, each with what launched it."""
         return list(self._profile.key_averages())
+
+    def save(self, trace: Path) -> None:
+        self._profile.export_chrome_trace(str(trace))
+
+    def own_seconds(self, event: Any) -> float:
+        """Of the device, without the operators that it calls."""
+        return (event.self_device_time_total if self.on_cuda else event.self_cpu_time_total) / 1e6
 
 
 def kind_of(operator: str) -> str:
@@ -77,39 +93,66 @@ def kind_of(operator: str) -> str:
     return "other operators"
 
 
+def counts(event: Any) -> bool:
+    """Whether its own time is to be counted: on CUDA that of each kernel is also given to the operator around it."""
+    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA
+    return bool(event.key.startswith("triton_") if is_kernel else event.key.startswith("aten::"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--case", choices=train.CASES, default="small-fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--warmup", type=int, default=train.WARMUP_STEPS, help="optimizer steps before the profiled one"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of an optimizer step")
+    parser.add_argument("--compile", action="store_true", help="profile compiled blocks")
     parser.add_argument("--operators", type=int, default=0, help="also show so many operators that take longest")
+    parser.add_argument("--trace", type=Path, help="file for a trace that chrome://tracing and Perfetto open")
     options = parser.parse_args()
-    print(machine("cpu"), f"{torch.get_num_threads()} threads")
-    dtype = train.CASES[options.case]["dtype"]
-    rate = matmul_rate(dtype)["rate"]
-    profiled, num_steps = Profiled(), train.WARMUP_STEPS + 1
+    device, rate = options.device, 0.0
+    print(machine(device), f"{torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "case").mkdir()
-        train.prepare(options.case, options.data, folder, num_steps)
+        contest = train.Contest(
+            Path(temporary) / "case",
+            options.case,
+            device,
+            options.warmup + 1,
+            options.batch_size,
+            warmup_steps=options.warmup,
+        )
+        train.prepare(contest, options.data.resolve())
+        rate = matmul_rate("float32" if contest.precision == "32-true" else "bfloat16", device)["rate"]
         os.chdir(temporary)
-        train.ours(folder / "case", options.case, "cpu", num_steps, callbacks=[profiled])
+        profiled = Profiled(contest)
+        train.ours(contest, callbacks=[profiled], compile=options.compile)
+    if options.trace:
+        profiled.save(options.trace)
+    report(profiled, options.case, rate, options.operators)
+
+
+def report(profiled: Profiled, case: str, rate: float, num_operators: int) -> None:
+    """Print the table, and the operators that take longest."""
     seconds: dict[str, float] = defaultdict(float)
     flops = 0.0
     events = profiled.events()
     for event in events:
-        if event.key.startswith("aten::"):
-            seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-            flops += event.flops if kind_of(event.key) == "matrix products" else 0
-    seconds["Python and torch's autograd between them"] = profiled.seconds - sum(seconds.values())
+        if counts(event):
+            seconds[kind_of(event.key)] += profiled.own_seconds(event)
+        flops += event.flops if kind_of(event.key) == "matrix products" else 0
+    rest = "the device waits" if profiled.on_cuda else "Python and torch's autograd between them"
+    seconds[rest] = profiled.seconds - sum(seconds.values())
     lines = [[kind, f"{spent:.3f}", f"{spent / profiled.seconds:.1%}"] for kind, spent in seconds.items()]
     lines.sort(key=lambda line: -float(line[1]))
-    print(f"\n{options.case}: one step, {profiled.seconds:.2f} s\n")
+    print(f"\n{case}: one step, {profiled.seconds:.3f} s\n")
     print(table(["", "seconds", "share"], lines))
     reached = flops / seconds["matrix products"]
     print(f"\nMatrix products: {reached / 1e9:,.0f} GFLOP/s, {reached / rate:.0%} of large ones' {rate / 1e9:,.0f}.")
-    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[: options.operators]:
-        share = event.self_cpu_time_total / 1e6 / profiled.seconds
-        print(f"{event.key}: {share:.1%}, {event.count} times ({kind_of(event.key)})")
+    for event in sorted(events, key=lambda event: -profiled.own_seconds(event))[:num_operators]:
+        share = profiled.own_seconds(event) / profiled.seconds
+        print(f"{event.key[:150]}: {share:.1%}, {event.count} times ({kind_of(event.key)})")
 
 
 if __name__ == "__main__":

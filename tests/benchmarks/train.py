@@ -3,8 +3,9 @@
     pip install -e '.[bench]'
     python tests/benchmarks/train.py --data ../shared/data/gsm8k/train.jsonl
 
-Every contestant trains the same model on the same GSM8K rows under the `r1_zero` prompt, in the same steps of 32
-sequences (TRL's length groups and packs draw their own) with the same AdamW, each in a process of its own, in turn.
+Every contestant trains the same model on the same GSM8K rows under the `r1_zero` prompt, in the same steps of, by
+default, 32 sequences (TRL's length groups and packs draw their own) with the same AdamW, each in a process of its own,
+in turn.
 Rates are of prompt and response tokens, without padding. Useful arithmetic is that of every token through the body,
 of every response token through the head, and of causal attention counted once, forward and backward.
 """
@@ -15,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from measure import GIB, PeakMemory, in_turn, machine, peak_rate, table
 
-BATCH_SIZE, WARMUP_STEPS, LEARNING_RATE = 32, 2, 1e-3
+WARMUP_STEPS, LEARNING_RATE = 2, 1e-3
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
 QWEN = {"vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6}
 CASES: dict[str, dict[str, Any]] = {
@@ -36,10 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 2,
             "vocab_size": 151936,
         },
-        "dtype": "float32",
+        "precision": "32-true",
     },
-    "small-fp32": {"model": SMALL | {"num_key_value_heads": 2, "vocab_size": 8192}, "dtype": "float32"},
-    "small-bf16": {"model": SMALL | {"num_key_value_heads": 2, "vocab_size": 8192}, "dtype": "bfloat16"},
+    "small-fp32": {"model": SMALL | {"num_key_value_heads": 2, "vocab_size": 8192}, "precision": "32-true"},
+    "small-bf16": {"model": SMALL | {"num_key_value_heads": 2, "vocab_size": 8192}, "precision": "bf16-true"},
     "0.5b": {
         "model": QWEN
         | {
@@ -49,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 14,
             "num_key_value_heads": 2,
         },
-        "dtype": "bfloat16",
+        "precision": "bf16-mixed",
     },
     "1.5b": {
         "model": QWEN
@@ -60,9 +62,42 @@ CASES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 12,
             "num_key_value_heads": 2,
         },
-        "dtype": "bfloat16",
+        "precision": "bf16-mixed",
     },
 }
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What all contestants of a case are given.
+
+    Attributes:
+        folder: With the rows, their token ids, and the tokenizer.
+        case: Name of the model.
+        device: `cuda` or `cpu`.
+        num_steps: Optimizer steps.
+        batch_size: Sequences of an optimizer step.
+        num_microbatches: Backward passes of an optimizer step.
+        warmup_steps: Optimizer steps that are not timed.
+    """
+
+    folder: Path
+    case: str
+    device: str
+    num_steps: int
+    batch_size: int = 32
+    num_microbatches: int = 1
+    warmup_steps: int = WARMUP_STEPS
+
+    @property
+    def precision(self) -> str:
+        """As Lightning names it."""
+        return CASES[self.case]["precision"]
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the weights and of the optimizer's state."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
 
 # -- what all contestants share ------------------------------------------------------------------------------------
@@ -97,13 +132,14 @@ def read_rows(data: Path) -> list[dict[str, str]]:
     return [{"prompt": template.format(question=row["question"]), "output": row["output"]} for row in rows]
 
 
-def build_model(case: str, device: str) -> Any:
+def build_model(contest: Contest) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    settings = {"model_type": "qwen2", "tie_word_embeddings": True} | CASES[case]["model"]
+    settings = {"model_type": "qwen2", "tie_word_embeddings": True} | CASES[contest.case]["model"]
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, CASES[case]["dtype"])).to(device)
+    with torch.device(contest.device):
+        return AutoModelForCausalLM.from_config(config, dtype=contest.weight_dtype)
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
@@ -115,71 +151,74 @@ def encoded(folder: Path) -> list[dict[str, list[int]]]:
 
 
 class Clock:
-    """Seconds and tokens of the steps after the warm-up; losses of all; memory beyond the weights."""
+    """Seconds and tokens of the steps after the warm-up; losses of all; memory beyond the weights.
 
-    def __init__(self, device: str) -> None:
-        self.device, self.losses, self.times, self.tokens = device, [], [], []
-        self._peak = PeakMemory(device)
+    A CUDA device is not waited for before all steps are done.
+    """
 
-    def step_done(self, loss: float, num_tokens: int) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        self.losses.append(loss)
-        self.tokens.append(num_tokens)
+    def __init__(self, contest: Contest) -> None:
+        self._contest, self._cuda = contest, contest.device == "cuda"
+        self._losses: list[torch.Tensor] = []
+        self._tokens: list[torch.Tensor | int] = []
+        self._times: list[Any] = []
+        self._peak = PeakMemory(contest.device)
+
+    def step_done(self, loss: torch.Tensor, num_tokens: torch.Tensor | int) -> None:
+        if self._cuda:
+            self._times.append(torch.cuda.Event(enable_timing=True))
+            self._times[-1].record()
+        else:
+            self._times.append(time.perf_counter())
+        self._losses.append(loss.detach().clone())
+        self._tokens.append(num_tokens)
 
     def result(self) -> dict[str, float]:
-        elapsed = self.times[-1] - self.times[WARMUP_STEPS - 1]
+        skipped = self._contest.warmup_steps
+        first, last = self._times[skipped - 1], self._times[-1]
+        if self._cuda:
+            torch.cuda.synchronize()
+        elapsed = first.elapsed_time(last) / 1000 if self._cuda else last - first
         return {
-            "tokens_per_second": sum(self.tokens[WARMUP_STEPS:]) / elapsed,
+            "tokens_per_second": float(sum(self._tokens[skipped:])) / elapsed,
             "bytes": self._peak.read(),
-            "first_loss": self.losses[0],
-            "last_loss": self.losses[-1],
+            "first_loss": float(self._losses[0]),
+            "last_loss": float(self._losses[-1]),
         }
 
 
 # -- the contestants -----------------------------------------------------------------------------------------------
 
 
-def ours(
-    folder: Path,
-    case: str,
-    device: str,
-    num_steps: int,
-    layout: str = "packed",
-    callbacks: Sequence[Any] = (),
-    **options: Any,
-) -> dict:
+def ours(contest: Contest, layout: str = "packed", callbacks: Sequence[Any] = (), **options: Any) -> dict:
     import lightning as L
 
     from lightning_sft import SFTDataModule, SFTModule
 
     class StepDone(L.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            loss = float(trainer.callback_metrics["train/loss"])
-            clock.step_done(loss, batch.totals.num_tokens + batch.totals.num_sequences)
+            totals = batch.totals
+            clock.step_done(trainer.callback_metrics["train/loss"], int(totals.num_tokens + totals.num_sequences))
 
     data = SFTDataModule(
-        str(folder / "tokenizer"),
-        str(folder / "rows.jsonl"),
-        batch_size=BATCH_SIZE,
+        str(contest.folder / "tokenizer"),
+        str(contest.folder / "rows.jsonl"),
+        batch_size=contest.batch_size,
+        gradient_accumulation_steps=contest.num_microbatches,
         layout=layout,
-        max_tokens_per_microbatch=options.pop("max_tokens_per_microbatch", None),
     )
     module = SFTModule(
-        build_model(case, "cpu"),
+        build_model(contest),
         optimizer=adamw,
         lr_scheduler="constant",
         warmup_steps=0,
         max_grad_norm=1.0,
         **options,
     )
-    precision = "32-true" if CASES[case]["dtype"] == "float32" else "bf16-true"
     trainer = L.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
+        accelerator="gpu" if contest.device == "cuda" else "cpu",
         devices=1,
-        max_steps=num_steps,
-        precision=precision,
+        max_steps=contest.num_steps,
+        precision=contest.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -187,130 +226,156 @@ def ours(
         num_sanity_val_steps=0,
         callbacks=[StepDone(), *callbacks],
     )
-    clock = Clock(device)
+    clock = Clock(contest)
     trainer.fit(module, data)
     return clock.result()
 
 
-def ours_compiled(**arguments: Any) -> dict:
-    return ours(**arguments, compile=True)
+def ours_compiled(contest: Contest) -> dict:
+    return ours(contest, compile=True)
 
 
-def plain_padded(folder: Path, case: str, device: str, num_steps: int) -> dict:
+def ours_checkpointed(contest: Contest) -> dict:
+    return ours(contest, gradient_checkpointing=True)
+
+
+def plain_padded(contest: Contest) -> dict:
     """Right-padded batches, logits of every position, cross-entropy where there is a response."""
-    model = build_model(case, device).train()
+    model = build_model(contest).train()
     optimizer = adamw(model.parameters())
-    examples = encoded(folder)
-    clock = Clock(device)
-    for step in range(num_steps):
-        chosen = examples[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
-        longest = max(len(example["input_ids"]) for example in chosen)
-        ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
-        labels = torch.full((len(chosen), longest), -100)
-        for row, example in enumerate(chosen):
-            ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
-            labels[row, : len(example["labels"])] = torch.tensor(example["labels"])
-        ids, labels = ids.to(device), labels.to(device)[:, 1:]
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        mask = labels != -100
-        log_p = torch.log_softmax(logits.float(), dim=-1)
-        log_probs = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
-            (entropy * mask).sum() / mask.sum()
-        loss = -(log_probs * mask).sum() / mask.sum()
-        del logits, log_p
-        loss.backward()
+    examples, device = encoded(contest.folder), contest.device
+    size = contest.batch_size // contest.num_microbatches
+    clock = Clock(contest)
+    for step in range(contest.num_steps):
+        chosen = examples[step * contest.batch_size : (step + 1) * contest.batch_size]
+        num_labels = sum(label != -100 for example in chosen for label in example["labels"])
+        total = torch.zeros((), device=device)
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            longest = max(len(example["input_ids"]) for example in part)
+            ids = torch.zeros(len(part), longest, dtype=torch.int64)
+            labels = torch.full((len(part), longest), -100)
+            for row, example in enumerate(part):
+                ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
+                labels[row, : len(example["labels"])] = torch.tensor(example["labels"])
+            ids, labels = ids.to(device), labels.to(device)[:, 1:]
+            with torch.autocast(device, torch.bfloat16, enabled=contest.precision == "bf16-mixed"):
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            mask = labels != -100
+            log_p = torch.log_softmax(logits.float(), dim=-1)
+            log_probs = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            with torch.no_grad():
+                entropy = -(log_p.exp() * log_p).sum(-1)
+                (entropy * mask).sum() / mask.sum()
+            loss = -(log_probs * mask).sum() / num_labels
+            del logits, log_p
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        clock.step_done(loss.item(), sum(len(example["input_ids"]) for example in chosen))
+        clock.step_done(total, sum(len(example["input_ids"]) for example in chosen))
     return clock.result()
 
 
-def trl(folder: Path, case: str, device: str, num_steps: int, **settings: Any) -> dict:
+def trl(contest: Contest, **settings: Any) -> dict:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    seen = {"tokens": 0, "loss": 0.0}
+    tokens: list[Any] = []
+    losses: list[torch.Tensor] = []
 
     class Counting(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             mask = inputs.get("attention_mask")
-            seen["tokens"] += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            tokens.append(mask.sum() if mask is not None else inputs["input_ids"].numel())
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            seen["loss"] += float(loss)
+            losses.append(loss.detach().clone())
             return loss
 
     class StepDone(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.step_done(seen["loss"], seen["tokens"])
-            seen.update(tokens=0, loss=0.0)
+            clock.step_done(sum(losses[1:], losses[0]), sum(tokens))
+            tokens.clear()
+            losses.clear()
 
     options = {
-        "output_dir": str(folder / "trl"),
-        "max_steps": num_steps,
-        "per_device_train_batch_size": BATCH_SIZE,
+        "output_dir": str(contest.folder / "trl"),
+        "max_steps": contest.num_steps,
+        "per_device_train_batch_size": contest.batch_size // contest.num_microbatches,
+        "gradient_accumulation_steps": contest.num_microbatches,
         "train_sampling_strategy": "sequential",
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "max_length": 1024,
-        "bf16": False,
-        "use_cpu": device == "cpu",
+        "bf16": contest.precision == "bf16-mixed",
+        "use_cpu": contest.device == "cpu",
         "report_to": "none",
         "save_strategy": "no",
-        "logging_steps": num_steps,
+        "logging_steps": contest.num_steps,
         "disable_tqdm": True,
-        "dataloader_pin_memory": device == "cuda",
+        "dataloader_pin_memory": contest.device == "cuda",
     } | settings
     trainer = Counting(
-        model=build_model(case, device),
+        model=build_model(contest),
         args=SFTConfig(**options),
-        train_dataset=Dataset.from_list(encoded(folder)),
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        train_dataset=Dataset.from_list(encoded(contest.folder)),
+        processing_class=AutoTokenizer.from_pretrained(contest.folder / "tokenizer"),
         callbacks=[StepDone()],
     )
-    clock = Clock(device)
+    clock = Clock(contest)
     trainer.train()
     return clock.result()
 
 
-def trl_without_checkpointing(**arguments: Any) -> dict:
-    return trl(**arguments, gradient_checkpointing=False)
+def trl_without_checkpointing(contest: Contest) -> dict:
+    return trl(contest, gradient_checkpointing=False)
 
 
-def trl_grouped(**arguments: Any) -> dict:
-    return trl(**arguments, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
+def trl_grouped(contest: Contest, **settings: Any) -> dict:
+    return trl(contest, gradient_checkpointing=False, train_sampling_strategy="group_by_length", **settings)
 
 
-def trl_packed(**arguments: Any) -> dict:
-    """Bins of 1,024 tokens, as many as hold about 32 sequences."""
-    lengths = [len(example["input_ids"]) for example in encoded(arguments["folder"])]
-    bins = max(1, round(BATCH_SIZE * sum(lengths) / len(lengths) / 1024))
-    settings = {"packing": True, "per_device_train_batch_size": bins}
-    return trl(**arguments, gradient_checkpointing=False, **settings)
+def trl_grouped_liger(contest: Contest) -> dict:
+    return trl_grouped(contest, use_liger_kernel=True)
 
 
-def ours_padded(**arguments: Any) -> dict:
-    return ours(**arguments, layout="padded")
+def trl_packed(contest: Contest, **settings: Any) -> dict:
+    """Bins of 1,024 tokens, as many as hold about as many sequences."""
+    lengths = [len(example["input_ids"]) for example in encoded(contest.folder)]
+    size = contest.batch_size // contest.num_microbatches
+    bins = max(1, round(size * sum(lengths) / len(lengths) / 1024))
+    return trl(contest, packing=True, per_device_train_batch_size=bins, gradient_checkpointing=False, **settings)
 
 
-CONTESTANTS: dict[str, Callable[..., dict]] = {
+def trl_packed_liger(contest: Contest) -> dict:
+    return trl_packed(contest, use_liger_kernel=True)
+
+
+def ours_padded(contest: Contest) -> dict:
+    return ours(contest, layout="padded")
+
+
+CONTESTANTS: dict[str, Callable[[Contest], dict]] = {
     "ours": ours,
     "ours, padded": ours_padded,
     "ours, compiled": ours_compiled,
+    "ours, checkpointing": ours_checkpointed,
     "plain PyTorch, padded": plain_padded,
     "TRL, defaults": trl,
     "TRL, no checkpointing": trl_without_checkpointing,
     "TRL, grouped by length": trl_grouped,
+    "TRL, grouped by length, Liger": trl_grouped_liger,
     "TRL, packed": trl_packed,
+    "TRL, packed, Liger": trl_packed_liger,
 }
+UNUSUAL = ["ours, checkpointing", "TRL, grouped by length, Liger", "TRL, packed, Liger"]  # not run unless named
 
 
 # -- the contest ---------------------------------------------------------------------------------------------------
@@ -329,28 +394,29 @@ def useful_flops_per_token(case: str, examples: list[dict[str, list[int]]]) -> f
     return (6 * weights * tokens + 6 * hidden * model["vocab_size"] * responses + 12 * layers * hidden * pairs) / tokens
 
 
-def prepare(case: str, data: Path, folder: Path, num_steps: int) -> list[dict[str, list[int]]]:
-    """Rows, tokenizer and, in the order of our steps, the token ids."""
+def prepare(contest: Contest, data: Path) -> list[dict[str, list[int]]]:
+    """Make the contest's folder: rows, tokenizer and, in the order of our steps, the token ids, which are returned."""
     from transformers import AutoTokenizer
 
     from lightning_sft.data.steps.plan import BatchPlan, StepRule
     from lightning_sft.data.tokens.tokenization import encode_examples
 
-    rows = read_rows(data)
-    (folder / "qwen2_tokenizer").symlink_to((data.parents[1] / "qwen2_tokenizer").resolve())
-    build_tokenizer(CASES[case]["model"]["vocab_size"], rows, folder / "case")
-    rows = rows[: BATCH_SIZE * num_steps]
-    (folder / "case" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "case" / "tokenizer")
+    rows, folder = read_rows(data), contest.folder
+    folder.mkdir()
+    (folder.parent / "qwen2_tokenizer").symlink_to((data.parents[1] / "qwen2_tokenizer").resolve())
+    build_tokenizer(CASES[contest.case]["model"]["vocab_size"], rows, folder)
+    rows = rows[: contest.batch_size * contest.num_steps]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     prompts, outputs = [row["prompt"] for row in rows], [row["output"] for row in rows]
     examples = encode_examples(prompts, outputs, tokenizer, append_eos=True)
-    plan = BatchPlan([1] * len(rows), [1] * len(rows), StepRule(BATCH_SIZE))
-    order = [index for step in range(num_steps) for index in plan.step(step).ranks[0][0]]
+    plan = BatchPlan([1] * len(rows), [1] * len(rows), StepRule(contest.batch_size))
+    order = [index for step in range(contest.num_steps) for index in plan.step(step).ranks[0][0]]
     chosen = []
     for example in (examples[index] for index in order):
         labels = [-100] * example.num_prompt_tokens + list(example.input_ids[example.num_prompt_tokens :])
         chosen.append({"input_ids": list(example.input_ids), "labels": labels})
-    (folder / "case" / "encoded.json").write_text(json.dumps(chosen))
+    (folder / "encoded.json").write_text(json.dumps(chosen))
     return chosen
 
 
@@ -374,22 +440,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl, beside the Qwen2 tokenizer")
     parser.add_argument("--case", nargs="+", choices=CASES, default=["large-vocabulary", "small-fp32", "small-bf16"])
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    usual = [name for name in CONTESTANTS if name not in UNUSUAL]
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=usual)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=8, help=f"optimizer steps; the first {WARMUP_STEPS} are not timed")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
+    parser.add_argument("--warmup", type=int, default=WARMUP_STEPS, help="of these, the first that are not timed")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of an optimizer step")
+    parser.add_argument("--microbatches", type=int, default=1, help="backward passes of an optimizer step")
     parser.add_argument("--rounds", type=int, default=3, help="times that every contestant is run, in turn")
     parser.add_argument("--plot", type=Path, help="folder for a PNG of each case")
     options = parser.parse_args()
     print(machine(options.device))
     for case in options.case:
+        dtype = "float32" if CASES[case]["precision"] == "32-true" else "bfloat16"
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            (folder / "case").mkdir()
-            examples = prepare(case, options.data, folder, options.steps)
-            arguments = {"folder": folder / "case", "case": case, "device": options.device, "num_steps": options.steps}
+            contest = Contest(
+                Path(temporary) / "case",
+                case,
+                options.device,
+                options.steps,
+                options.batch_size,
+                options.microbatches,
+                options.warmup,
+            )
+            examples = prepare(contest, options.data)
             contestants = {name: CONTESTANTS[name] for name in options.contestants}
-            rate, results = in_turn(contestants, arguments, options.rounds, CASES[case]["dtype"])
-        peak = peak_rate(getattr(torch, CASES[case]["dtype"]), options.device)
+            rate, results = in_turn(contestants, {"contest": contest}, options.rounds, dtype, options.device)
+        peak = peak_rate(getattr(torch, dtype), options.device)
         report(case, results, useful_flops_per_token(case, examples), rate, peak)
         if options.plot:
             options.plot.mkdir(parents=True, exist_ok=True)
