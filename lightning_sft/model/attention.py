@@ -22,7 +22,9 @@ try:
 except ImportError:  # not in every build of torch
     varlen_attn = None  # type: ignore[assignment]
 # Fewer heads of keys than of queries: torch 2.11 takes them without a word, newer ones want to be told.
-_GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {}
+if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    _GROUPED["enable_gqa"] = True
 
 VARLEN = "lightning_sft_varlen"
 _LONGEST_BY_PRODUCTS = 1024  # tokens: 2 MiB of probabilities for each head
