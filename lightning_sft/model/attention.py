@@ -20,10 +20,12 @@ from lightning_sft.errors import SettingsError
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # not in every build of torch
-    varlen_attn = None  # type: ignore[assignment]
+    _HAS_KERNEL = False
+else:
+    _HAS_KERNEL = True
 # Fewer heads of keys than of queries: torch 2.11 takes them without a word, newer ones want to be told.
 _GROUPED: dict[str, Any] = {}
-if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+if _HAS_KERNEL and "enable_gqa" in inspect.signature(varlen_attn).parameters:
     _GROUPED["enable_gqa"] = True
 
 VARLEN = "lightning_sft_varlen"
@@ -71,7 +73,7 @@ def varlen_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as for `sdpa`: rotary embeddings have made float32 of queries and keys
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
-    if varlen_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if _HAS_KERNEL and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         longest = kwargs["max_length_q"]
         q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         sizes = (-1 if window is None else window - 1, 0)
