@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from support.architectures import tiny_architecture
+from support.cuda import NEEDS_CUDA
 from support.models import character_tokenizer, tiny_model
 
 from lightning_sft import Sampling, log_generations
@@ -77,6 +78,19 @@ def test_log_generations_equals_greedy_decoding_one_token_at_a_time(model):
         assert record.token_log_probs == pytest.approx(log_probs, rel=1e-4)
         assert record.token_entropies == pytest.approx(entropies, rel=1e-4)
         assert record.token_entropy == pytest.approx(sum(entropies) / len(ids), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [pytest.param(value, marks=NEEDS_CUDA) for value in (0.0, 0.7)])
+def test_a_gpu_writes_what_the_cpu_does_and_scores_it_alike(model, temperature):
+    options = {"temperature": temperature, "top_p": 0.9 if temperature else 1.0, "seed": 3}
+    expected = generate(model, **options)[0]
+    model.to("cuda")
+    records = generate(model, **options)[0]
+    assert records == generate(model, **options)[0]
+    for record, reference in zip(records, expected, strict=True):
+        assert record.token_ids == reference.token_ids
+        assert record.token_log_probs == pytest.approx(reference.token_log_probs, rel=1e-4, abs=1e-4)
+        assert record.token_entropies == pytest.approx(reference.token_entropies, rel=1e-4, abs=1e-4)
 
 
 def test_responses_that_have_ended_leave_the_batch_and_change_no_other(model, monkeypatch):

@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
+from support.cuda import CUDA, accelerator
 from support.runs import read_log, train
 
 from lightning_sft.model.head import Head, score_labels
 
-CUDA = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-)
 CONFIG = {"hidden_size": 32, "num_attention_heads": 2}
 
 
@@ -50,7 +48,7 @@ def test_the_head_is_that_of_full_logits_in_float64(device, dtype, tolerance, kn
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_run_learns_what_float32_on_the_cpu_does(tmp_path, device, exact, precision, tolerance, layout):
     """Half precision too, packed or padded, with generations in between."""
-    options = {"accelerator": "gpu" if device == "cuda" else "cpu", "precision": precision, "max_steps": 10}
+    options = {"accelerator": accelerator(device), "precision": precision, "max_steps": 10}
     data = {"layout": layout, "max_tokens_per_microbatch": 70}
     result = train(tmp_path, config=CONFIG, data=data, generate=True, **options)
     losses, expected = (torch.tensor(run["losses"]) for run in (result, exact))

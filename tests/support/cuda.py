@@ -1,10 +1,18 @@
-"""Where there is no CUDA device, the CPU in its place."""
+"""Tests that need a CUDA device; and where there is none, the CPU in its place."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = pytest.param("cuda", marks=NEEDS_CUDA)  # beside "cpu"
+
+
+def accelerator(device: str) -> str:
+    """What Lightning calls a device."""
+    return "gpu" if device == "cuda" else device
 
 
 def take_cpu_for_cuda(monkeypatch: pytest.MonkeyPatch, peak: Callable[[], int] = lambda: 1) -> None:

@@ -2,7 +2,8 @@
 
 import lightning as L
 import pytest
-from support.cuda import attend_as_the_kernel
+import torch
+from support.cuda import NEEDS_CUDA, attend_as_the_kernel
 from support.device_reads import DeviceReadError, NoDeviceReads
 from support.models import character_tokenizer, tiny_config
 from support.runs import ROWS, adamw
@@ -17,7 +18,7 @@ from lightning_sft.training.host_copy import HostCopy
 class OnDevice(L.Callback):
     """From the second optimizer step on, model, optimizer and batch are on a device that must not be read."""
 
-    def __init__(self, device: NoDeviceReads) -> None:
+    def __init__(self, device: "NoDeviceReads | NoWaits") -> None:
         self.device, self.num_steps, self.is_inside = device, 0, False
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -63,11 +64,24 @@ def device(monkeypatch):
     return device
 
 
-def run(device, data, config, **module):
+class NoWaits:
+    """Within it torch refuses to wait for a CUDA device, but for its events, by which the guard reads its numbers."""
+
+    def put(self, tensors):
+        """They are there."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *exception):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def run(device, data, config, accelerator="cpu", **module):
     on_device = OnDevice(device)
     callbacks = [on_device, TokenThroughput(), StepProgressBar(), OnHostAgain(on_device)]
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        accelerator=accelerator, max_steps=4, logger=False, enable_checkpointing=False, enable_model_summary=False,
         callbacks=callbacks, num_sanity_val_steps=0, precision=module.pop("precision", "32-true"),
     )  # fmt: skip
     rows = SFTDataModule(character_tokenizer(), ROWS, batch_size=8, **data)
@@ -96,9 +110,20 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_optimizer_step_does_not_read_the_device(device, name, monkeypatch):
     data, config, module = SETTINGS[name]
+    leave_out_known_reads(data, monkeypatch)
+    assert run(device, data, config, **module) == 3
+
+
+def leave_out_known_reads(data, monkeypatch):
     if data.get("layout") == "padded":  # `transformers` asks, once in a microbatch, whether padded rows are packed
         monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    assert run(device, data, config, **module) == 3
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS_CUDA) for name in SETTINGS])
+def test_an_optimizer_step_does_not_wait_for_a_gpu(name, monkeypatch):
+    data, config, module = SETTINGS[name]
+    leave_out_known_reads(data, monkeypatch)
+    assert run(NoWaits(), data, config, "gpu", **(module | {"precision": "bf16-mixed"})) == 3
 
 
 def test_a_step_that_reads_the_device_would_be_seen(device):

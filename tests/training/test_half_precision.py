@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from support.cuda import CUDA, accelerator
 from support.fits import fit
 from support.models import tiny_config, tiny_model
 
@@ -31,8 +32,9 @@ def test_rotary_frequencies_stay_in_float32_under_bf16_true(tmp_path):
     assert torch.equal(buffers["model.model.rotary_emb.inv_freq"], exact)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("fused", [False, True])  # a fused optimizer would unscale in its step, after the clipping
-def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_schedule_too(tmp_path, fused):
+def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_schedule_too(tmp_path, fused, device):
     rates, norms = [], []
 
     class Watch(L.Callback):
@@ -46,7 +48,7 @@ def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_
                 lambda grad: grad * math.inf if trainer.global_step == 1 else grad
             )
 
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler = torch.amp.GradScaler(device, init_scale=256.0)
     module = SFTModule(
         tiny_config(),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.3, fused=fused),
@@ -58,7 +60,8 @@ def test_scaled_gradients_are_clipped_after_unscaling_and_an_overflow_skips_the_
         tmp_path,
         module,
         callbacks=[OneOverflow(), Watch()],
-        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        plugins=[MixedPrecision("16-mixed", device, scaler)],
+        accelerator=accelerator(device),
         max_steps=4,
     )
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
