@@ -131,7 +131,8 @@ class _DeviceTimer:
 
 def known_peak_flops(device: torch.device, precision: Precision) -> float | None:
     """Multiplications and additions per second that a CUDA device could do at most; None if Lightning does not know."""
-    if "L40" in torch.cuda.get_device_name(device):  # taken for an L4
+    name = torch.cuda.get_device_name(device)
+    if "L40" in name or "H100 NVL" in name:  # taken for an L4; and for two devices with sparse matrices
         return None
     return get_available_flops(device, precision.compute_dtype)
 

@@ -90,7 +90,8 @@ def test_a_bad_peak_is_named():
 
 
 def test_peaks_are_those_that_lightning_knows_for_sure(monkeypatch):
-    known = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA L4": 121e12, "NVIDIA L40S": None, "NVIDIA Unheard-of": None}
+    known = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA L4": 121e12}
+    known |= dict.fromkeys(["NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA Unheard-of"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, peak in known.items():

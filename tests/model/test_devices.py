@@ -4,10 +4,14 @@ import math
 
 import pytest
 import torch
-from support.cuda import CUDA, accelerator
+from support.cuda import CUDA, NEEDS_CUDA, accelerator
+from support.models import tiny_config
 from support.runs import read_log, train
 
+from lightning_sft import SFTModule
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.head import Head, score_labels
+from lightning_sft.training.model_setup import prepare_model
 
 CONFIG = {"hidden_size": 32, "num_attention_heads": 2}
 
@@ -42,6 +46,20 @@ def test_the_head_is_that_of_full_logits_in_float64(device, dtype, tolerance, kn
     torch.testing.assert_close(given.token_entropy.double(), entropy, rtol=tolerance, atol=tolerance)
     pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, precise), strict=True)
     assert all((ours.double() - theirs).norm() < tolerance * theirs.norm() for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("tf32", [pytest.param(value, marks=NEEDS_CUDA) for value in ("highest", "high")])
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2"])
+def test_a_gpu_s_shorter_float32_keeps_no_model_from_packing(model_type, tf32):
+    config = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "model_type": model_type}
+    module = SFTModule(tiny_config(**config, initializer_range=0.1))
+    torch.set_float32_matmul_precision(tf32)
+    try:
+        module.configure_model()
+        traits = prepare_model(module.model.to("cuda"), None, ActivationCheckpointing(), compiled=False)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert traits.why_not_packed is None
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-mixed", 2e-3), ("bf16-true", 2e-2)])
