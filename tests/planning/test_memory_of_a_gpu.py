@@ -12,11 +12,11 @@ pytestmark = NEEDS_CUDA
 
 @pytest.fixture
 def _little_memory():
-    """A tenth of a GiB more than this process holds now."""
+    """A quarter of a GiB more than this process holds now."""
     torch.cuda.empty_cache()
     torch.cuda.init()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.1 * 2**30) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -33,4 +33,4 @@ def test_memory_that_runs_out_ends_the_doubling_and_is_free_again():
     assert found.most_tokens == max(fitting)
     assert min(too_large) <= 1.05 * max(fitting) + 1
     assert len(too_large) > 1 or len(fitting) > 3
-    assert torch.cuda.memory_allocated() <= held + 2**20
+    assert torch.cuda.memory_allocated() < held + 2**27  # which workspaces of cuBLAS take at the most
