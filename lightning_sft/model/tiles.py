@@ -116,6 +116,8 @@ def fused(function: _Function) -> _Function:
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         warnings.warn("There is no C compiler, which `torch.compile` needs: the head takes longer.", stacklevel=2)
         return function
+    # With few rows the compiler divides a row between several threads and says so, at great length.
+    warnings.filterwarnings("ignore", r"\s*Online softmax is disabled on the fly")
     return cast(_Function, torch.compile(function, dynamic=True))
 
 

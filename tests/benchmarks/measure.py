@@ -17,6 +17,7 @@ import torch
 
 GIB = 2**30
 _GEMM = "GEMM"
+_TAKE_LONG_TO_IMPORT = ["lightning", "datasets", "lightning_sft.cli.main", "trl.trainer.sft_trainer"]
 
 
 class PeakMemory:
@@ -94,8 +95,9 @@ def in_turn(
     """
     contestants = {_GEMM: partial(_gemm, dtype=dtype, device=device), **contestants}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking CUDA itself would keep it from forked processes
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning", "datasets", "transformers"])  # what takes long to import, just once
+    context.set_forkserver_preload(_TAKE_LONG_TO_IMPORT)
     for _ in range(rounds):
         for name, contestant in contestants.items():
             if results[name] and "error" in results[name][0]:
@@ -109,6 +111,7 @@ def in_turn(
             except EOFError:
                 results[name].append({"error": "the process died (out of memory?)"})
             process.join()
+            print(f"{name}: {results[name][-1]}", file=sys.stderr, flush=True)
     medians = {name: _median(runs) for name, runs in results.items()}
     return medians.pop(_GEMM)["rate"], medians
 
