@@ -39,9 +39,9 @@ class Routing:
         Args:
             counts: Whether a token does, `(num_tokens,)`.
         """
-        weights = counts.to(torch.float32)
-        chosen = torch.zeros(self.num_experts, device=counts.device)
-        probability = torch.zeros(self.num_experts, device=counts.device)
+        weights = counts.to(torch.float32)  # as all sums, also where Lightning makes another type the default
+        chosen = torch.zeros(self.num_experts, dtype=torch.float32, device=counts.device)
+        probability = torch.zeros_like(chosen)
         for logits in self.logits:
             probabilities = torch.softmax(logits.reshape(-1, self.num_experts), dim=-1)
             experts = torch.topk(probabilities, self.top_k, dim=-1).indices
@@ -115,7 +115,7 @@ class RoutingRecorder:
         logits = named["gate_logits"]
         if logits:
             self.routing = Routing(tuple(logits), named["num_experts"], named["top_k"])
-        return torch.full((), self._value, device=logits[0].device if logits else None)
+        return torch.full((), self._value, dtype=torch.float32, device=logits[0].device if logits else None)
 
 
 def _module_with_loss(model: nn.Module) -> ModuleType | None:

@@ -81,6 +81,16 @@ def test_two_processes_route_as_one(tmp_path, strategy, microbatches):
     assert routed[1] == pytest.approx(routed[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_balances_its_routers_like_float32(tmp_path, precision):
+    logged = []
+    for name in ("32-true", precision):
+        train(tmp_path / name, config=MIXTURE, max_steps=2, precision=name)
+        logged.append([step["train/router_loss"] for step in read_log(tmp_path / name / "steps_0.jsonl")])
+    assert logged[1] == pytest.approx(logged[0], rel=0.05)
+    assert logged[1] != logged[0]
+
+
 def test_a_loss_that_is_computed_otherwise_is_refused(monkeypatch):
     def doubled(gate_logits, num_experts=None, top_k=2, attention_mask=None):
         return 2 * load_balancing_loss_func(gate_logits, num_experts, top_k, attention_mask)
