@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import browser as browser_module
+from support import processes
 from support.browser import Browser
 from support.paths import SHARED_DATA
 
@@ -23,6 +24,12 @@ _LONGEST = ["test_resume", "test_cli", "test_splits", "test_notebooks", "test_mo
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: otherwise one of the two workers is left with one of them in the end."""
     items.sort(key=lambda item: [*_LONGEST, item.path.stem].index(item.path.stem))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _launcher() -> None:
+    """What starts processes is a copy of this one before its first test."""
+    processes.begin()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ import yaml
 from safetensors.torch import load_file
 from support import chat
 from support.models import character_tokenizer, tiny_config
-from support.runs import ROWS, Processes, train
+from support.processes import Processes
+from support.runs import ROWS, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import HuggingFaceExport, SFTModule, export_model

@@ -7,7 +7,8 @@ import lightning as L
 import pytest
 import torch
 from support.models import character_tokenizer, tiny_config
-from support.runs import SHARDED, Processes, longer_length
+from support.processes import Processes
+from support.runs import SHARDED, longer_length
 
 from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 from lightning_sft.callbacks import generation_monitor

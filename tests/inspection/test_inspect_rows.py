@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_config, tiny_model
+from support.processes import Processes
 from support.refusals import Refusal, each
-from support.runs import Processes
 
 from lightning_sft import SFTDataModule, SFTModule, inspect_rows
 from lightning_sft.inspection import inspect_rows as inspect_rows_module

@@ -6,7 +6,8 @@ import torch._dynamo
 import torch.distributed as dist
 from lightning_utilities.core.imports import RequirementCache
 from support.models import character_tokenizer, tiny_config
-from support.runs import Processes, whole
+from support.processes import Processes
+from support.runs import whole
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,11 +1,7 @@
-"""Small runs whose every step can be compared; in this process, or in others that can be killed."""
+"""Small runs whose every step can be compared; in this process, or in others."""
 
-import contextlib
 import json
-import multiprocessing
 import os
-import signal
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,47 +144,3 @@ def train(
 
 def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=0.01, weight_decay=0.1)
-
-
-# -- in processes of their own -----------------------------------------------------------------------------------
-
-
-class Processes:
-    """The same function in one process for each rank, as a launcher would start them; on loopback only."""
-
-    def __init__(self, function: Any, *args: Any, world_size: int = 1, **kwargs: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # Imported once, not in each process: the second brings peft, bitsandbytes and with these torch's compiler.
-        context.set_forkserver_preload(["lightning_sft.cli.app", "transformers.optimization"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.ranks = []
-        for rank in range(world_size):
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-            environment |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
-            environment |= {"TORCHELASTIC_RUN_ID": "test"}  # a launcher is there already
-            environment = environment if world_size > 1 else {}
-            self.ranks.append(context.Process(target=_call, args=(environment, function, args, kwargs)))
-            self.ranks[-1].start()
-
-    def wait(self, timeout: float = 120) -> list[int | None]:
-        """Exit codes; whoever is late is ended."""
-        for process in self.ranks:
-            process.join(timeout)
-        self.kill()
-        return [process.exitcode for process in self.ranks]
-
-    def kill(self) -> None:
-        """At once, their workers too: each leads a group of its own."""
-        for process in self.ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-
-
-def _call(environment: dict[str, Any], function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a process that a user starts
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    function(*args, **kwargs)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from support.lora import LORA
 from support.models import save_tiny_model
-from support.runs import Processes, train
+from support.processes import Processes
+from support.runs import train
 
 SHARDED = "fsdp"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.lora import LORA, build, logits
-from support.runs import ROWS, Processes, StopAt, train
+from support.processes import Processes
+from support.runs import ROWS, StopAt, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 

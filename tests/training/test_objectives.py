@@ -3,7 +3,8 @@
 import lightning as L
 import pytest
 import torch
-from support.runs import Processes, train
+from support.processes import Processes
+from support.runs import train
 
 from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsError

@@ -5,7 +5,8 @@ import torch
 from support.fits import ROWS, make_trainer
 from support.lora import MODELS, build
 from support.models import character_tokenizer, tiny_config, tiny_model
-from support.runs import Processes, train
+from support.processes import Processes
+from support.runs import train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule

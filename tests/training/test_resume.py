@@ -11,7 +11,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.runs import ROWS, Processes, read_log, train
+from support.processes import Processes
+from support.runs import ROWS, read_log, train
 
 # 43 rows in steps of 8 are 6 steps an epoch: validations, checkpoints and generations fall everywhere in it.
 SETTINGS = {
@@ -50,8 +51,8 @@ def wait_for_step(folder: Path, step: int, processes: Processes, timeout: float 
     deadline = time.monotonic() + timeout
     while not (log := read_log(folder / "steps_0.jsonl")) or log[-1]["step"] < step:
         assert time.monotonic() < deadline
-        assert all(process.is_alive() for process in processes.ranks)
-        time.sleep(0.002)
+        assert processes.all_run()
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,7 @@ def test_a_storm_of_kills_leaves_no_trace(tmp_path, num_kills):
         done = max((line["step"] for line in read_log(folder / "steps_0.jsonl")), default=0)
         wait_for_step(folder, done + 1, processes)
         time.sleep(moments.uniform(0, 0.06))
-        processes.kill()
-        assert [process.exitcode for process in processes.ranks] == [-signal.SIGKILL]
+        assert processes.kill() == [-signal.SIGKILL]
     assert Processes(train, folder, callbacks=each_epoch(folder), **settings).wait() == [0]
     assert_same_run(folder, tmp_path / "straight", num_steps)
     assert {path.name for path in (tmp_path / "straight" / "epochs").iterdir()} == epoch_files
@@ -181,7 +181,7 @@ def test_a_signal_saves_the_step_it_came_in_and_nothing_is_done_twice(tmp_path, 
     for step in (2, 9):
         processes = Processes(train, tmp_path, callbacks=[Slow()], **settings)
         wait_for_step(tmp_path, step, processes)
-        os.kill(processes.ranks[0].pid, number)
+        os.kill(processes.pids[0], number)
         assert processes.wait() == [128 + number]
         saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")["global_step"]
         assert saved == read_log(tmp_path / "steps_0.jsonl")[-1]["step"]
@@ -201,7 +201,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     processes = Processes(train, tmp_path, callbacks=[Slow()], max_steps=1000)
     wait_for_step(tmp_path, 1, processes)
     for _ in range(2):
-        os.kill(processes.ranks[0].pid, signal.SIGINT)
+        os.kill(processes.pids[0], signal.SIGINT)
         time.sleep(0.02)
     assert processes.wait() == [1]  # Lightning's own
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
@@ -212,7 +212,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, strategy)
     settings = SETTINGS | {"generate": False, "strategy": strategy, "every_n_steps": None}
     processes = Processes(train, tmp_path, callbacks=[Slow()], world_size=2, **settings)
     wait_for_step(tmp_path, 2, processes)
-    os.kill(processes.ranks[1].pid, signal.SIGTERM)
+    os.kill(processes.pids[1], signal.SIGTERM)
     assert processes.wait() == [128 + signal.SIGTERM] * 2
     first, second = (read_log(tmp_path / f"steps_{rank}.jsonl") for rank in (0, 1))
     assert len(first) == len(second) < 20

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from support.architectures import tiny_architecture
-from support.runs import Processes, read_log, train
+from support.processes import Processes
+from support.runs import read_log, train
 from support.sweep import ROWS, difference, first_step, gradients_of, token_rows
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

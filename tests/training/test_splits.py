@@ -7,7 +7,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from support.runs import Processes, read_log, train
+from support.processes import Processes
+from support.runs import read_log, train
 from torch.distributed.tensor import Replicate, Shard
 
 from lightning_sft.errors import SettingsError

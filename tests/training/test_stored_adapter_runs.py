@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.lora import LORA, build, disturb, logits
-from support.runs import Processes, StopAt, train
+from support.processes import Processes
+from support.runs import StopAt, train
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import HuggingFaceExport, SFTModule

@@ -6,7 +6,8 @@ import os
 import pytest
 import torch.distributed as dist
 from support.models import character_tokenizer
-from support.runs import ROWS, Processes
+from support.processes import Processes
+from support.runs import ROWS
 
 from lightning_sft.data.encoding import Encoding, RowEncoder
 from lightning_sft.data.rows.row_format import RowFormat
