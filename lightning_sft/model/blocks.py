@@ -1,15 +1,10 @@
 """The transformer blocks of a model: compiled one by one, and sharded one by one."""
 
-import inspect
-
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-# How often code may be compiled anew: for each kind of block, with and without gradients, for few and many rows. Older
-# versions of torch have no such argument, and give up after 8 times.
-_LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+from lightning_sft.model.fused import RECOMPILE_LIMIT
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -27,4 +22,4 @@ def compile_blocks(model: PreTrainedModel) -> None:
     for part in find_blocks(model) or [model.base_model]:
         # In sharded modules the compiler would take every number for a variable, the sizes of heads included. There it
         # is left to find out which lengths vary, each time by compiling anew, and after 8 times it would give up.
-        part.compile(dynamic=None if isinstance(part, FSDPModule) else True, **_LIMIT)
+        part.compile(dynamic=None if isinstance(part, FSDPModule) else True, **RECOMPILE_LIMIT)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sft.model.tiles import LogitTransform, TiledHead, WeightTile, float32_or_more, fused, score_tile
+from lightning_sft.model.fused import fused
+from lightning_sft.model.tiles import LogitTransform, TiledHead, WeightTile, float32_or_more, score_tile
 
 
 @dataclass(frozen=True)

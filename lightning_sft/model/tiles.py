@@ -5,18 +5,15 @@ The tiles of a row are put together by the grouping property of the entropy, `H 
 the probability of all tokens of tile `t`: no digits cancel in it.
 """
 
-import os
-import shutil
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_sft.model.fused import fused
 from lightning_sft.model.token_loss import NLL, TokenLoss
 
 
@@ -54,7 +51,6 @@ class Tile(NamedTuple):
     gradient: Tensor  # of `log_sum`, by the logits before they were capped: softmax times the cap's slope
 
 
-_Function = TypeVar("_Function", bound=Callable[..., object])
 TileFunction = Callable[[Tensor, Tensor | None, Tensor, LogitTransform, torch.dtype, bool, bool], Tile]
 
 
@@ -90,13 +86,16 @@ def score_tile(
     inside = (labels >= 0) & (labels < logits.shape[-1])
     label_logit = logits.gather(-1, labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     below_top = logits - top.unsqueeze(-1)
-    softmax = torch.softmax(below_top, dim=-1)
-    log_sum = -softmax.amax(dim=-1).log()  # the largest probability is exp(0) / sum
+    sum_below_top = below_top.sum(dim=-1) if sums_logits else top
+    exponentials = below_top.exp()
+    total = exponentials.sum(dim=-1)
+    log_sum = total.log()
+    entropy = log_sum - below_top.mul_(exponentials).sum(dim=-1) / total
+    softmax = exponentials.mul_((1 / total).unsqueeze(-1))
     gradient = softmax if transform.softcap is None else softmax * transform.cap_slope(logits)
-    sum_below_top = below_top.sum(dim=-1) if sums_logits else log_sum
     return Tile(
         log_sum=log_sum,
-        entropy=log_sum - below_top.mul_(softmax).sum(dim=-1),
+        entropy=entropy,
         label_logit=torch.where(inside, label_logit, 0.0),
         top=top,
         top_index=top_index,
@@ -108,17 +107,6 @@ def score_tile(
 def float32_or_more(tensor: Tensor) -> Tensor:
     """In float64 if it is so already, else in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@cache
-def fused(function: _Function) -> _Function:
-    """A function of a tile compiled to a single pass over it, or as it is where there is no compiler."""
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        warnings.warn("There is no C compiler, which `torch.compile` needs: the head takes longer.", stacklevel=2)
-        return function
-    # With few rows the compiler divides a row between several threads and says so, at great length.
-    warnings.filterwarnings("ignore", r"\s*Online softmax is disabled on the fly")
-    return cast(_Function, torch.compile(function, dynamic=True))
 
 
 @dataclass(frozen=True)

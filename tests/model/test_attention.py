@@ -281,4 +281,4 @@ def test_variable_length_attention_on_cuda_equals_one_document_at_a_time(name):
         found.append([logits, *torch.autograd.grad((logits**2).mean(), list(reference.parameters()))])
     ours = [given, *torch.autograd.grad((given**2).mean(), list(model.parameters()))]
     for each, precise, alone in zip(ours, *found, strict=True):
-        assert (each - precise).norm() < 1.2 * (alone - precise).norm() + 0.005 * precise.norm()
+        assert (each - precise).norm() < 2 * (alone - precise).norm()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_sft.model.fused import fused
 from lightning_sft.model.head import Head, score_labels
-from lightning_sft.model.tiles import LogitTransform, Tiling, fused, score_tile
+from lightning_sft.model.tiles import LogitTransform, Tiling, score_tile
 
 ROWS, HIDDEN, VOCAB = 37, 6, 50
 # Several tiles in both directions and several blocks, each with a smaller one at the end.
@@ -242,6 +243,21 @@ def test_compiled_tiles_as_on_cuda_say_the_same(softcap):
         torch.testing.assert_close(getattr(compiled, name), values)
     for one, other in zip(*(gradients(run.loss, hidden, weight, bias) for run in (plain, compiled)), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_code_is_compiled_for_each_width_of_a_tile_and_for_any_number_of_rows(monkeypatch):
+    compiled_for = []
+
+    def backend(graph, inputs):
+        compiled_for.extend(each.shape for each in inputs if isinstance(each, Tensor) and each.dim() == 2)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    tiling = Tiling(rows=64, width=32, block_bytes=2**20, score=fused.__wrapped__(score_tile))
+    for rows in (37, 20, 29, 32):
+        hidden, weight, _, labels, weights = make(rows=rows)
+        score_labels(hidden, Head(weight), labels, token_weights=weights, tiling=tiling)
+    assert [width for _, width in compiled_for] == [32, VOCAB - 32]
 
 
 def test_a_single_row_is_not_compiled_for_and_without_a_compiler_nothing_is(monkeypatch):
