@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import warnings
 from multiprocessing.connection import Connection
 from typing import Any
+
+from torch.distributed import TCPStore
 
 # Imported in a fit. The second brings peft, bitsandbytes and with these torch's compiler.
 _IMPORTED_FIRST = ("lightning_sft.cli.app", "transformers.optimization")
@@ -84,17 +85,19 @@ class Processes:
     """The same function in one process for each rank, as a launcher would start them; on loopback only."""
 
     def __init__(self, function: Any, *args: Any, world_size: int = 1, **kwargs: Any) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         (self._launcher,) = _launchers
+        environment = self._common_environment(world_size) if world_size > 1 else {}
         self.pids = []
         for rank in range(world_size):
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-            environment |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
-            environment |= {"TORCHELASTIC_RUN_ID": "test"}  # a launcher is there already
-            environment = environment if world_size > 1 else {}
-            self.pids.append(self._launcher.start(environment, function, args, kwargs))
+            own = {"RANK": rank, "LOCAL_RANK": rank} if world_size > 1 else {}
+            self.pids.append(self._launcher.start(environment | own, function, args, kwargs))
+
+    def _common_environment(self, world_size: int) -> dict[str, Any]:
+        """Says that a launcher is there already, and where they meet: a process that came too early would wait."""
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port, "GROUP_RANK": 0}
+        environment |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        return environment | {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True}
 
     def all_run(self) -> bool:
         return all(self._launcher.exit_code(pid, timeout=0) is None for pid in self.pids)

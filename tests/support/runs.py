@@ -17,7 +17,7 @@ from support.models import character_tokenizer, tiny_config
 
 WORDS = ["tree", "a", "stone river", "of", "light and day", "to", "grass", "sun moon star", "w", "seas"]
 ROWS = [{"prompt": f"{i}:" + "p" * (i % 4), "output": WORDS[i % 10] * (1 + i % 3)} for i in range(43)]
-
+NUM_STEPS = 12  # two epochs in steps of 8 rows, the sixth step of each of 3 rows
 
 SHARDED = {
     "fsdp": ModelParallelStrategy,
@@ -118,7 +118,7 @@ def train(
             "accelerator": "cpu",
             "devices": int(os.environ.get("WORLD_SIZE", 1)),
             "strategy": SHARDED[strategy]() if strategy in SHARDED else strategy,
-            "max_steps": 20,
+            "max_steps": NUM_STEPS,
             "default_root_dir": folder,
             "logger": False,
             "enable_progress_bar": False,

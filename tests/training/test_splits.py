@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.processes import Processes
-from support.runs import read_log, train
+from support.runs import NUM_STEPS, read_log, train
 from torch.distributed.tensor import Replicate, Shard
 
 from lightning_sft.errors import SettingsError
@@ -40,7 +40,7 @@ def whole_steps(tmp_path_factory):
 
 def assert_same(result, reference, dtype):
     tolerance = TOLERANCES[dtype]
-    assert len(result["losses"]) == 20
+    assert len(result["losses"]) == NUM_STEPS
     torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(reference["losses"]), rtol=1e-5, atol=0)
     for kind in ("gradients", "weights"):
         assert result[kind].keys() == reference[kind].keys()
@@ -102,7 +102,7 @@ def test_two_processes_are_one(tmp_path, whole_steps, strategy, options):
         logs = [read_log(folder / f"steps_{rank}.jsonl") for rank in (0, 1)]
         assert sorted(len(step["rows"]) for log in logs for step in log[5:6]) == [1, 2]
         if strategy == "ddp":
-            assert [(folder / f"reductions_{rank}").read_text() for rank in (0, 1)] == ["20", "20"]
+            assert [(folder / f"reductions_{rank}").read_text() for rank in (0, 1)] == [str(NUM_STEPS)] * 2
 
 
 def test_a_process_without_a_row_takes_part(tmp_path):
