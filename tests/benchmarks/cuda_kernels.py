@@ -99,10 +99,12 @@ def written_kernels(softcap: float | None) -> list[tuple[str, str]]:
     with FakeTensorMode() as fake:
         products = torch.empty(4096, 16384, device="cuda", dtype=torch.bfloat16)
         labels = torch.empty(4096, device="cuda", dtype=torch.long)
+
+        def score(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(score_tile(logits, None, chosen, LogitTransform(softcap=softcap), torch.bfloat16, False))
+
         traced = make_fx(
-            lambda logits, chosen: tuple(
-                score_tile(logits, None, chosen, LogitTransform(softcap=softcap), torch.bfloat16, False)
-            ),
+            torch.func.functionalize(score),  # as `torch.compile` does
             decomposition_table=torch._inductor.decomposition.select_decomp_table(),
         )(products, labels)
         with (

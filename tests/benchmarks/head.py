@@ -32,6 +32,21 @@ def ours_any_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, token_weig
     return -(score_labels(hidden, Head(weight), labels).log_probs * token_weights).sum()
 
 
+@functools.cache
+def _tiles_of_any_width() -> Any:
+    from lightning_sft.model.tiles import Tiling, score_tile
+
+    return Tiling.for_device("cuda", torch.compile(score_tile, dynamic=True))
+
+
+def ours_any_width(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
+    """With one compiled function for tiles of any width, rather than one for each."""
+    from lightning_sft.model.head import Head, score_labels
+
+    options = {"token_weights": token_weights, "tiling": _tiles_of_any_width()}
+    return score_labels(hidden, Head(weight), labels, **options).loss
+
+
 def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
     logits = F.linear(hidden, weight).float()
     log_probs = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
@@ -96,6 +111,7 @@ def torch_chunked(
 CONTESTANTS = {
     "ours, known weights": ours_known_weights,
     "ours, any gradient": ours_any_gradient,
+    "ours, known weights, code for any width": ours_any_width,
     "full logits": full_logits,
     "TRL": trl,
     "Liger, no entropies": liger,
