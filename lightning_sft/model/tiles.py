@@ -115,7 +115,7 @@ class Tiling:
 
     Attributes:
         rows: Rows of a tile.
-        width: Tokens of the vocabulary in a tile.
+        width: Tokens of the vocabulary in a tile, at the most.
         block_bytes: Memory for the gradients of tiles that the loss keeps until it knows how probable each tile is.
         score: Scores a tile, as `score_tile` does.
     """
@@ -137,8 +137,17 @@ class Tiling:
             score: Scores a tile. Default: whatever is fastest on the device.
         """
         if device_type == "cuda":
-            return cls(rows=16384, width=16384, block_bytes=5 * 2**29, score=score or fused(score_tile))
+            return cls(rows=16384, width=20480, block_bytes=5 * 2**29, score=score or fused(score_tile))
         return cls(rows=256, width=2048, block_bytes=2**27, score=score or score_tile)
+
+    def width_of_tiles(self, vocab_size: int) -> int:
+        """Tokens of each tile but perhaps the last: all alike where possible, since there is code for each width."""
+        fewest = -(-vocab_size // self.width)
+        for number in range(fewest, 2 * fewest) if self.score is not score_tile else ():
+            width, rest = divmod(vocab_size, number)
+            if not rest and width % 8 == 0:  # numbers are then read several at a time
+                return width
+        return self.width
 
     def rows_per_block(self, vocab_size: int, dtype: torch.dtype) -> int:
         """Rows whose gradients on the whole vocabulary fit into `block_bytes`, rounded up to whole tiles."""
@@ -207,7 +216,7 @@ class TiledHead:
 
     def weight_tiles(self) -> Iterator[WeightTile]:
         """The weights of one tile after another, in the type in which matrices are multiplied."""
-        width = self.settings.tiling.width
+        width = self.settings.tiling.width_of_tiles(self.weight.shape[0])
         for start in range(0, self.weight.shape[0], width):
             tokens = slice(start, start + width)
             yield WeightTile(tokens, self.weight[tokens].to(self.settings.dtype))
@@ -258,7 +267,8 @@ class TiledHead:
 
     def _mean(self, sums: Tensor, offsets: Tensor) -> Tensor:
         """Mean over the vocabulary, of sums over each tile and of what is still to be added to each number there."""
-        vocab_size, width = self.weight.shape[0], self.settings.tiling.width
+        vocab_size = self.weight.shape[0]
+        width = self.settings.tiling.width_of_tiles(vocab_size)
         widths = [min(width, vocab_size - start) for start in range(0, vocab_size, width)]
         totals = [total + offset * width for total, offset, width in zip(sums, offsets, widths, strict=True)]
         return torch.stack(totals).sum(dim=0) / vocab_size

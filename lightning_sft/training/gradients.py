@@ -1,6 +1,5 @@
 """What is done to gradients before the optimizer uses them: the scale of float16, and clipping."""
 
-import math
 from collections.abc import Iterable
 
 import lightning as L
@@ -45,6 +44,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     Returns:
         The norm before, a scalar.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole

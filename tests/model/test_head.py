@@ -260,6 +260,12 @@ def test_code_is_compiled_for_each_width_of_a_tile_and_for_any_number_of_rows(mo
     assert [width for _, width in compiled_for] == [32, VOCAB - 32]
 
 
+def test_tiles_on_cuda_are_of_one_width_where_the_vocabulary_allows_it():
+    tiling = Tiling.for_device("cuda", fused.__wrapped__(score_tile))
+    widths = [tiling.width_of_tiles(size) for size in (151936, 128256, 32000, 50257, 1000)]
+    assert widths == [18992, 16032, 16000, 20480, 1000]
+
+
 def test_a_single_row_is_not_compiled_for_and_without_a_compiler_nothing_is(monkeypatch):
     hidden, weight, _, labels, _ = make(rows=36)  # of which the last tile has one
     seen = []
