@@ -144,13 +144,13 @@ def parquet_in_memory(folder: Path) -> str:
 
 
 def saved(folder: Path) -> str:
-    Dataset.from_list(ROWS).with_format("torch").save_to_disk(folder / "saved")
+    Dataset.from_list(ROWS).with_format("torch").save_to_disk(str(folder / "saved"))
     return str(folder / "saved")
 
 
 def saved_splits(folder: Path) -> str:
     splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list([ROWS[1], *ROWS])}
-    DatasetDict(splits).save_to_disk(folder / "saved")
+    DatasetDict(splits).save_to_disk(str(folder / "saved"))
     return str(folder / "saved")
 
 

@@ -30,7 +30,7 @@ def parquet(folder: Path) -> bytes:
 
 
 def saved(folder: Path) -> str:
-    DatasetDict(test=Dataset.from_list(ROWS)).save_to_disk(folder / "saved")
+    DatasetDict(test=Dataset.from_list(ROWS)).save_to_disk(str(folder / "saved"))
     return str(folder / "saved")
 
 

@@ -54,7 +54,7 @@ def test_a_saved_folder_is_known_by_what_it_holds(tmp_path):
     for rows in (ROWS, ROWS[::-1]):
         data = Dataset.from_list(rows)
         data._fingerprint = "the same"
-        data.save_to_disk(tmp_path / "saved")
+        data.save_to_disk(str(tmp_path / "saved"))
         assert encode(str(tmp_path / "saved")).dataset["prompt"][:] == [row["prompt"] for row in rows]
 
 

@@ -94,7 +94,7 @@ def several(folder, rows):
 
 
 def saved(folder, rows):
-    Dataset.from_list(rows).save_to_disk(folder)
+    Dataset.from_list(rows).save_to_disk(str(folder))
     return str(folder)
 
 
