@@ -5,20 +5,27 @@ import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub; read when its client is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads only wait for each other; read when torch is imported
 
 from pathlib import Path
 
 import pytest
-import torch
 from support import browser as browser_module
-from support import processes
 from support.browser import Browser
 from support.paths import SHARED_DATA
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins by ignoring it
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
-_LONGEST = ["test_resume", "test_cli", "test_splits", "test_notebooks", "test_module", "test_lora_runs"]
+_LONGEST = [
+    "test_resume",
+    "test_notebooks",
+    "test_splits",
+    "test_cli",
+    "test_epochs",
+    "test_run_folders",
+    "test_module",
+]
+_LONGEST += ["test_lora_runs", "test_begun_on_two_processes", "test_public_templates", "test_encoded_rows"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _launcher() -> None:
     """What starts processes is a copy of this one before its first test."""
+    from support import processes  # not in the process that hands out tests, which has no use for torch
+
     processes.begin()
 
 

@@ -7,7 +7,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 GIB = 2**30
+SHAPES = ((4096, 384, 1024), (4096, 1024, 384), (2048, 1024, 4096))  # rows, inner dimension, columns
 _GEMM = "GEMM"
 _TAKE_LONG_TO_IMPORT = ["lightning", "datasets", "lightning_sft.cli.main", "trl.trainer.sft_trainer"]
 
@@ -54,15 +55,15 @@ def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def _gemm(dtype: str, device: str, **_: Any) -> dict[str, float]:
+def _gemm(dtype: str, device: str, shapes: Sequence[tuple[int, int, int]] = SHAPES, **_: Any) -> dict[str, float]:
     """A contestant like others."""
-    return matmul_rate(dtype, device)
+    return matmul_rate(dtype, device, shapes)
 
 
-def matmul_rate(dtype: str, device: str = "cpu") -> dict[str, float]:
+def matmul_rate(dtype: str, device: str = "cpu", shapes: Sequence[tuple[int, int, int]] = SHAPES) -> dict[str, float]:
     """FLOP/s of large matrix products: the median of several, of shapes that models have."""
     rates, kind = [], {"dtype": getattr(torch, dtype), "device": device}
-    for rows, inner, columns in ((4096, 384, 1024), (4096, 1024, 384), (2048, 1024, 4096)):
+    for rows, inner, columns in shapes:
         scale = 8 if device == "cuda" else 1
         a = torch.randn(rows * scale, inner * scale, **kind)
         b = torch.randn(inner * scale, columns * scale, **kind)

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
 from support.cuda import take_cpu_for_cuda
 from support.models import character_tokenizer, tiny_model
+from support.processes import Processes
 
 import lightning_sft
 from lightning_sft.cli import main as program
@@ -477,13 +479,18 @@ def test_evaluating_the_last_checkpoint_needs_one(inputs, monkeypatch):
         main()
 
 
+def run_in(folder, words):
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    run_command(words)
+
+
 def test_a_sharded_run_is_evaluated_consolidated_and_loaded(inputs, monkeypatch):
     """The overlay for FSDP2 as it is, on two processes; its checkpoint is good for one process, as a file too."""
     train = [*arguments(inputs, **{"trainer.max_epochs": 1}), "--config", str(ROOT / "configs" / "fsdp.yaml")]
     train[train.index("--trainer.devices") + 1] = "2"
     words = [*train, "--trainer.devices", "2", "--generation.sampling.stop_strings", "['b']"]
-    done = in_process(*words, cwd=inputs)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert Processes(run_in, inputs, words, world_size=2).wait() == [0, 0]
     run = inputs / "runs" / "x" / "version_0"
     last = run / "checkpoints" / "last.ckpt"
     assert last.is_symlink()

@@ -1,11 +1,20 @@
-"""What a command imports, which is most of the time before its first step."""
+"""What is imported when, which is most of the time before a command's first step."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import pytest
-
+HELPERS = [
+    "tokenize_prompt_and_output",
+    "compute_entropy",
+    "get_response_log_probs",
+    "masked_normalize",
+    "sft_microbatch_train_step",
+    "log_generations",
+    "r1_zero_reward",
+]
+NOT_FOR_HELPERS = ("lightning", "pytorch_lightning", "torchmetrics", "datasets")
 # What only some runs use, or other commands: adapters, weights in 4 bits, rewards, loggers, `torch.compile`.
 UNUSED = (
     "peft",
@@ -17,32 +26,50 @@ UNUSED = (
     "transformers.trainer_utils",
     "torch._inductor.compile_fx",
 )
-PROGRAM = f"""\
-import gc, sys
-from lightning_sft.cli.main import main
-try:
-    main()
-except SystemExit as ended:
-    assert not ended.code, ended.code
-brought = [name for name in {UNUSED} if name in sys.modules]
-assert not brought, brought
-assert "datasets" in sys.modules and gc.isenabled()
-"""
 QUICKSTART = {
     "trainer.max_steps": 1,
     "data.train_data.init_args.num_rows": 100,
     "data.val_data.init_args.num_rows": 4,
     "generation.num_prompts": 4,
 }
+COMMANDS = [["--help"], ["--config", "quickstart", *(f"--{name}={value}" for name, value in QUICKSTART.items())]]
+PROGRAM = f"""\
+import gc, sys
+
+def check(what, names):
+    brought = [name for name in names if name in sys.modules]
+    assert not brought, (what, brought)
+
+import lightning_sft
+from adapters import run_get_response_log_probs, run_tokenize_prompt_and_output
+check("adapters", {NOT_FOR_HELPERS})
+for name in {HELPERS}:
+    getattr(lightning_sft, name)
+    check(name, {NOT_FOR_HELPERS})
+
+import torch
+for name in lightning_sft.__all__:
+    getattr(lightning_sft, name)
+    check(name, {UNUSED})
+assert not torch.cuda.is_initialized()
+
+from lightning_sft.cli.main import main
+for words in {COMMANDS}:
+    sys.argv[1:] = ["fit", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+    check(words, {UNUSED})
+    assert "datasets" in sys.modules and gc.isenabled()
+"""
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--help"], ["--config", "quickstart", *(f"--{name}={value}" for name, value in QUICKSTART.items())]],
-    ids=["help", "quickstart"],
-)
-def test_fit_imports_nothing_that_it_does_not_use(words, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    program = [sys.executable, "-c", PROGRAM, "fit", *words]
-    done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+def test_nothing_is_imported_that_is_not_used(tmp_path):
+    """By the course's helpers, also as its later chapters take them; by all public names; by `fit`."""
+    env = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    program = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(program, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "--model.loss_normalization" in done.stdout
