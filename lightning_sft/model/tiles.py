@@ -86,16 +86,13 @@ def score_tile(
     inside = (labels >= 0) & (labels < logits.shape[-1])
     label_logit = logits.gather(-1, labels.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     below_top = logits - top.unsqueeze(-1)
-    sum_below_top = below_top.sum(dim=-1) if sums_logits else top
-    exponentials = below_top.exp()
-    total = exponentials.sum(dim=-1)
-    log_sum = total.log()
-    entropy = log_sum - below_top.mul_(exponentials).sum(dim=-1) / total
-    softmax = exponentials.mul_((1 / total).unsqueeze(-1))
+    softmax = torch.softmax(below_top, dim=-1)
+    log_sum = -softmax.amax(dim=-1).log()  # the largest probability is exp(0) / sum
     gradient = softmax if transform.softcap is None else softmax * transform.cap_slope(logits)
+    sum_below_top = below_top.sum(dim=-1) if sums_logits else log_sum
     return Tile(
         log_sum=log_sum,
-        entropy=entropy,
+        entropy=log_sum - below_top.mul_(softmax).sum(dim=-1),
         label_logit=torch.where(inside, label_logit, 0.0),
         top=top,
         top_index=top_index,
