@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, counted
 from lightning_sft.model.blocks import find_blocks
 
 
@@ -32,6 +32,38 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
             "Use the strategy `ddp`."
         )
     return blocks
+
+
+def shards_per_replica(num_devices: int, num_replicas: int) -> int:
+    """How many devices hold a model between them.
+
+    Args:
+        num_devices: All of them.
+        num_replicas: Groups of devices that each hold the whole model.
+
+    Raises:
+        SettingsError: If the devices cannot be divided like that.
+    """
+    if num_replicas > 1 and (num_devices % num_replicas or num_devices == num_replicas):
+        raise SettingsError(
+            f"`num_replicas` is {num_replicas}, but {counted(num_devices, 'device')} cannot be divided into so many "
+            "groups of two or more. Give a divisor of their number; or `trainer.strategy` 'ddp', where each holds the "
+            "whole model."
+        )
+    return num_devices // num_replicas
+
+
+def check_not_replicated(num_replicas: int) -> None:
+    """Refuse groups of devices that share a model where each device holds all of it.
+
+    Raises:
+        SettingsError: If there is more than one.
+    """
+    if num_replicas > 1:
+        raise SettingsError(
+            f"`num_replicas` is {num_replicas}, but the model is not sharded. Leave it out, or set `trainer.strategy` "
+            "to `ModelParallelStrategy` (`--config fsdp`)."
+        )
 
 
 @dataclass(frozen=True)
@@ -56,16 +88,10 @@ class Sharding:
             SettingsError: If the processes cannot be divided like that.
         """
         num_processes, num_replicas = dist.get_world_size(), self.num_replicas
+        num_shards = shards_per_replica(num_processes, num_replicas)
         if num_replicas == 1:
             return init_device_mesh(self.device_type, (num_processes,))
-        if num_processes % num_replicas or num_processes == num_replicas:
-            raise SettingsError(
-                f"`num_replicas` is {num_replicas}, but {num_processes} devices cannot be divided into so many groups "
-                "of two or more. Give a divisor of their number; or `trainer.strategy` 'ddp', where each holds the "
-                "whole model."
-            )
-        shape = (num_replicas, num_processes // num_replicas)
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(self.device_type, (num_replicas, num_shards), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: PreTrainedModel, sharding: Sharding) -> None:

@@ -16,6 +16,7 @@ from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.packing import why_never_packed
+from lightning_sft.model.sharding import check_not_replicated, shards_per_replica
 from lightning_sft.planning.step_memory import Devices, StepMemory, step_memory
 from lightning_sft.planning.trainer_settings import TrainerSettings
 from lightning_sft.training.module import SFTModule
@@ -97,7 +98,8 @@ def estimate_run(
             knows of this machine's CUDA device, if that is what the run is for.
 
     Raises:
-        SettingsError: If `mfu` is out of range, the model cannot be built, or nothing bounds a microbatch.
+        SettingsError: If `mfu` is out of range, the model cannot be built or be shared like that, or nothing bounds a
+            microbatch.
     """
     check_number("mfu", mfu, "a fraction above 0, at most 1", lambda value: 0 < value <= 1)
     settings = TrainerSettings.of(trainer)
@@ -105,13 +107,18 @@ def estimate_run(
     notes = [f"For {settings.num_devices} {kind} device{_s(settings.num_devices)}, {settings.precision}."]
     if trainer.get("accelerator") in (None, "auto") and not settings.on_cuda:
         notes.append("This machine has no GPU; for a run on one add `--trainer.accelerator gpu`.")
+    num_shards = 1
+    if settings.is_sharded:
+        num_shards = shards_per_replica(settings.num_devices, module.num_replicas)
+    else:
+        check_not_replicated(module.num_replicas)
     model = module.builder.build_empty(settings.precision)
     layout = datamodule.layout or ("padded" if why_never_packed(model) else "packed")
     work = _work(datamodule, settings, layout)
     devices = Devices(
         on_cuda=settings.on_cuda,
         num_copies=1 if settings.is_sharded else settings.num_devices,
-        num_shards=settings.num_devices // module.num_replicas if settings.is_sharded else 1,
+        num_shards=num_shards,
         whole_gradients=module.sync_every_microbatch is False,
     )
     memory = {

@@ -4,8 +4,6 @@ Restored as it was saved, an optimizer would go on with the learning rate, the w
 before, whatever is given now; and a schedule with the learning rate that ended the shorter run.
 """
 
-import copy
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,9 +26,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_sft.errors import SettingsError
+from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, missing_state
 
 _PROPORTIONAL = (StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR, ReduceLROnPlateau)
-_IMPLEMENTATION = ("foreach", "fused")  # how a step is computed, not what
 
 
 @dataclass(frozen=True)
@@ -123,42 +121,14 @@ def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: Optimizer
             group[name] = torch.full_like(group[name], value) if isinstance(group[name], Tensor) else value
     if not changed:
         return
-    if (error := _failure_of_a_step(optimizer)) is not None:
+    if (error := missing_state(optimizer)) is not None:
         names = ", ".join(f"`{name}` = {value}" for name, value in changed.items())
         raise SettingsError(
             f"The run cannot continue with {names}: its checkpoint lacks what the optimizer needs for that ({error}). "
             "Use what it was made with, or begin a new run with its weights (`--init_from`)."
         )
-    if any(name in changed for name in _IMPLEMENTATION):
+    if any(name in changed for name in IMPLEMENTATION):
         optimizer.load_state_dict(optimizer.state_dict())  # puts step counters where the implementation wants them
-
-
-def _failure_of_a_step(optimizer: Optimizer) -> str | None:
-    """Whether a step on a copy of one parameter fails for a state that is missing, and which."""
-    for group in optimizer.param_groups:
-        known = [weight for weight in group["params"] if optimizer.state.get(weight)]
-        if not known:
-            continue
-        weight = min(known, key=lambda each: each.numel())
-        tried = _local(weight).detach().clone().requires_grad_()
-        tried.grad = torch.zeros_like(tried)
-        state = {
-            name: _local(value).clone() if isinstance(value, Tensor) else value
-            for name, value in optimizer.state[weight].items()
-        }
-        trial = copy.copy(optimizer)
-        trial.param_groups = [group | {"params": [tried]} | {name: False for name in _IMPLEMENTATION if name in group}]
-        trial.state = defaultdict(dict, {tried: state})
-        try:
-            trial.step()
-        except KeyError as error:
-            return str(error)
-    return None
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, now: OptimizerSettings) -> None:
@@ -232,7 +202,8 @@ class Continuation:
         """Note what the optimizers are made with, before they are restored.
 
         Raises:
-            SettingsError: If they are not those of the checkpoint, or not one of parameters.
+            SettingsError: If they are not those of the checkpoint, or not one of parameters, or cannot train a sharded
+                model.
         """
         if len(optimizers) != 1:
             raise SettingsError(
@@ -243,6 +214,7 @@ class Continuation:
             raise SettingsError("`configure_optimizers` returns no optimizer, so nothing would be trained. Return one.")
         self._now = [OptimizerSettings.of(optimizer) for optimizer in optimizers]
         check_optimizers(self._then, self._now)
+        check_takes_shards(optimizers[0])
 
     def apply(self, optimizers: Sequence[Optimizer], schedules: Sequence[LRSchedulerConfig]) -> None:
         """Let everything that was changed take effect on what has been restored.

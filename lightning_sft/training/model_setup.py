@@ -1,7 +1,7 @@
 """What happens to a model between its source and the first optimizer step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import ParamSpec, cast
 
@@ -25,7 +25,7 @@ from lightning_sft.model.precision import Precision
 from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
-from lightning_sft.model.sharding import Sharding, is_sharded, load_sharded, reshard, shard
+from lightning_sft.model.sharding import Sharding, check_not_replicated, is_sharded, load_sharded, reshard, shard
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
 
@@ -95,11 +95,8 @@ def load_model(
 
     precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
     if not isinstance(strategy, ModelParallelStrategy):
-        if num_replicas > 1 and trainer is not None and trainer.state.fn == "fit":
-            raise SettingsError(
-                f"`num_replicas` is {num_replicas}, but the model is not sharded. Leave it out, or set "
-                "`trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`)."
-            )
+        if trainer is not None and trainer.state.fn == "fit":
+            check_not_replicated(num_replicas)
         return build(precision)
     leave_inference_mode(cast(L.Trainer, trainer))
     _check_mesh(strategy)
@@ -163,9 +160,10 @@ def prepare_model(
         SettingsError: If it is not causal, or if its configuration asks for a loss that is not known here.
     """
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
-    checkpointing.enable(model)
     if checkpointing.activation_offloading and next(model.parameters()).device.type == "cpu":
         rank_zero_info("On the CPU all activations are in main memory, with or without `activation_offloading`.")
+        checkpointing = replace(checkpointing, activation_offloading=False)
+    checkpointing.enable(model)
     keep_rotary_by_row(model)
     dtype = _precision_of(trainer).compute_dtype
     check_causal(model, dtype)

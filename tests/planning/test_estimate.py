@@ -15,6 +15,8 @@ from lightning_sft.model.flops import training_flops
 from lightning_sft.planning.estimate import estimate_run
 from lightning_sft.planning.live_bytes import LiveBytes
 
+SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
+
 
 def adamw(params):
     return torch.optim.AdamW(params, fused=True)
@@ -74,7 +76,7 @@ def words(tmp_path, monkeypatch):
 
 def test_the_command_needs_no_weights_and_no_devices(words, capsys):
     gpus = "--trainer.accelerator gpu --trainer.devices 8 --trainer.precision bf16-mixed --throughput.peak_flops 1e6"
-    run_command([*words, *gpus.split(), "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"])
+    run_command([*words, *gpus.split(), "--trainer.strategy", SHARDED])
     told = " ".join(capsys.readouterr().out.split())
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config()))
     inputs = [i + 5 for i in range(1, 14)]  # prompt, output and EOS, less the last
@@ -103,4 +105,12 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
         main()
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, "--mfu", "40"])
     with pytest.raises(SystemExit, match=r"`mfu` is 40.0, expected a fraction"):
+        main()
+
+
+@pytest.mark.parametrize(("strategy", "problem"), [("ddp", "not sharded"), (SHARDED, "4 devices cannot be divided")])
+def test_replicas_that_a_run_would_refuse_are_refused(words, monkeypatch, strategy, problem):
+    more = f"--trainer.devices 4 --trainer.strategy {strategy} --model.num_replicas 3"
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, *more.split()])
+    with pytest.raises(SystemExit, match=f"`num_replicas` is 3, but .*{problem}"):
         main()

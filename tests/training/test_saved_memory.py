@@ -1,5 +1,7 @@
 """Settings for those who have little memory: what they keep, and that they change nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.fits import fit, make_data, sgd
@@ -8,6 +10,7 @@ from support.refusals import Refusal, each
 
 from lightning_sft import LastCheckpoint, SFTModule
 from lightning_sft.errors import SettingsTypeError
+from lightning_sft.model.checkpointing import ActivationCheckpointing
 
 LAYERS = 5
 
@@ -36,28 +39,40 @@ def test_every_nth_block_computes_again_and_nothing_changes(tmp_path, setting, c
     assert losses == pytest.approx(plain, rel=1e-6)
 
 
-def test_offloading_keeps_the_inputs_of_the_blocks_in_main_memory(tmp_path, monkeypatch):
-    plain, _ = losses_and_calls(tmp_path)
-    packed = []
+def test_offloading_keeps_the_inputs_of_the_blocks_in_main_memory(monkeypatch):
+    model, packed = tiny_model(num_hidden_layers=LAYERS).train(), []
 
     class Watched(torch.autograd.graph.saved_tensors_hooks):
-        """In the place of torch's own, which copies nothing on the CPU."""
+        """In the place of torch's own, which needs a GPU."""
 
         def __init__(self, pin_memory=False, device_type="cuda"):
             assert pin_memory
             super().__init__(lambda tensor: packed.append(tensor) or tensor.clone(), lambda tensor: tensor)
 
+    def gradients():
+        model.zero_grad()
+        model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        return [weight.grad for weight in model.parameters()]
+
+    plain = gradients()
     monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Watched)
-    losses, _ = losses_and_calls(tmp_path, gradient_checkpointing=True, activation_offloading=True)
-    assert losses == pytest.approx(plain, rel=1e-6)
+    ActivationCheckpointing(True, activation_offloading=True).enable(model)
+    torch.testing.assert_close(gradients(), plain)
     hidden = [tensor for tensor in packed if tensor.ndim == 3 and tensor.shape[-1] == 16]
-    assert len(hidden) == 3 * LAYERS
+    assert len(hidden) == LAYERS
     assert not any(isinstance(tensor, torch.nn.Parameter) for tensor in packed)
 
 
-def eight_bit(params):
+def test_on_a_cpu_there_is_nothing_to_offload(tmp_path):
+    plain, _ = losses_and_calls(tmp_path)
+    losses, calls = losses_and_calls(tmp_path, gradient_checkpointing=True, activation_offloading=True)
+    assert losses == pytest.approx(plain, rel=1e-6)
+    assert calls == [6] * LAYERS
+
+
+def eight_bit(params, lr=0.01):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    return bitsandbytes.optim.AdamW8bit(params, lr=0.01, weight_decay=0.1, betas=(0.9, 0.999))
+    return bitsandbytes.optim.AdamW8bit(params, lr=lr, weight_decay=0.1, betas=(0.9, 0.999))
 
 
 def test_an_eight_bit_optimizer_trains_like_adamw_and_continues_to_the_last_bit(tmp_path):
@@ -71,10 +86,12 @@ def test_an_eight_bit_optimizer_trains_like_adamw_and_continues_to_the_last_bit(
     states = trainer.optimizers[0].state.values()
     assert any(state["state1"].dtype == torch.uint8 for state in states)
     run(tmp_path / "parts", eight_bit, 3)
-    continued, rest, _ = run(tmp_path / "parts", eight_bit, 6, tmp_path / "parts" / "checkpoints" / "last.ckpt")
+    last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    continued, rest, _ = run(tmp_path / "parts", eight_bit, 6, last)
     assert rest.losses == whole.losses[3:]
-    for one, other in zip(module.parameters(), continued.parameters(), strict=True):
-        assert torch.equal(one, other)
+    no_longer, _, _ = run(tmp_path / "parts", partial(eight_bit, lr=0.0), 7, last)
+    for one, *others in zip(*(which.parameters() for which in (module, continued, no_longer)), strict=True):
+        assert all(torch.equal(one, other) for other in others)
     full = run(tmp_path / "full", lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1), 6)[1]
     assert whole.losses == pytest.approx(full.losses, rel=0.01)
     assert whole.losses != full.losses

@@ -13,6 +13,11 @@ from torch.distributed.tensor import Replicate, Shard
 
 from lightning_sft.errors import SettingsError
 
+try:
+    from bitsandbytes.optim import AdamW8bit
+except ImportError:
+    AdamW8bit = None
+
 # 43 rows in steps of 8: the last step of an epoch has 3 rows, and of these longest first, one process gets 1 of them.
 NORMALIZATIONS = {"token": {}, "sequence": {"loss_normalization": "sequence", "normalize_constant": 7.0}}
 TOLERANCES = {"float32": {"rtol": 1e-4, "atol": 2e-6}, "float64": {"rtol": 1e-10, "atol": 1e-13}}
@@ -150,19 +155,24 @@ def test_replicas_of_a_sharded_model_are_one_process_also_when_they_continue(tmp
         torch.testing.assert_close(result["weights"][name], weight, **TOLERANCES["float64"])
 
 
-def refused(folder, **options):
-    with pytest.raises(SettingsError, match=options.pop("message")):
-        train(folder, **options)
+def refused(folder, *cases):
+    for message, options in cases:
+        with pytest.raises(SettingsError, match=message):
+            train(folder, **options)
 
 
-def test_sizes_that_do_not_fit_the_devices_are_refused(tmp_path):
-    message = "`num_replicas` is 2, but 2 devices cannot be divided into so many groups of two or more"
-    options = {"strategy": "fsdp", "module": {"num_replicas": 2}, "message": message}
-    assert Processes(refused, tmp_path, **options, world_size=2).wait() == [0, 0]
+def test_what_does_not_fit_the_devices_is_refused(tmp_path):
+    indivisible = "`num_replicas` is 2, but 2 devices cannot be divided into so many groups of two or more"
     sizes = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    message = "has `data_parallel_size` 2 and `tensor_parallel_size` 1, but layers are not divided here"
-    assert Processes(refused, tmp_path, strategy=sizes, message=message, world_size=2).wait() == [0, 0]
-    refused(tmp_path, module={"num_replicas": 2}, message="`num_replicas` is 2, but the model is not sharded")
+    cases = [
+        (indivisible, {"strategy": "fsdp", "module": {"num_replicas": 2}}),
+        ("`data_parallel_size` 2 and `tensor_parallel_size` 1, but layers are not divided here", {"strategy": sizes}),
+    ]
+    for optimizer in (torch.optim.Adafactor, *([AdamW8bit] if AdamW8bit else [])):
+        message = f"`optimizer` is .*{optimizer.__name__}, which cannot train weights that the devices share: "
+        cases.append((message, {"strategy": "fsdp", "module": {"optimizer": optimizer}}))
+    assert Processes(refused, tmp_path, *cases, world_size=2).wait() == [0, 0]
+    refused(tmp_path, ("`num_replicas` is 2, but the model is not sharded", {"module": {"num_replicas": 2}}))
 
 
 def test_a_sharded_model_in_half_precision_stays_close(tmp_path):
