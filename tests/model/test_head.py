@@ -231,7 +231,7 @@ def test_half_precision_weight_gradients_do_not_get_worse_with_the_number_of_blo
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 2.0])
 def test_compiled_tiles_as_on_cuda_say_the_same(softcap):
     hidden, weight, bias, labels, weights = make(bias=True)
     head = Head(weight, bias, LogitTransform(0.5, softcap))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.fits import ROWS, fit, make_data, make_trainer, sgd
 from support.models import character_tokenizer, tiny_config, tiny_model
+from torch import nn
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
@@ -93,10 +94,20 @@ def test_by_default_rows_are_packed_where_the_model_can_take_it(tmp_path, caplog
         fit(tmp_path, SFTModule(eager.model), make_data(layout="packed"), max_steps=1)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-def test_compiled_blocks_train_and_validate_the_same_and_generate_as_they_are(tmp_path):
-    runs = []
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # everything but code in C++, which takes a minute to compile
+        pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_COMPILER]),
+    ],
+)
+def test_compiled_blocks_train_and_validate_the_same_and_generate_as_they_are(tmp_path, monkeypatch, backend):
+    compile_with, runs = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_with(self, backend=backend, **options))
     for compiled in (False, True):
         module = SFTModule(tiny_config(), optimizer=sgd, compile=compiled)
         monitor = GenerationMonitor(reward_fn=never, num_prompts=2, sampling=Sampling(4))
