@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -16,10 +15,10 @@ from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer
 from lightning_sft.loops.trainer_state import ends_here
 from lightning_sft.training.checkpoint_files import (
-    AtomicCheckpointIO,
     put_folder_behind_link,
     remove_partial,
     take_place,
+    use_own_files,
 )
 from lightning_sft.training.host_copy import HostCopy
 from lightning_sft.training.run_folder import run_folder
@@ -50,8 +49,7 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """A new run has saved nothing yet."""
         self._saved_step = None
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        use_own_files(trainer)
 
     # -- when ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
@@ -49,6 +50,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             take_place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint from a file.
+
+        Raises:
+            SettingsError: If it is the folder of a sharded model, which this strategy cannot load.
+        """
+        if Path(path).is_dir():
+            raise SettingsError(
+                f"`ckpt_path` is {str(path)!r}, the folder of a model that devices shared, but here each holds it "
+                "whole. Set `trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or "
+                "let `lightning-sft export` make a `model` of it."
+            )
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
+def use_own_files(trainer: L.Trainer) -> None:
+    """Let a trainer read and write its checkpoints by `AtomicCheckpointIO`, unless somebody chose another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lightning_sft.model.quantization import is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import Sharding, check_not_replicated, is_sharded, load_sharded, reshard, shard
+from lightning_sft.training.checkpoint_files import use_own_files
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
 
@@ -86,6 +87,7 @@ def load_model(
     """
     if trainer is not None:
         check_trainer(trainer)
+        use_own_files(trainer)
 
     def build(precision: Precision) -> PreTrainedModel:
         model = builder.build(precision) if loaded is None else builder.adapt(loaded)

@@ -14,7 +14,13 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -56,7 +62,12 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            try:
+                metadata = _MetadataUnpickler(file).load()
+            except pickle.UnpicklingError as error:
+                if "GLOBAL" in str(error):
+                    raise
+                raise EOFError("`.metadata` is cut short, or something else.") from error
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"`.metadata` is of type {type(metadata).__name__}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -80,12 +91,35 @@ def check_shards(folder: Path) -> set[str]:
 
     Raises:
         pickle.UnpicklingError: If it holds something other than tensors and plain values.
+        EOFError: If a file of it is missing or cut short, or a part of a tensor is in none.
     """
     reader = _SafeReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    metadata = reader.read_metadata()
+    _check_complete(folder, metadata)
+    stored = metadata.state_dict_metadata
     values = {name: None for name, kind in stored.items() if isinstance(kind, BytesStorageMetadata)}
     _load(values, reader, _SafePlanner(flatten_state_dict=False))
     return set(stored)
+
+
+def _check_complete(folder: Path, metadata: Metadata) -> None:
+    """A copy can lack what another machine has written; found out while all processes load, it ends them in a list."""
+    ends: dict[str, int] = {}
+    for part in (metadata.storage_data or {}).values():
+        ends[part.relative_path] = max(part.offset + part.length, ends.get(part.relative_path, 0))
+    for name, end in ends.items():
+        file = folder / name
+        if file.parent != folder or not file.is_file():
+            raise EOFError(f"its file {name} is missing.")
+        if file.stat().st_size < end:
+            raise EOFError(f"its file {name} is cut short ({file.stat().st_size} bytes of {end}).")
+    for name, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata) and sum(map(_num_values, stored.chunks)) != stored.size.numel():
+            raise EOFError(f"a part of {name} is missing.")
+
+
+def _num_values(chunk: ChunkStorageMetadata) -> int:
+    return chunk.sizes.numel()
 
 
 def read_weights(folder: Path, weights_only: bool) -> dict[str, torch.Tensor]:

@@ -45,6 +45,32 @@ def sharded(folder: Path, **changes: object) -> Path:
     return folder / "sharded"
 
 
+def damaged(name: str, change: Callable[[bytes], bytes | None]) -> Provoke:
+    """A sharded checkpoint with a file whose bytes are changed, or which is not there."""
+
+    def provoke(folder: Path) -> None:
+        path = sharded(folder) / name
+        content = change(path.read_bytes())
+        path.unlink() if content is None else path.write_bytes(content)
+        check_checkpoint(str(folder / "sharded"), resume=True)
+
+    return provoke
+
+
+def without_a_part(content: bytes) -> bytes:
+    metadata = pickle.loads(content)
+    metadata.state_dict_metadata["state_dict.a"].chunks.clear()
+    return pickle.dumps(metadata)
+
+
+def elsewhere(content: bytes) -> bytes:
+    metadata = pickle.loads(content)
+    for part in metadata.storage_data.values():
+        part.relative_path = "../sharded/__0_0.distcp"
+    return pickle.dumps(metadata)
+
+
+SHARDED = "`ckpt_path` is '{tmp}/sharded', which cannot be read: "
 FILES = {
     "missing": Refusal(
         lambda folder: check_checkpoint(f"{folder}/none.ckpt", resume=True),
@@ -76,6 +102,29 @@ FILES = {
     "sharded and cut short": Refusal(
         lambda folder: check_checkpoint(str(write(folder / ".metadata", b"").parent), resume=True),
         "`ckpt_path` is '{tmp}', which cannot be read: ... Take another one.",
+    ),
+    "sharded, no list of its parts": Refusal(
+        damaged(".metadata", lambda good: b"garbage" * 9),
+        SHARDED + "`.metadata` is cut short, or something else. Take another one.",
+    ),
+    "sharded, a file missing": Refusal(
+        damaged("__0_0.distcp", lambda good: None), SHARDED + "its file __0_0.distcp is missing. Take another one."
+    ),
+    "sharded, a file cut short": Refusal(
+        damaged("__0_0.distcp", lambda good: good[:-100]),
+        SHARDED + "its file __0_0.distcp is cut short (... bytes of ...). Take another one.",
+    ),
+    "sharded, a file in another folder": Refusal(
+        damaged(".metadata", elsewhere), SHARDED + "its file ../sharded/__0_0.distcp is missing. Take another one."
+    ),
+    "sharded, a part of a weight missing": Refusal(
+        damaged(".metadata", without_a_part), SHARDED + "a part of state_dict.a is missing. Take another one."
+    ),
+    "sharded, for a model that is not": Refusal(
+        lambda folder: fit(tiny_config(), ckpt_path=str(sharded(folder)))(folder),
+        "`ckpt_path` is '{tmp}/sharded', the folder of a model that devices shared, but here each holds it whole. Set "
+        "`trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or let `lightning-sft "
+        "export` make a `model` of it.",
     ),
     "sharded, without an optimizer": Refusal(
         lambda folder: check_checkpoint(str(sharded(folder, optimizer_0={})), resume=True),
