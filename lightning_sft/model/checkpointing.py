@@ -1,6 +1,8 @@
 """`ActivationCheckpointing`: activations that are computed again in backward rather than kept."""
 
 import inspect
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -66,11 +68,14 @@ class ActivationCheckpointing:
             self._keep_others(model)
 
     def _keep_others(self, model: PreTrainedModel) -> None:
-        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not blocks:
+        named = [(name, each) for name, each in model.named_modules() if isinstance(each, GradientCheckpointingLayer)]
+        if not named:
             raise SettingsError(
                 f"`gradient_checkpointing` is {self.gradient_checkpointing}, but {type(model).__name__} does not say "
                 "what its blocks are. Set it to true."
             )
-        for index, block in enumerate(blocks):
-            block.gradient_checkpointing = index % self.gradient_checkpointing == 0
+        num_before: Counter[str] = Counter()
+        for name, block in named:
+            stack = re.split(r"\.\d+(?:\.|$)", name)[0]  # counted by itself: a model of images has one for them as well
+            block.gradient_checkpointing = num_before[stack] % self.gradient_checkpointing == 0
+            num_before[stack] += 1

@@ -4,9 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from support.architectures import tiny_architecture
 from support.fits import fit, make_data, sgd
 from support.models import tiny_config, tiny_model
 from support.refusals import Refusal, each
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_sft import LastCheckpoint, SFTModule
 from lightning_sft.errors import SettingsTypeError
@@ -37,6 +39,13 @@ def test_every_nth_block_computes_again_and_nothing_changes(tmp_path, setting, c
     losses, counted = losses_and_calls(tmp_path, gradient_checkpointing=setting)
     assert counted == calls
     assert losses == pytest.approx(plain, rel=1e-6)
+
+
+def test_blocks_of_text_and_of_images_are_counted_apart():
+    model = tiny_architecture("got_ocr2")
+    ActivationCheckpointing(100).enable(model)
+    blocks = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    assert [block.gradient_checkpointing for block in blocks] == [True, False, True, False]
 
 
 def test_offloading_keeps_the_inputs_of_the_blocks_in_main_memory(monkeypatch):
