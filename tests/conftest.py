@@ -1,8 +1,10 @@
 """Tiny models and tokenizers built in process; real data where it lies beside the checkout."""
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub; read when its client is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads only wait for each other; read when torch is imported
@@ -34,7 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _launcher() -> None:
+def _packages_are_looked_through_once() -> Iterator[None]:
+    """Every trainer asks all installed packages for callbacks, which takes as long as a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning.fabric.utilities.registry.entry_points", functools.cache(entry_points))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _launcher(_packages_are_looked_through_once: None) -> None:
     """What starts processes is a copy of this one before its first test."""
     from support import processes  # not in the process that hands out tests, which has no use for torch
 
