@@ -245,6 +245,7 @@ def test_compiled_tiles_as_on_cuda_say_the_same(softcap):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_code_is_compiled_for_each_width_of_a_tile_and_for_any_number_of_rows(monkeypatch):
     compiled_for = []
 
