@@ -105,10 +105,22 @@ def load_model(
     device = strategy.root_device
     sharding = Sharding(device.type, precision.autocast, num_replicas)
     if loaded is None:
-        return load_sharded(lambda: build(precision), device, sharding, builder.adapt)
+
+        def adapt(model: PreTrainedModel) -> PreTrainedModel:
+            return _store_as(precision.stored, builder.adapt(model))
+
+        return load_sharded(lambda: _store_as(precision.stored, build(precision)), device, sharding, adapt)
     if not is_sharded(loaded):
-        shard(build(precision), sharding)
+        shard(_store_as(precision.stored, build(precision)), sharding)
     return loaded
+
+
+def _store_as(dtype: torch.dtype | None, model: PreTrainedModel) -> PreTrainedModel:
+    """Convert all weights now: Lightning would once FSDP2 has run the model, and gathers them in the type before."""
+    for weight in model.parameters() if dtype is not None else ():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    return model
 
 
 def _check_mesh(strategy: ModelParallelStrategy) -> None:

@@ -175,16 +175,24 @@ def test_what_does_not_fit_the_devices_is_refused(tmp_path):
     refused(tmp_path, ("`num_replicas` is 2, but the model is not sharded", {"module": {"num_replicas": 2}}))
 
 
+STORED_IN = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+
+
+def train_in_half_precision(folder):
+    for precision in STORED_IN:
+        train(folder / precision, strategy="fsdp", precision=precision)
+
+
 def test_a_sharded_model_in_half_precision_stays_close(tmp_path):
-    """Blocks are gathered in bfloat16; weights, sums of gradients and the optimizer stay in float32."""
+    """Blocks are gathered in bfloat16; unless all is, weights, sums of gradients and the optimizer stay in float32."""
     reference = train(tmp_path / "whole")
-    processes = Processes(train, tmp_path, strategy="fsdp", precision="bf16-mixed", world_size=2)
-    assert processes.wait() == [0, 0]
-    result = torch.load(tmp_path / "result.pt")
-    assert result["losses"] == pytest.approx(reference["losses"], rel=0.02)
-    assert result["losses"] != pytest.approx(reference["losses"], rel=1e-6)
-    for kind in ("gradients", "weights"):
-        assert {tensor.dtype for tensor in result[kind].values()} == {torch.float32}
+    assert Processes(train_in_half_precision, tmp_path, world_size=2).wait() == [0, 0]
+    for precision, dtype in STORED_IN.items():
+        result = torch.load(tmp_path / precision / "result.pt")
+        assert result["losses"] == pytest.approx(reference["losses"], rel=0.02)
+        assert result["losses"] != pytest.approx(reference["losses"], rel=1e-6)
+        for kind in ("gradients", "weights"):
+            assert {tensor.dtype for tensor in result[kind].values()} == {dtype}
 
 
 def test_deterministic_runs_are_equal_to_the_last_bit(tmp_path):
