@@ -102,7 +102,7 @@ class SFTDataModule(L.LightningDataModule):
             order of the data.
         num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also reads and
             tokenises.
-        num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8.
+        num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8 and at most one for each core.
 
     Raises:
         SettingsTypeError: If an argument is of another type.

@@ -1,6 +1,7 @@
 """Encoded rows: tokenised once, and cached on disk by the content of all that they depend on."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -66,7 +67,7 @@ def encode_rows(
         row_format: Which columns are what.
         tokenizer: Any Hugging Face tokenizer.
         encoding: How rows become token ids.
-        num_proc: Worker processes; one for each 20,000 rows, at most 8, if None.
+        num_proc: Worker processes; one for each 20,000 rows, at most 8 and at most one for each core, if None.
 
     Raises:
         SettingsError: If a row is malformed, has no response token, or is too long; the message names file and row.
@@ -133,7 +134,7 @@ def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> l
 
 def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: bool, num_proc: int | None) -> Dataset:
     raw = source.rows
-    workers = num_proc or min(8, 1 + len(raw) // 20_000)
+    workers = num_proc or min(8, 1 + len(raw) // 20_000, os.cpu_count() or 1)
     fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key, source.name if keep_name else None])
     try:
         return raw.map(
