@@ -30,10 +30,10 @@ from lightning_sft.training.checkpoint_files import use_own_files
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
-def in_main_memory(configure: Callable[P, None]) -> Callable[P, None]:
+def in_main_memory(configure: Callable[_P, None]) -> Callable[_P, None]:
     """Let a hook make its tensors in main memory, as a training step does, unless it says where.
 
     Lightning makes the GPU the default device while a model is configured, on which random numbers of a generator in
@@ -44,7 +44,7 @@ def in_main_memory(configure: Callable[P, None]) -> Callable[P, None]:
     """
 
     @wraps(configure)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
         with torch.device("cpu"):
             configure(*args, **kwargs)
 
@@ -116,7 +116,11 @@ def load_model(
 
 
 def _store_as(dtype: torch.dtype | None, model: PreTrainedModel) -> PreTrainedModel:
-    """Convert all weights now: Lightning would once FSDP2 has run the model, and gathers them in the type before."""
+    """Convert all weights, and leave buffers alone, such as rotary frequencies.
+
+    Lightning converts a sharded model only after FSDP2 has run it for the first time. FSDP2 would go on to gather its
+    weights in the type that they had until then.
+    """
     for weight in model.parameters() if dtype is not None else ():
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype)

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--operators", type=int, default=0, help="also show so many operators that take longest")
     parser.add_argument("--trace", type=Path, help="file for a trace that chrome://tracing and Perfetto open")
     options = parser.parse_args()
-    device, rate = options.device, 0.0
+    device = options.device
     print(machine(device), f"{torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as temporary:
         contest = train.Contest(
