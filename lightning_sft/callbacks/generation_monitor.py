@@ -20,7 +20,7 @@ from lightning_sft.generation.generators import ResponseGenerator
 from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.generation.report.report import GenerationCost, GenerationReport, Stage
 from lightning_sft.generation.sampling import Sampling
-from lightning_sft.generation.settings import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, GenerationSettings
+from lightning_sft.generation.settings import REWARD_SECONDS, GenerationSettings
 from lightning_sft.rewards.functions import RewardFunction, r1_zero_reward
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.run_folder import run_folder, writes_files
@@ -50,7 +50,8 @@ class GenerationMonitor(L.Callback):
         every_n_steps: Also generate every so many optimizer steps, besides each validation.
         sampling: How responses are drawn: greedy unless `temperature` is set.
         max_tokens_per_batch: Prompts of similar length share a batch of at most this many tokens, those that may be
-            generated included, on each device: it bounds the memory.
+            generated included, on each device: it bounds the memory. Default: on CUDA as many as have their keys and
+            values in a sixteenth of the device's memory, elsewhere 32,768.
         num_rows_shown: Rows of the table in TensorBoard; the files hold all.
         reward_seconds: The most that `reward_fn` may take for one response, which then counts as 0. None: no limit.
         predict_path: File that `predict` writes. Default: in the folder `predictions` of `default_root_dir`, by a name
@@ -69,7 +70,7 @@ class GenerationMonitor(L.Callback):
         num_prompts: int = 32,
         every_n_steps: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
-        max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+        max_tokens_per_batch: int | None = None,
         num_rows_shown: int = 8,
         reward_seconds: float | None = REWARD_SECONDS,
         predict_path: str | Path | None = None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.prompts import Prompt
@@ -78,3 +79,32 @@ def make_batches(
             batch.append(request)
     if batch:
         yield batch
+
+
+def tokens_per_batch(model: PreTrainedModel) -> int:
+    """The most tokens of a batch if nobody says how many.
+
+    A pass over a batch adds one token to each of its responses. On a CUDA device it takes hardly longer for many than
+    for few, so there are as many as have their keys and values in a sixteenth of its memory. A CPU gains nothing by it.
+
+    Args:
+        model: On the device on which it generates.
+    """
+    size = _cache_bytes_per_token(model)
+    if model.device.type != "cuda" or size is None:
+        return 32_768
+    memory: int = torch.cuda.get_device_properties(model.device).total_memory
+    return memory // 16 // size
+
+
+def _cache_bytes_per_token(model: PreTrainedModel) -> int | None:
+    """Of keys and values in all layers; None if the configuration does not say how many there are."""
+    config = model.config.get_text_config(decoder=True)
+    num_layers, num_heads, hidden_size = (
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (num_layers and num_heads and hidden_size):
+        return None
+    head_size = getattr(config, "head_dim", None) or hidden_size // num_heads
+    num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return int(2 * num_layers * num_key_value_heads * head_size * model.dtype.itemsize)

@@ -14,12 +14,12 @@ from lightning_sft.data.tokens.collation import collate_padded
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.tokenization import pad_token_id, token_texts
 from lightning_sft.errors import SettingsError
-from lightning_sft.generation.batches import make_batches, make_requests
+from lightning_sft.generation.batches import make_batches, make_requests, tokens_per_batch
 from lightning_sft.generation.generators import Responder, ResponseGenerator, make_responder
 from lightning_sft.generation.records import GenerationRecord, summarize, write_records
 from lightning_sft.generation.responses import Response, ResponseRequest
 from lightning_sft.generation.sampling import Sampling
-from lightning_sft.generation.settings import MAX_TOKENS_PER_BATCH, REWARD_SECONDS, GenerationSettings
+from lightning_sft.generation.settings import REWARD_SECONDS, GenerationSettings
 from lightning_sft.model.log_probs import get_response_log_probs
 from lightning_sft.model.modes import evaluating
 from lightning_sft.model.sharding import is_sharded
@@ -37,7 +37,7 @@ def log_generations(
     reward_fn: RewardFunction = r1_zero_reward,
     *,
     sampling: Sampling | None = None,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     reward_seconds: float | None = REWARD_SECONDS,
     path: str | Path | None = None,
     generator: ResponseGenerator | None = None,
@@ -58,7 +58,8 @@ def log_generations(
             that raises, takes too long, or returns something else, scores 0, and the record says why.
         sampling: How responses are drawn; greedy by default.
         max_tokens_per_batch: Prompts of similar length share a batch of at most this many tokens, those that may be
-            generated included, on each device: it bounds the memory.
+            generated included, on each device: it bounds the memory. Default: on CUDA as many as have their keys and
+            values in a sixteenth of the device's memory, elsewhere 32,768.
         reward_seconds: The most that the reward function may take for one response. None: no limit.
         path: Also write the records there, one JSON object a line.
         generator: Writes the responses in the model's place, which then scores them: log-probabilities and entropies
@@ -133,7 +134,8 @@ def generate_records(
         _record(request, Response([]), _TokenValues([], []), tokenizer)
         for request in [request for request in requests if not request.max_new_tokens][rank::world_size]
     ]
-    batches = make_batches(requests, settings.max_tokens_per_batch, world_size)
+    max_tokens = settings.max_tokens_per_batch or _least(tokens_per_batch(model), world_size)
+    batches = make_batches(requests, max_tokens, world_size)
     shares = [batch[rank::world_size] for batch in batches]
     with evaluating(model):
         respond = make_responder(model, tokenizer, shares, settings.sampling, settings.generator)
@@ -152,6 +154,14 @@ def generate_records(
 def _rank_and_world_size(model: PreTrainedModel, distributed: bool) -> tuple[int, int]:
     """Of the processes that share the prompts."""
     return (dist.get_rank(), dist.get_world_size()) if distributed or is_sharded(model) else (0, 1)
+
+
+def _least(number: int, world_size: int) -> int:
+    """Of the numbers of all processes: devices may differ, but batches are the same for all."""
+    numbers = [number] * world_size
+    if world_size > 1:
+        dist.all_gather_object(numbers, number)
+    return min(numbers)
 
 
 def _answer(

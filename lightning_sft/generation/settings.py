@@ -9,7 +9,6 @@ from lightning_sft.generation.sampling import Sampling
 from lightning_sft.rewards.functions import RewardFunction, r1_zero_reward
 
 REWARD_SECONDS = 30.0
-MAX_TOKENS_PER_BATCH = 32_768
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class GenerationSettings:
     Args:
         reward_fn: Called with response and ground truth; returns `format_reward`, `answer_reward` and `reward`.
         sampling: How responses are drawn.
-        max_tokens_per_batch: The most tokens of a batch, those that may be generated included, on each device.
+        max_tokens_per_batch: The most tokens of a batch, those that may be generated included, on each device. None:
+            `tokens_per_batch` of the model.
         reward_seconds: The most that the reward function may take for one response. None: no limit.
         generator: Generates the responses in the model's place. None: the model does.
 
@@ -30,7 +30,7 @@ class GenerationSettings:
 
     reward_fn: RewardFunction = r1_zero_reward
     sampling: Sampling = field(default_factory=Sampling)
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH
+    max_tokens_per_batch: int | None = None
     reward_seconds: float | None = REWARD_SECONDS
     generator: ResponseGenerator | None = None
 
@@ -38,7 +38,7 @@ class GenerationSettings:
         check_callable("reward_fn", self.reward_fn, "a function of response and ground truth")
         check_callable("generator", self.generator, "a function of model, requests and sampling", optional=True)
         check_type("sampling", self.sampling, Sampling, "a `Sampling`")
-        check_integer("max_tokens_per_batch", self.max_tokens_per_batch, at_least=1)
+        check_integer("max_tokens_per_batch", self.max_tokens_per_batch, at_least=1, optional=True)
         check_number(
             "reward_seconds",
             self.reward_seconds,

@@ -151,26 +151,27 @@ def encoded(folder: Path) -> list[dict[str, list[int]]]:
 
 
 class Clock:
-    """Seconds and tokens of the steps after the warm-up; losses of all; memory beyond the weights.
+    """Seconds and tokens of the steps after the warm-up, losses of the first and the last, memory beyond the weights.
 
-    A CUDA device is not waited for before all steps are done.
+    A CUDA device is not waited for between the first step and the last.
     """
 
     def __init__(self, contest: Contest) -> None:
         self._contest, self._cuda = contest, contest.device == "cuda"
-        self._losses: list[torch.Tensor] = []
+        self._losses: list[float] = []
         self._tokens: list[torch.Tensor | int] = []
         self._times: list[Any] = []
         self._peak = PeakMemory(contest.device)
 
-    def step_done(self, loss: torch.Tensor, num_tokens: torch.Tensor | int) -> None:
+    def step_done(self, read_loss: Callable[[], torch.Tensor | float], num_tokens: torch.Tensor | int) -> None:
         if self._cuda:
             self._times.append(torch.cuda.Event(enable_timing=True))
             self._times[-1].record()
         else:
             self._times.append(time.perf_counter())
-        self._losses.append(loss.detach().clone())
         self._tokens.append(num_tokens)
+        if len(self._times) in (1, self._contest.num_steps):
+            self._losses.append(float(read_loss()))
 
     def result(self) -> dict[str, float]:
         skipped = self._contest.warmup_steps
@@ -181,8 +182,8 @@ class Clock:
         return {
             "tokens_per_second": float(sum(self._tokens[skipped:])) / elapsed,
             "bytes": self._peak.read(),
-            "first_loss": float(self._losses[0]),
-            "last_loss": float(self._losses[-1]),
+            "first_loss": self._losses[0],
+            "last_loss": self._losses[-1],
         }
 
 
@@ -197,7 +198,8 @@ def ours(contest: Contest, layout: str = "packed", callbacks: Sequence[Any] = ()
     class StepDone(L.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             totals = batch.totals
-            clock.step_done(trainer.callback_metrics["train/loss"], int(totals.num_tokens + totals.num_sequences))
+            num_tokens = int(totals.num_tokens + totals.num_sequences)
+            clock.step_done(lambda: trainer.callback_metrics["train/loss"], num_tokens)
 
     data = SFTDataModule(
         str(contest.folder / "tokenizer"),
@@ -274,7 +276,7 @@ def plain_padded(contest: Contest) -> dict:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        clock.step_done(total, sum(len(example["input_ids"]) for example in chosen))
+        clock.step_done(lambda total=total: total, sum(len(example["input_ids"]) for example in chosen))
     return clock.result()
 
 
@@ -299,7 +301,7 @@ def trl(contest: Contest, **settings: Any) -> dict:
 
     class StepDone(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.step_done(sum(losses[1:], losses[0]), sum(tokens))
+            clock.step_done(lambda: sum(losses[1:], losses[0]), sum(tokens))
             tokens.clear()
             losses.clear()
 

@@ -3,8 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -58,22 +61,26 @@ class ExampleReader:
     """
 
     def __init__(self, rows: Dataset) -> None:
-        self._columns = ["input_ids", "num_prompt_tokens"]
+        columns = ["input_ids", "num_prompt_tokens", "location"]
         # A list for each row takes its time to read, and few data sets have any.
         if any(len(chunk.flatten()) for chunk in rows.data.column("excluded_spans").chunks):
-            self._columns.append("excluded_spans")
-        self._rows = rows.select_columns([*self._columns, "location"]).with_format("numpy")
+            columns.append("excluded_spans")
+        self._rows = rows.select_columns(columns).with_format("arrow")
 
     def read(self, indices: Sequence[int]) -> list[Example]:
         """The rows at these indices."""
         if not indices:
             return []
-        batch = self._rows[indices]
-        columns = zip(*(batch[name] for name in self._columns), strict=True)
-        return [
-            Example(**dict(zip(self._columns, values, strict=True)), location=location)
-            for values, location in zip(columns, batch["location"].tolist(), strict=True)
-        ]
+        table: pa.Table = self._rows[indices]
+        columns = [_lists(each) if pa.types.is_list(each.type) else each.to_pylist() for each in table.columns]
+        return [Example(**dict(zip(table.column_names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The list of each row. It is a view of what all rows have, which is far quicker than an array of its own."""
+    lists = column.combine_chunks()
+    ends, values = np.cumsum(lists.value_lengths()), lists.flatten().to_numpy()
+    return [values[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
 class StepDataset(TorchDataset[OptimizerStep]):

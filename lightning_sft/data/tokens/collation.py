@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.microbatch import Layout, Microbatch, Packing
@@ -28,16 +30,17 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
     """
     rows = examples or [_nothing(pad_id)]
     width = max(1, *(len(row.input_ids) for row in rows))
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    tokens = np.full((len(rows), width), pad_id, np.int64)
     response = torch.zeros((len(rows), width - 1), dtype=torch.bool)
     for number, row in enumerate(rows):
-        tokens[number, : len(row.input_ids)] = torch.as_tensor(row.input_ids, dtype=torch.int64)
+        tokens[number, : len(row.input_ids)] = row.input_ids
         for start, end in row.response_labels():
             response[number, start:end] = True
-    # Cloned, or writing to `labels` would change `input_ids`.
+    # Copies, or writing to `labels` would change `input_ids`.
+    input_ids, labels = (torch.from_numpy(part.copy()) for part in (tokens[:, :-1], tokens[:, 1:]))
     locations = [example.location for example in examples]
     lengths = [max(0, len(row.input_ids) - 1) for row in examples]
-    return Microbatch.of(tokens[:, :-1].clone(), tokens[:, 1:].clone(), response, locations, lengths)
+    return Microbatch.of(input_ids, labels, response, locations, lengths)
 
 
 def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
@@ -52,22 +55,27 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
     """
     examples = [example for example in examples if len(example.input_ids) > 1]
     rows = examples or [_nothing(pad_id)]
-    tokens = [torch.as_tensor(row.input_ids, dtype=torch.int64) for row in rows]
-    lengths = torch.tensor([len(row) - 1 for row in tokens])
-    positions = [torch.arange(length) for length in lengths.tolist()]
-    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    response = torch.zeros((1, int(bounds[-1])), dtype=torch.bool)
+    tokens = np.concatenate([np.asarray(row.input_ids, np.int64) for row in rows])
+    ends = np.cumsum([len(row.input_ids) for row in rows])  # in `tokens`, where no row is shifted yet
+    lengths = np.diff(ends, prepend=0) - 1
+    bounds = np.cumsum([0, *lengths])
+    response = np.zeros(bounds[-1], np.bool_)
     for row, offset in zip(rows, bounds.tolist(), strict=False):
         for start, end in row.response_labels():
-            response[0, offset + start : offset + end] = True
+            response[offset + start : offset + end] = True
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return Microbatch.of(
-        input_ids=torch.cat([row[:-1] for row in tokens]).unsqueeze(0),
-        labels=torch.cat([row[1:] for row in tokens]).unsqueeze(0),
-        response_mask=response,
+        input_ids=_row(np.delete(tokens, ends - 1)),
+        labels=_row(np.delete(tokens, ends - 1 - lengths)),
+        response_mask=_row(response),
         locations=[example.location for example in examples],
         lengths=lengths.tolist() if examples else [],
-        packing=Packing(torch.cat(positions).unsqueeze(0), bounds, int(lengths.max())),
+        packing=Packing(_row(positions), torch.from_numpy(bounds.astype(np.int32)), int(lengths.max())),
     )
+
+
+def _row(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).unsqueeze(0)
 
 
 def _nothing(pad_id: int) -> Example:

@@ -1,0 +1,39 @@
+"""How many tokens a batch has where nobody says: checked against the caches that models fill."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_sft.generation.batches import tokens_per_batch
+
+SMALL = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+CONFIGS = [
+    SMALL | {"model_type": "llama", "intermediate_size": 64, "num_key_value_heads": 2},
+    SMALL | {"model_type": "qwen3", "intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 32},
+    {"model_type": "gpt2", "vocab_size": 64, "n_embd": 48, "n_layer": 3, "n_head": 4},
+]
+
+
+def cached_bytes(model: torch.nn.Module, num_tokens: int) -> int:
+    output = model(torch.ones(1, num_tokens, dtype=torch.int64), use_cache=True)
+    cache = getattr(output, "cache", None) or output.past_key_values  # the second in earlier `transformers`
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["model_type"])
+def test_keys_and_values_take_a_sixteenth_of_a_cuda_devices_memory(config, dtype, monkeypatch):
+    settings = dict(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
+    memory = 16 * cached_bytes(model, num_tokens=500)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert tokens_per_batch(model) == 500
+
+
+def test_a_cpu_has_the_same_number_for_every_model(monkeypatch):
+    settings = dict(CONFIGS[0])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    assert tokens_per_batch(model) == 32_768
