@@ -8,12 +8,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's bar, counting the optimizer steps of the whole run.
-
-    Its numbers are those of the last logging step: reading them every step would make the host wait for the device.
-    """
-
-    _metrics: dict[str, Any] | None = None
+    """Lightning's bar, counting the optimizer steps of the whole run."""
 
     @property
     def total_train_batches(self) -> int | float:
@@ -37,12 +32,6 @@ class StepProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The metrics by short names, without the version number, which says nothing here."""
-        every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        if self._metrics is None or not trainer.training or trainer.global_step % every == 0:
-            self._metrics = self._read(trainer, pl_module)
-        return self._metrics
-
-    def _read(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = {
             name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
         }

@@ -32,8 +32,8 @@ class TokenThroughput(L.Callback):
     logging steps. Put it before callbacks that do long work after a step.
 
     Args:
-        peak_flops: Multiplications and additions per second that one device could do at most. Default: what
-            Lightning knows of CUDA devices; it does not know the newest. Without it there is no `train/mfu`.
+        peak_flops: Multiplications and additions per second that one device could do at most. Default: what is known
+            of CUDA devices, though not of the newest. Without it there is no `train/mfu`.
 
     Raises:
         SettingsError: If `peak_flops` is not positive.
@@ -48,7 +48,7 @@ class TokenThroughput(L.Callback):
         """Find out what the devices could do."""
         device = pl_module.device
         if self._peak_flops is None and device.type == "cuda":
-            self._peak_flops = known_peak_flops(device, Precision.of(trainer.precision))
+            self._peak_flops = known_peak_flops(device, Precision.of(trainer.precision).compute_dtype)
         self._restart(device)
 
     def _restart(self, device: torch.device) -> None:
@@ -76,7 +76,9 @@ class TokenThroughput(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         seconds, totals = self._timer.seconds(), self._totals
-        pl_module.log("train/tokens_per_second", totals.num_tokens / seconds, prog_bar=True)
+        # In main memory: after every step to come Lightning reads it for progress bars.
+        shown = torch.tensor(totals.num_tokens / seconds, dtype=torch.float64)
+        pl_module.log("train/tokens_per_second", shown, prog_bar=True)
         rates = {"train/response_tokens_per_second": totals.num_response_tokens / seconds}
         if (peak := peak_memory(pl_module.device)) is not None:
             rates["train/peak_memory_gib"] = peak / 2**30
@@ -129,12 +131,29 @@ class _DeviceTimer:
         return event
 
 
-def known_peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Multiplications and additions per second that a CUDA device could do at most; None if Lightning does not know."""
+# Half precision without sparsity, by the data sheets: of devices that Lightning does not know, takes for another, or
+# has the number with sparsity of. Of two names that are in a device's, the first counts.
+_HALF_PRECISION_PEAKS = {
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H200": 989.4e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+}
+
+
+def known_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Multiplications and additions per second that a CUDA device could do at most; None if it is not known.
+
+    Args:
+        device: A CUDA device.
+        dtype: In which matrices are multiplied.
+    """
     name = torch.cuda.get_device_name(device)
-    if "L40" in name or "H100 NVL" in name:  # taken for an L4; and for two devices with sparse matrices
-        return None
-    return get_available_flops(device, precision.compute_dtype)
+    for known, peak in _HALF_PRECISION_PEAKS.items():
+        if known in name:
+            return peak if dtype in (torch.bfloat16, torch.float16) else None
+    return get_available_flops(device, dtype)
 
 
 def peak_memory(device: torch.device) -> int | None:

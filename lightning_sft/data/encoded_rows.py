@@ -20,6 +20,7 @@ from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_table
 from lightning_sft.data.encoding import Encoding, RowEncoder
 from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, count_notices
+from lightning_sft.data.forking import collect_before_forking
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import Source
@@ -135,6 +136,7 @@ def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> l
 def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: bool, num_proc: int | None) -> Dataset:
     raw = source.rows
     workers = num_proc or min(8, 1 + len(raw) // 20_000, os.cpu_count() or 1)
+    collect_before_forking(workers if workers > 1 else 0)
     fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key, source.name if keep_name else None])
     try:
         return raw.map(

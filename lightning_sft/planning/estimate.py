@@ -141,7 +141,7 @@ def estimate_run(
     ) is not None:
         run["useful arithmetic"] = f"{flops:.3g} FLOPs"
         if peak_flops is None and settings.on_cuda and torch.cuda.is_available():
-            peak_flops = known_peak_flops(torch.device("cuda"), settings.precision)
+            peak_flops = known_peak_flops(torch.device("cuda"), settings.precision.compute_dtype)
         if peak_flops:
             time = _duration(flops / (peak_flops * settings.num_devices * mfu))
             run["time"] = f"{time}, if {mfu:.0%} of {peak_flops:.3g} FLOP/s on each device is put to use"

@@ -31,6 +31,8 @@ class StepGuard:
     Attributes:
         num_steps: Optimizer steps that led to the present weights, skipped ones included.
         num_skipped: Those of them that `skip` left out.
+        known_loss: Of the latest checked step, a scalar in main memory; None before the first. On a device under
+            `error` that is the step before the present one.
 
     Raises:
         SettingsError: If `nonfinite` is neither.
@@ -41,6 +43,7 @@ class StepGuard:
         self.skips = nonfinite == "skip"
         self.num_steps = 0
         self.num_skipped = 0
+        self.known_loss: Tensor | None = None
         self._latest: _StepNumbers | None = None
         self._earlier: _StepNumbers | None = None
 
@@ -52,7 +55,7 @@ class StepGuard:
             num_skipped: Those of them that were skipped.
         """
         self.num_steps, self.num_skipped = num_steps, num_skipped
-        self._latest = self._earlier = None
+        self._latest = self._earlier = self.known_loss = None
 
     def start_step(self, step: int, locations: Sequence[str], loss: Tensor) -> None:
         """Take note of an optimizer step before the optimizer does it.
@@ -72,7 +75,7 @@ class StepGuard:
         """
         assert self._latest is not None, "`start_step` comes first"
         self._latest.grad_norm = grad_norm
-        return not self.skips or self._latest.are_finite()
+        return not self.skips or self._are_finite(self._latest)
 
     def finish_step(self, stepped: bool = True) -> bool:
         """Count the step that was started, and check the one before it; on the CPU, where nothing waits, this one too.
@@ -92,12 +95,12 @@ class StepGuard:
         if not stepped:
             step.grad_norm = None
         if self.skips:
-            is_finite = step.are_finite()
+            is_finite = self._are_finite(step)
             self.num_skipped += not is_finite
             return is_finite and stepped
         step.copy_to_host()
         if self._earlier is not None:
-            self._earlier.check()
+            self._check(self._earlier)
         if step.loss.device.type == "cpu":
             self.check()
         return stepped
@@ -114,7 +117,16 @@ class StepGuard:
         """
         step, self._latest = self._latest, None
         if step is not None and not self.skips:
-            step.check()
+            self._check(step)
+
+    def _are_finite(self, step: "_StepNumbers") -> bool:
+        numbers = step.on_host()
+        self.known_loss = numbers.flatten()[0]
+        return bool(numbers.isfinite().all())
+
+    def _check(self, step: "_StepNumbers") -> None:
+        if not self._are_finite(step):
+            raise step.error()
 
 
 @dataclass
@@ -130,18 +142,15 @@ class _StepNumbers:
     def copy_to_host(self) -> None:
         self._copy = HostCopy(self._numbers())
 
-    def are_finite(self) -> bool:
-        """Waits for the device; after `copy_to_host`, for that copy alone."""
-        numbers = self._numbers() if self._copy is None else self._copy.read()
-        return bool(numbers.isfinite().all())
+    def on_host(self) -> Tensor:
+        """In main memory. This waits for the device; after `copy_to_host`, for that copy alone."""
+        return self._numbers().cpu() if self._copy is None else self._copy.read()
 
-    def check(self) -> None:
-        if self.are_finite():
-            return
+    def error(self) -> NonFiniteError:
         named = ", ".join(self.locations[:8])
         named += f" and {len(self.locations) - 8} more" if len(self.locations) > 8 else ""
         norm = "" if self.grad_norm is None else f" and the gradient norm {self.grad_norm.item():g}"
-        raise NonFiniteError(
+        return NonFiniteError(
             f"Optimizer step {self.step} has the loss {self.loss.item():g}{norm}; its rows on this device: {named}. No "
             "checkpoint holds the step. Look at the rows, lower the learning rate, or set `nonfinite` to 'skip'."
         )

@@ -12,20 +12,31 @@ from lightning_sft.training.schedule import steps_per_epoch
 
 
 def log_step(
-    module: L.LightningModule, sums: StepSums, num_response_tokens: float, grad_norm: Tensor, on_host: dict[str, float]
+    module: L.LightningModule,
+    sums: StepSums,
+    num_response_tokens: float,
+    grad_norm: Tensor,
+    known_loss: Tensor | None,
+    on_host: dict[str, float],
 ) -> None:
     """Log an optimizer step.
+
+    After each step Lightning reads what progress bars show, and waits for it if it is on a device. So they do not show
+    `train/loss`, but `loss`: the latest that is known in main memory, on a device that of the step before.
 
     Args:
         module: That has taken it.
         sums: Of the step.
         num_response_tokens: Of the step, over all devices.
         grad_norm: Before clipping.
+        known_loss: For progress bars.
         on_host: Further numbers by name.
     """
-    module.log("train/loss", sums.loss.float(), prog_bar=True)
+    if known_loss is not None:
+        module.log("loss", known_loss.float(), prog_bar=True, logger=False)
     entropy = sums.token_entropy / num_response_tokens
-    numbers = {"train/token_entropy": entropy.float(), "train/grad_norm": grad_norm.float()}
+    numbers = {"train/loss": sums.loss.float(), "train/token_entropy": entropy.float()}
+    numbers["train/grad_norm"] = grad_norm.float()
     if sums.router_loss is not None:
         numbers["train/router_loss"] = sums.router_loss.float()
     # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.

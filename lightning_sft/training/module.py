@@ -207,7 +207,8 @@ class SFTModule(L.LightningModule):
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
             step_schedules(self.trainer)
-        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, on_host | self.guard.numbers())
+        on_host |= self.guard.numbers()
+        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, self.guard.known_loss, on_host)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""

@@ -81,11 +81,9 @@ def matmul_rate(dtype: str, device: str = "cpu", shapes: Sequence[tuple[int, int
 
 def peak_rate(dtype: torch.dtype, device: str) -> float | None:
     """FLOP/s that the device's maker states, without sparsity; None on CPU."""
-    if device != "cuda":
-        return None
-    from lightning.fabric.utilities.throughput import get_available_flops
+    from lightning_sft.callbacks.throughput import known_peak_flops
 
-    return get_available_flops(torch.device("cuda"), dtype)
+    return known_peak_flops(torch.device("cuda"), dtype) if device == "cuda" else None
 
 
 def in_turn(

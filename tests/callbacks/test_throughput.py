@@ -1,8 +1,8 @@
 """`TokenThroughput` counts real tokens, and times the steps alone."""
 
+import contextlib
 import csv
 import math
-import warnings
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from support.models import character_tokenizer
 
 from lightning_sft import SFTDataModule, TokenThroughput
 from lightning_sft.callbacks.throughput import _DeviceTimer, known_peak_flops
-from lightning_sft.model.precision import Precision
 
 
 def test_throughput_counts_real_tokens(tmp_path, monkeypatch):
@@ -89,11 +88,20 @@ def test_a_bad_peak_is_named():
         TokenThroughput(peak_flops=0)
 
 
-def test_peaks_are_those_that_lightning_knows_for_sure(monkeypatch):
-    known = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA L4": 121e12}
-    known |= dict.fromkeys(["NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA H200", "NVIDIA Unheard-of"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, peak in known.items():
-            monkeypatch.setattr("torch.cuda.get_device_name", lambda device, name=name: name)
-            assert known_peak_flops(torch.device("cuda"), Precision.of("bf16-mixed")) == peak
+def test_peaks_are_those_of_data_sheets_without_sparsity(monkeypatch):
+    in_half_precision = {
+        "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA H200": 989.4e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA Unheard-of": None,
+    }
+    for name, peak in in_half_precision.items():
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda device, name=name: name)
+        expectation = contextlib.nullcontext() if peak else pytest.warns(UserWarning, match="FLOPs not found")
+        with expectation:
+            assert known_peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
+    assert known_peak_flops(torch.device("cuda"), torch.float32) is None

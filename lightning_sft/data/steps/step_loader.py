@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.forking import collect_before_forking
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.plan import BatchPlan
 from lightning_sft.data.tokens.collation import collate
@@ -145,6 +146,7 @@ class PlanLoader(StepLoader):
         return self._dataset.examples_of(step)
 
     def __iter__(self) -> Iterator[OptimizerStep]:
+        collect_before_forking(self._options.num_workers)
         loader = DataLoader(
             self._dataset,
             sampler=self._steps,

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_sft.data.forking import collect_before_forking
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
 from lightning_sft.data.stream.bad_row_log import BadRowLog
@@ -85,6 +86,7 @@ class StreamLoader(StepLoader):
 def _made_ahead(make: Callable[[], Iterator[T]], options: LoaderOptions) -> Iterator[T]:
     """What an iterator gives, made in a process of its own if there is to be one."""
     made = _Made(make)
+    collect_before_forking(options.num_workers)
     loader = DataLoader(made, batch_size=None, num_workers=options.num_workers, pin_memory=options.pin_memory)
     for item in loader:
         if isinstance(item, SettingsError):
