@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer
-from lightning_sft.loops.trainer_state import ends_here
+from lightning_sft.loops.trainer_state import ends_here, exchange_no_signals, exchange_signals_again
 from lightning_sft.training.checkpoint_files import (
     put_folder_behind_link,
     remove_partial,
@@ -64,6 +64,7 @@ class LastCheckpoint(Checkpoint):
             numbers.add(environment.requeue_signal or signal.SIGUSR1)
         self._asked = None
         self._signals.catch(numbers)
+        exchange_no_signals(trainer)
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             remove_partial(folder)
@@ -97,13 +98,17 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save a run that has trained nothing, and give the signals back."""
         self._save(trainer)
-        self._signals.release()
+        self._release(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
-        self._signals.release()
+        self._release(trainer)
 
     # -- how -----------------------------------------------------------------------------------------------------
+
+    def _release(self, trainer: L.Trainer) -> None:
+        self._signals.release()
+        exchange_signals_again(trainer)
 
     def _agreed_signal(self, trainer: L.Trainer) -> signal.Signals | None:
         """The signal that all devices obey at this step: the one that any of them had received at the step before.

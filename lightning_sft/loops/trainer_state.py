@@ -28,3 +28,21 @@ def ends_here(trainer: L.Trainer) -> bool:
     loop = trainer.fit_loop
     num_epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return trainer.should_stop or trainer.global_step == loop.max_steps or num_epochs == loop.max_epochs
+
+
+def exchange_no_signals(trainer: L.Trainer) -> None:
+    """Do not ask all devices before each step whether Lightning has received SIGTERM, and wait for their answers.
+
+    Args:
+        trainer: Which does that with several devices. Its signals are received by somebody else.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def exchange_signals_again(trainer: L.Trainer) -> None:
+    """Undo `exchange_no_signals`.
+
+    Args:
+        trainer: As it was before, or not.
+    """
+    vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)

@@ -9,7 +9,8 @@ import torch
 from support.cuda import NEEDS_CUDA, attend_as_the_kernel
 from support.device_reads import DeviceReadError, NoDeviceReads
 from support.models import character_tokenizer, tiny_config
-from support.runs import ROWS, adamw
+from support.processes import Processes
+from support.runs import ROWS, adamw, train
 from torch import Tensor
 from transformers import masking_utils
 
@@ -128,3 +129,29 @@ def test_an_optimizer_step_does_not_wait_for_a_gpu(name, monkeypatch):
 def test_a_step_that_reads_the_device_would_be_seen(device):
     with pytest.raises(DeviceReadError, match="cpu"):
         run(device, {}, {}, nonfinite="skip")
+
+
+class CountBroadcasts(L.Callback):
+    """Writes down how often a process has told others something between its first step and its last."""
+
+    def __init__(self, path):
+        self.path, self.num_broadcasts = path, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 1:
+            broadcast = torch.distributed.broadcast
+
+            def counted(*args, **kwargs):
+                self.num_broadcasts += 1
+                return broadcast(*args, **kwargs)
+
+            torch.distributed.broadcast = counted
+        self.path.write_text(f"{trainer.global_step} steps, {self.num_broadcasts} broadcasts")
+
+
+def test_several_devices_do_not_ask_each_other_for_signals_before_each_step(tmp_path):
+    """Lightning would, and wait for the device with it; `LastCheckpoint` asks for those of the step before."""
+    options = {"max_steps": 4, "val_check_interval": 100, "strategy": "ddp", "world_size": 2}
+    counting = Processes(train, tmp_path, callbacks=[CountBroadcasts(tmp_path / "count")], **options)
+    assert counting.wait() == [0, 0]
+    assert (tmp_path / "count").read_text() == "4 steps, 0 broadcasts"
