@@ -178,7 +178,7 @@ class SFTDataModule(L.LightningDataModule):
             if rows is not None:
                 rows.count_steps()  # refuses what is too long for a microbatch
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
-            self._end_run()
+            self.teardown(stage)
             self._run = TrainingRun(self.trainer, self.training_rows, has_validation=self._rows.val is not None)
             self.run_state = self._run.state()
 
@@ -213,13 +213,10 @@ class SFTDataModule(L.LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """Give the trainer back as it was."""
-        self._end_run()
+        self.teardown("fit")
 
     def teardown(self, stage: str) -> None:
         """Give the trainer back as it was."""
-        self._end_run()
-
-    def _end_run(self) -> None:
         if self._run is not None:
             self._run.end()
         self._run = None

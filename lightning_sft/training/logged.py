@@ -6,6 +6,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from torch import Tensor
 
 from lightning_sft.training.accumulation import StepSums
+from lightning_sft.training.guard import StepGuard
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.run_facts import run_settings
 from lightning_sft.training.schedule import steps_per_epoch
@@ -16,8 +17,8 @@ def log_step(
     sums: StepSums,
     num_response_tokens: float,
     grad_norm: Tensor,
-    known_loss: Tensor | None,
-    on_host: dict[str, float],
+    guard: StepGuard,
+    learning_rate: float,
 ) -> None:
     """Log an optimizer step.
 
@@ -29,17 +30,18 @@ def log_step(
         sums: Of the step.
         num_response_tokens: Of the step, over all devices.
         grad_norm: Before clipping.
-        known_loss: For progress bars.
-        on_host: Further numbers by name.
+        guard: Has checked it, or will.
+        learning_rate: Of the first parameter group.
     """
-    if known_loss is not None:
-        module.log("loss", known_loss.float(), prog_bar=True, logger=False)
+    if guard.known_loss is not None:
+        module.log("loss", guard.known_loss.float(), prog_bar=True, logger=False)
     entropy = sums.token_entropy / num_response_tokens
     numbers = {"train/loss": sums.loss.float(), "train/token_entropy": entropy.float()}
     numbers["train/grad_norm"] = grad_norm.float()
     if sums.router_loss is not None:
         numbers["train/router_loss"] = sums.router_loss.float()
     # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
+    on_host = {"learning_rate": learning_rate} | guard.numbers()
     numbers |= {f"train/{name}": torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
     if in_epoch := steps_per_epoch(module.trainer):
         numbers["epoch"] = torch.tensor(module.global_step / in_epoch, dtype=torch.float64)
@@ -47,17 +49,22 @@ def log_step(
     module.log_dict(numbers)
 
 
-def log_metrics(module: L.LightningModule, stage: str, metrics: ResponseMetrics) -> None:
+def log_metrics(
+    module: L.LightningModule, stage: str, metrics: ResponseMetrics, num_steps_taken: int | None = None
+) -> None:
     """Log the metrics of an evaluation as `<stage>/...`, and begin anew.
 
     Args:
         module: That is evaluated.
         stage: `val` or `test`.
         metrics: Are reset.
+        num_steps_taken: Optimizer steps that have made the weights, for every logger's x-axis. None: it is not logged.
     """
     for name, value in metrics.compute().items():
         # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
         module.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)
+    if num_steps_taken is not None:
+        module.log("step", float(num_steps_taken), sync_dist=True)
     if module.trainer.state.fn == "fit" and (in_epoch := steps_per_epoch(module.trainer)):
         module.log("epoch", module.global_step / in_epoch, sync_dist=True)
     metrics.reset()

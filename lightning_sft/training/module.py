@@ -9,7 +9,6 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,7 +40,7 @@ from lightning_sft.training.parameter_groups import ParameterGroups, parameters_
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
-from lightning_sft.training.state_memory import parameter_counts, state_memory
+from lightning_sft.training.state_memory import announce_state
 from lightning_sft.training.trained_weights import keep_trained_weights_only
 
 
@@ -149,7 +148,6 @@ class SFTModule(L.LightningModule):
         if isinstance(self.builder.source, PreTrainedModel):
             self.model = self.builder.source
         if self.builder.lora is not None:
-            self.strict_loading = False  # frozen weights are in no checkpoint
             keep_trained_weights_only(self)
 
     def setup(self, stage: str) -> None:
@@ -182,8 +180,7 @@ class SFTModule(L.LightningModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
         """Convert or move everything, but keep rotary frequencies in float32."""
         with rotary_frequencies_kept(self):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own output."""
@@ -202,13 +199,12 @@ class SFTModule(L.LightningModule):
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
         optimizer = cast(Optimizer, self.optimizers())
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
-        on_host = {"learning_rate": optimizer.param_groups[0]["lr"]}
+        learning_rate = optimizer.param_groups[0]["lr"]
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):
             step_schedules(self.trainer)
-        on_host |= self.guard.numbers()
-        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, self.guard.known_loss, on_host)
+        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, self.guard, learning_rate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""
@@ -225,7 +221,7 @@ class SFTModule(L.LightningModule):
         """Do not end on a step whose numbers are not finite."""
         self.guard.check()
 
-    # -- validation and test -------------------------------------------------------------------------------------
+    # -- validation, test and prediction ------------------------------------------------------------------------------
 
     def validation_step(self, batch: OptimizerStep, batch_idx: int) -> Any:
         """Add the batch's sums and counts to the validation metrics, and return the scores of each microbatch."""
@@ -233,8 +229,7 @@ class SFTModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
-        log_metrics(self, "val", self.val_metrics)
-        self.log("step", float(self.num_steps_taken), sync_dist=True)
+        log_metrics(self, "val", self.val_metrics, self.num_steps_taken)
         step_plateau_schedules(self)
 
     def test_step(self, batch: OptimizerStep, batch_idx: int) -> None:
@@ -244,8 +239,6 @@ class SFTModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the same metrics as validation, as `test/...`."""
         log_metrics(self, "test", self.test_metrics)
-
-    # -- prediction ----------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Sequence[object]:
         """Generate responses to prompts by `generator`, which the run's `GenerationMonitor` has set.
@@ -269,9 +262,7 @@ class SFTModule(L.LightningModule):
         """Say how much there is to train; refuse to continue with another optimizer."""
         self._continuation.check(self.trainer.optimizers)
         log_settings(self)
-        if self.trainer.is_global_zero:
-            memory = state_memory(self.parameters(), self.optimizer_factory)
-            rank_zero_info(f"{parameter_counts(self.parameters())}; {memory}.")
+        announce_state(list(self.parameters()), self.optimizer_factory)
 
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""

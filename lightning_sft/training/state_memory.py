@@ -1,11 +1,12 @@
 """Memory that is kept from one optimizer step to the next: parameters, gradients and the optimizer's state."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -25,6 +26,17 @@ def parameter_counts(parameters: Iterable[Tensor]) -> str:
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     of_these = "all of them trained" if trained == total else f"{trained:,} ({trained / total:.2%}) of them trained"
     return f"{total:,} parameters, {of_these}"
+
+
+@rank_zero_only
+def announce_state(parameters: Sequence[nn.Parameter], factory: OptimizerFactory) -> None:
+    """Say how many parameters there are to train, and what is kept of them.
+
+    Args:
+        parameters: Of the module.
+        factory: Makes the optimizer.
+    """
+    rank_zero_info(f"{parameter_counts(parameters)}; {state_memory(parameters, factory)}.")
 
 
 @dataclass(frozen=True)

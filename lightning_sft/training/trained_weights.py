@@ -2,20 +2,22 @@
 
 from typing import Any
 
+import lightning as L
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_sft.model.lora import adapter_names
 
 
-def keep_trained_weights_only(module: nn.Module) -> None:
+def keep_trained_weights_only(module: L.LightningModule) -> None:
     """Leave the frozen weights of `module.model` out of the module's state dict, and do not miss them on loading.
 
     Args:
         module: Its `model` may be set later.
     """
-    module.register_state_dict_post_hook(_drop_frozen)
-    module.register_load_state_dict_post_hook(_do_not_miss_frozen)
+    module.strict_loading = False
+    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_do_not_miss_frozen)  # type: ignore[no-untyped-call]
 
 
 def trained_names(module: nn.Module) -> set[str]:
