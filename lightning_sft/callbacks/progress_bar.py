@@ -36,6 +36,8 @@ class StepProgressBar(RichProgressBar):
             name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
         }
         metrics.pop("v_num", None)
+        if "latest_loss" in metrics:
+            metrics.setdefault("loss", metrics.pop("latest_loss"))
         if "tokens_per_second" in metrics:
             metrics["tokens/s"] = f"{metrics.pop('tokens_per_second'):,.0f}"
         return metrics

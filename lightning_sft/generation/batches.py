@@ -1,14 +1,17 @@
 """Which responses are generated together."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import encode_prompts
 from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
+from lightning_sft.model.modes import evaluating
 from lightning_sft.model.positions import num_positions
 
 
@@ -88,23 +91,28 @@ def tokens_per_batch(model: PreTrainedModel) -> int:
     for few, so there are as many as have their keys and values in a sixteenth of its memory. A CPU gains nothing by it.
 
     Args:
-        model: On the device on which it generates.
+        model: On the device on which it generates. If it is sharded, all processes call this.
     """
-    size = _cache_bytes_per_token(model)
-    if model.device.type != "cuda" or size is None:
+    if model.device.type != "cuda" or (size := _cache_bytes_per_token(model)) is None:
         return 32_768
     memory: int = torch.cuda.get_device_properties(model.device).total_memory
     return memory // 16 // size
 
 
 def _cache_bytes_per_token(model: PreTrainedModel) -> int | None:
-    """Of keys and values in all layers; None if the configuration does not say how many there are."""
-    config = model.config.get_text_config(decoder=True)
-    num_layers, num_heads, hidden_size = (
-        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
-    if not (num_layers and num_heads and hidden_size):
+    """Of keys and values in all layers, as a pass over one token leaves them; None if it leaves something else.
+
+    Configurations do not tell: models share keys and values, compress them, or have them in some layers alone. Some
+    keep a state of each sequence, whatever its length, and can have far fewer of them in the same memory.
+    """
+    if model._is_stateful:
         return None
-    head_size = getattr(config, "head_dim", None) or hidden_size // num_heads
-    num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return int(2 * num_layers * num_key_value_heads * head_size * model.dtype.itemsize)
+    embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
+    token = torch.zeros((1, 1), dtype=torch.int64, device=embeddings.device)
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        output = cast(Any, model)(token, use_cache=True)
+    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    layers = getattr(cache, "layers", [])
+    if not all(hasattr(layer, "keys") for layer in layers):
+        return None
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) or None

@@ -23,7 +23,8 @@ def log_step(
     """Log an optimizer step.
 
     After each step Lightning reads what progress bars show, and waits for it if it is on a device. So they do not show
-    `train/loss`, but `loss`: the latest that is known in main memory, on a device that of the step before.
+    `train/loss`, but the latest loss that is known in main memory, on a device that of the step before. It is not
+    called `loss`, a name that a subclass may want: Lightning refuses two metrics of one name.
 
     Args:
         module: That has taken it.
@@ -34,7 +35,7 @@ def log_step(
         learning_rate: Of the first parameter group.
     """
     if guard.known_loss is not None:
-        module.log("loss", guard.known_loss.float(), prog_bar=True, logger=False)
+        module.log("train/latest_loss", guard.known_loss.float(), prog_bar=True, logger=False)
     entropy = sums.token_entropy / num_response_tokens
     numbers = {"train/loss": sums.loss.float(), "train/token_entropy": entropy.float()}
     numbers["train/grad_norm"] = grad_norm.float()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.architectures import tiny_architecture
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft.generation.batches import tokens_per_batch
@@ -22,15 +23,40 @@ def cached_bytes(model: torch.nn.Module, num_tokens: int) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+def on_a_device(model, memory, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["model_type"])
 def test_keys_and_values_take_a_sixteenth_of_a_cuda_devices_memory(config, dtype, monkeypatch):
     settings = dict(config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
     memory = 16 * cached_bytes(model, num_tokens=500)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert tokens_per_batch(model) == 500
+    assert tokens_per_batch(on_a_device(model, memory, monkeypatch)) == 500
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "deepseek_v3", "gemma3_text"])
+def test_models_share_or_compress_keys_and_values(model_type, monkeypatch):
+    model = tiny_architecture(model_type).eval()
+    memory = 16 * cached_bytes(model, num_tokens=5)
+    assert tokens_per_batch(on_a_device(model, memory, monkeypatch)) == 5
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "lfm2", "falcon_h1"])
+def test_states_of_sequences_do_not_grow_with_their_tokens(model_type, monkeypatch):
+    assert tokens_per_batch(on_a_device(tiny_architecture(model_type), 2**50, monkeypatch)) == 32_768
+
+
+def test_keys_and_values_are_those_of_mixed_precision(monkeypatch):
+    settings = dict(CONFIGS[0])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = 16 * cached_bytes(model, num_tokens=500)
+        assert tokens_per_batch(on_a_device(model, memory, monkeypatch)) == 500
+    assert model.training
 
 
 def test_a_cpu_has_the_same_number_for_every_model(monkeypatch):

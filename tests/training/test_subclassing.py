@@ -3,11 +3,12 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from support.fits import ROWS, fit, make_data, make_trainer
 from support.models import save_tiny_model, tiny_config
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from lightning_sft import SFTModule
+from lightning_sft import SFTModule, StepProgressBar
 from lightning_sft.errors import SettingsError
 
 VALIDATED = {"val_data": ROWS[:5]}
@@ -144,3 +145,27 @@ def test_an_optimizer_of_some_parameters_trains_and_clips_these_alone(tmp_path):
     for name, weight in alone.named_parameters():
         assert torch.equal(weight, dict(some.named_parameters())[name]), name
     assert not torch.equal(alone.model.lm_head.weight, started(tmp_path).model.lm_head.weight)
+
+
+@pytest.mark.parametrize("bar", [StepProgressBar, TQDMProgressBar])
+def test_a_metric_called_loss_is_the_subclass_s_own(bar, tmp_path):
+    class Own(SFTModule):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.log("loss", torch.tensor(float(self.global_step)), prog_bar=True)
+
+    class Watch(L.Callback):
+        shown = None
+
+        def on_train_end(self, trainer, pl_module):
+            self.shown = trainer.progress_bar_callback.get_metrics(trainer, pl_module)["loss"]
+
+    watch = Watch()
+    fit(
+        tmp_path,
+        Own(tiny_config(), lr_scheduler="constant"),
+        make_data(),
+        callbacks=[watch, bar()],
+        enable_progress_bar=True,
+    )
+    assert watch.shown == 6
