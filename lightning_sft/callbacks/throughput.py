@@ -132,13 +132,19 @@ class _DeviceTimer:
 
 
 # Half precision without sparsity, by the data sheets: of devices that Lightning does not know, takes for another, or
-# has the number with sparsity of. Of two names that are in a device's, the first counts.
+# has another number of, with sparsity or without tensor cores; None where none is known. Of two names that are in a
+# device's, the first counts.
 _HALF_PRECISION_PEAKS = {
+    " MIG ": None,  # a part of a device
     "H100 NVL": 835e12,
     "H200 NVL": 835e12,
     "H200": 989.4e12,
     "L40S": 362e12,
     "L40": 181e12,
+    "RTX A6000": 154.8e12,
+    "RTX": None,
+    "A40": 149.7e12,
+    "T400": None,
 }
 
 
