@@ -192,7 +192,12 @@ class SFTCLI(LightningCLI):
             RunSettings(config).place_loggers()
         if "trainer_settings" in self._parameters:
             del config["trainer"]  # nothing of it is built: this machine may not have the devices
-        self.config_init = self.parser.instantiate_classes(config)
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+        except ValueError as error:  # what a callback refuses comes wrapped: it stands in a list
+            if isinstance(error.__cause__, SettingsError):
+                raise SettingsError(str(error.__cause__)) from error
+            raise
         self.model = self.config_init.model if "model" in self.command.parts else None
         self.datamodule = self.config_init.data if "data" in self.command.parts else None
         if "trainer" in self._parameters:

@@ -69,6 +69,10 @@ SETTINGS = {
         {"generation.reward_fn": "no.such.reward"},
         "Parser key \"generation.reward_fn\": ...: No module named 'no'. Got value: no.such.reward." + HELP,
     ),
+    "what a callback refuses": (
+        {"trainer.callbacks+": "lightning_sft.LastCheckpoint", "trainer.callbacks.every_n_steps": 0},
+        "`every_n_steps` is 0, expected at least 1.",
+    ),
     "unknown strategy": (
         {"trainer.strategy": "ddpp"},
         "You selected an invalid strategy name: `strategy='ddpp'`...",
