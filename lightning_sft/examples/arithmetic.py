@@ -1,13 +1,13 @@
 """Word problems with worked solutions, and a tokenizer whose tokens are their words."""
 
-import random
 import re
+from functools import cache
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_sft.examples.splits import Split, draw_rows
+from lightning_sft.examples.splits import Draws, Split, draw_rows
 
 _LARGEST_NUMBER = 30  # sums up to 99 take a tiny model many more optimizer steps
 _LARGEST_CHANGE = 10
@@ -16,12 +16,6 @@ _NAMES = ("Ava", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
 _THINGS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
 _GAINS = ("buys {n} more", "finds {n} more", "wins {n} more", "gets {n} from {friend}", "borrows {n} from {friend}")
 _LOSSES = ("loses {n}", "sells {n}", "drops {n}", "gives {n} to {friend}", "lends {n} to {friend}")
-
-_PROMPT = (
-    "User: {name} has {start} {thing}, {first}, then {second}. "
-    "How many {thing} does {name} have now? Assistant: <think>"
-)
-_OUTPUT = " {start} {sign1} {n1} = {middle} ; {middle} {sign2} {n2} = {end} </think> <answer> {end} </answer>"
 
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
 _TOKEN = r" ?[^ .,?]+|[.,?]"  # a word with the space before it, or a mark: joining tokens gives the text back
@@ -55,7 +49,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     on its own too. Its vocabulary is closed: `len(word_tokenizer())` is the `vocab_size` of a model for it, and
     every other word becomes `<unk>`.
     """
-    texts = [_PROMPT, _OUTPUT, *_GAINS, *_LOSSES, *_NAMES, *_THINGS, "+ -", *map(str, range(_LARGEST_NUMBER + 1))]
+    texts = [_prompt(*["{}"] * 5), _output(*["{}"] * 7), *_GAINS, *_LOSSES, *_NAMES, *_THINGS, "+ -"]
+    texts += map(str, range(_LARGEST_NUMBER + 1))
     words = [word for word in re.findall(_TOKEN, " ".join(texts)) if "{" not in word]
     tokens = dict.fromkeys([*_SPECIAL_TOKENS, *words])  # without repetitions, in order
     pad, eos, unk = _SPECIAL_TOKENS
@@ -65,26 +60,40 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
 
 
-def _draw_problem(rng: random.Random) -> dict[str, str] | None:
+def _draw_problem(draws: Draws) -> dict[str, str] | None:
     """One random problem, or None if a number on the way is negative or too large."""
-    name, friend = rng.sample(_NAMES, 2)
-    start, n1, n2 = rng.randint(2, _LARGEST_NUMBER), rng.randint(2, _LARGEST_CHANGE), rng.randint(2, _LARGEST_CHANGE)
-    (sign1, first), (sign2, second) = _draw_change(rng), _draw_change(rng)
+    name, friend = draws.pair(_NAMES)
+    start = draws.between(2, _LARGEST_NUMBER)
+    n1, n2 = draws.between(2, _LARGEST_CHANGE), draws.between(2, _LARGEST_CHANGE)
+    (sign1, first), (sign2, second) = _draw_change(draws), _draw_change(draws)
     middle = start + n1 if sign1 == "+" else start - n1
     end = middle + n2 if sign2 == "+" else middle - n2
     if not (0 <= middle <= _LARGEST_NUMBER and 0 <= end <= _LARGEST_NUMBER):
         return None
-    prompt = _PROMPT.format(
-        name=name,
-        start=start,
-        thing=rng.choice(_THINGS),
-        first=first.format(n=n1, friend=friend),
-        second=second.format(n=n2, friend=friend),
-    )
-    output = _OUTPUT.format(start=start, sign1=sign1, n1=n1, middle=middle, sign2=sign2, n2=n2, end=end)
+    changes = _fill_in(first, n1, friend), _fill_in(second, n2, friend)
+    prompt = _prompt(name, start, draws.choice(_THINGS), *changes)
+    output = _output(start, sign1, n1, middle, sign2, n2, end)
     return {"prompt": prompt, "output": output, "ground_truth": str(end), "solution": output}
 
 
-def _draw_change(rng: random.Random) -> tuple[str, str]:
-    sign = rng.choice("+-")
-    return sign, rng.choice(_GAINS if sign == "+" else _LOSSES)
+def _draw_change(draws: Draws) -> tuple[str, str]:
+    sign = draws.choice("+-")
+    return sign, draws.choice(_GAINS if sign == "+" else _LOSSES)
+
+
+@cache  # there are a few hundred, each of which comes in many problems
+def _fill_in(change: str, n: int, friend: str) -> str:
+    return change.format(n=n, friend=friend)
+
+
+def _prompt(name: str, start: int | str, thing: str, first: str, second: str) -> str:
+    return (
+        f"User: {name} has {start} {thing}, {first}, then {second}. "
+        f"How many {thing} does {name} have now? Assistant: <think>"
+    )
+
+
+def _output(
+    start: int | str, sign1: str, n1: int | str, middle: int | str, sign2: str, n2: int | str, end: int | str
+) -> str:
+    return f" {start} {sign1} {n1} = {middle} ; {middle} {sign2} {n2} = {end} </think> <answer> {end} </answer>"

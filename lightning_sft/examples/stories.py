@@ -1,10 +1,8 @@
 """Questions about stories of two sentences, in the words of TinyStories."""
 
-import random
-
 from datasets import Dataset
 
-from lightning_sft.examples.splits import Split, draw_rows
+from lightning_sft.examples.splits import Draws, Split, draw_rows
 
 _PEOPLE = ("Lily", "Tom", "Ben", "Sue", "Max", "Mia", "Sam", "Anna", "Tim", "Jane")
 _FINDS = ("ball", "doll", "car", "hat", "book", "cake", "toy", "box", "bird", "flower")
@@ -42,11 +40,11 @@ def story_questions(num_rows: int = 8_000, seed: int = 0, split: Split = "train"
     return draw_rows(_draw_question, num_rows, seed, split)
 
 
-def _draw_question(rng: random.Random) -> dict[str, str]:
-    finder, other = rng.sample(_PEOPLE, 2)
-    words = {"finder": finder, "other": other, "thing": rng.choice(_FINDS), "place": rng.choice(_PLACES)}
-    question, asked = rng.choice(_QUESTIONS)
-    story = rng.choice(_STORIES).format(**words)
+def _draw_question(draws: Draws) -> dict[str, str]:
+    finder, other = draws.pair(_PEOPLE)
+    words = {"finder": finder, "other": other, "thing": draws.choice(_FINDS), "place": draws.choice(_PLACES)}
+    question, asked = draws.choice(_QUESTIONS)
+    story = draws.choice(_STORIES).format(**words)
     solution = f" {finder} found a {words['thing']} in the {words['place']}, not {other}."
     return {
         "prompt": f"{story} {question} <think>",
