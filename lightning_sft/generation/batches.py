@@ -84,19 +84,27 @@ def make_batches(
         yield batch
 
 
-def tokens_per_batch(model: PreTrainedModel) -> int:
+def tokens_per_batch(model: PreTrainedModel, requests: Sequence[ResponseRequest]) -> int:
     """The most tokens of a batch if nobody says how many.
 
     A pass over a batch adds one token to each of its responses. On a CUDA device it takes hardly longer for many than
-    for few, so there are as many as have their keys and values in a sixteenth of its memory. A CPU gains nothing by it.
+    for few, so there are as many as have their keys and values, and the logits of that token, in a sixteenth of its
+    memory. A CPU gains nothing by it.
 
     Args:
         model: On the device on which it generates. If it is sharded, all processes call this.
+        requests: That are to be put into batches. Of short ones there are more in a batch, each with its logits.
     """
     if model.device.type != "cuda" or (size := _cache_bytes_per_token(model)) is None:
         return 32_768
+    shortest = min((len(each.prompt_ids) + each.max_new_tokens for each in requests if each.max_new_tokens), default=1)
+    logits = 4 * len(_embeddings(model))  # of a row, in float32
     memory: int = torch.cuda.get_device_properties(model.device).total_memory
-    return memory // 16 // size
+    return memory // 16 // (size + logits // shortest)
+
+
+def _embeddings(model: PreTrainedModel) -> torch.Tensor:
+    return cast(nn.Embedding, model.get_input_embeddings()).weight
 
 
 def _cache_bytes_per_token(model: PreTrainedModel) -> int | None:
@@ -107,8 +115,7 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int | None:
     """
     if model._is_stateful:
         return None
-    embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight
-    token = torch.zeros((1, 1), dtype=torch.int64, device=embeddings.device)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=_embeddings(model).device)
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         output = cast(Any, model)(token, use_cache=True)
     cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)

@@ -7,7 +7,9 @@ import torch
 from support.architectures import tiny_architecture
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.generation.batches import tokens_per_batch
+from lightning_sft.generation.responses import ResponseRequest
 
 SMALL = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 CONFIGS = [
@@ -15,6 +17,13 @@ CONFIGS = [
     SMALL | {"model_type": "qwen3", "intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 32},
     {"model_type": "gpt2", "vocab_size": 64, "n_embd": 48, "n_layer": 3, "n_head": 4},
 ]
+
+
+def request(num_prompt_tokens: int, max_new_tokens: int) -> ResponseRequest:
+    return ResponseRequest(Prompt(0, "", None), 0, [1] * num_prompt_tokens, max_new_tokens)
+
+
+LONG = [request(10**6, 10)]  # of which few have as many tokens: their logits are nothing
 
 
 def cached_bytes(model: torch.nn.Module, num_tokens: int) -> int:
@@ -35,19 +44,19 @@ def test_keys_and_values_take_a_sixteenth_of_a_cuda_devices_memory(config, dtype
     settings = dict(config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=dtype)
     memory = 16 * cached_bytes(model, num_tokens=500)
-    assert tokens_per_batch(on_a_device(model, memory, monkeypatch)) == 500
+    assert tokens_per_batch(on_a_device(model, memory, monkeypatch), LONG) == 500
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "deepseek_v3", "gemma3_text"])
 def test_models_share_or_compress_keys_and_values(model_type, monkeypatch):
     model = tiny_architecture(model_type).eval()
     memory = 16 * cached_bytes(model, num_tokens=5)
-    assert tokens_per_batch(on_a_device(model, memory, monkeypatch)) == 5
+    assert tokens_per_batch(on_a_device(model, memory, monkeypatch), LONG) == 5
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "lfm2", "falcon_h1"])
 def test_states_of_sequences_do_not_grow_with_their_tokens(model_type, monkeypatch):
-    assert tokens_per_batch(on_a_device(tiny_architecture(model_type), 2**50, monkeypatch)) == 32_768
+    assert tokens_per_batch(on_a_device(tiny_architecture(model_type), 2**50, monkeypatch), LONG) == 32_768
 
 
 def test_keys_and_values_are_those_of_mixed_precision(monkeypatch):
@@ -55,11 +64,19 @@ def test_keys_and_values_are_those_of_mixed_precision(monkeypatch):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).train()
     with torch.autocast("cpu", torch.bfloat16):
         memory = 16 * cached_bytes(model, num_tokens=500)
-        assert tokens_per_batch(on_a_device(model, memory, monkeypatch)) == 500
+        assert tokens_per_batch(on_a_device(model, memory, monkeypatch), LONG) == 500
     assert model.training
+
+
+def test_logits_of_short_rows_are_in_that_memory_too(monkeypatch):
+    settings = CONFIGS[0] | {"vocab_size": 4000}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    rows = [request(6, 4), request(9, 4), request(1, 0)]  # of ten tokens, thirteen, and without a response
+    memory = 16 * 7 * (cached_bytes(model, num_tokens=10) + 4 * 4000)
+    assert tokens_per_batch(on_a_device(model, memory, monkeypatch), rows) == 7 * 10
 
 
 def test_a_cpu_has_the_same_number_for_every_model(monkeypatch):
     settings = dict(CONFIGS[0])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
-    assert tokens_per_batch(model) == 32_768
+    assert tokens_per_batch(model, LONG) == 32_768
