@@ -1,7 +1,8 @@
 """What each command does.
 
 A command is a function. It is given what its settings are built into by name: `model`, `datamodule`, `trainer` ... (see
-`SFTCLI.run`). Its other parameters are settings of its own, which its docstring explains to users.
+`SFTCLI.run`). Its other parameters are settings of its own, which its docstring explains to users. What no other
+command uses is imported in the function, so that the others do not wait for it.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +20,6 @@ from lightning_sft.cli.places import tell_places
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import path_from_here
 from lightning_sft.inspection.inspect_rows import Split, inspect_rows
-from lightning_sft.planning import batch_sizes, learning_rates
-from lightning_sft.planning.estimate import estimate_run
-from lightning_sft.results.comparison import compare_runs
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.module import SFTModule
 
@@ -136,6 +134,8 @@ def estimate(
         peak_flops: Of a device.
         mfu: Share of the devices' arithmetic (`--throughput.peak_flops`) that is assumed to be put to use.
     """
+    from lightning_sft.planning.estimate import estimate_run
+
     Console().print(estimate_run(model, datamodule, trainer_settings, mfu, peak_flops))
 
 
@@ -157,6 +157,8 @@ def find_lr(
         max_lr: Rate of the last one, unless the loss is twice its lowest before.
         num_steps: Optimizer steps.
     """
+    from lightning_sft.planning import learning_rates
+
     found = learning_rates.find_lr(model, datamodule, min_lr, max_lr, num_steps, **trainer_options)
     rank_zero_only(print)(found)
 
@@ -177,6 +179,8 @@ def find_batch_size(
         memory_gib: Memory that the process may take of its CUDA device, in GiB. Default: all that is free.
         margin: Share of the tokens to leave out, for what tries do not show.
     """
+    from lightning_sft.planning import batch_sizes
+
     found = batch_sizes.find_batch_size(model, datamodule, memory_gib, margin, **trainer_options)
     rank_zero_only(print)(found)
 
@@ -192,6 +196,8 @@ def compare(
         names: What to call the runs, such as `[base, tuned]`. Default: as much of their paths as tells them apart.
         step: The optimizer step whose responses are compared, of all folders. Default: the last of each.
     """
+    from lightning_sft.results.comparison import compare_runs
+
     print(compare_runs(runs, output, names, step))
 
 

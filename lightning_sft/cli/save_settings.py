@@ -34,6 +34,6 @@ class SaveSettings(SaveConfigCallback):
         path = self._folder / self.config_filename
         if stage == "fit" or not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+            self.parser.save(self.config, str(path), skip_none=False, skip_validation=True, overwrite=True)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_further_loggers(trainer.loggers, path.parent)

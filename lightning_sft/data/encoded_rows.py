@@ -88,7 +88,7 @@ def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRo
     parts = [
         part.select(np.flatnonzero(~out)) if out.any() else part for part, out in zip(encoded, dropped, strict=True)
     ]
-    dataset = concatenate_datasets(parts)
+    dataset = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     numbers = [first + read_numbers(part, "row") for part, first in zip(parts, first_rows, strict=True)]
     row_numbers = np.concatenate(numbers)
     bad_rows = [_read_bad_rows(part) for part in encoded]
@@ -109,6 +109,8 @@ def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRo
 
 def _read_bad_rows(part: Dataset) -> list[BadRow]:
     is_bad = part.data.column("problem").is_valid().to_numpy()
+    if not is_bad.any():
+        return []
     found = part.select(np.flatnonzero(is_bad)).select_columns(["location", "problem"])
     return [BadRow(**row) for row in found.to_list()]
 
@@ -126,6 +128,8 @@ def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> l
         pc.list_value_length(table["notices"]).to_numpy() for table in notices.iter(batch_size=_ROWS_READ_AT_ONCE)
     ]
     noticed = np.flatnonzero(np.concatenate([np.zeros(0), *counts]))
+    if not len(noticed):
+        return []
     found = dataset.select(noticed).select_columns("notices")
     return count_notices(
         (row, [Notice(**notice) for notice in each["notices"]])

@@ -6,6 +6,7 @@ Registered with `transformers` under the name in `VARLEN`. A batch is packed if 
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from transformers.masking_utils import sdpa_mask
 
 from lightning_sft.errors import SettingsError
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # not in every build of torch
-    _HAS_KERNEL = False
-else:
-    _HAS_KERNEL = True
+_HAS_KERNEL = False
+if torch.backends.cuda.is_built():  # other builds would import it for nothing
+    with suppress(ImportError):  # not in every build of torch
+        from torch.nn.attention.varlen import varlen_attn
+
+        _HAS_KERNEL = True
 # Fewer heads of keys than of queries: torch 2.11 takes them without a word, newer ones want to be told.
 _GROUPED: dict[str, Any] = {}
 if _HAS_KERNEL and "enable_gqa" in inspect.signature(varlen_attn).parameters:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 HELPERS = [
     "tokenize_prompt_and_output",
     "compute_entropy",
@@ -26,6 +28,8 @@ UNUSED = (
     "transformers.trainer_utils",
     "torch._inductor.compile_fx",
 )
+OF_OTHER_COMMANDS = ("lightning_sft.planning", "lightning_sft.results")
+OF_CUDA = () if torch.backends.cuda.is_built() else ("torch.nn.attention.varlen",)
 QUICKSTART = {
     "trainer.max_steps": 1,
     "data.train_data.init_args.num_rows": 100,
@@ -47,6 +51,9 @@ for name in {HELPERS}:
     getattr(lightning_sft, name)
     check(name, {NOT_FOR_HELPERS})
 
+import lightning_sft.cli.app
+check("the command line", {UNUSED + OF_OTHER_COMMANDS + OF_CUDA})
+
 import torch
 for name in lightning_sft.__all__:
     getattr(lightning_sft, name)
@@ -66,7 +73,7 @@ for words in {COMMANDS}:
 
 
 def test_nothing_is_imported_that_is_not_used(tmp_path):
-    """By the course's helpers, also as its later chapters take them; by all public names; by `fit`."""
+    """By the course's helpers, also as its later chapters take them; the command line; all public names; `fit`."""
     env = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     program = [sys.executable, "-c", PROGRAM]
