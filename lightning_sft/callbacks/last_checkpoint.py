@@ -64,7 +64,8 @@ class LastCheckpoint(Checkpoint):
             numbers.add(environment.requeue_signal or signal.SIGUSR1)
         self._asked = None
         self._signals.catch(numbers)
-        exchange_no_signals(trainer)
+        if exchange_no_signals(trainer):
+            self._signals.received = signal.SIGTERM
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             remove_partial(folder)

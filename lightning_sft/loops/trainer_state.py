@@ -30,13 +30,19 @@ def ends_here(trainer: L.Trainer) -> bool:
     return trainer.should_stop or trainer.global_step == loop.max_steps or num_epochs == loop.max_epochs
 
 
-def exchange_no_signals(trainer: L.Trainer) -> None:
+def exchange_no_signals(trainer: L.Trainer) -> bool:
     """Do not ask all devices before each step whether Lightning has received SIGTERM, and wait for their answers.
 
     Args:
         trainer: Which does that with several devices. Its signals are received by somebody else.
+
+    Returns:
+        Whether it had received SIGTERM before. It forgets it: it would end this device alone, after its next step.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    connector = trainer._signal_connector
+    received, connector.received_sigterm = connector.received_sigterm, False
+    return received
 
 
 def exchange_signals_again(trainer: L.Trainer) -> None:
