@@ -51,8 +51,8 @@ class GenerationMonitor(L.Callback):
         sampling: How responses are drawn: greedy unless `temperature` is set.
         max_tokens_per_batch: Prompts of similar length share a batch of at most this many tokens, those that may be
             generated included, on each device: it bounds the memory. Default: on CUDA as many as have their keys and
-            values, and the logits of a pass, in a sixteenth of the device's memory; elsewhere, and for models that keep
-            a state of each sequence, 32,768.
+            values, and the logits of a pass, in a sixteenth of the device's memory; elsewhere, and for models that are
+            sharded or keep a state of each sequence, 32,768.
         num_rows_shown: Rows of the table in TensorBoard; the files hold all.
         reward_seconds: The most that `reward_fn` may take for one response, which then counts as 0. None: no limit.
         predict_path: File that `predict` writes. Default: in the folder `predictions` of `default_root_dir`, by a name

@@ -13,6 +13,7 @@ from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.modes import evaluating
 from lightning_sft.model.positions import num_positions
+from lightning_sft.model.sharding import is_sharded
 
 
 def make_requests(
@@ -89,13 +90,13 @@ def tokens_per_batch(model: PreTrainedModel, requests: Sequence[ResponseRequest]
 
     A pass over a batch adds one token to each of its responses. On a CUDA device it takes hardly longer for many than
     for few, so there are as many as have their keys and values, and the logits of that token, in a sixteenth of its
-    memory. A CPU gains nothing by it.
+    memory. A CPU gains nothing by it, and a sharded model scores all of a batch in one pass.
 
     Args:
-        model: On the device on which it generates. If it is sharded, all processes call this.
+        model: On the device on which it generates.
         requests: That are to be put into batches. Of short ones there are more in a batch, each with its logits.
     """
-    if model.device.type != "cuda" or (size := _cache_bytes_per_token(model)) is None:
+    if model.device.type != "cuda" or is_sharded(model) or (size := _cache_bytes_per_token(model)) is None:
         return 32_768
     shortest = min((len(each.prompt_ids) + each.max_new_tokens for each in requests if each.max_new_tokens), default=1)
     logits = 4 * len(_embeddings(model))  # of a row, in float32

@@ -59,8 +59,8 @@ def log_generations(
         sampling: How responses are drawn; greedy by default.
         max_tokens_per_batch: Prompts of similar length share a batch of at most this many tokens, those that may be
             generated included, on each device: it bounds the memory. Default: on CUDA as many as have their keys and
-            values, and the logits of a pass, in a sixteenth of the device's memory; elsewhere, and for models that keep
-            a state of each sequence, 32,768.
+            values, and the logits of a pass, in a sixteenth of the device's memory; elsewhere, and for models that are
+            sharded or keep a state of each sequence, 32,768.
         reward_seconds: The most that the reward function may take for one response. None: no limit.
         path: Also write the records there, one JSON object a line.
         generator: Writes the responses in the model's place, which then scores them: log-probabilities and entropies

@@ -76,6 +76,11 @@ def test_logits_of_short_rows_are_in_that_memory_too(monkeypatch):
     assert tokens_per_batch(on_a_device(model, memory, monkeypatch), rows) == 7 * 10
 
 
+def test_a_sharded_model_which_scores_a_batch_in_one_pass_has_the_number_of_a_cpu(monkeypatch):
+    monkeypatch.setattr("lightning_sft.generation.batches.is_sharded", lambda model: True)
+    assert tokens_per_batch(on_a_device(tiny_architecture("llama"), 2**50, monkeypatch), LONG) == 32_768
+
+
 def test_a_cpu_has_the_same_number_for_every_model(monkeypatch):
     settings = dict(CONFIGS[0])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
