@@ -178,7 +178,7 @@ class SFTDataModule(L.LightningDataModule):
             if rows is not None:
                 rows.count_steps()  # refuses what is too long for a microbatch
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
-            self.teardown(stage)
+            SFTDataModule.teardown(self, stage)  # not a subclass's, which may do more
             self._run = TrainingRun(self.trainer, self.training_rows, has_validation=self._rows.val is not None)
             self.run_state = self._run.state()
 
@@ -213,7 +213,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """Give the trainer back as it was."""
-        self.teardown("fit")
+        SFTDataModule.teardown(self, "fit")
 
     def teardown(self, stage: str) -> None:
         """Give the trainer back as it was."""
