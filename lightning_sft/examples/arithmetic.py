@@ -49,6 +49,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     on its own too. Its vocabulary is closed: `len(word_tokenizer())` is the `vocab_size` of a model for it, and
     every other word becomes `<unk>`.
     """
+    # With braces in the place of what is filled in: all of that is listed too.
     texts = [_prompt(*["{}"] * 5), _output(*["{}"] * 7), *_GAINS, *_LOSSES, *_NAMES, *_THINGS, "+ -"]
     texts += map(str, range(_LARGEST_NUMBER + 1))
     words = [word for word in re.findall(_TOKEN, " ".join(texts)) if "{" not in word]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from support.fits import ROWS, fit, make_data, make_trainer
-from support.models import save_tiny_model, tiny_config
+from support.models import character_tokenizer, save_tiny_model, tiny_config
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from lightning_sft import SFTModule, StepProgressBar
+from lightning_sft import SFTDataModule, SFTModule, StepProgressBar
 from lightning_sft.errors import SettingsError
 
 VALIDATED = {"val_data": ROWS[:5]}
@@ -169,3 +169,15 @@ def test_a_metric_called_loss_is_the_subclass_s_own(bar, tmp_path):
         enable_progress_bar=True,
     )
     assert watch.shown == 6
+
+
+def test_what_a_subclass_clears_away_at_the_end_is_cleared_away_there_alone(tmp_path):
+    torn_down = []
+
+    class Own(SFTDataModule):
+        def teardown(self, stage):
+            torn_down.append(self.trainer.global_step)
+            super().teardown(stage)
+
+    fit(tmp_path, data=Own(character_tokenizer(), ROWS, batch_size=8), max_steps=2)
+    assert torn_down == [2]
