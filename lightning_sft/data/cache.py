@@ -6,10 +6,29 @@ from pathlib import Path
 
 import datasets
 
+from lightning_sft.errors import SettingsError, one_line
+
 
 def cache_folder() -> Path:
-    """The folder for this package inside the cache of `datasets`."""
-    return Path(datasets.config.HF_DATASETS_CACHE, "lightning_sft")
+    """The folder for this package inside the cache of `datasets`; it is made if it is not there yet.
+
+    Raises:
+        SettingsError: If it cannot be made.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "lightning_sft")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache_error(error) from error
+    return folder
+
+
+def cache_error(error: OSError) -> SettingsError:
+    """What a user is told if the cache cannot be used."""
+    return SettingsError(
+        f"The cache of `datasets`, {datasets.config.HF_DATASETS_CACHE}, cannot be used: {one_line(error)}. Set the "
+        "environment variable `HF_DATASETS_CACHE` to a folder that can be written and has room."
+    )
 
 
 @cache

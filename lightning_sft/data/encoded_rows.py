@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.cache import cache_folder
+from lightning_sft.data.cache import cache_error, cache_folder
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_table
 from lightning_sft.data.encoding import Encoding, RowEncoder
@@ -75,7 +75,6 @@ def encode_rows(
     """
     encoder = RowEncoder(row_format, tokenizer, encoding)
     key = encoder.fingerprint()
-    cache_folder().mkdir(parents=True, exist_ok=True)
     # Alone, the same rows by another name are the same, and are found in the cache.
     keep_names = len(sources) > 1
     encoded = [_encode_source(source, encoder, key, keep_names, num_proc) for source in sources]
@@ -158,6 +157,8 @@ def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: boo
         )
     except SettingsError as error:  # raised here again, not deep in a pool of workers: it is our own message
         raise error.with_traceback(None) from error.__cause__
+    except OSError as error:  # rows have been read before: it is the cache
+        raise cache_error(error) from error
 
 
 def rows_in_memory(encoded: Sequence[EncodedExample]) -> EncodedRows:

@@ -345,6 +345,28 @@ def test_text_and_ids_stay_on_disk(tmp_path, tokenised):
     assert pa.total_allocated_bytes() - before < num_rows * length / 10
 
 
+@pytest.mark.parametrize("kind", ["memory", "jsonl", "parquet"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch, kind):
+    files = {"jsonl": write_lines, "parquet": write_parquet}
+    data = files[kind](tmp_path / f"rows.{kind}", *ROWS) if kind in files else ROWS
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", write(tmp_path / "cache", "a file"))
+    message = refusal(data)
+    assert message.startswith(
+        f"The cache of `datasets`, {tmp_path / 'cache'}, cannot be used: [Errno 20] Not a directory"
+    )
+    assert message.endswith(
+        "Set the environment variable `HF_DATASETS_CACHE` to a folder that can be written and has room."
+    )
+
+
+def test_a_full_disk_is_a_fault_of_the_cache(monkeypatch):
+    def is_full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Dataset, "map", is_full)
+    assert "cannot be used: [Errno 28] No space left on device. Set" in refusal(ROWS)
+
+
 def test_numbers_are_those_of_the_rows_wherever_they_were_selected_from():
     rows = encode([{"prompt": "a" * (i % 5), "output": "b" * (1 + i % 3)} for i in range(20)]).dataset
     parts = rows.train_test_split(0.4, seed=1)

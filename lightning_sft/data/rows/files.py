@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import DownloadConfig, DownloadManager
 from fsspec.core import url_to_fs
 
@@ -71,13 +72,30 @@ class FileKind:
 def local_copy(path: str) -> str:
     """The path of a file itself, or of a copy on this machine, which `datasets` makes and keeps.
 
-    A file is copied anew if it has another ETag than the copy, or none, so that nobody knows whether it has changed.
+    A file is copied anew if it has changed: if it is of another commit of a hub's repository, or has another ETag than
+    the copy. One without an ETag is copied each time, since nobody knows whether it has changed.
     """
     if not is_remote(path):
         return path
     filesystem, inner = url_to_fs(path)
-    known = {"ETag", "etag"} & set(filesystem.info(inner))
-    return str(DownloadManager(download_config=DownloadConfig(force_download=not known)).download(path))
+    is_in_repository = path.startswith("hf://") and not path.startswith("hf://buckets/")
+    tells_changes = is_in_repository or not {"ETag", "etag"}.isdisjoint(filesystem.info(inner))
+    return str(DownloadManager(download_config=DownloadConfig(force_download=not tells_changes)).download(path))
+
+
+def check_parquet(path: str) -> None:
+    """Refuse a Parquet file that `datasets` would refuse in words that say nothing, or later; its end alone is read.
+
+    Raises:
+        SettingsError: If it has no rows, or a column twice.
+    """
+    with FileKind.of(path).open(path) as file:
+        metadata = pq.read_metadata(file)
+    columns = metadata.schema.to_arrow_schema().names
+    if twice := {column for column in columns if columns.count(column) > 1}:
+        raise SettingsError(f"it has the column {min(twice)!r} more than once. Rename all but one.")
+    if not metadata.num_rows:
+        raise SettingsError("it has no rows.")
 
 
 def find_files(name: str, argument: str) -> list[str]:
@@ -107,6 +125,8 @@ def _find_local(path: str, name: str, argument: str) -> list[str]:
     inner, *options = path.split(":", 2)
     if os.path.isfile(path):
         return [path]
+    if os.path.isdir(path) or (os.path.isdir(inner) and not FileKind.of(path).suffix):
+        return []  # a data set in a folder, whose name may look like that of a file or like a pattern
     if options and FileKind.of(inner).suffix:
         use = name.split(":", 1)[0]
         raise SettingsError(f"`{argument}` is {name!r}, but a file has neither configuration nor split. Use {use!r}.")

@@ -40,7 +40,8 @@ def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | I
                 "an address is of a file, of a pattern, or of a folder that `save_to_disk` has written. A hub data set "
                 "has a name, such as `user/set`."
             )
-        path, *options = os.path.expanduser(name).split(":", 2)
+        whole = os.path.expanduser(name)
+        path, *options = [whole] if os.path.isdir(whole) else whole.split(":", 2)
         config, split = [*options, None, None][:2]
         revision = None
         if "@" in path and not os.path.exists(path):

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from lightning_sft.data.cache import cache_folder, code_hash
-from lightning_sft.data.rows.files import FileKind, find_files, local_copy
+from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, local_copy
 from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import UnreadableRow, parse_json, read_file
 from lightning_sft.data.rows.row_format import AnyRow, Row
@@ -113,6 +113,7 @@ def _open_name(name: str, argument: str) -> list[Source]:
 
 
 def _open_file(path: str, argument: str) -> Source:
+    folder = cache_folder()
     try:
         # Left alone, `datasets` knows a changed file by its modification time only, which copying can preserve.
         local, kind = local_copy(path), FileKind.of(path)
@@ -120,7 +121,8 @@ def _open_file(path: str, argument: str) -> Source:
             content = hashlib.file_digest(file, "blake2b").hexdigest()
         key = Hasher.hash([content, kind.suffix, kind.compression, code_hash()])
         if kind.suffix == ".parquet":
-            options = {"split": "train", "cache_dir": str(cache_folder() / key)}
+            check_parquet(local)
+            options = {"split": "train", "cache_dir": str(folder / key)}
             rows = load_dataset("parquet", data_files=[glob.escape(local)], **options)
             rows._fingerprint = key  # as `fingerprint` does here:
         else:

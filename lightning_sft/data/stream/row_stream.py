@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from lightning_sft.data.rows.files import FileKind, find_files, is_remote
+from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, is_remote
 from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import read_file
 from lightning_sft.data.rows.row_format import AnyRow
@@ -64,8 +64,7 @@ class RowStream:
                     self._num_read += 1
                     yield f"row {self._num_read} of {self.name}", own_keys(row, self._dataset.features)
         except Exception as error:
-            problem = one_line(error.__cause__ or error)
-            raise SettingsError(f"`{self._argument}`: cannot read {self.name}: {problem}") from error
+            raise _unreadable(self.name, self._argument, error) from error
 
     def position(self) -> SourcePosition:
         """Where `read` is to go on after the row that it has given last."""
@@ -82,7 +81,7 @@ def open_streams(data: object, argument: str) -> list[RowStream]:
     Raises:
         MissingFileError: If a file is missing or a pattern matches none.
         SettingsTypeError: If `data` is none of these.
-        SettingsError: If a data set cannot be loaded.
+        SettingsError: If a data set cannot be loaded, or a Parquet file cannot be opened or has no rows.
     """
     names = [data] if isinstance(data, str | Path) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str | Path) for name in names):
@@ -96,13 +95,24 @@ def open_streams(data: object, argument: str) -> list[RowStream]:
         if not paths:
             streams.append(RowStream(name, argument, load_named(name, argument, streaming=True)))
         for path in paths:
-            files = [path if is_remote(path) else glob.escape(path)]
-            parquet = {"data_files": files, "split": "train", "streaming": True}
-            dataset = load_dataset("parquet", **parquet) if FileKind.of(path).suffix == ".parquet" else None
-            streams.append(RowStream(path, argument, dataset))
+            is_parquet = FileKind.of(path).suffix == ".parquet"
+            streams.append(RowStream(path, argument, _open_parquet(path, argument) if is_parquet else None))
     if not streams:
         raise SettingsError(f"`{argument}` has no rows; expected at least one.")
     return streams
+
+
+def _open_parquet(path: str, argument: str) -> IterableDataset:
+    try:
+        check_parquet(path)
+        files = [path if is_remote(path) else glob.escape(path)]
+        return load_dataset("parquet", data_files=files, split="train", streaming=True)
+    except Exception as error:
+        raise _unreadable(path, argument, error) from error
+
+
+def _unreadable(name: str, argument: str, error: Exception) -> SettingsError:
+    return SettingsError(f"`{argument}`: cannot read {name}: {one_line(error.__cause__ or error)}")
 
 
 def only_name(streams: Sequence[RowStream]) -> str | None:

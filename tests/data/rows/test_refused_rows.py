@@ -1,11 +1,13 @@
 """Files and rows that cannot be read or used: each is named with its place."""
 
 import gzip
+import io
 import json
 import pickle
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from support.models import character_tokenizer
@@ -24,9 +26,14 @@ KIND_OF_FILE = (
 KINDS = "expected a file, a data set's name, a list of these, a `datasets.Dataset`, or a list of dictionaries."
 
 
-def parquet(folder: Path) -> bytes:
-    Dataset.from_list(ROWS).to_parquet(folder / "good.parquet")
-    return (folder / "good.parquet").read_bytes()
+ROWS_TABLE = pa.Table.from_pylist(ROWS)
+
+
+def parquet(table: pa.Table = ROWS_TABLE) -> bytes:
+    """The content of a file."""
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    return content.getvalue()
 
 
 def saved(folder: Path) -> str:
@@ -158,12 +165,24 @@ FILES = {
         "line feed.",
     ),
     "truncated Parquet": Refusal(
-        lambda folder: file("a.parquet", parquet(folder)[:-20])(folder),
-        UNREADABLE + "a.parquet: Parquet magic bytes not found in footer...",
+        file("a.parquet", parquet()[:-20]), UNREADABLE + "a.parquet: Parquet magic bytes not found in footer..."
     ),
     "damaged Parquet": Refusal(
-        lambda folder: file("a.parquet", parquet(folder)[:20] + bytes(40) + parquet(folder)[60:])(folder),
-        UNREADABLE + "a.parquet: ...",
+        file("a.parquet", parquet()[:20] + bytes(40) + parquet()[60:]), UNREADABLE + "a.parquet: ..."
+    ),
+    "Parquet without rows": Refusal(
+        file("a.parquet", parquet(ROWS_TABLE[:0])), UNREADABLE + "a.parquet: it has no rows."
+    ),
+    "Parquet with a column twice": Refusal(
+        file("a.parquet", parquet(pa.table([["a"], ["b"], ["c"]], ["prompt", "output", "output"]))),
+        UNREADABLE + "a.parquet: it has the column 'output' more than once. Rename all but one.",
+    ),
+    "streamed Parquet without rows": Refusal(
+        file("a.parquet", parquet(ROWS_TABLE[:0]), streaming=True), UNREADABLE + "a.parquet: it has no rows."
+    ),
+    "streamed Parquet that is truncated": Refusal(
+        file("a.parquet", parquet()[:-20], streaming=True),
+        UNREADABLE + "a.parquet: Parquet magic bytes not found in footer...",
     ),
     "folder of nothing": Refusal(data(train_data="{tmp}"), "`train_data` is '{tmp}': " + NEITHER + "..."),
     "folder with a damaged file": Refusal(
@@ -243,7 +262,7 @@ FIELDS = {
     ),
     "rows without output or EOS": Refusal(
         row({"prompt": "a", "output": ""}, append_eos=False),
-        "row 2 of `train_data`: no response token to learn from; `output` is ''. Remove the row, or set "
+        "row 2 of `train_data`: no response token to learn from; the response is ''. Remove the row, or set "
         "`append_eos=True`.",
     ),
     "unknown prompt_field": Refusal(

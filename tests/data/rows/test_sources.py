@@ -18,6 +18,7 @@ from support.rows import (
     saved_splits,
     write,
     write_lines,
+    write_parquet,
 )
 
 from lightning_sft.data.rows.readers import read_file
@@ -47,6 +48,39 @@ def test_a_file_behind_an_address_that_has_changed_is_read_anew():
     for rows in (ROWS, ROWS[1:]):
         data = in_memory("changing/rows.jsonl", json_lines(*rows))
         assert encode(data).dataset["prompt"][:] == [row["prompt"] for row in rows]
+
+
+def test_a_file_of_a_hub_s_repository_is_not_copied_by_force(monkeypatch, tmp_path):
+    """The hub tells whether it has changed, though by no ETag of the file; other addresses without one cannot."""
+    write_lines(tmp_path / "rows.jsonl", *ROWS)
+    forced = []
+
+    class Copies:
+        def __init__(self, download_config):
+            forced.append(download_config.force_download)
+
+        def download(self, path):
+            return tmp_path / "rows.jsonl"
+
+    class Files:
+        def info(self, path):
+            return {"name": path, "size": 3, "type": "file"}
+
+    monkeypatch.setattr("lightning_sft.data.rows.files.DownloadManager", Copies)
+    monkeypatch.setattr("lightning_sft.data.rows.files.url_to_fs", lambda name: (Files(), name))
+    for name in ("hf://datasets/user/set/rows.jsonl", "hf://buckets/user/rows.jsonl", "s3://bucket/rows.jsonl"):
+        assert encoded(encode(name)) == ENCODED
+    assert forced == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["2026-11-26T10:30", "run[1]", "rows.parquet"])
+def test_a_folder_may_have_a_name_like_that_of_a_pattern_a_split_or_a_file(tmp_path, name):
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / name / "saved[1].json"))
+    for data in ("saved[1].json", "saved[1].json::train[:3]"):
+        assert encoded(encode(str(tmp_path / name / data))) == ENCODED
+    if "[" not in name:  # `datasets` takes this for a pattern itself
+        write_parquet(tmp_path / name / "part-0.parquet", *ROWS)
+        assert encoded(encode(str(tmp_path / name))) == ENCODED
 
 
 def test_a_saved_folder_is_known_by_what_it_holds(tmp_path):
