@@ -27,8 +27,9 @@ class MissingPackageError(SettingsError, ImportError):
 
 
 def shorten(value: object, limit: int = 40) -> str:
-    """A value as a message can show it."""
+    """A value as a message can show it, on one line."""
     text = repr(value)
+    text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -143,11 +143,18 @@ def _json_row(location: str, row: dict[str, Any] | UnreadableRow) -> dict[str, s
     text = None
     if problem is None:
         try:
-            # What JSON cannot hold must not turn into text, which would pass for a prompt or an output.
-            text = json.dumps(row, default=lambda value: {type(value).__name__: repr(value)})
+            text = json.dumps(row, default=_as_json)
         except (TypeError, ValueError, RecursionError) as error:  # a key that is no text, a cycle, a deep nest
             problem = f"cannot be written as JSON: {one_line(error)}."
     return {"location": location, "json": text, "problem": problem}
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON has for a value of another type: lists and numbers for arrays, tensors and what they hold.
+
+    Anything else must not turn into text, which would pass for a prompt or an output.
+    """
+    return value.tolist() if hasattr(value, "tolist") else {type(value).__name__: repr(value)}
 
 
 def own_keys(row: Row, features: Features | None) -> Row:

@@ -111,6 +111,8 @@ def decode_ids(tokenizer: PreTrainedTokenizerBase, *parts: Sequence[int]) -> lis
 
 
 def _numbers(value: object, column: str) -> list[int]:
+    if hasattr(value, "tolist"):  # an array or a tensor that `row_transform` has returned
+        value = value.tolist()
     if not isinstance(value, list | tuple):
         raise SettingsError(
             f"`{column}` is {shorten(value)} of type {type(value).__name__}, expected a list of whole numbers."

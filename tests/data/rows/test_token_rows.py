@@ -1,6 +1,8 @@
 """Rows that are tokenised already: used as they are, and learnt where their columns say so."""
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from support.models import character_tokenizer
 from support.rows import encode, json_lines, refusal, write
@@ -69,6 +71,14 @@ def test_long_rows_are_dropped_or_cut_and_no_eos_is_added():
     assert marked(rows, max_length=4, too_long="truncate") == [(IDS[:4], [1, 2, 3]), (IDS[:3], [1, 2])]
     assert marked(rows, max_length=4, too_long="drop") == [(IDS[:3], [1, 2])]
     assert "5 tokens (0 of the prompt) exceed `max_length` = 4" in refusal(rows, max_length=4)
+
+
+def test_ids_and_masks_may_be_arrays_or_tensors():
+    row = {"input_ids": np.array(IDS), "completion_mask": torch.tensor([0, 0, 1, 1, 1])}
+    expected = marked([{"input_ids": IDS, "completion_mask": [0, 0, 1, 1, 1]}])
+    assert marked([row]) == marked([{"input_ids": list(np.array(IDS)), "completion_mask": [0, 0, 1, 1, 1]}]) == expected
+    assert marked([{"text": "a"}], row_transform=lambda _: row) == expected
+    assert "`input_ids` has [97" in refusal([{"input_ids": np.array([IDS, IDS])}])
 
 
 def test_prompts_are_the_texts_before_the_last_tokens_that_are_learnt():
