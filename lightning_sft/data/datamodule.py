@@ -242,14 +242,15 @@ class SFTDataModule(L.LightningDataModule):
         return cast(TrainingRows, getattr(self._rows, split))
 
     def prompts(self, stage: str, num_prompts: int | None = None) -> list[Prompt]:
-        """The first prompts of a stage.
+        """The first prompts of a stage; its rows are read if they are not yet.
 
-        Those of `fit` and `validate` are the validation rows, or the training rows where there are none.
+        Those of `fit` are the validation rows, or the training rows where there are none.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`.
             num_prompts: How many; all if None.
         """
+        self._load_rows(stage)
         return self._rows.prompts(stage, num_prompts)
 
     def preview(self, num_rows: int = 3) -> Preview:

@@ -1,5 +1,6 @@
 """The rows of each split, read and tokenised when a stage first needs them."""
 
+import math
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.streamed_rows import StreamedRows
 from lightning_sft.data.training_rows import TrainingRows
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, counted
 
 
 class RowStore:
@@ -67,11 +68,11 @@ class RowStore:
 
     def prompts(self, stage: str, num_prompts: int | None) -> list[Prompt]:
         """The first prompts of the rows of a stage that is loaded, as `SFTDataModule.prompts`."""
-        of_stage = {"fit": self.val or self.train, "validate": self.val or self.train, "test": self.test}
+        of_stage = {"fit": self.val or self.train, "validate": self.val, "test": self.test}
         split = of_stage.get(stage)
         rows = cast(Dataset, self.predict) if split is None else split.rows
-        rows = rows.select_columns(["prompt", "ground_truth", "is_chat"])
-        rows = rows.select(range(min(len(rows), num_prompts or len(rows))))
+        first = range(len(rows))[:num_prompts]
+        rows = rows.select_columns(["prompt", "ground_truth", "is_chat"]).select(first)
         return [
             Prompt(index, row["prompt"], row["ground_truth"], row["is_chat"])
             for index, row in enumerate(rows.to_list())
@@ -142,8 +143,11 @@ class RowStore:
         """Take the validation rows from the training rows, by the seed of the order, each with all its examples."""
         whole, fraction = self._prepare("train", "fit", encoder), self._settings.val_fraction
         rows, first_examples = np.unique(whole.row_numbers, return_index=True)
-        if len(rows) < 2:
-            raise SettingsError(f"`val_fraction` is {fraction}, but `train_data` has one row, which cannot be split.")
+        if math.ceil(fraction * len(rows)) == len(rows):
+            raise SettingsError(
+                f"`val_fraction` is {fraction}, but `train_data` has {counted(len(rows), 'row')}, of which none would "
+                "be left to train on. Lower it, or give `val_data`."
+            )
         parts = Dataset.from_dict({"row": range(len(rows))}).train_test_split(fraction, seed=self._rule.seed)
         examples_of_row = np.split(np.arange(len(whole.rows)), first_examples[1:])
         examples = {

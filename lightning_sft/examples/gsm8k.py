@@ -24,7 +24,7 @@ def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     answer = row.get("answer")
     reasoning, mark, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")
-    if not mark:
+    if not mark or not final.strip():
         raise SettingsError(f"`answer` is {answer!r:.60}, expected GSM8K's reasoning with '#### <answer>' at its end.")
     reasoning = re.sub(r"<<[^>]*>>", "", reasoning).strip()
     ground_truth = final.strip().replace(",", "")

@@ -200,11 +200,17 @@ def test_the_gsm8k_rows_become_the_r1_zero_form(tmp_path):
     assert response == [*map(ord, expected), EOS]
 
 
-def test_a_gsm8k_row_without_its_mark_is_located(tmp_path):
+@pytest.mark.parametrize("answer", ["six", "six ####"])
+def test_a_gsm8k_row_without_its_mark_or_an_answer_after_it_is_located(answer):
     from lightning_sft.examples import r1_zero_row
 
-    with pytest.raises(
-        ValueError,
-        match=r"row 1 of `train_data`: `answer` is .six., expected GSM8K",
-    ):
-        prepared(train_data=[{"question": "?", "answer": "six"}], row_transform=r1_zero_row, prompt_field="question")
+    with pytest.raises(ValueError, match=f"row 1 of `train_data`: `answer` is '{answer}', expected GSM8K"):
+        prepared(train_data=[{"question": "?", "answer": answer}], row_transform=r1_zero_row, prompt_field="question")
+
+
+def test_prompts_are_there_before_a_stage_begins():
+    rows = [{"prompt": "a", "output": "b"}, {"prompt": "c", "output": "d"}]
+    assert [each.text for each in SFTDataModule(character_tokenizer(), rows).prompts("fit")] == ["a", "c"]
+    data = SFTDataModule(character_tokenizer(), val_data=rows)
+    assert [each.text for each in data.prompts("validate", 1)] == ["a"]
+    assert data.prompts("predict", 0) == []

@@ -129,7 +129,13 @@ SETTINGS = {
     ),
     "val_fraction of one row": Refusal(
         data(train_data=ROWS[:1], val_fraction=0.5),
-        "`val_fraction` is 0.5, but `train_data` has one row, which cannot be split.",
+        "`val_fraction` is 0.5, but `train_data` has 1 row, of which none would be left to train on. Lower it, or give "
+        "`val_data`.",
+    ),
+    "val_fraction of all rows, rounded up": Refusal(
+        data(val_fraction=0.8),
+        "`val_fraction` is 0.8, but `train_data` has 4 rows, of which none would be left to train on. Lower it, or "
+        "give `val_data`.",
     ),
     "two sources of validation": Refusal(
         data(val_data=ROWS, val_fraction=0.1),
