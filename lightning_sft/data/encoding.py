@@ -187,15 +187,11 @@ class RowEncoder:
         example, notices = (tokens, []) if isinstance(tokens, Example) else (tokens.example, tokens.notices)
         if not example.num_response_labels:
             raise SettingsError(
-                f"no response token to learn from; {self._learnt_column(text)} is {shorten(text.output)}. "
-                "Remove the row, or set `append_eos=True`."
+                f"no response token to learn from; the response is {shorten(text.output)}. Remove the row, or set "
+                "`append_eos=True`."
             )
         location = _short_location(text.location, only_source) + _turn_in_words(text)
         return EncodedExample(text, replace(example, location=location), notices=notices)
-
-    def _learnt_column(self, text: ExampleText) -> str:
-        row_format = self.row_format
-        return f"`{(row_format.text_field or 'text') if text.is_whole else row_format.output_field}`"
 
     def _within_length(self, encoded: EncodedExample) -> EncodedExample:
         """The example, cut or marked as dropped if it is too long."""

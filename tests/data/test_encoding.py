@@ -75,14 +75,17 @@ def test_a_type_that_datasets_guesses_is_refused_and_never_turned_back_into_othe
 def test_a_row_without_response_token_is_refused_with_the_way_out(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ROWS[0], {"prompt": "a", "output": ""})
     assert refusal(path, append_eos=False) == (
-        f"line 2 of {path}: no response token to learn from; `output` is ''. Remove the row, or set `append_eos=True`."
+        f"line 2 of {path}: no response token to learn from; the response is ''. Remove the row, or set "
+        "`append_eos=True`."
     )
     assert encode(path).dataset[1]["input_ids"] == [97, 128]
 
 
 def test_a_first_token_without_anything_before_it_is_no_response_token():
     rows = [{"prompt": "", "output": "a"}]
-    assert "row 1 of `train_data`: no response token to learn from; `output` is 'a'." in refusal(rows, append_eos=False)
+    assert "row 1 of `train_data`: no response token to learn from; the response is 'a'." in refusal(
+        rows, append_eos=False
+    )
     assert encode(rows).dataset[0]["num_response_tokens"] == 1
     assert encode(rows, character_tokenizer(bos=True), append_eos=False).dataset[0]["input_ids"] == [129, 97]
 

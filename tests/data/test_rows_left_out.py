@@ -93,7 +93,7 @@ def test_a_missing_eos_is_no_matter_of_the_rows():
 def test_a_row_without_anything_to_learn_is_bad():
     rows = encode([GOOD[0], {"prompt": "a", "output": ""}], bad_rows="drop", append_eos=False)
     assert rows.report.bad_rows.in_words() == [
-        "1 row, row 2: no response token to learn from; `output` is ''. Remove the row, or set `append_eos=True`."
+        "1 row, row 2: no response token to learn from; the response is ''. Remove the row, or set `append_eos=True`."
     ]
 
 

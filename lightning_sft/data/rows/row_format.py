@@ -168,7 +168,8 @@ class RowFormat:
     def _conversation(self, row: Row) -> Conversation | None:
         if self.prompt_template is not None or self.text_field is not None:
             return None
-        if self.prompt_field == RowFormat.prompt_field:
+        names_output = self.output_field != RowFormat.output_field and row.get(self.output_field) is not None
+        if self.prompt_field == RowFormat.prompt_field and not names_output:
             found = [column for column in CONVERSATIONS if row.get(column) is not None]
             said = [column for column in found if row[column]]
             if said and any(row[column] != row[said[0]] for column in said):

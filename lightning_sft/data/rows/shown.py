@@ -18,10 +18,10 @@ def shown_data(data: object) -> str | None:
     """The names of files and data sets, with their weights; None for rows in memory, which have no name."""
     if isinstance(data, Mapping):
         return ", ".join(f"{shown_path(str(name))} (weight {weight:g})" for name, weight in data.items())
-    names = [data] if isinstance(data, str) else data
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+    names = [data] if isinstance(data, str | os.PathLike) else data
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str | os.PathLike) for name in names):
         return None
-    return ", ".join(map(shown_path, names))
+    return ", ".join(shown_path(str(name)) for name in names)
 
 
 def shown_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:

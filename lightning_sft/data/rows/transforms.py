@@ -94,7 +94,7 @@ def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str)
         for role, text in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": _text(f"`history`, pair {number},", text)})
     messages.append({"role": "user", "content": question})
-    if answer in row:
+    if row.get(answer) is not None:
         messages.append({"role": "assistant", "content": row[answer]})
     used = {*questions, answer, "system", "history"}
     return {**{column: value for column, value in row.items() if column not in used}, "messages": messages}

@@ -43,7 +43,7 @@ def read_template_file(argument: str, path: str, placeholder: str, way_out: str)
 
     Args:
         argument: The name of the argument that gives the path.
-        path: What was given instead of a template; it has no braces.
+        path: What was given instead of a template; it has no braces. It may begin with `~`.
         placeholder: What every template of this kind contains.
         way_out: What to give instead, for the message if there is no such file.
 
@@ -51,12 +51,13 @@ def read_template_file(argument: str, path: str, placeholder: str, way_out: str)
         MissingFileError: If there is no such file.
         SettingsError: If it is not UTF-8 text.
     """
-    if not os.path.isfile(path):  # `Path.is_file` raises on a text too long for a file name
+    file = os.path.expanduser(path)
+    if not os.path.isfile(file):  # `Path.is_file` raises on a text too long for a file name
         raise MissingFileError(
             f"`{argument}` is {path!r}, which has no {placeholder} in it and is no file either. {way_out}"
         )
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text ({error.reason}). Save the file as UTF-8."
         raise SettingsError(f"`{argument}` is {path!r}, which is {problem}") from None

@@ -58,12 +58,14 @@ def test_a_template_is_filled_with_columns_and_doubled_braces_are_literal(templa
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_template_may_come_from_a_file_whose_last_line_break_is_dropped(tmp_path, template):
+def test_a_template_may_come_from_a_file_whose_last_line_break_is_dropped(tmp_path, template, monkeypatch):
     row = {"a": "x", "b": "{y}", "output": "z"}
     for ending in ("\n", "\r\n"):
         path = write(tmp_path / "template.txt", codecs.BOM_UTF8 + (template + ending).encode())
         assert RowFormat(prompt_template=path).render(row).prompt == TEMPLATES[template]
     assert RowFormat(prompt_template=write(tmp_path / "no_end", "{a}")).render(row).prompt == "x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RowFormat(prompt_template="~/no_end").render(row).prompt == "x"
 
 
 @pytest.mark.parametrize(

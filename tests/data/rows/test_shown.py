@@ -1,8 +1,10 @@
 """Names and paths as model cards and loggers show them."""
 
+from pathlib import Path
+
 import pytest
 
-from lightning_sft.data.rows.shown import shown_path
+from lightning_sft.data.rows.shown import shown_data, shown_path
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,9 @@ from lightning_sft.data.rows.shown import shown_path
 )
 def test_folders_of_this_machine_and_secrets_of_addresses_are_left_out(path, shown):
     assert shown_path(path) == shown
+
+
+def test_files_are_shown_by_their_names_be_they_texts_or_paths_and_rows_in_memory_have_none():
+    assert shown_data(Path("/home/me/train.jsonl")) == "train.jsonl"
+    assert shown_data([Path("a.jsonl"), "b.jsonl"]) == "a.jsonl, b.jsonl"
+    assert shown_data([{"prompt": "a"}]) is None

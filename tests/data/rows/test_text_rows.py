@@ -7,7 +7,7 @@ from support.rows import encode, json_lines, refusal, write
 
 from lightning_sft import SFTDataModule
 from lightning_sft.data.rows.row_format import RowFormat
-from lightning_sft.data.rows.said import PlainPrompt, PlainRow, TextRow
+from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TextRow
 
 EOS, BOS = 128, 129
 
@@ -71,10 +71,15 @@ def test_a_text_is_gone_on_from_by_predict_and_made_anew_by_validation():
         ({"content": "a", "prompt": "b", "output": "c"}, {"text_field": "content"}, TextRow("a", None)),
         ({"text": "a", "q": "b", "output": "c"}, {"prompt_field": "q"}, PlainRow("b", "c", "c")),
         ({"text": "a", "messages": LONG}, {"text_field": "text"}, TextRow("a", None)),
+        ({"prompt": "b", "response": "c", "messages": LONG}, {"output_field": "response"}, PlainRow("b", "c", "c")),
     ],
 )
 def test_a_prompt_and_an_output_come_first_unless_a_column_is_named(row, options, expected):
     assert RowFormat(**options).render(row) == expected
+
+
+def test_a_row_with_messages_alone_is_a_conversation_though_other_rows_have_a_named_output():
+    assert isinstance(RowFormat(output_field="response").render({"messages": LONG}), ChatRow)
 
 
 def test_messages_come_before_a_text():

@@ -49,12 +49,12 @@ def test_answers_of_the_history_are_learnt_unless_only_the_last_turn_is():
 
 
 def test_a_transform_s_rows_prompt_a_model_with_or_without_an_answer():
-    rows = [{"query": "a", "response": "b"}, {"query": "c"}]
+    rows = [{"query": "a", "response": "b"}, {"query": "c"}, {"query": "d", "response": None}]
     data = SFTDataModule(chat_tokenizer(CHATML), predict_data=rows, row_transform=query_row)
     data.setup("predict")
-    first, second = data.prompts("predict")
+    first, *others = data.prompts("predict")
     assert first.text.endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    assert (first.ground_truth, second.ground_truth) == ("b", None)
+    assert [prompt.ground_truth for prompt in (first, *others)] == ["b", None, None]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_transform_s_rows_prompt_a_model_with_or_without_an_answer():
             {"instruction": "a", "history": [["b", "c"], ["d", 3]]},
             "`history`, pair 2, is 3 of type int, expected a string.",
         ),
-        (alpaca_row, {"instruction": "a", "output": None}, r"turn 2 \(assistant\) has the content None"),
+        (alpaca_row, {"instruction": "a", "output": None}, "no turn of the assistant to learn from among 1 message."),
     ],
 )
 def test_a_row_of_another_form_is_named_in_plain_words(transform, row, words):
