@@ -111,7 +111,9 @@ class SFTCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed."""
-        words = "Of all that is random, and of the data unless `data.seed` is given. True: any seed. False: none."
+        words = (
+            "Of all that is random, and of the data unless `data.seed` is given and not 0. True: any seed. False: none."
+        )
         words = words if self.command.parts else SUPPRESS
         parser.add_argument("--seed_everything", type=bool | int, default=self.seed_everything_default, help=words)
 
@@ -164,7 +166,7 @@ class SFTCLI(LightningCLI):
                     raise SettingsError(
                         f"`trainer.{name}` is {value}, which does not work with manual optimization. Use `{own}`."
                     )
-            if not config.trainer.max_epochs and config.trainer.max_steps == -1 and not config.trainer.max_time:
+            if config.trainer.max_epochs is None and config.trainer.max_steps == -1 and not config.trainer.max_time:
                 config.trainer.max_epochs = 1
         if "trainer" in self._parameters:
             self._choose_checkpoint()

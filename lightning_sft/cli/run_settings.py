@@ -19,17 +19,25 @@ from lightning_sft.training.run_folder import folder_of_run, holds_a_run
 
 @dataclass(frozen=True)
 class LoggerArguments:
-    """What a logger calls the folder of its runs, and one of them.
+    """The names of a logger's arguments that say where its runs are.
 
     Attributes:
-        name: Of the folder that its runs are in, below `save_dir`.
-        version: Of a run.
-        default_name: Where no name is given.
+        name: The argument that names the folder of its runs, below `save_dir`.
+        version: The argument that names a run's folder in that.
+        if_unnamed: The folder of its runs if the argument `name` is null or empty.
     """
 
     name: str = "name"
     version: str = "version"
-    default_name: str = "lightning_logs"
+    if_unnamed: str = ""
+
+    def folder_name(self, options: Namespace) -> str:
+        """The folder of its runs, below `save_dir`.
+
+        Args:
+            options: The logger's arguments.
+        """
+        return options.get(self.name, "lightning_logs") or self.if_unnamed
 
 
 _OF_LOGGERS = {
@@ -96,8 +104,7 @@ class RunSettings:
         if self._kind == "MLFlowLogger" and (uri := options.get("tracking_uri")):
             return Path(uri.removeprefix("file:")) if uri.startswith("file:") else self.root
         folder = self.root / (options.get("dir") or options.get("save_dir") or "")
-        name = options.get(arguments.name) or arguments.default_name
-        return folder if self._kind == "MLFlowLogger" else folder / name
+        return folder if self._kind == "MLFlowLogger" else folder / arguments.folder_name(options)
 
     def newest_checkpoint(self) -> Path | None:
         """The last checkpoint of that run which saved one most recently."""
@@ -143,7 +150,7 @@ class RunSettings:
             known.remove(found)
             options[arguments.version] = found.version
             if kind == "CSVLogger":
-                folder = self.root / (options.get("save_dir") or "") / (options.get("name") or arguments.default_name)
+                folder = self.root / (options.get("save_dir") or "") / arguments.folder_name(options)
                 version = f"version_{found.version}" if isinstance(found.version, int) else str(found.version)
                 _begin_table(folder / version)
 

@@ -104,7 +104,7 @@ class Preview:
         for column in table.columns[1:]:
             column.justify = "right"
         for name, values in self._table():
-            table.add_row(name, *values)
+            table.add_row(Text(name), *values)  # no markup: a file's name may have brackets
         yield table
         for words in self._bad_rows():
             yield Text(words)

@@ -75,14 +75,21 @@ def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
     if steps_in_data is None:
         _check_length(trainer)
     limit = trainer.limit_train_batches
-    is_limited, num_steps = isinstance(limit, int), trainer.max_steps if steps_in_data is None else steps_in_data
-    if not isinstance(limit, int):
-        num_steps = max(1, int(limit * num_steps))
-    elif steps_in_data is None:
+    if steps_in_data is None and isinstance(limit, int):
         num_steps = limit
     else:
-        num_steps = min(limit, num_steps)
-    return Epoch(num_steps, is_limited, shuffle=trainer.overfit_batches == 0)  # type: ignore[attr-defined]
+        num_steps = limited_steps(limit, trainer.max_steps if steps_in_data is None else steps_in_data)
+    return Epoch(num_steps, isinstance(limit, int), shuffle=trainer.overfit_batches == 0)  # type: ignore[attr-defined]
+
+
+def limited_steps(limit: int | float, num_steps: int) -> int:
+    """The optimizer steps that `limit_train_batches` leaves of those that go once through the data.
+
+    Args:
+        limit: The most steps, as an integer; or a share of all, as a float.
+        num_steps: All of them.
+    """
+    return min(limit, num_steps) if isinstance(limit, int) else max(1, int(limit * num_steps))
 
 
 def _check_length(trainer: L.Trainer) -> None:

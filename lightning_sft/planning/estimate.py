@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from lightning_sft.callbacks.throughput import known_peak_flops
 from lightning_sft.checks import check_number
@@ -56,7 +57,7 @@ class Estimate:
         yield ""
         yield grid
         yield ""
-        yield "\n".join(self.notes)
+        yield Text("\n".join(self.notes))  # no markup: a file's name may have brackets
 
     def _memory_table(self) -> Table:
         table = Table("memory on each device", box=None, pad_edge=False)

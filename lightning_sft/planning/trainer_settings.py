@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_sft.errors import SettingsError
+from lightning_sft.loops.run_length import limited_steps
 from lightning_sft.model.precision import Precision
 
 
@@ -21,6 +22,7 @@ class TrainerSettings:
         precision: Of weights and products.
         max_steps: Optimizer steps after which it stops, if that is set.
         max_epochs: Epochs after which it stops, if that is set.
+        limit: Optimizer steps of each epoch as an integer, or the share of them that it takes as a float.
     """
 
     on_cuda: bool
@@ -29,6 +31,7 @@ class TrainerSettings:
     precision: Precision
     max_steps: int | None
     max_epochs: int | None
+    limit: int | float = 1.0
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> "TrainerSettings":
@@ -52,11 +55,17 @@ class TrainerSettings:
             precision=precision,
             max_steps=_limit(trainer.get("max_steps")),
             max_epochs=_limit(trainer.get("max_epochs")),
+            limit=trainer.get("overfit_batches") or trainer.get("limit_train_batches") or 1.0,
         )
 
     def num_steps(self, steps_per_epoch: int) -> int | None:
-        """Optimizer steps of the run; None if only time ends it."""
-        limits = [self.max_steps, None if self.max_epochs is None else self.max_epochs * steps_per_epoch]
+        """Optimizer steps of the run; None if only time ends it.
+
+        Args:
+            steps_per_epoch: Those that go once through the data.
+        """
+        in_epoch = limited_steps(self.limit, steps_per_epoch)
+        limits = [self.max_steps, None if self.max_epochs is None else self.max_epochs * in_epoch]
         return min((limit for limit in limits if limit is not None), default=None)
 
 

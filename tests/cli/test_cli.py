@@ -191,6 +191,10 @@ def test_a_data_file_of_one_line_is_not_taken_for_settings(inputs):
     assert (facts["train"], facts["train rows"]) == ("one.jsonl", 1)
 
 
+def test_a_run_of_no_epochs_takes_no_step(inputs):
+    assert run_command(arguments(inputs, **{"trainer.max_epochs": 0})).trainer.global_step == 0
+
+
 def test_values_that_two_parts_share_are_given_once(inputs):
     cli = run_command(arguments(inputs, **{"data.seed": 7, "trainer.fast_dev_run": True}))
     assert cli.config.model.seed == 7

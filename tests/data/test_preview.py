@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from support.models import character_tokenizer
+from support.rows import write_lines
 from transformers import AutoTokenizer
 
 from lightning_sft import SFTDataModule
@@ -153,6 +154,12 @@ def test_a_preview_counts_as_the_training_does():
     assert train.num_response_tokens.sum() == sum(batch.totals.num_response_tokens for batch in batches)
     assert val.steps_per_epoch is None
     assert np.sort(np.concatenate([train.num_tokens, val.num_tokens])).tolist() == sorted(4 + i % 5 for i in range(10))
+
+
+def test_brackets_in_the_name_of_a_file_are_no_markup(tmp_path):
+    paths = [write_lines(tmp_path / name, ROWS[0], ROWS[1]) for name in ("part[a].jsonl", "part[b].jsonl")]
+    words = str(prepared(train_data={paths[0]: 2, paths[1]: 1}).preview(0))
+    assert "part[a].jsonl (weight 2, 4 rows in each epoch)" in words
 
 
 def test_a_terminal_shows_colours_in_the_place_of_bars(monkeypatch):

@@ -44,6 +44,10 @@ def test_a_run_ends_at_whichever_limit_comes_first():
         ({"max_steps": -1, "max_epochs": 3}, 30),
         ({"max_steps": 20, "max_epochs": -1}, 20),
         ({"max_steps": -1, "max_epochs": None}, None),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 12),
+        ({"max_epochs": 3, "limit_train_batches": 40}, 30),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 15),
+        ({"max_epochs": 3, "limit_train_batches": None, "overfit_batches": 2}, 6),
     ):
         assert TrainerSettings.of(limits).num_steps(steps_per_epoch=10) == expected
 
