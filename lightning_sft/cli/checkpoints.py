@@ -34,7 +34,7 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
 
 
 def check_ckpt_path(config: Namespace, continues: bool) -> None:
-    """Refuse a checkpoint that cannot be loaded, before anything else is; allow values alone unless told otherwise.
+    """Refuse a checkpoint that cannot be loaded, or that could run code unless the user allows that.
 
     Args:
         config: Settings of the command; `weights_only` is set in it.

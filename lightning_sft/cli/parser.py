@@ -19,7 +19,10 @@ def packaged_configs() -> dict[str, Path]:
 
 
 class ConfigByName(ActionConfigFile):
-    """A configuration's path, or the name of one that comes with the package, unless there is a file of that name."""
+    """`--config`: the path of a configuration, or the name of one that comes with the package.
+
+    A file of that name in the working directory comes first.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Read the configuration."""
@@ -37,7 +40,7 @@ class SFTArgumentParser(LightningArgumentParser):
     """A parser that refuses in one line, without the usage, which is hundreds of lines long."""
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
-        """As it was, but a data file is never taken for a configuration of the argument that names it."""
+        """Add the arguments of a class; a data file is never taken for a configuration of the argument that has it."""
         options = {"sub_configs": False} if theclass is SFTDataModule else {}
         added: list[str] = super().add_class_arguments(theclass, *args, **(kwargs | options))
         return added

@@ -91,7 +91,7 @@ def to_table(encoded: Sequence[EncodedExample], row_numbers: Sequence[int] | Non
 
     Args:
         encoded: The examples.
-        row_numbers: Which rows of all those are that were encoded together. By default they are all.
+        row_numbers: The number that each row which was encoded has in its source. By default they are numbered from 0.
     """
     texts, examples = [each.text for each in encoded], [each.example for each in encoded]
     columns = {

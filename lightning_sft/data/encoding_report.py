@@ -52,7 +52,7 @@ class EncodingReport:
 
     @property
     def counts_examples(self) -> bool:
-        """Whether a row became several examples, left out or not, so that a number of these is none of rows."""
+        """Whether some row became several examples, left out or not: then a number of examples is no number of rows."""
         return self.num_examples + self.num_dropped > self.num_rows + self.num_too_long
 
     @property

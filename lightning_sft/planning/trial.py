@@ -66,7 +66,7 @@ class Trial(L.Callback):
         """Put them back, and drop gradients.
 
         Args:
-            module: That was trained.
+            module: The module that was trained.
         """
         tensors = _changing(module)
         for name, value in getattr(self, "saved", {}).items():

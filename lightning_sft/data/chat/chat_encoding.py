@@ -30,7 +30,7 @@ class WrittenExample:
         turns: The assistant's turns to learn from, at least one.
         spans: Start and end of each text that is learnt.
         last_content: The content of the last of the turns, as the row has it.
-        longest: The text of the row's longest example, with which this one begins as far as earlier turns go.
+        longest: The text of the row's last example, which is the longest. What both begin with is tokenised once.
         is_whole: Whether this is the whole conversation, not one of several examples that it becomes.
         notices: What a user is to know of it.
     """

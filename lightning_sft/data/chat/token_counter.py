@@ -24,11 +24,11 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 @dataclass(frozen=True)
 class Alike:
-    """How far another text has the tokens of a text.
+    """How many tokens two texts begin with alike.
 
     Attributes:
-        num_tokens: With so many tokens both begin.
-        is_whole: Whether these are all tokens of the other text.
+        num_tokens: The number of these tokens.
+        is_whole: Whether they are all tokens of the second of the texts.
     """
 
     num_tokens: int

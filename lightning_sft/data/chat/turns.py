@@ -25,8 +25,8 @@ class Turn:
         start: Where the turn begins in the text. What stands before it is the prompt; or where the template never
             writes some end of the prompt (an opened `<think>`) before such a turn, the prompt without that.
         content_end: Where the token that ends the turn begins; the end of the text if there is none.
-        moved: How much later the turn stands in the text than where the template writes it; the difference is what it
-            writes before.
+        moved: How many characters later the turn stands in the text than in what the template writes, since what it
+            writes before the turn is shorter than the prompt (or longer, if this is negative).
         words_end: The last place in the prompt where the words of the message before the turn can end; 0 if they are
             written otherwise.
     """

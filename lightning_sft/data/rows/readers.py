@@ -16,10 +16,10 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """What stands where a row should be; whoever uses it says so, or leaves it out.
+    """Stands in the place of a row that cannot be read: whoever uses the rows raises the problem, or leaves it out.
 
     Attributes:
-        problem: Why it is no row.
+        problem: Why the row cannot be read.
     """
 
     problem: str

@@ -73,7 +73,7 @@ class StepTotals:
         )
 
     def times(self, factor: float) -> "StepTotals":
-        """What so many times as much holds, rounded."""
+        """These totals times a factor, rounded."""
         return StepTotals(**{name: round(factor * number) for name, number in vars(self).items()})
 
 

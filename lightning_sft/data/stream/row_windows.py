@@ -58,9 +58,10 @@ class RowWindows:
     seed: int | None
 
     def read(self, begin: StreamPosition, rank: int = 0, world_size: int = 1) -> Iterator[Window]:
-        """Endlessly the rows from a position on; of several processes, each encodes every so many-th row.
+        """Endlessly the rows from a position on, encoded; of several processes, each encodes its share of them.
 
-        All have equally many rows in a window, so that together they are the window whose rows each of them reads.
+        All processes read the same rows, window after window. Of each window a process encodes every `world_size`-th
+        row, so that all have equally many and that their shares together are the window.
 
         Raises:
             SettingsError: If a source cannot be read, or a whole pass has no row.
