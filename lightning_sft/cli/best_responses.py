@@ -24,9 +24,9 @@ def best_responses(records: str | list[str], output: str, per_prompt: int = 1, m
     Raises:
         MissingFileError: If there is no such file.
         SettingsError: If a file cannot be read or holds something else; no response has a reward, or enough of it; or
-            the output would take the place of records.
+            the output cannot be written or would take the place of records.
     """
-    path = Path(output)
+    path = Path(output).expanduser()
     if path.suffix != ".jsonl":
         raise SettingsError(f"`output` is {output!r}; expected a file ending in .jsonl.")
     if path.is_file():
@@ -40,8 +40,12 @@ def best_responses(records: str | list[str], output: str, per_prompt: int = 1, m
             f"no response has a reward of at least {min_reward:g} and has ended. Sample more of them, or lower "
             "`min_reward`."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen.rows)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen.rows), encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(lines, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise SettingsError(f"`output` is {output!r}, which cannot be written: {error.strerror}.") from error
     print(f"Rows: {path_from_here(path)}")

@@ -141,7 +141,7 @@ class RowStore:
 
     def _divide_training(self, encoder: RowEncoder) -> None:
         """Take the validation rows from the training rows, by the seed of the order, each with all its examples."""
-        whole, fraction = self._prepare("train", "fit", encoder), self._settings.val_fraction
+        whole, fraction = self._prepare("train", "fit", encoder), float(self._settings.val_fraction)
         rows, first_examples = np.unique(whole.row_numbers, return_index=True)
         if math.ceil(fraction * len(rows)) == len(rows):
             raise SettingsError(

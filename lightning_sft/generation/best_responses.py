@@ -8,7 +8,7 @@ from typing import Any
 from lightning_sft.checks import check_integer, check_number, check_type
 from lightning_sft.data.rows.files import find_files
 from lightning_sft.data.rows.readers import UnreadableRow, read_file
-from lightning_sft.errors import SettingsError, SettingsTypeError, counted, shorten
+from lightning_sft.errors import SettingsError, SettingsTypeError, counted, one_line, shorten
 from lightning_sft.generation.records import GenerationRecord
 
 _ENDED = ("eos", "stop")  # why a response stopped, if it was not cut off
@@ -134,10 +134,17 @@ def _no_file(name: object) -> list[str]:
 
 
 def _read_file(path: str) -> Iterator[Mapping[str, Any]]:
-    for location, row in read_file(path):
+    for location, row in _read_rows(path):
         if isinstance(row, UnreadableRow):
             raise SettingsError(f"{location} of {path}: {row.problem}")
         missing = [name for name in _NEEDED if name not in row]
         if missing:
             raise SettingsError(f"{location} of {path}: no value for `{missing[0]}`, expected a record of `predict`.")
         yield row
+
+
+def _read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | UnreadableRow]]:
+    try:
+        yield from read_file(path)
+    except Exception as error:
+        raise SettingsError(f"`records`: cannot read {path}: {one_line(error)}") from error

@@ -1,6 +1,7 @@
 """`ModelBuilder`: makes the model that is trained, with its adapters."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ class ModelBuilder:
     _stored: StoredAdapters | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.source = str(self.source) if isinstance(self.source, Path) else without_wrapper(self.source)
+        if isinstance(self.source, str | Path):
+            self.source = os.path.expanduser(str(self.source))
+        self.source = without_wrapper(self.source)
         check_type("model", self.source, (str, dict, PreTrainedModel), "a name, a path, settings or a model")
         check_type("model_kwargs", self.model_kwargs, dict, "a mapping of arguments", optional=True)
         check_type("lora", self.lora, dict, "a mapping of arguments", optional=True)

@@ -35,6 +35,7 @@ def tokenizer_beside(source: str) -> str:
     Args:
         source: Name or folder of a model, or a folder of adapters.
     """
+    source = os.path.expanduser(source)
     if not is_adapter_folder(source) or Path(source, "tokenizer_config.json").is_file():
         return source
     return StoredAdapters.read(source, {}).base
@@ -68,7 +69,7 @@ class StoredAdapters:
             SettingsError: If these are no adapters that can be trained here, or of other settings.
         """
         check_type("lora.path", path, (str, os.PathLike), "a folder that `peft` has written")
-        folder = Path(path)
+        folder = Path(path).expanduser()
         config = _read_config(folder)
         check_same_settings(given, config, f"the adapters in {str(folder)!r} are stored", _FREE)
         settings = settings_of(config) | {name: given[name] for name in given if name in _FREE}

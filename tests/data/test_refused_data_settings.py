@@ -1,5 +1,6 @@
 """Settings of the data that cannot be used: templates, tokenizers, lengths and numbers."""
 
+import numpy as np
 import pytest
 from support.models import character_tokenizer
 from support.refusals import ROWS, Provoke, Refusal, data, each, write
@@ -133,8 +134,8 @@ SETTINGS = {
         "`val_data`.",
     ),
     "val_fraction of all rows, rounded up": Refusal(
-        data(val_fraction=0.8),
-        "`val_fraction` is 0.8, but `train_data` has 4 rows, of which none would be left to train on. Lower it, or "
+        data(val_fraction=np.float32(0.8)),
+        "`val_fraction` is 0.8..., but `train_data` has 4 rows, of which none would be left to train on. Lower it, or "
         "give `val_data`.",
     ),
     "two sources of validation": Refusal(

@@ -129,6 +129,10 @@ def test_the_command_writes_rows_and_says_what_became_of_the_others(tmp_path, ca
         run_command([*words, "--output", "records.jsonl"])
     with pytest.raises(SettingsError, match=r"`output` is 'a.csv'; expected a file ending in .jsonl"):
         run_command([*words, "--output", "a.csv"])
+    with pytest.raises(
+        SettingsError, match=r"`output` is 'records.jsonl/a.jsonl', which cannot be written: File exists"
+    ):
+        run_command([*words, "--output", "records.jsonl/a.jsonl"])
 
 
 def test_what_holds_no_records_is_refused(tmp_path):
@@ -140,6 +144,10 @@ def test_what_holds_no_records_is_refused(tmp_path):
         path.write_text(content)
         with pytest.raises(SettingsError, match=message):
             best_responses(str(path))
+    for name, content, message in (("a.jsonl", "", "it has no rows."), ("a.json", "[1,", "Expecting value: line 1 ")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SettingsError, match=f"^`records`: cannot read {tmp_path / name}: {message}"):
+            best_responses(str(tmp_path / name))
     with pytest.raises(MissingFileError, match=r"`records` is 'none.jsonl', but there is no such file"):
         best_responses("none.jsonl")
     with pytest.raises(SettingsError, match="`records` is 'user/set', expected a file that `predict` has written"):

@@ -8,6 +8,7 @@ from lightning_sft import SFTModule
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
+from lightning_sft.model.stored_adapters import tokenizer_beside
 
 
 def test_models_are_made_in_main_memory_whatever_the_default_device(tmp_path):
@@ -39,6 +40,12 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path):
     module = SFTModule(str(tmp_path / "half"))
     module.configure_model()
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_paths_may_begin_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    builder = ModelBuilder("~/model")
+    assert builder.source == str(tmp_path / "model") == tokenizer_beside("~/model")
 
 
 def test_adapters_are_on_top_of_a_name_or_settings_and_of_nothing_if_a_model_has_no_name():

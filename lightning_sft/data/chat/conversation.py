@@ -77,7 +77,7 @@ def read_conversation(
         elif value is not None or not parts:
             parts.append(_read_messages(column, value))
     parts[0][:0] = _read_system(row.get("system"), parts[0][0])
-    own = _from_json("`chat_template_kwargs`", row.get("chat_template_kwargs"), dict, "an object") or {}
+    own = _from_json("`chat_template_kwargs`", row.get("chat_template_kwargs") or {}, dict, "an object")
     check_variables(own)
     num_prompt_messages = len(parts[0]) if len(columns) == 2 else 0
     return Conversation([*chain(*parts)], num_prompt_messages, _read_tools(row), {**(variables or {}), **own})
@@ -112,9 +112,12 @@ def _read_system(system: object, first: Message) -> list[Message]:
 
 
 def _read_tools(row: Mapping[str, Any]) -> list[Any] | None:
-    """The tools of a row as OpenAI spells them now; before, and elsewhere, each was nothing but its function."""
-    tools = _from_json("`tools`", row.get("tools"), list, "a list of tools")
-    functions = _from_json("`functions`", row.get("functions"), list, "a list of functions")
+    """The tools of a row as OpenAI spells them now; before, and elsewhere, each was nothing but its function.
+
+    An empty text, such as a CSV file has where a row has no tools, is none.
+    """
+    tools = _from_json("`tools`", row.get("tools") or [], list, "a list of tools")
+    functions = _from_json("`functions`", row.get("functions") or [], list, "a list of functions")
     if tools and functions:
         raise SettingsError("the row has both `tools` and `functions`. Remove one.")
     return [_read_tool(tool) for tool in tools or functions or []] or None

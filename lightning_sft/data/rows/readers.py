@@ -93,23 +93,26 @@ def _read_whole_json(file: "_TextFile") -> list[object] | None:
     except json.JSONDecodeError as error:
         if error.pos < len(first.rstrip()):  # or else the object may go on in the next line
             return None
-        value, has_more = _parse_whole(file), False
-        if isinstance(value, dict) and not isinstance(value.get("data"), list):
-            raise SettingsError(
-                "it is one JSON object over several lines; expected an object a line, a list of objects, or an object "
-                f"with such a list as `data`. It has {shorten(sorted(value), 200)}."
-            ) from None
+        return _read_object_over_lines(file)
     except (ValueError, RecursionError):  # which the row says itself
         return None
     data = value.get("data") if isinstance(value, dict) and not has_more else None
     return data if isinstance(data, list) and all(isinstance(row, dict) for row in data) else None
 
 
-def _parse_whole(file: "_TextFile") -> object:
+def _read_object_over_lines(file: "_TextFile") -> list[object] | None:
+    """The list `data` of an object that takes several lines; None if the file is not one such object."""
     try:
-        return json.loads("".join(file.text()))
+        value = json.loads("".join(file.text()))
     except (ValueError, RecursionError):
         return None
+    rows = value.get("data")
+    if not isinstance(rows, list):
+        raise SettingsError(
+            "it is one JSON object over several lines; expected an object a line, a list of objects, or an object "
+            f"with such a list as `data`. It has {shorten(sorted(value), 200)}."
+        )
+    return rows
 
 
 def _read_csv(file: "_TextFile", delimiter: str) -> Iterator[tuple[str, object]]:

@@ -1,5 +1,6 @@
 """Tokenizers by name or by folder, without code of theirs."""
 
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from lightning_sft.errors import SettingsError, is_missing_path, one_line
 
 
 def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
-    """What the user has given as a tokenizer, a path as a string.
+    """What the user has given as a tokenizer; a path as a string, without `~`.
 
     Raises:
         SettingsTypeError: If it is neither a name, a path nor a tokenizer.
@@ -18,7 +19,7 @@ def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
     if tokenizer is None:
         raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
     check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else str(tokenizer)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else os.path.expanduser(str(tokenizer))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -22,6 +22,7 @@ from support.chat import (
     user,
 )
 
+from lightning_sft.data.chat.conversation import Conversation, read_conversation
 from lightning_sft.data.rows.sources import own_keys
 from lightning_sft.data.stream.row_stream import open_streams
 
@@ -147,6 +148,12 @@ def test_the_row_and_the_options_give_the_template_more_to_use():
     rows = [{"messages": LONG}, {"messages": LONG, "chat_template_kwargs": {"date": "two"}}]
     prompts = encode(rows, tokenizer, chat_template_kwargs={"date": "one"})["prompt"]
     assert [prompt.partition(":")[0] for prompt in prompts] == ["one", "two"]
+
+
+def test_empty_columns_of_a_table_are_no_tools_and_no_variables():
+    empty = dict.fromkeys(["tools", "functions", "system", "chat_template_kwargs"], "")
+    messages = json.dumps(WITH_TOOLS[:1])
+    assert read_conversation({"messages": messages, **empty}, ["messages"]) == Conversation(WITH_TOOLS[:1])
 
 
 @pytest.mark.parametrize("name", ["tools", "continue_final_message", "add_generation_prompt"])

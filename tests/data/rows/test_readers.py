@@ -106,6 +106,7 @@ def test_what_is_no_row_stands_at_its_place_among_those_that_are(tmp_path, probl
     assert list(read_file(path, 1)) == [second, third]
 
 
-def test_a_list_may_hold_what_is_no_row(tmp_path):
-    path = write(tmp_path / "rows.json", '[{"n": 1}, 5]')
+@pytest.mark.parametrize("content", ['[{"n": 1}, 5]', '{\n"data": [{"n": 1}, 5]}'])
+def test_a_list_may_hold_what_is_no_row(tmp_path, content):
+    path = write(tmp_path / "rows.json", content)
     assert list(read_file(path)) == [("row 1", {"n": 1}), ("row 2", UnreadableRow("expected a JSON object, got 5."))]

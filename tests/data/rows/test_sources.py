@@ -5,6 +5,7 @@ from datetime import date
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
+from support.models import character_tokenizer
 from support.rows import (
     DATA,
     ENCODED,
@@ -21,6 +22,7 @@ from support.rows import (
     write_parquet,
 )
 
+from lightning_sft import SFTDataModule
 from lightning_sft.data.rows.readers import read_file
 from lightning_sft.data.rows.sources import open_sources
 
@@ -41,6 +43,8 @@ def test_a_path_may_begin_in_the_home_folder(tmp_path, monkeypatch):
     for data in ("~/rows.jsonl", "~/*.jsonl", "~/saved", "~/saved::test[1:]"):
         assert encoded(encode(data)) == ENCODED
     assert len(encode("~/saved::test").dataset) == 4
+    character_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    assert SFTDataModule("~/tokenizer").tokenizer.name_or_path == str(tmp_path / "tokenizer")
     assert refusal("~/none.jsonl", FileNotFoundError) == "`train_data` is '~/none.jsonl', but there is no such file."
 
 
