@@ -80,6 +80,11 @@ class DataSettings:
         """What is given for a split: `train`, `val`, `test` or `predict`."""
         return getattr(self, f"{split}_data")
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation rows."""
+        return self.val_data is not None or self.val_fraction > 0
+
     @cached_property
     def weights(self) -> dict[str, float]:
         """The names of the sources of training rows with their weights; empty if these have none."""

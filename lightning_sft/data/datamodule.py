@@ -37,8 +37,7 @@ class SFTDataModule(L.LightningDataModule):
     all microbatches and devices. Validation and test batches are the same, in the order of the file. A notebook shows a
     batch with its tokens coloured by the mask.
 
-    An epoch of the trainer is an epoch of the data. `max_epochs` and a fractional `val_check_interval` are turned into
-    numbers of optimizer steps before training starts, so that when a run ends and validates counts optimizer steps.
+    An epoch of the trainer is an epoch of the data, but when a run ends and validates is counted in optimizer steps.
 
     Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
     `completion`), are written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it
@@ -153,8 +152,7 @@ class SFTDataModule(L.LightningDataModule):
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self.encoding = Encoding(max_length, too_long, append_eos, bad_rows)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)
-        self.layout, self.streaming = layout, streaming
-        self._rows = RowStore(self._data, self.rule)
+        self.layout, self.streaming, self._rows = layout, streaming, RowStore(self._data, self.rule)
         self._run: TrainingRun | None = None
         self.run_state: dict[str, Any] = {}  # also of one that has ended
 
@@ -163,6 +161,9 @@ class SFTDataModule(L.LightningDataModule):
         """The tokenizer itself; loaded when first asked for."""
         tokenizer = load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
         return tokenizer if self._chat_template is None else with_chat_template(tokenizer, self._chat_template)
+
+    def __str__(self) -> str:
+        return str(self._rows)
 
     # -- hooks, in the order in which Lightning calls them -----------------------------------------------------------
 
@@ -174,9 +175,7 @@ class SFTDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Load the rows of the stage (`fit`, `validate`, `test` or `predict`) and plan its optimizer steps."""
         self._load_rows(stage)
-        for rows in (self._rows.train, self._rows.val, self._rows.test):
-            if rows is not None:
-                rows.count_steps()  # refuses what is too long for a microbatch
+        self._rows.check_lengths()
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
             SFTDataModule.teardown(self, stage)  # not a subclass's, which may do more
             self._run = TrainingRun(self.trainer, self.training_rows, has_validation=self._rows.val is not None)
@@ -196,11 +195,12 @@ class SFTDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> PlanLoader | list[PlanLoader]:
         """The validation rows; nothing if there are none."""
-        return [] if self._rows.val is None else self._rows.val.in_order(self._loader_options())
+        rows = self.rows_of("val") if self._data.has_validation else None
+        return [] if rows is None else cast(PreparedRows, rows).in_order(self._loader_options())
 
     def test_dataloader(self) -> PlanLoader:
         """The test rows."""
-        return cast(PreparedRows, self._rows.test).in_order(self._loader_options())
+        return cast(PreparedRows, self.rows_of("test")).in_order(self._loader_options())
 
     def predict_dataloader(self) -> PromptLoader:
         """Lists of `Prompt`, `batch_size` of them for each device: the same lists on every device."""

@@ -15,7 +15,7 @@ from lightning_sft.data.row_report import report_prompts, report_rows
 from lightning_sft.data.rows.mixture import WeightedSource, open_weighted, weighted_sources
 from lightning_sft.data.rows.prompt_rows import render_prompts
 from lightning_sft.data.rows.prompts import Prompt
-from lightning_sft.data.rows.shown import shown_data
+from lightning_sft.data.rows.shown import shown_data, shown_settings
 from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.streamed_rows import StreamedRows
@@ -65,6 +65,21 @@ class RowStore:
             self.test = self._prepare("test", stage, encoder)
         elif stage == "predict" and self.predict is None:
             self.predict = self._load_prompts(encoder)
+
+    def check_lengths(self) -> None:
+        """Refuse rows that are loaded and too long for a microbatch.
+
+        Raises:
+            SettingsError: If one is longer than `max_tokens_per_microbatch`.
+        """
+        for rows in (self.train, self.val, self.test):
+            if rows is not None:
+                rows.count_steps()
+
+    def __str__(self) -> str:
+        """The rows of each split for which data is given."""
+        given = {split: self._settings.of(split) for split in ("train", "val", "test", "predict")}
+        return "\n".join(f"{split}_data: {data}" for split, data in shown_settings(given).items() if data is not None)
 
     def prompts(self, stage: str, num_prompts: int | None) -> list[Prompt]:
         """The first prompts of the rows of a stage that is loaded, as `SFTDataModule.prompts`."""

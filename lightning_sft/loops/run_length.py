@@ -1,9 +1,9 @@
 """How long a run is, and when it is validated: a trainer's settings, turned into optimizer steps."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.errors import SettingsError
 
@@ -33,7 +33,7 @@ class LoopSettings:
     min_steps: int | None
     limit_train_batches: int | float
     limit_val_batches: int | float
-    val_check_interval: Any
+    val_check_interval: int | float
     check_val_every_n_epoch: int | None
 
     @classmethod
@@ -59,6 +59,30 @@ class LoopSettings:
         trainer.limit_train_batches, trainer.limit_val_batches = self.limit_train_batches, self.limit_val_batches
         trainer.val_check_interval = self.val_check_interval
         trainer.check_val_every_n_epoch = self.check_val_every_n_epoch
+
+
+def check_validation(trainer: L.Trainer) -> None:
+    """Refuse what says otherwise than in optimizer steps or epochs when a run is validated, or says it twice.
+
+    Args:
+        trainer: With the settings that a user has given.
+
+    Raises:
+        SettingsError: Naming the way out.
+    """
+    if (seconds := getattr(trainer, "_val_check_time_interval", None)) is not None:
+        raise SettingsError(
+            f"`trainer.val_check_interval` is a time, {seconds:g} seconds, but validations are counted in optimizer "
+            "steps: each device has a clock of its own, and a run that continues would validate at other steps. Give "
+            "a number of steps, or a fraction of an epoch."
+        )
+    interval, num_epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    is_default = isinstance(interval, float) and interval == 1.0
+    if not is_default and num_epochs not in (None, 1):
+        raise SettingsError(
+            f"`trainer.val_check_interval` is {interval} and `trainer.check_val_every_n_epoch` is {num_epochs}, but an "
+            "interval counts optimizer steps over the whole run, whatever the epoch. Give one of them."
+        )
 
 
 def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
@@ -124,6 +148,10 @@ def in_steps(found: LoopSettings, steps_per_epoch: int, has_validation: bool) ->
         num_epochs = (found.check_val_every_n_epoch or 1) if interval == 1.0 else 1
         interval = max(1, int(interval * num_epochs * steps_per_epoch))
         interval = min(interval, num_steps) if num_steps > 0 else interval
+    elif has_validation and found.limit_val_batches and 0 < num_steps < interval:
+        rank_zero_info(
+            f"There is no validation: `trainer.val_check_interval` is {interval} optimizer steps, the run {num_steps}."
+        )
     min_steps = found.min_steps
     if found.min_epochs:
         min_steps = max(min_steps or 0, found.min_epochs * steps_per_epoch)

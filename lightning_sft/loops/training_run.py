@@ -11,7 +11,7 @@ import torch
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.progress import Due, EpochPosition, finish, set_progress
-from lightning_sft.loops.run_length import LoopSettings, in_steps, read_epoch
+from lightning_sft.loops.run_length import LoopSettings, check_validation, in_steps, read_epoch
 
 _ENDLESS = 2**31
 
@@ -40,10 +40,11 @@ class TrainingRun:
 
     Raises:
         SettingsError: If nobody knows how long the data is, and the trainer does not say how long the run is, or is to
-            take a share of the data.
+            take a share of the data; or if its settings of validation do not go together.
     """
 
     def __init__(self, trainer: L.Trainer, data: EpochData, has_validation: bool) -> None:
+        check_validation(trainer)
         self._trainer, self._data = trainer, data
         steps_in_data = data.count_steps()
         self.epoch = read_epoch(trainer, steps_in_data)

@@ -4,35 +4,33 @@ LongRoPE and dynamic NTK choose their frequencies by the length of a row. `trans
 for that, and dynamic NTK what it saw before, so that a loss would depend on how rows are put into batches.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def rotary_frequencies_kept(module: nn.Module) -> Iterator[None]:
-    """Within this context all tensors may be converted or moved: afterwards rotary frequencies are float32 again.
+class RotaryInFloat32(nn.Module):
+    """A module whose tensors may all be converted or moved: rotary frequencies in it are float32 afterwards, too.
 
     In bfloat16 they would be wrong by up to 0.5 in the cosine at position 4,000 (Lightning's `bf16-true` casts them).
-
-    Args:
-        module: The module whose tensors are converted.
     """
-    exact = [
-        (each, name, buffer)
-        for each in module.modules()
-        for name, buffer in each.named_buffers(recurse=False)
-        if name.endswith("inv_freq") and buffer.dtype == torch.float32 and not buffer.is_meta
-    ]
-    yield
-    for each, name, buffer in exact:
-        converted = getattr(each, name)
-        if converted.dtype != torch.float32:
-            setattr(each, name, buffer.to(converted.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = [
+            (each, name, buffer)
+            for each in self.modules()
+            for name, buffer in each.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and buffer.dtype == torch.float32 and not buffer.is_meta
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for each, name, buffer in exact:
+            converted = getattr(each, name)
+            if converted.dtype != torch.float32:
+                setattr(each, name, buffer.to(converted.device))
+        return self
 
 
 # -- frequencies that a row's length decides ---------------------------------------------------------------------------

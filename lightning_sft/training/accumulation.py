@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.sharding import gradient_sync, is_sharded, reshard
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.router_balance import RouterBalance
-from lightning_sft.training.scoring import score_microbatch
+from lightning_sft.training.scoring import check_batch, score_microbatch
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,18 @@ class StepSums:
     router_loss: Tensor | None
 
 
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Draw what is random in an optimizer step from these numbers, whatever was drawn before it.
+
+    Args:
+        seed: Of the run.
+        step: Counts its optimizer steps.
+        rank: Of the device.
+    """
+    seeds = np.random.SeedSequence((seed, step, rank))
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+
+
 def accumulate_gradients(
     module: L.LightningModule,
     model: PreTrainedModel,
@@ -49,7 +62,11 @@ def accumulate_gradients(
         step: This device's microbatches, on the device, and the totals of all devices.
         objective: The loss.
         sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
+
+    Raises:
+        SettingsTypeError: If the step is anything else.
     """
+    check_batch(step)
     # Generating leaves some of a sharded model's weights whole; clearing their gradients would not clear the shards'.
     reshard(model)
     module.zero_grad()  # also of parameters that a subclass's optimizer does not have

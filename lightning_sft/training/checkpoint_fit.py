@@ -11,6 +11,12 @@ from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.training.objective import Objective
 
+# Arguments of `SFTModule` that a checkpoint holds: those that it can hold without pickling code.
+STORED_SETTINGS = (
+    *("loss_normalization", "normalize_constant", "loss_type", "label_smoothing", "neftune_noise_alpha"),
+    *("max_grad_norm", "lr_scheduler", "warmup_steps", "parameter_groups", "freeze", "lora", "seed"),
+)
+
 
 def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -> None:
     """Refuse a checkpoint with adapters of other settings; warn of adapters for another model.

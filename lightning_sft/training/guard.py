@@ -71,9 +71,10 @@ class StepGuard:
         """Whether the optimizer may use the gradients. Under `error` it always may: `finish_step` and `check` raise.
 
         Args:
-            grad_norm: Of the step that was started, before clipping; a scalar.
+            grad_norm: Of the step that was started, if one was, before clipping; a scalar.
         """
-        assert self._latest is not None, "`start_step` comes first"
+        if self._latest is None:  # a subclass's own step, of which nothing else is known
+            return not self.skips or bool(grad_norm.isfinite())
         self._latest.grad_norm = grad_norm
         return not self.skips or self._are_finite(self._latest)
 

@@ -1,12 +1,12 @@
 """`SFTModule`: one `training_step` is one optimizer step."""
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,11 +22,11 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.embedding_noise import EmbeddingNoise
-from lightning_sft.model.rotary import rotary_frequencies_kept
+from lightning_sft.model.rotary import RotaryInFloat32
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.model.token_loss import LossType, TokenLoss
-from lightning_sft.training.accumulation import accumulate_gradients
-from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
+from lightning_sft.training.accumulation import accumulate_gradients, seed_dropout
+from lightning_sft.training.checkpoint_fit import STORED_SETTINGS, check_adapters, check_same_run, check_weights
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
 from lightning_sft.training.gradients import GradScaling, clip_gradients
@@ -38,13 +38,14 @@ from lightning_sft.training.model_setup import check_model, in_main_memory, load
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.parameter_groups import ParameterGroups, parameters_of
 from lightning_sft.training.run_facts import run_facts
-from lightning_sft.training.schedule import Schedule, step_plateau_schedules, step_schedules
+from lightning_sft.training.schedule import Schedule, run_length, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
 from lightning_sft.training.trained_weights import keep_trained_weights_only
+from lightning_sft.training.trainer_checks import check_before_setup
 
 
-class SFTModule(L.LightningModule):
+class SFTModule(RotaryInFloat32, L.LightningModule):
     """Fine-tunes a causal language model on the responses of prompt/output pairs.
 
     A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients
@@ -134,21 +135,22 @@ class SFTModule(L.LightningModule):
         loss, scale = TokenLoss(loss_type, label_smoothing), LossScale(loss_normalization, normalize_constant)
         self.objective = Objective(loss, scale, EmbeddingNoise(neftune_noise_alpha, seed))
         self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
-        self.num_replicas = num_replicas
-        self.guard, self._continuation = StepGuard(nonfinite), Continuation()
+        self.num_replicas, self.guard, self._continuation = num_replicas, StepGuard(nonfinite), Continuation()
         self.optimizer_factory, self.parameter_groups = optimizer, ParameterGroups(parameter_groups)
         self.checkpointing = ActivationCheckpointing(gradient_checkpointing, activation_offloading)
         self._compile, self._max_grad_norm, self.sync_every_microbatch = compile, max_grad_norm, sync_every_microbatch
-        # Only what a checkpoint can hold without pickling code; `on_save_checkpoint` adds the model's configuration.
-        own = ("loss_normalization", "normalize_constant", "max_grad_norm", "lr_scheduler", "warmup_steps", "seed")
-        further = ("lora", "loss_type", "label_smoothing", "neftune_noise_alpha", "freeze", "parameter_groups")
-        self.save_hyperparameters(*own, *further, logger=False)
+        self.save_hyperparameters(*STORED_SETTINGS, logger=False)  # `on_save_checkpoint` adds the model's configuration
         self.automatic_optimization = False
         self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
         if isinstance(self.builder.source, PreTrainedModel):
             self.model = self.builder.source
         if self.builder.lora is not None:
             keep_trained_weights_only(self)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """It has none of its own, but refuses those of the trainer that cannot be used."""
+        check_before_setup(self.trainer)
+        return []
 
     def setup(self, stage: str) -> None:
         """A new run counts its optimizer steps from 0, and its callbacks say anew how predictions are made."""
@@ -167,7 +169,6 @@ class SFTModule(L.LightningModule):
         trainer = self._trainer
         loaded = getattr(self, "model", None)
         self.model = load_model(self.builder, loaded, trainer, self.initial_weights, self.num_replicas)
-        self.initial_weights = None
         if trainer is not None and not is_sharded(self.model):
             self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
         check_model(self.model, self.builder.lora is not None, trainer)
@@ -175,12 +176,7 @@ class SFTModule(L.LightningModule):
         traits = prepare_model(self.model, trainer, self.checkpointing, self._compile)
         self.why_not_packed, self.num_positions = traits.why_not_packed, traits.num_positions
         self.objective = replace(self.objective, router_coefficient=traits.router_coefficient)
-        self._compile = False  # once is enough
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SFTModule":
-        """Convert or move everything, but keep rotary frequencies in float32."""
-        with rotary_frequencies_kept(self):
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        self._compile, self.initial_weights = False, None  # once is enough
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own output."""
@@ -194,9 +190,8 @@ class SFTModule(L.LightningModule):
         return self.global_step if self.trainer.state.fn == "fit" else self.guard.num_steps
 
     def training_step(self, batch: OptimizerStep, batch_idx: int) -> None:
-        """One optimizer step over the batch's microbatches."""
-        seeds = np.random.SeedSequence((self.builder.seed, self.global_step, self.global_rank))
-        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))  # of dropout
+        """One optimizer step over the batch's microbatches, whose gradients take the place of any that there are."""
+        seed_dropout(self.builder.seed, self.global_step, self.global_rank)
         optimizer = cast(Optimizer, self.optimizers())
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
         learning_rate = optimizer.param_groups[0]["lr"]
@@ -255,7 +250,7 @@ class SFTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters, and the schedule over the whole run."""
         optimizer = self.parameter_groups.make_optimizer(self.optimizer_factory, self)
-        scheduler = self.schedule.build(optimizer, self.trainer.max_steps)
+        scheduler = self.schedule.build(optimizer, run_length(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -298,3 +293,8 @@ class SFTModule(L.LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= self.builder.arguments_for(self.model)
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())
         checkpoint["model_card"] = asdict(run_facts(self.trainer))
+
+
+# Pickle looks functions up by name. The default is a lambda so that the command line can show what it makes.
+default_optimizer = inspect.signature(SFTModule).parameters["optimizer"].default
+default_optimizer.__qualname__ = "default_optimizer"

@@ -71,7 +71,8 @@ def run_settings(trainer: L.Trainer) -> dict[str, Any]:
         of_module["optimizer"] = type(optimizers[0]).__name__
         of_module |= {f"optimizer.{name}": value for name, value in shown_settings(optimizers[0].defaults).items()}
     of_trainer = {"precision": str(trainer.precision), "devices": trainer.world_size, "max_steps": trainer.max_steps}
-    of_trainer |= {"strategy": type(trainer.strategy).__name__, "val_check_interval": trainer.val_check_interval}
+    of_trainer |= {"strategy": type(trainer.strategy).__name__}
+    of_trainer |= {"val_check_interval": getattr(trainer, "val_check_interval", None)}  # none if it is a time
     parts = {"model": of_module, "data": of_data, "trainer": of_trainer}
     flat = {f"{part}.{name}": value for part, settings in parts.items() for name, value in settings.items()}
     nested = {name: value for name, value in flat.items() if isinstance(value, dict)}

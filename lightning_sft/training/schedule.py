@@ -105,6 +105,18 @@ def _fraction_of_peak(step: int, *, name: str, num_warmup_steps: int, num_steps:
     return max(0.0, _AFTER_WARMUP[name](progress))
 
 
+def run_length(trainer: L.Trainer) -> int:
+    """Optimizer steps of a run; -1 if it has no length.
+
+    Args:
+        trainer: Of a run over the steps of `SFTDataModule`, which counts them, or over others.
+    """
+    if hasattr(getattr(trainer, "datamodule", None), "run_state"):
+        return trainer.max_steps
+    num_steps = trainer.estimated_stepping_batches
+    return int(num_steps) if math.isfinite(num_steps) else -1
+
+
 def steps_per_epoch(trainer: L.Trainer) -> int | None:
     """Optimizer steps that a run takes of the data in each epoch; None if nobody knows."""
     known: int | None = getattr(getattr(trainer, "datamodule", None), "run_state", {}).get("steps_per_epoch")

@@ -4,12 +4,30 @@ from transformers import PreTrainedModel
 
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.tokens.microbatch import Microbatch
+from lightning_sft.errors import SettingsTypeError
 from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.log_probs import score_responses
 from lightning_sft.model.rotary import positions_by_row
 from lightning_sft.model.token_loss import NLL, TokenLoss
 from lightning_sft.training.metrics import ResponseMetrics
+
+
+def check_batch(batch: object) -> None:
+    """Refuse batches of other loaders.
+
+    Args:
+        batch: That a loader has given.
+
+    Raises:
+        SettingsTypeError: If it is no `OptimizerStep`.
+    """
+    if not isinstance(batch, OptimizerStep):
+        raise SettingsTypeError(
+            f"The loader gives a batch of type {type(batch).__name__}, but `SFTModule` takes the `OptimizerStep`s of "
+            "`SFTDataModule`, which also takes rows with `input_ids` and `labels`: `trainer.fit(module, "
+            "SFTDataModule(tokenizer, rows))`."
+        )
 
 
 def score_microbatch(
@@ -55,7 +73,11 @@ def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetri
 
     Returns:
         The scores of each microbatch.
+
+    Raises:
+        SettingsTypeError: If the step is anything else.
     """
+    check_batch(step)
     scores = [score_microbatch(model, microbatch, return_is_top1=True) for microbatch in step.microbatches]
     for each, microbatch in zip(scores, step.microbatches, strict=True):
         metrics.update(each, microbatch.num_sequences)

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -30,7 +31,7 @@ _FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeF
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse strategies, precisions and callbacks that would fail later, or have no effect without saying so.
+    """Refuse strategies, precisions and plugins that would fail later, or have no effect without saying so.
 
     Args:
         trainer: Before it runs.
@@ -48,10 +49,7 @@ def check_trainer(trainer: L.Trainer) -> None:
             f"`trainer.strategy` is {strategy}, which cannot train with manual optimization. To shard the model add "
             "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
         )
-    if trainer.state.fn == "fit":
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-            _check_callback(callback, is_sharded)
+    check_before_setup(trainer)  # again, for subclasses with callbacks of their own
     if trainer.strategy.root_device.type == "mps":
         raise SettingsError(
             "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."
@@ -61,6 +59,26 @@ def check_trainer(trainer: L.Trainer) -> None:
             "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
             "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
         )
+
+
+def check_before_setup(trainer: L.Trainer) -> None:
+    """Refuse to train with callbacks that cannot be used, before any of them does anything, or a compiled module.
+
+    Args:
+        trainer: Before it sets anything up.
+
+    Raises:
+        SettingsError: Naming the way out.
+    """
+    if trainer.state.fn != "fit":
+        return
+    if getattr(getattr(trainer, "lightning_module", None), "_compiler_ctx", None) is not None:
+        raise SettingsError(
+            "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does beside "
+            "running the model. Give it `compile=True` instead, which compiles the model's blocks."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
 
 
 def _check_callback(callback: Callback, is_sharded: bool) -> None:
@@ -73,6 +91,11 @@ def _check_callback(callback: Callback, is_sharded: bool) -> None:
     for kind, problem in _UNFIT.items():
         if isinstance(callback, kind):
             raise SettingsError(f"`{type(callback).__name__}` cannot be used: {problem}")
+    if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+        raise SettingsError(
+            "`ModelCheckpoint` has a `train_time_interval`, after which Lightning saves nothing under manual "
+            "optimization. Use `every_n_train_steps`, or `LastCheckpoint(every_n_steps=...)`."
+        )
     if isinstance(callback, WeightAveraging) and is_sharded:
         raise SettingsError(
             f"`{type(callback).__name__}` copies the whole model, but the model is sharded. Use `ddp`, or train "

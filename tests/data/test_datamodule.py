@@ -49,6 +49,14 @@ def test_without_a_model_batches_are_padded_and_a_wrong_layout_is_named():
         prepared(layout="packed").train_dataloader()
 
 
+def test_loaders_need_no_setup_and_the_rows_say_what_they_are():
+    data = SFTDataModule(character_tokenizer(), ROWS, ROWS[:7], "test.jsonl", batch_size=6)
+    assert [batch.totals.num_sequences for batch in data.val_dataloader()] == [6, 1]
+    assert str(data) == "train_data: 20 rows\nval_data: 7 rows\ntest_data: test.jsonl"
+    with pytest.raises(ValueError, match="`test_data` is needed"):
+        SFTDataModule(character_tokenizer(), ROWS).test_dataloader()
+
+
 def test_workers_change_nothing():
     here, there = (list(prepared(num_workers=n, max_tokens_per_microbatch=30).train_dataloader()) for n in (0, 2))
     for one, other in zip(here, there, strict=True):

@@ -1,5 +1,7 @@
 """What a checkpoint of a run holds, and what can be done with it."""
 
+import pickle
+
 import lightning as L
 import pytest
 import torch
@@ -20,6 +22,14 @@ def test_a_checkpoint_loads_without_the_original_weights(tmp_path):
     assert loaded.hparams.max_grad_norm == 0.25
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded(ids).logits, module(ids).logits)
+
+
+def test_a_module_with_the_default_optimizer_can_be_pickled():
+    """As Lightning does to give it to processes that it starts (`ddp_spawn`)."""
+    module = SFTModule(tiny_model())
+    copy = pickle.loads(pickle.dumps(module))
+    assert torch.equal(copy.model.lm_head.weight, module.model.lm_head.weight)
+    assert isinstance(copy.optimizer_factory(copy.parameters()), torch.optim.AdamW)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

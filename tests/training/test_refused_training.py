@@ -2,10 +2,19 @@
 
 import math
 
+import torch
+from support.fits import make_data, make_trainer
 from support.models import tiny_config
 from support.refusals import Refusal, each, fit, module
 
+from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsTypeError
+
+
+def fit_plain_batches(folder):
+    rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 2
+    make_trainer(folder, max_epochs=1).fit(SFTModule(tiny_config()), torch.utils.data.DataLoader(rows), rows)
+
 
 TRAINING = {
     "model of a number": Refusal(
@@ -77,6 +86,28 @@ TRAINING = {
         fit(tiny_config(), trainer={"max_steps": -1, "max_epochs": -1}),
         "`lr_scheduler` is 'cosine' with `warmup_steps` = 0.03, but the run has no length. Set `max_steps` or "
         "`max_epochs`, or choose `constant` or `constant_with_warmup` with a number of steps.",
+    ),
+    "validation by the clock": Refusal(
+        fit(tiny_config(), trainer={"val_check_interval": "00:00:01:30"}),
+        "`trainer.val_check_interval` is a time, 90 seconds, but validations are counted in optimizer steps: each "
+        "device has a clock of its own, and a run that continues would validate at other steps. Give a number of "
+        "steps, or a fraction of an epoch.",
+    ),
+    "interval of steps in each other epoch": Refusal(
+        fit(tiny_config(), trainer={"val_check_interval": 2, "check_val_every_n_epoch": 2}),
+        "`trainer.val_check_interval` is 2 and `trainer.check_val_every_n_epoch` is 2, but an interval counts "
+        "optimizer steps over the whole run, whatever the epoch. Give one of them.",
+    ),
+    "batches of another loader": Refusal(
+        fit_plain_batches,
+        "The loader gives a batch of type dict, but `SFTModule` takes the `OptimizerStep`s of `SFTDataModule`, which "
+        "also takes rows with `input_ids` and `labels`: `trainer.fit(module, SFTDataModule(tokenizer, rows))`.",
+        SettingsTypeError,
+    ),
+    "module compiled as a whole": Refusal(
+        lambda folder: make_trainer(folder, max_epochs=1).fit(torch.compile(SFTModule(tiny_config())), make_data()),
+        "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does beside "
+        "running the model. Give it `compile=True` instead, which compiles the model's blocks.",
     ),
     "tokenizer of another model": Refusal(
         fit(tiny_config(vocab_size=100)),

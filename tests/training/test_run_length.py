@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from support.fits import ROWS, fit, make_data
+from support.fits import ROWS, fit, make_data, make_trainer, sgd
 from support.models import tiny_config
 
 from lightning_sft import SFTModule
@@ -39,6 +39,12 @@ def test_validation_runs_when_it_is_expected(tmp_path, options, expected):
     assert fit(tmp_path, data=make_data(val_data=ROWS[:5]), **options)[1].validated == expected
 
 
+def test_an_interval_longer_than_the_run_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert fit(tmp_path, data=make_data(val_data=ROWS[:5]), val_check_interval=7)[1].validated == []
+    assert "no validation: `trainer.val_check_interval` is 7 optimizer steps, the run 6." in caplog.text
+
+
 def test_limit_train_batches_takes_the_first_steps_of_each_epoch(tmp_path):
     everything, limited = fit(tmp_path)[1], fit(tmp_path, limit_train_batches=2)[1]
     assert limited.rows == [everything.rows[i] for i in (0, 1, 3, 4)]
@@ -62,6 +68,15 @@ def test_max_time_ends_a_run_without_a_length(tmp_path):
     module = SFTModule(tiny_config(), lr_scheduler="constant", warmup_steps=0)
     trainer = fit(tmp_path, module, max_epochs=-1, max_time={"seconds": 1})[2]
     assert trainer.global_step > 0
+
+
+def test_a_run_over_a_loader_alone_has_the_length_of_its_epochs(tmp_path):
+    module = SFTModule(tiny_config(), optimizer=sgd, lr_scheduler="linear", warmup_steps=0.5)
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module, make_data().train_dataloader(), make_data(val_data=ROWS[:2]).val_dataloader())
+    assert trainer.global_step == 6
+    schedule = module.lr_schedulers()
+    assert [0.3 * schedule.lr_lambdas[0](step) for step in range(7)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.2, 0.1, 0])
 
 
 def test_a_schedule_over_a_run_without_a_length_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from support.fits import ROWS, fit, make_data, make_trainer
 from support.models import character_tokenizer, save_tiny_model, tiny_config
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from lightning_sft import SFTDataModule, SFTModule, StepProgressBar
+from lightning_sft import SFTDataModule, SFTModule, StepProgressBar, get_response_log_probs
 from lightning_sft.errors import SettingsError
 
 VALIDATED = {"val_data": ROWS[:5]}
@@ -181,3 +181,29 @@ def test_what_a_subclass_clears_away_at_the_end_is_cleared_away_there_alone(tmp_
 
     fit(tmp_path, data=Own(character_tokenizer(), ROWS, batch_size=8), max_steps=2)
     assert torn_down == [2]
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_a_training_step_may_be_written_anew(tmp_path, automatic):
+    class Naive(SFTModule):
+        def training_step(self, batch, batch_idx):
+            (microbatch,) = batch.microbatches
+            log_probs = get_response_log_probs(self.model, microbatch.input_ids, microbatch.labels)["log_probs"]
+            loss = -log_probs[microbatch.response_mask].sum() / batch.totals.num_response_tokens
+            if automatic:
+                return loss
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return None
+
+        def configure_optimizers(self):
+            return sgd(self)
+
+    given = type("Subclass", (SFTModule,), {"configure_optimizers": sgd})(tiny_config())
+    own = Naive(tiny_config())
+    own.automatic_optimization = automatic
+    for module in (given, own):
+        make_trainer(tmp_path, max_steps=3).fit(module, make_data(layout="padded"))
+    for name, weight in given.model.named_parameters():
+        torch.testing.assert_close(own.model.get_parameter(name), weight)

@@ -1,12 +1,15 @@
 """Strategies, devices and callbacks that `SFTModule` cannot be trained with."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    BatchSizeFinder,
     EMAWeightAveraging,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
 )
@@ -36,7 +39,7 @@ def test_a_device_without_float64_is_refused():
 
 class Unfreeze(BaseFinetuning):
     def freeze_before_training(self, pl_module):
-        pass
+        self.freeze(pl_module.model)  # Lightning calls this before there is one
 
     def finetune_function(self, pl_module, epoch, optimizer):
         pass
@@ -48,6 +51,8 @@ class Unfreeze(BaseFinetuning):
         (StochasticWeightAveraging(0.1, swa_epoch_start=1), "`StochasticWeightAveraging` .* `EMAWeightAveraging`"),
         (Unfreeze(), r"`Unfreeze` .* `requires_grad_\(trainer.current_epoch >= N\)`"),
         (ModelPruning("l1_unstructured", amount=0.5), "`ModelPruning` .* `torch.nn.utils.prune`"),
+        (BatchSizeFinder(), "`BatchSizeFinder` .* `lightning_sft.find_batch_size"),
+        (ModelCheckpoint(train_time_interval=timedelta(minutes=1)), "`train_time_interval`, .* `every_n_train_steps`"),
     ],
 )
 def test_a_callback_that_cannot_be_used_is_refused_with_the_way_out(tmp_path, callback, message):
