@@ -135,7 +135,7 @@ def test_exchanged_answers_are_among_the_hardest_rows(tmp_path):
     torch.manual_seed(0)
     config = tiny_config(hidden_size=48, intermediate_size=96, num_attention_heads=4)
     module = SFTModule(config, optimizer=lambda params: torch.optim.AdamW(params, lr=5e-3), warmup_steps=5)
-    data = SFTDataModule(character_tokenizer(), rows, batch_size=32)
+    data = SFTDataModule(character_tokenizer(), rows, batch_size=60)
     make_trainer(tmp_path, max_epochs=12).fit(module, data)
     found = inspect_rows(make_trainer(tmp_path), module, data, folder=tmp_path)
     hardest = sorted(read(found.rows), key=lambda line: -line["loss"])[:18]

@@ -35,7 +35,7 @@ def test_only_adapters_are_trained_and_saved_and_a_run_continues_to_the_last_bit
         assert torch.equal(weight, whole["weights"][name]), name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp, one file"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp, one file", marks=pytest.mark.slow)])
 def test_two_processes_train_the_same_adapters_and_the_folder_is_the_merged_model(tmp_path, strategy):
     base = tmp_path / "base"
     build("tied").save_pretrained(base)

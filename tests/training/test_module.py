@@ -101,7 +101,7 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a
 @pytest.mark.parametrize(
     "backend",
     [
-        "aot_eager",  # everything but code in C++, which takes a minute to compile
+        "eager",  # everything but code in C++, which takes a minute to compile
         pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_COMPILER]),
     ],
 )

@@ -68,8 +68,9 @@ def test_without_being_asked_there_is_no_such_loss():
 MIXTURE = ASKED | {"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize(
+    ("strategy", "microbatches"), [("ddp", 1), ("ddp", 3), pytest.param("fsdp", 1, marks=pytest.mark.slow), ("fsdp", 3)]
+)
 def test_two_processes_route_as_one(tmp_path, strategy, microbatches):
     one = train(tmp_path / "one", config=MIXTURE, max_steps=4)
     options = {"config": MIXTURE, "max_steps": 4, "data": {"gradient_accumulation_steps": microbatches}}

@@ -92,7 +92,7 @@ def test_a_new_run_begins_with_a_checkpoint_s_weights_although_a_path_says_what_
     assert not torch.equal(logits(sft.model), logits(by_peft(tmp_path, first)))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_go_on_from_the_same_adapters(tmp_path, first, strategy):
     options = {"module": {"model": str(first)}, "max_steps": 4}
     whole = train(tmp_path / "whole", **options)
