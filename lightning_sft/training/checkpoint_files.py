@@ -33,11 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint to a file.
+        """Save a checkpoint to a file; to an address, such as `s3://bucket/last.ckpt`, as Lightning does.
 
         Raises:
             CheckpointWriteError: If the file cannot be written; what was there before is still there.
         """
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,12 +102,20 @@ def take_place(partial: Path, path: Path) -> None:
 
 
 def put_folder_behind_link(partial: Path, folder: Path, link: Path) -> None:
-    """Give a complete folder its name, let a link point to it, and remove the folder that it pointed to before."""
+    """Give a complete folder its name, let a link point to it, and remove the folder that it pointed to before.
+
+    Args:
+        partial: The folder.
+        folder: Its name; `<name>_again` if the link points to a folder of that name already, as where a run has gone
+            back to an earlier checkpoint and comes to the same step.
+        link: The link.
+    """
     earlier = link.resolve() if link.is_symlink() else None
+    if folder.resolve() == earlier:
+        folder = folder.with_name(f"{folder.name}_again")
     if folder.is_dir():  # saved by a run that was killed before it could move the link
-        shutil.rmtree(partial)
-    else:
-        take_place(partial, folder)
+        shutil.rmtree(folder)
+    take_place(partial, folder)
     new_link = link.with_name(f".{link.name}{_PARTIAL}")
     new_link.unlink(missing_ok=True)
     new_link.symlink_to(folder.name)

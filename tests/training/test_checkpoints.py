@@ -9,6 +9,7 @@ from support.fits import ROWS, Recorder, fit, make_data, make_trainer, sgd
 from support.models import tiny_config, tiny_model
 
 from lightning_sft import SFTModule
+from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link
 
 
 def test_a_checkpoint_loads_without_the_original_weights(tmp_path):
@@ -65,3 +66,22 @@ def test_resuming_with_other_data_is_refused(tmp_path, changes, name):
     trainer.save_checkpoint(tmp_path / "two.ckpt", weights_only=False)
     with pytest.raises(ValueError, match=f"`{name}` = .* the run cannot continue"):
         fit(tmp_path, data=make_data(**changes), ckpt_path=tmp_path / "two.ckpt")
+
+
+def test_a_step_that_is_saved_again_takes_the_place_of_its_earlier_folder(tmp_path):
+    """A run that goes back to an earlier checkpoint comes to the same step with other weights."""
+    link = tmp_path / "last.ckpt"
+    for step, content in ((1, "a"), (2, "b"), (2, "c"), (2, "d"), (3, "e")):
+        (partial := tmp_path / ".partial").mkdir()
+        (partial / "meta.pt").write_text(content)
+        put_folder_behind_link(partial, tmp_path / f"step_{step}", link)
+        assert (link / "meta.pt").read_text() == content
+        assert len([path for path in tmp_path.iterdir() if not path.is_symlink()]) == 1
+
+
+def test_a_checkpoint_at_an_address_is_written_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    AtomicCheckpointIO().save_checkpoint({"global_step": 3}, "memory://bucket/checkpoints/best.ckpt")
+    assert not list(tmp_path.iterdir())
+    loaded = AtomicCheckpointIO().load_checkpoint("memory://bucket/checkpoints/best.ckpt", weights_only=True)
+    assert loaded == {"global_step": 3}
