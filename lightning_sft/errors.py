@@ -63,6 +63,15 @@ def is_missing_path(name: str) -> bool:
     return (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.exists(name)
 
 
+def why_not_written(folder: Path) -> str | None:
+    """Why a folder cannot be made or written to, as far as can be told beforehand; None if it perhaps can."""
+    folder = folder.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} may not be written"
+
+
 def path_from_here(path: Path) -> Path:
     """A path as a user would type it: from here, if it is below."""
     path, here = path.absolute(), Path.cwd()

@@ -1,6 +1,5 @@
 """Where a run writes: that it can, and what lies there in the end."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +7,27 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_sft.callbacks import HuggingFaceExport, LastCheckpoint
-from lightning_sft.errors import SettingsError, path_from_here
-from lightning_sft.training.run_folder import run_folder
+from lightning_sft.errors import SettingsError, path_from_here, why_not_written
+from lightning_sft.training.run_folder import check_run_folder_is_local, run_folder
 
 
 def check_log_folders(trainer: L.Trainer) -> None:
     """Refuse a log folder that cannot be written, before the data is read.
 
     Raises:
-        SettingsError: If it is a file, or below one, or may not be written.
+        SettingsError: If it is a file, or below one, or may not be written; or if it is the first logger's, and an
+            address.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
+    check_run_folder_is_local(trainer)
     root = trainer.default_root_dir
     for folder in {str(logger.save_dir or root) for logger in trainer.loggers} or {str(root)}:
         if "://" in folder:
             continue
-        path = Path(folder).absolute()
-        nearest = next(place for place in (path, *path.parents) if place.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            why = "may not be written" if nearest.is_dir() else "is a file"
+        if (why := why_not_written(Path(folder))) is not None:
             raise SettingsError(
-                f"The logs are to be written to {folder}, but {nearest} {why}. Set `trainer.default_root_dir`, or the "
+                f"The logs are to be written to {folder}, but {why}. Set `trainer.default_root_dir`, or the "
                 "logger's `save_dir`, to another folder."
             )
 

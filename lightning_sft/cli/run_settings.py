@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_sft.cli.further_loggers import read_further_loggers
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import newest_checkpoint
-from lightning_sft.training.run_folder import folder_of_run, holds_a_run
+from lightning_sft.training.run_folder import check_is_local, folder_of_run, holds_a_run
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,14 @@ class RunSettings:
 
     @property
     def root(self) -> Path:
-        """`default_root_dir`."""
-        return Path(self._config.trainer.default_root_dir or os.getcwd())
+        """`default_root_dir`.
+
+        Raises:
+            SettingsError: If it is an address.
+        """
+        folder = self._config.trainer.default_root_dir or os.getcwd()
+        check_is_local("`trainer.default_root_dir`", folder)
+        return Path(folder)
 
     def _loggers(self) -> Iterator[Any]:
         logger = self._config.trainer.logger

@@ -6,6 +6,8 @@ from weakref import WeakKeyDictionary
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lightning_sft.errors import SettingsError
+
 _OF_A_RUN = ("config.yaml", "checkpoints/[!.]*", "huggingface")  # without these it was killed before it saved anything
 # Of trainers without a logger, which would give each run a version: found before there is anything of the run itself.
 _chosen: WeakKeyDictionary[L.Trainer, Path] = WeakKeyDictionary()
@@ -23,9 +25,46 @@ def run_folder(trainer: L.Trainer) -> Path:
 
     Args:
         trainer: The run's trainer.
+
+    Raises:
+        SettingsError: If it would be at an address such as `s3://bucket`.
     """
+    check_run_folder_is_local(trainer)
     folder = str(_folder(trainer)) if trainer.is_global_zero else ""
     return Path(trainer.strategy.broadcast(folder))
+
+
+def check_run_folder_is_local(trainer: L.Trainer) -> None:
+    """Refuse a run whose files would be at an address, to which checkpoints, pages and exports are not written.
+
+    Args:
+        trainer: The run's trainer.
+
+    Raises:
+        SettingsError: Naming the setting that has the address.
+    """
+    save_dir = trainer.loggers[0].save_dir if trainer.loggers else None
+    if save_dir:
+        check_is_local("The first logger's `save_dir`", save_dir)
+    else:
+        check_is_local("`trainer.default_root_dir`", trainer.default_root_dir)
+
+
+def check_is_local(setting: str, folder: str | Path) -> None:
+    """Refuse an address in the place of a folder.
+
+    Args:
+        setting: What has it, for the message.
+        folder: What came.
+
+    Raises:
+        SettingsError: If it is an address.
+    """
+    if "://" in str(folder):
+        raise SettingsError(
+            f"{setting} is {str(folder)!r}, but the files of a run are kept in a local folder. Give one; a further "
+            "logger may write to an address."
+        )
 
 
 def _folder(trainer: L.Trainer) -> Path:

@@ -6,7 +6,7 @@ import torch
 from support.fits import make_data
 from support.models import tiny_config
 
-from lightning_sft import LastCheckpoint, SFTModule
+from lightning_sft import LastCheckpoint, SettingsError, SFTModule
 
 
 def run(folder, max_steps, ckpt_path=None):
@@ -36,3 +36,10 @@ def test_runs_without_a_logger_do_not_take_each_other_s_place_and_continue_in_th
     elsewhere = tmp_path / "elsewhere"
     run(elsewhere, 6, tmp_path / "checkpoints" / "last.ckpt")
     assert steps() == {".": 5, "version_0": 4, "version_1": 3, "elsewhere": 6}
+
+
+def test_a_folder_at_an_address_is_refused_rather_than_taken_for_a_local_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"`trainer.default_root_dir` is 'memory://bucket/runs', but the files of"):
+        run("memory://bucket/runs", 1)
+    assert not list(tmp_path.iterdir())
