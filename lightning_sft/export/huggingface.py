@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, why_not_written
 from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
 from lightning_sft.generation.response_end import end_ids
@@ -100,15 +100,15 @@ def check_adapters_alone(lora: Mapping[str, Any] | None) -> None:
 
 
 def check_export_folder(folder: str | Path) -> None:
-    """Refuse to write over anything but an earlier export.
+    """Refuse a folder that cannot be written, or holds anything but an earlier export.
 
     Raises:
-        SettingsError: If there is something else.
+        SettingsError: If it cannot, or if there is something else.
     """
     folder = Path(folder)
     came = f"The model is to be exported to {folder}, "
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{came}which is a file. Give a folder.")
+    if (why := why_not_written(folder)) is not None:
+        raise SettingsError(f"{came}but {why}. Give another folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     card = folder / "README.md"

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import HuggingFaceExport, SFTModule, export_model
 from lightning_sft.cli.app import main
+from lightning_sft.export.huggingface import check_export_folder
 from lightning_sft.model.attention import VARLEN
 from lightning_sft.model.packing import enable_packing
 
@@ -171,8 +172,9 @@ def test_nothing_but_an_earlier_export_is_written_over(tmp_path):
         train(tmp_path / "run", callbacks=[HuggingFaceExport(str(tmp_path / "huggingface"))])
     assert not (tmp_path / "run" / "checkpoints").exists()  # refused before training
     assert files(tmp_path / "huggingface") == {"README.md"}
-    with pytest.raises(ValueError, match="which is a file"):
-        export_model(build("tied"), tmp_path / "huggingface" / "README.md")
+    for path in ("README.md", "README.md/model"):
+        with pytest.raises(ValueError, match=r"to be exported to .*, but .*README.md is a file"):
+            check_export_folder(tmp_path / "huggingface" / path)
 
 
 def test_an_export_that_stops_half_way_leaves_the_one_before(tmp_path, monkeypatch):
