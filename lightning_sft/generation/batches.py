@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_sft.checks import check_type
 from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.tokens.texts import check_is_text
 from lightning_sft.data.tokens.tokenization import encode_prompts
 from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
@@ -28,9 +30,13 @@ def make_requests(
         sampling: How many samples are wanted, and how long they may be.
 
     Raises:
-        SettingsTypeError: If a prompt is no string.
-        SettingsError: If a prompt is not text: a lone surrogate cannot be encoded.
+        SettingsTypeError: If a prompt or a ground truth is no string.
+        SettingsError: If one is not text: a lone surrogate cannot be encoded.
     """
+    for prompt in prompts:
+        subject, expected = f"ground_truths[{prompt.index}]", "a string, or none if the response is not to be scored"
+        check_type(subject, prompt.ground_truth, str, expected, optional=True)
+        check_is_text(f"`{subject}`", prompt.ground_truth or "")
     texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
     positions = num_positions(model)
     return [

@@ -13,7 +13,7 @@ from lightning_sft.data.steps.microbatch_cuts import cut_by_cost
 from lightning_sft.data.tokens.collation import collate_padded
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.tokenization import pad_token_id, token_texts
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 from lightning_sft.generation.batches import make_batches, make_requests, tokens_per_batch
 from lightning_sft.generation.generators import Responder, ResponseGenerator, make_responder
 from lightning_sft.generation.records import GenerationRecord, summarize, write_records
@@ -83,15 +83,20 @@ def log_generations(
 
     Source: Stanford CS336, assignment 5, "Logging generations".
     """
-    if len(prompts) != len(ground_truths):
-        raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(ground_truths)} `ground_truths`.")
+    for name, texts in {"prompts": prompts, "ground_truths": ground_truths}.items():
+        if isinstance(texts, str):  # which would be taken for a list of its characters
+            raise SettingsTypeError(f"`{name}` is {shorten(texts)}, expected a list of texts. Put it into a list.")
+    are_whole = [False] * len(prompts) if as_written is None else as_written
+    for name, values in {"ground_truths": ground_truths, "as_written": are_whole}.items():
+        if len(values) != len(prompts):
+            raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(values)} `{name}`.")
     settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds, generator)
     if path is not None:
         _make_folder(Path(path))
     numbered = [
-        Prompt(index, text, ground_truth, is_chat)
-        for index, (text, ground_truth, is_chat) in enumerate(
-            zip(prompts, ground_truths, as_written or [False] * len(prompts), strict=True), first_index
+        Prompt(index, text, ground_truth, is_whole)
+        for index, (text, ground_truth, is_whole) in enumerate(
+            zip(prompts, ground_truths, are_whole, strict=True), first_index
         )
     ]
     records = generate_records(model, tokenizer, numbered, settings, distributed=distributed)
@@ -101,7 +106,9 @@ def log_generations(
 
 
 def _make_folder(path: Path) -> None:
-    """Now rather than after generating."""
+    """Make the folder of a file, and refuse what cannot be one, now rather than after generating."""
+    if path.is_dir():
+        raise SettingsError(f"`path` is {str(path)!r}, which is a folder, expected a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,7 +196,7 @@ def _token_values(
 ) -> list[_TokenValues]:
     """Log-probability and entropy at each response token, from forward passes that keep no logits."""
     examples = [
-        Example(input_ids=[*request.prompt_ids, *response.token_ids], num_prompt_tokens=len(request.prompt_ids))
+        _example(request.prompt_ids, list(response.token_ids), pad_id)
         for request, response in zip(requests, responses, strict=True)
     ]
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
@@ -207,6 +214,16 @@ def _token_values(
         for place, log_probs, entropies, kept in zip(places, *columns, strict=True):
             values[place] = _TokenValues(log_probs[kept].tolist(), entropies[kept].tolist())
     return [values[place] for place in range(len(examples))]
+
+
+def _example(prompt_ids: list[int], response_ids: list[int], pad_id: int) -> Example:
+    """A prompt and its response, to be scored; a generator's response may be empty.
+
+    The last token is no input. So a prompt of a single token without a response would be a row of no inputs, which a
+    model does not take: padding stands in for the response, as part of the prompt, which is not scored.
+    """
+    prompt_ids = prompt_ids if response_ids else [*prompt_ids, pad_id]
+    return Example(input_ids=prompt_ids + response_ids, num_prompt_tokens=len(prompt_ids))
 
 
 def _record(

@@ -196,3 +196,9 @@ def test_what_is_no_response_to_a_request_is_refused(model, message):
 def test_a_generator_that_cannot_be_called_is_refused():
     with pytest.raises(TypeError, match="`generator` is 'vllm', expected a function of model, requests and sampling"):
         GenerationMonitor(generator="vllm")
+
+
+def test_a_response_without_tokens_to_a_prompt_of_one_token_is_a_record_like_others(model):
+    (record,), summary = generate(model, lambda model, requests, sampling: [Response([], "stop")], ["a"])
+    assert (record.response, record.response_length, record.token_log_probs) == ("", 0, [])
+    assert summary["response_length"] == 0

@@ -37,6 +37,26 @@ REFUSED = {
     "prompts and ground truths of other numbers": Refusal(
         lambda folder: generate(["a", "b"], ["c"]), "There are 2 `prompts`, but 1 `ground_truths`."
     ),
+    "another number of `as_written`": Refusal(
+        lambda folder: generate(as_written=[True, False]), "There are 1 `prompts`, but 2 `as_written`."
+    ),
+    "one text as prompts": Refusal(
+        lambda folder: generate("ab", ["c", "d"]),
+        "`prompts` is 'ab', expected a list of texts. Put it into a list.",
+        SettingsTypeError,
+    ),
+    "a number as ground truth": Refusal(
+        lambda folder: generate(ground_truths=[3]),
+        "`ground_truths[0]` is 3 of type int, expected a string, or none if the response is not to be scored.",
+        SettingsTypeError,
+    ),
+    "half a character as ground truth": Refusal(
+        lambda folder: generate(ground_truths=["\ud800"]),
+        "`ground_truths[0]` holds a lone surrogate, which is not text: '\\ud800'.",
+    ),
+    "a folder as file of records": Refusal(
+        lambda folder: generate(path=folder), "`path` is '{tmp}', which is a folder, expected a file."
+    ),
     "records where no folder can be": Refusal(
         lambda folder: generate(path=write(folder / "file", b"") / "records.jsonl"),
         "`path` is '{tmp}/file/records.jsonl', whose folder cannot be made: File exists.",
