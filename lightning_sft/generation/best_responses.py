@@ -9,7 +9,7 @@ from lightning_sft.checks import check_integer, check_number, check_type
 from lightning_sft.data.rows.files import find_files
 from lightning_sft.data.rows.readers import UnreadableRow, read_file
 from lightning_sft.errors import SettingsError, SettingsTypeError, counted, one_line, shorten
-from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.generation.records import GenerationRecord, problem_of
 
 _ENDED = ("eos", "stop")  # why a response stopped, if it was not cut off
 _NEEDED = ("prompt", "response", "reward", "stop_reason")
@@ -80,7 +80,8 @@ def choose_responses(
         num_records += 1
         different = by_prompt.setdefault(record["prompt"], {})
         num_scored += record["reward"] is not None
-        if record["reward"] is None or record["reward"] < min_reward or record["stop_reason"] not in _ENDED:
+        # So written, a reward of NaN is not enough.
+        if record["reward"] is None or not record["reward"] >= min_reward or record["stop_reason"] not in _ENDED:
             continue
         num_rewarded += 1
         row = _row(record)
@@ -137,9 +138,8 @@ def _read_file(path: str) -> Iterator[Mapping[str, Any]]:
     for location, row in _read_rows(path):
         if isinstance(row, UnreadableRow):
             raise SettingsError(f"{location} of {path}: {row.problem}")
-        missing = [name for name in _NEEDED if name not in row]
-        if missing:
-            raise SettingsError(f"{location} of {path}: no value for `{missing[0]}`, expected a record of `predict`.")
+        if problem := problem_of(row, _NEEDED):
+            raise SettingsError(f"{location} of {path} is no record of `predict`: {problem}.")
         yield row
 
 

@@ -3,14 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_sft.errors import shorten
 from lightning_sft.generation.bootstrap import bootstrap_mean
 
 _DECIMALS = 4  # of values of single tokens in files
+_TEXTS = ("prompt", "response", "stop_reason")
 
 
 @dataclass
@@ -70,6 +73,25 @@ class GenerationRecord:
         for name in ("token_log_probs", "token_entropies"):
             fields[name] = [_finite(round(value, _DECIMALS)) for value in fields[name]]
         return fields
+
+
+def problem_of(fields: Mapping[str, Any], needed: Sequence[str]) -> str:
+    """What is wrong with a record's values that others rely on; empty if nothing is.
+
+    Args:
+        fields: Of a line of a file, by the names of `GenerationRecord`.
+        needed: The names of those that are relied on: texts and numbers.
+    """
+    for name in needed:
+        if name not in fields:
+            return f"no value for `{name}`"
+        value = fields[name]
+        if name in _TEXTS and not isinstance(value, str):
+            return f"`{name}` is {shorten(value)}, expected text"
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in _TEXTS and value is not None and not is_number:
+            return f"`{name}` is {shorten(value)}, expected a number or null"
+    return ""
 
 
 def _finite(value: Any) -> Any:
@@ -168,9 +190,12 @@ def summarize_test(records: Sequence[GenerationRecord]) -> dict[str, float]:
 def write_records(
     path: Path, records: Sequence[GenerationRecord], mode: Literal["w", "a"] = "w", **fields: object
 ) -> None:
-    """Write one JSON object a line; `fields` come first in each. The folder is made if need be."""
+    """Write one JSON object a line; `fields` come first in each. The folder is made if need be.
+
+    Half of a surrogate pair, which the message of a failed reward may hold, is written as JSON escapes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, mode, encoding="utf-8") as file:
+    with open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
         for record in records:
             file.write(json.dumps(fields | record.to_json(), ensure_ascii=False) + "\n")
         file.flush()

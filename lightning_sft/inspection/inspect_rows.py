@@ -207,13 +207,13 @@ class RowInspector(L.Callback):
 
     def _write(self, row: ScoredRow) -> None:
         self._num_seen += 1
-        self._total_loss += row.loss * row.response_length
+        self._total_loss += row.loss * row.response_length if math.isfinite(row.loss) else 0.0
         if self._file is None:
             return
         push = heapq.heappush if len(self._hardest) < self._num_rows else heapq.heappushpop
         hardness = row.loss if math.isfinite(row.loss) else math.inf
         push(self._hardest, (hardness, -row.index, self._file.tell()))
-        self._file.write(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        self._file.write(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the page."""

@@ -1,6 +1,8 @@
 """A run's folder, read from a program: its metrics, the records of its generations, and its settings."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,7 @@ import pandas as pd
 import yaml
 
 from lightning_sft.checks import check_type
-from lightning_sft.errors import MissingFileError, SettingsError
+from lightning_sft.errors import MissingFileError, SettingsError, one_line, shorten
 from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.results.record_lines import parse_records
 
@@ -52,14 +54,19 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The settings: of `config.yaml`, which the command line writes, or else of the logger's `hparams.yaml`."""
+        """The settings: of `config.yaml`, which the command line writes, or else of the logger's `hparams.yaml`.
+
+        Raises:
+            SettingsError: If the file cannot be read.
+        """
         for name in ("config.yaml", "hparams.yaml"):
             path = self.folder / name
             if path.is_file():
-                try:
-                    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-                except (yaml.YAMLError, UnicodeDecodeError) as error:
-                    raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+                with _readable(path):
+                    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+                    if not isinstance(settings, dict):
+                        raise TypeError(f"it holds {shorten(settings)}, expected names and values")
+                    return settings
         return {}
 
     @cached_property
@@ -75,8 +82,9 @@ class FinishedRun:
         if not files:
             raise SettingsError(f"{self.folder} has no metrics that can be read. {_why_no_metrics(self.folder)}")
         if files[0].name == "metrics.csv":
-            table = pd.read_csv(files[0])
-            return table.groupby("step").last().sort_index()  # the last that is no NaN
+            with _readable(files[0]):
+                table = pd.read_csv(files[0])
+                return table.groupby("step").last().sort_index()  # the last that is no NaN
         points = _read_events(self.folder) if files[0].name.startswith("events.") else _read_mlflow(self.folder)
         table = pd.DataFrame(points, columns=["step", "name", "value"])
         table = table.drop_duplicates(["step", "name"], keep="last").pivot_table("value", "step", "name", sort=True)
@@ -105,7 +113,9 @@ class FinishedRun:
             known = ", ".join(map(str, self.generation_steps)) or "none"
             raise SettingsError(f"{self.folder} has no generations of step {step}; the steps that have some: {known}.")
         path = self.folder / "generations" / f"step_{step}.jsonl"
-        return parse_records(path.read_text(encoding="utf-8"), str(path))
+        with _readable(path):
+            text = path.read_text(encoding="utf-8")
+        return parse_records(text, str(path))
 
     @cached_property
     def generations(self) -> pd.DataFrame:
@@ -120,6 +130,15 @@ class FinishedRun:
                 rows.append({"step": step, **fields})
         columns = ["step", *(name for name in GenerationRecord.__dataclass_fields__ if name not in _NO_COLUMNS)]
         return pd.DataFrame(rows, columns=columns).set_index(["step", "index", "sample"])
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the file that cannot be read: one of a run that was killed may be empty, or cut short."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,16 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
-from numbers import Real
-from typing import Any
 
-from lightning_sft.errors import SettingsError, shorten
-from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.errors import SettingsError
+from lightning_sft.generation.records import GenerationRecord, problem_of
 
 _OF_THE_FILE = ("step", "run")  # stands in each line, but is not of the record
-_TEXTS = ("prompt", "response")
-_NUMBERS = ("format_reward", "answer_reward", "reward", "token_entropy")
+_NEEDED = ("prompt", "response", "format_reward", "answer_reward", "reward", "token_entropy", "stop_reason")
 
 
 def parse_records(text: str, source: str) -> list[GenerationRecord]:
@@ -40,25 +36,12 @@ def _is_whole(line: str) -> bool:
 def _record(line: str, location: str) -> GenerationRecord:
     try:
         fields = {name: value for name, value in json.loads(line).items() if name not in _OF_THE_FILE}
-        problem = _problem(fields)
+        problem = problem_of(fields, _NEEDED)
         if not problem:
             return GenerationRecord(**fields | {"token_entropy": _number(fields["token_entropy"])})
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        problem = f"no value for {error}" if isinstance(error, KeyError) else str(error)
-    raise SettingsError(f"{location} is no record of a generation: {problem}")
-
-
-def _problem(fields: Mapping[str, Any]) -> str:
-    """What is wrong with values that everything else relies on; empty if nothing is."""
-    for name in _TEXTS:
-        if not isinstance(fields[name], str):
-            return f"`{name}` is {shorten(fields[name])}, expected text."
-    for name in _NUMBERS:
-        value = fields[name]
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not is_number:
-            return f"`{name}` is {shorten(value)}, expected a number or null."
-    return ""
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = str(error)
+    raise SettingsError(f"{location} is no record of a generation: {problem}.")
 
 
 def _number(value: float | None) -> float:

@@ -138,7 +138,11 @@ def test_the_command_writes_rows_and_says_what_became_of_the_others(tmp_path, ca
 def test_what_holds_no_records_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, message in (
-        ('{"prompt": "a", "output": "b"}\n', r"line 1 of .*: no value for `response`, expected a record of `predict`"),
+        ('{"prompt": "a", "output": "b"}\n', r"line 1 of .* is no record of `predict`: no value for `response`\.$"),
+        (
+            '{"prompt": "a", "response": "b", "reward": "1", "stop_reason": "eos"}\n',
+            r"line 1 of .* is no record of `predict`: `reward` is '1', expected a number or null\.$",
+        ),
         ("[1]\n", r"line 1 of .*: expected a JSON object, got \[1\]"),
     ):
         path.write_text(content)

@@ -77,3 +77,10 @@ def test_records_are_written_one_json_object_a_line(tmp_path):
     rounded = {"token_log_probs": [-0.1235, None], "token_entropies": [0.1, 2.0]}
     assert lines[0] == {"step": 3} | vars(first) | rounded
     assert lines[1] == {"step": 3} | vars(second) | {"token_entropy": None}
+
+
+def test_half_of_a_character_in_the_message_of_a_failed_reward_is_written_and_read_back(tmp_path):
+    failed = record(0.0)
+    failed.reward_error = "ValueError: \ud83d"
+    write_records(tmp_path / "a.jsonl", [failed])
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["reward_error"] == "ValueError: \ud83d"

@@ -191,7 +191,7 @@ REFUSED = {
     ),
     "rows instead of records": Refusal(
         lambda folder: two(folder, write(folder / "b.jsonl", '{"prompt": "a", "output": "b"}\n')),
-        "line 1 of {tmp}/b.jsonl is no record of a generation: no value for 'response'",
+        "line 1 of {tmp}/b.jsonl is no record of a generation: no value for `response`.",
     ),
     "a reward that is text": Refusal(
         lambda folder: two(folder, write(folder / "b.jsonl", line() + line(reward="1"))),

@@ -10,6 +10,7 @@ from support.models import character_tokenizer, tiny_config
 
 from lightning_sft import GenerationMonitor, Sampling, SettingsError, SFTDataModule, SFTModule, read_run
 from lightning_sft.errors import MissingFileError
+from lightning_sft.results.finished_run import FinishedRun
 from lightning_sft.training.run_folder import run_folder
 
 ROWS = [{"prompt": f"q{i}", "output": "ab" * (1 + i % 3), "ground_truth": "b"} for i in range(12)]
@@ -143,3 +144,25 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_run(tmp_path)
     with pytest.raises(SettingsError, match="`folder` is 3 of type int, expected the folder of a run"):
         read_run(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "read", "message"),
+    [
+        ("metrics.csv", b"", lambda run: run.metrics, "metrics.csv cannot be read: No columns to parse from file"),
+        ("metrics.csv", b"loss\n1\n", lambda run: run.metrics, "metrics.csv cannot be read: 'step'"),
+        ("hparams.yaml", b"- a\n", lambda run: run.settings, "hparams.yaml cannot be read: it holds .'a'., expected"),
+        (
+            "generations/step_1.jsonl",
+            b"\xff\n",
+            lambda run: run.records(),
+            "step_1.jsonl cannot be read: 'utf-8' codec",
+        ),
+    ],
+)
+def test_a_file_that_is_cut_short_or_something_else_is_named(tmp_path, name, content, read, message):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SettingsError, match=message):
+        read(FinishedRun(tmp_path))
