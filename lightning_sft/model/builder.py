@@ -30,7 +30,8 @@ class ModelBuilder:
     Attributes:
         source: Name or folder of a pretrained model; or the settings of a configuration with `model_type`; or a model.
             A folder of adapters stands for the model that they are on top of, and for `lora.path`.
-        model_kwargs: For `from_pretrained` or `from_config`.
+        model_kwargs: For `from_pretrained` or `from_config`. Beside a model there may be none but its `dtype`, as a
+            checkpoint has it.
         lora: Settings of adapters, as for `add_lora`; `path`: the folder of adapters to begin with. Whatever was given,
             it then holds the settings by which `add_lora` makes them. None: no adapters.
         seed: Of weights that are drawn, those of adapters included.
@@ -56,6 +57,11 @@ class ModelBuilder:
         check_type("lora", self.lora, dict, "a mapping of arguments", optional=True)
         check_integer("seed", self.seed, at_least=0)
         check_patterns("freeze", self.freeze)
+        if isinstance(self.source, PreTrainedModel) and (unused := set(self.model_kwargs or {}) - {"dtype"}):
+            raise SettingsError(
+                f"`model_kwargs` has `{min(unused)}`, but `model` is a model, which is there already: they are for one "
+                "that is loaded or built. Leave them out, or give its name."
+            )
         self._find_adapters()
         if self.lora is not None:
             lora_config(self.lora)  # refuses what is wrong now rather than after loading

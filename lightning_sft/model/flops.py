@@ -14,16 +14,18 @@ def training_flops(
     twice that in backward.
 
     Args:
-        model: A dense causal language model.
+        model: A causal language model.
         num_tokens: That go through the body.
         num_response_tokens: That go through the head.
         num_attended: Pairs of a token and one that it attends to, itself included.
 
     Returns:
-        The number, or None for a mixture of experts, where it depends on the routing.
+        The number, or None where this does not tell it: for a mixture of experts, where it depends on the routing, and
+        for a model whose configuration names no attention heads, such as a state-space model.
     """
     config = model.config.get_text_config()
-    if any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    has_experts = any("experts" in name for name, _ in model.named_parameters())
+    if has_experts or not all(hasattr(config, name) for name in ("hidden_size", "num_attention_heads")):
         return None
     head: nn.Linear | None = model.get_output_embeddings()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.errors import SettingsError
 from lightning_sft.model.head import ResponseScores, score_labels
 from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.routing import RoutingRecorder
@@ -65,10 +66,18 @@ def get_response_log_probs(
         `is_top1` of the same shape. The first two carry gradients; in the backward pass an entropy costs something
         only if the loss depends on it.
 
+    Raises:
+        SettingsError: If a label is negative where it is to be scored.
+
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
     mask = torch.ones_like(labels) if response_mask is None else response_mask
     positions = (mask.reshape(-1) == 1).nonzero().squeeze(-1)
+    if bool((labels.reshape(-1)[positions] < 0).any()):  # the head would take such a label for one of another tile
+        raise SettingsError(
+            "`labels` has a negative number, such as -100, where a token is to be scored. Give `response_mask`, which "
+            "is False there."
+        )
     scores = score_responses(
         model,
         input_ids,

@@ -14,6 +14,10 @@ from transformers import (
 
 from lightning_sft.errors import SettingsError, and_more, is_missing_path, one_line, shorten
 
+# Arguments of `from_pretrained` that its configuration must not take over; the other ones, such as `revision` or
+# `subfolder`, say where it is, or change a setting of it.
+_OF_WEIGHTS = ("dtype", "attn_implementation", "quantization_config", "device_map")
+
 
 def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed: int) -> PreTrainedModel:
     """Load a pretrained model, or initialise one, in main memory whatever the default device.
@@ -51,7 +55,8 @@ def build_empty_model(source: str | dict[str, Any], model_kwargs: dict[str, Any]
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
     try:
         if isinstance(source, str):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
+            of_config = {name: value for name, value in options.items() if name not in _OF_WEIGHTS}
+            config = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **of_config)[0]
         else:
             config = _config(source)
         if options["dtype"] == "auto":

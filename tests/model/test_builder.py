@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models import tiny_config, tiny_model
 
-from lightning_sft import SFTModule
+from lightning_sft import SettingsError, SFTModule
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
@@ -65,3 +65,16 @@ def test_an_empty_model_has_the_shapes_and_types_of_the_model_and_no_values(lora
     found = [[(name, w.shape, w.dtype) for name, w in each.named_parameters()] for each in (empty, builder.build())]
     assert found[0] == found[1]
     assert {weight.device.type for weight in empty.parameters()} == {"meta"}
+
+
+def test_a_model_without_values_is_that_which_the_arguments_name(tmp_path):
+    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "small")
+    tiny_model().save_pretrained(tmp_path)
+    for kwargs in ({"subfolder": "small"}, {"num_hidden_layers": 1}, {"dtype": "auto"}):
+        builder = ModelBuilder(str(tmp_path), kwargs)
+        assert builder.build_empty().num_parameters() == builder.build().num_parameters()
+
+
+def test_arguments_that_a_model_which_is_there_would_not_heed_are_refused():
+    with pytest.raises(SettingsError, match="`model_kwargs` has `attn_implementation`, but `model` is a model"):
+        SFTModule(tiny_model(), model_kwargs={"attn_implementation": "eager"})

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_sft.data.tokens.collation import collate_packed, collate_padded
 from lightning_sft.data.tokens.example import Example
+from lightning_sft.errors import SettingsError
 from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.log_probs import compute_entropy, get_response_log_probs, score_responses
 from lightning_sft.model.packing import enable_packing
@@ -323,3 +324,13 @@ def test_packed_documents_are_scored_as_padded_ones():
     )
     for name in expected:
         torch.testing.assert_close(given[name][packed.response_mask], expected[name][padded.response_mask])
+
+
+def test_a_negative_label_is_refused_where_it_is_scored():
+    """The naive formula could not look it up either."""
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7]])
+    labels = torch.tensor([[6, -100, 8]])
+    with pytest.raises(SettingsError, match=r"`labels` has a negative number, such as -100, .* Give `response_mask`"):
+        get_response_log_probs(model, ids, labels)
+    masked = get_response_log_probs(model, ids, labels, response_mask=labels >= 0)["log_probs"]
+    assert (masked != 0).tolist() == [[True, False, True]]
