@@ -18,7 +18,7 @@ def log_step(
     num_response_tokens: float,
     grad_norm: Tensor,
     guard: StepGuard,
-    learning_rate: float,
+    learning_rate: Tensor,
 ) -> None:
     """Log an optimizer step.
 
@@ -32,18 +32,18 @@ def log_step(
         num_response_tokens: Of the step, over all devices.
         grad_norm: Before clipping.
         guard: Has checked it, or will.
-        learning_rate: Of the first parameter group.
+        learning_rate: Of the first parameter group, as the optimizer has used it; a scalar.
     """
     if guard.known_loss is not None:
         module.log("train/latest_loss", guard.known_loss.float(), prog_bar=True, logger=False)
     entropy = sums.token_entropy / num_response_tokens
     numbers = {"train/loss": sums.loss.float(), "train/token_entropy": entropy.float()}
-    numbers["train/grad_norm"] = grad_norm.float()
+    numbers |= {"train/grad_norm": grad_norm.float(), "train/learning_rate": learning_rate}
     if sums.router_loss is not None:
         numbers["train/router_loss"] = sums.router_loss.float()
     # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
-    on_host = {"learning_rate": learning_rate} | guard.numbers()
-    numbers |= {f"train/{name}": torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
+    on_host = {f"train/{name}": number for name, number in guard.numbers().items()}
+    numbers |= {name: torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
     if in_epoch := steps_per_epoch(module.trainer):
         numbers["epoch"] = torch.tensor(module.global_step / in_epoch, dtype=torch.float64)
     numbers["step"] = torch.tensor(module.global_step, dtype=torch.float64)  # every logger's x-axis

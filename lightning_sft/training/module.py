@@ -194,7 +194,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         seed_dropout(self.builder.seed, self.global_step, self.global_rank)
         optimizer = cast(Optimizer, self.optimizers())
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
-        learning_rate = optimizer.param_groups[0]["lr"]
+        learning_rate = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64).clone()
         self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
         stepped = GradScaling(self.trainer).step(optimizer)
         if self.guard.finish_step(stepped):

@@ -38,6 +38,14 @@ def test_an_optimizer_alone_keeps_its_rate(tmp_path):
     assert rates_of(tmp_path, sgd)[1] == [0.8] * 6
 
 
+def test_a_rate_in_a_tensor_which_a_schedule_overwrites_is_logged_as_it_was_in_the_step(tmp_path):
+    def configure(module):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=torch.tensor(0.75))
+        return [optimizer], [{"scheduler": StepLR(optimizer, 1, 0.5), "interval": "step"}]
+
+    assert rates_of(tmp_path, configure, max_steps=3)[1] == [0.75, 0.375, 0.1875]
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
