@@ -6,8 +6,14 @@ from typing import cast
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lightning_sft.checks import check_choice
-from lightning_sft.export.huggingface import ExportDtype, check_adapters_alone, check_export_folder, export_model
+from lightning_sft.checks import check_type
+from lightning_sft.export.huggingface import (
+    ExportDtype,
+    check_adapters_alone,
+    check_export_folder,
+    check_export_settings,
+    export_model,
+)
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.run_folder import run_folder
@@ -27,14 +33,16 @@ class HuggingFaceExport(Checkpoint):
             for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
+        SettingsTypeError: If an argument is of another type.
         SettingsError: If `dtype` is no dtype, or the folder holds something other than an earlier export.
     """
 
     def __init__(
-        self, folder: str | None = "huggingface", dtype: ExportDtype | None = None, merge_lora: bool = True
+        self, folder: str | Path | None = "huggingface", dtype: ExportDtype | None = None, merge_lora: bool = True
     ) -> None:
         super().__init__()
-        check_choice("dtype", dtype, ExportDtype, optional=True)
+        check_type("folder", folder, (str, Path), "the path of a folder", optional=True)
+        check_export_settings(dtype, merge_lora)
         self.folder = folder
         self.dtype = dtype
         self.merge_lora = merge_lora

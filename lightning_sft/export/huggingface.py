@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_sft.checks import check_choice, check_type
 from lightning_sft.errors import SettingsError, why_not_written
 from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
@@ -55,8 +56,12 @@ def export_model(
             for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
-        SettingsError: If the folder holds something else, or there are no adapters to be written alone.
+        SettingsTypeError: If an argument is of another type.
+        SettingsError: If there is no such dtype, the folder holds something else or cannot be written, or there are no
+            adapters to be written alone.
     """
+    check_type("folder", folder, (str, Path), "the path of a folder")
+    check_export_settings(dtype, merge_lora)
     folder = Path(folder).absolute()
     if not merge_lora:
         check_adapters_alone(lora_settings(model) if has_lora(model) else None)
@@ -78,6 +83,21 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_card(partial, folder.name, facts or RunFacts(), num_parameters, kind, is_adapter=not merge_lora)
+
+
+def check_export_settings(dtype: object, merge_lora: object) -> None:
+    """Refuse settings of an export that cannot be meant.
+
+    Args:
+        dtype: As for `export_model`.
+        merge_lora: Likewise.
+
+    Raises:
+        SettingsTypeError: If `merge_lora` is neither true nor false.
+        SettingsError: If there is no such dtype.
+    """
+    check_choice("dtype", dtype, ExportDtype, optional=True)
+    check_type("merge_lora", merge_lora, bool, "true or false")
 
 
 def check_adapters_alone(lora: Mapping[str, Any] | None) -> None:
@@ -157,7 +177,8 @@ def _save_model(
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `folder` once everything is written."""
+    """A folder to write to, which takes the place of `folder`, or what it links to, once everything is written."""
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial, earlier = (folder.with_name(f".{folder.name}.{ending}") for ending in ("partial", "earlier.partial"))
     shutil.rmtree(partial, ignore_errors=True)

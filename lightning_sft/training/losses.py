@@ -1,5 +1,6 @@
 """Masked sums and the supervised fine-tuning loss."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -54,7 +55,7 @@ class LossScale:
 
     def __post_init__(self) -> None:
         check_choice("loss_normalization", self.normalization, LossNormalization)
-        check_number("normalize_constant", self.constant, "a positive number", lambda constant: constant > 0)
+        check_number("normalize_constant", self.constant, "a positive number", lambda constant: 0 < constant < math.inf)
         if self.normalization == "token" and self.constant != LossScale.constant:
             raise SettingsError(
                 f"`normalize_constant` is {self.constant}, but `loss_normalization` is 'token', which divides by the "

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import HuggingFaceExport, SFTModule, export_model
 from lightning_sft.cli.app import main
+from lightning_sft.errors import SettingsError
 from lightning_sft.export.huggingface import check_export_folder
 from lightning_sft.model.attention import VARLEN
 from lightning_sft.model.packing import enable_packing
@@ -175,6 +177,31 @@ def test_nothing_but_an_earlier_export_is_written_over(tmp_path):
     for path in ("README.md", "README.md/model"):
         with pytest.raises(ValueError, match=r"to be exported to .*, but .*README.md is a file"):
             check_export_folder(tmp_path / "huggingface" / path)
+
+
+def test_an_export_goes_where_a_link_leads_again_and_again(tmp_path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for _ in range(2):
+        export_model(build("tied"), tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert "model.safetensors" in files(tmp_path / "disk" / "model")
+        assert {path.name for path in tmp_path.rglob("*partial")} == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "`dtype` is 'int8', expected one of float32, bfloat16, float16"),
+        ({"merge_lora": "no"}, "`merge_lora` is 'no' of type str, expected true or false"),
+        ({"folder": 3}, "`folder` is 3 of type int, expected the path of a folder"),
+    ],
+)
+def test_settings_of_an_export_that_cannot_be_meant_are_refused(tmp_path, options, message):
+    options = {"folder": tmp_path} | options
+    for refuse in (HuggingFaceExport, partial(export_model, build("tied"))):
+        with pytest.raises(SettingsError, match=message):
+            refuse(**options)
 
 
 def test_an_export_that_stops_half_way_leaves_the_one_before(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ TRAINING = {
         module({}, loss_normalization="tokens"), "`loss_normalization` is 'tokens', expected one of token, sequence."
     ),
     "constant of zero": Refusal(
-        module({}, normalize_constant=0.0), "`normalize_constant` is 0.0, expected a positive number."
+        module({}, normalize_constant=math.inf), "`normalize_constant` is inf, expected a positive number."
     ),
     "constant of nothing": Refusal(
         module({}, normalize_constant=7.0),
