@@ -98,7 +98,7 @@ def test_the_wheel_holds_code_types_pages_and_configs_and_the_sdist_builds_the_s
     configs = {f"lightning_sft/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
     assert {
         "lightning_sft/py.typed",
-        "lightning_sft/generation/report/pages/step.html",
+        "lightning_sft/generation/report/pages/cards.html",
         "lightning_sft/generation/report/pages/step.js",
         "lightning_sft/generation/report/pages/tokens.js",
     } <= package

@@ -11,18 +11,49 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _INDEX = "index.html"
-_CARDS = ["shared", "elements", "tokens", "cards"]
-_SHARED = {
-    "index": ["shared", "elements", "charts"],
-    "step": [*_CARDS, "generated"],
-    "rows": _CARDS,
-    "comparison": [*_CARDS, "generated", "charts"],
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What makes up a page, of files in the folder `pages`.
+
+    Attributes:
+        template: The name of its HTML.
+        shared: The names of styles and scripts that it shares with other pages, in their order; its own come last.
+        words: What the template has places for.
+    """
+
+    template: str
+    shared: tuple[str, ...]
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+_CARDS = ("shared", "elements", "tokens", "cards")
+_SUMMARY = '<dl id="summary"></dl>'
+_RUNS = """<div id="runs" class="card"></div>
+  <details id="settings"><summary></summary><div class="card"></div></details>
+  <div id="charts"></div>
+  <button id="more_charts" hidden></button>"""
+_PAGES = {
+    "index": _Page("index", ("shared", "elements", "charts")),
+    "step": _Page(
+        "cards",
+        (*_CARDS, "generated"),
+        {"name": "Generations", "thing": "record", "searched": "answers", "head": _SUMMARY},
+    ),
+    "rows": _Page("cards", _CARDS, {"name": "Rows", "thing": "row", "searched": "places", "head": _SUMMARY}),
+    "comparison": _Page(
+        "cards",
+        (*_CARDS, "generated", "charts"),
+        {"name": "Runs beside one another", "thing": "prompt", "searched": "answers", "head": _RUNS},
+    ),
 }
 
 
@@ -140,16 +171,18 @@ def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float
 
 
 def _filled(page: str, **data: str) -> str:
-    """A page of the folder `pages` with its style, its script, its data, and a policy that lets no other script run."""
-    folder = Path(__file__).with_name("pages")
-    names = [*_SHARED[page], page]
+    """A page with its style, its script, its data by their ids, and a policy that lets no other script run."""
+    folder, layout = Path(__file__).with_name("pages"), _PAGES[page]
+    names = [*layout.shared, page]
     style, script = (
         "\n".join(file.read_text(encoding="utf-8") for name in names if (file := folder / f"{name}{kind}").exists())
         for kind in (".css", ".js")
     )
-    template = (folder / f"{page}.html").read_text(encoding="utf-8")
+    template = (folder / f"{layout.template}.html").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    parts = {"hash": f"sha256-{digest}", "style": style, "script": script, **data}
+    blocks = [f'<script type="application/json" id="{name}">{text}</script>' for name, text in data.items()]
+    parts = {"hash": f"sha256-{digest}", "style": style, "script": script, "data": "\n".join(blocks)}
+    parts |= layout.words
     # In one pass, so that nothing is replaced within the data.
     return re.sub(r"\{\{ (\w+) \}\}", lambda place: parts[place[1]], template)
 
