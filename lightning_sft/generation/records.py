@@ -149,25 +149,20 @@ def _by_prompt(records: Sequence[GenerationRecord]) -> dict[int, list[Generation
     return groups
 
 
-def bootstrap_interval(
-    records: Sequence[GenerationRecord], *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean `answer_reward`.
+def bootstrap_interval(records: Sequence[GenerationRecord]) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean `answer_reward`, by `bootstrap_mean`.
 
     Prompts are drawn with replacement, each with all of its responses.
 
     Args:
         records: Those that are not scored are left out.
-        confidence: How often such an interval holds the mean over all prompts there could be.
-        num_resamples: Means that are drawn.
-        seed: Of the draws.
 
     Returns:
         Lower and upper bound; NaN and NaN if no record is scored.
     """
     groups = _by_prompt([record for record in records if record.answer_reward is not None])
     means = [sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups.values()]
-    return bootstrap_mean(means, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return bootstrap_mean(means)
 
 
 def summarize_test(records: Sequence[GenerationRecord]) -> dict[str, float]:

@@ -13,10 +13,9 @@ from lightning_sft.errors import SettingsError, shorten
 from lightning_sft.model.given_adapters import (
     has_foreign_adapters,
     settings_of_given,
-    take_adapters,
     without_wrapper,
 )
-from lightning_sft.model.lora import add_lora, check_settings, has_lora, lora_config
+from lightning_sft.model.lora import add_lora, check_settings, has_lora, keep_adapters, lora_config
 from lightning_sft.model.parameter_names import check_patterns, freeze
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model
@@ -145,7 +144,7 @@ class ModelBuilder:
                     f"`model` is {shorten(self.base, 200)}, which brings adapters with it. Download them (`hf download "
                     "NAME --local-dir FOLDER`), and give that folder as `model`."
                 )
-            take_adapters(model, self.lora)
+            keep_adapters(model, self.lora)
         check_settings(model, self.lora)
         if self.lora is not None and not has_lora(model):
             add_lora(model, self.lora, self.seed)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_sft.errors import SettingsError
-from lightning_sft.model.lora import add_lora, has_lora, keep_adapters, settings_of
+from lightning_sft.model.lora import add_lora, has_lora, settings_of
 from lightning_sft.model.pretrained import build_empty_model
 from lightning_sft.model.stored_adapters import check_same_settings, config_of_lora
 
@@ -30,7 +30,7 @@ def without_wrapper(model: Any) -> Any:
 
 
 def has_foreign_adapters(model: nn.Module) -> bool:
-    """Whether a model has adapters that were not put in by `add_lora`, or noted by `take_adapters`."""
+    """Whether a model has adapters that were not put in by `add_lora`, or noted by `keep_adapters`."""
     return has_lora(model) and not hasattr(model, "lora_settings")
 
 
@@ -56,16 +56,6 @@ def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any] | None) -
     settings = settings_of(config)
     _check_made_again(model, settings)
     return settings
-
-
-def take_adapters(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    """Note on a model whose adapters `peft` has made what they are, as `add_lora` would have.
-
-    Args:
-        model: Changed in place: adapters in half precision become float32.
-        settings: That `settings_of_given` has found.
-    """
-    keep_adapters(model, settings)
 
 
 def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:

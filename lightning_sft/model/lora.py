@@ -137,7 +137,7 @@ def keep_adapters(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     """Note on a model what its adapters are, and have what is trained in float32, or as the model if that has more.
 
     Args:
-        model: With adapters; all that is trained of it are these.
+        model: With adapters, by `add_lora` or by `peft`; all that is trained of it are these. Changed in place.
         settings: By which `add_lora` would make them.
     """
     model.lora_settings = dict(settings)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.generation.report.terminal import beginning, end
 
 _COLUMNS = ("prompt", "response", "ground_truth", "reward", "format_reward", "answer_reward", "response_length")
+_LONGEST_TEXT = 600  # characters of a cell
 
 
 def log_records(logger: Logger, step: int, records: Sequence[GenerationRecord], num_rows: int) -> None:
@@ -42,7 +43,7 @@ def _distributions(records: Sequence[GenerationRecord]) -> dict[str, list[float]
     }
 
 
-def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str:
+def markdown_table(records: Sequence[GenerationRecord]) -> str:
     """Records as a table for TensorBoard's text tab: texts escaped, long prompts cut in front, responses at the end.
 
     All numbers share one column: TensorBoard squeezes narrow ones until their words break.
@@ -57,7 +58,7 @@ def markdown_table(records: Sequence[GenerationRecord], limit: int = 600) -> str
         if record.reward is not None:
             shares = f"format {record.format_reward:g}, answer {record.answer_reward:g}"
             parts = [f"reward {record.reward:g} ({shares})", f"expected {record.ground_truth}", *parts]
-        texts = (end(record.prompt, limit), beginning(record.response, limit), "; ".join(parts))
+        texts = (end(record.prompt, _LONGEST_TEXT), beginning(record.response, _LONGEST_TEXT), "; ".join(parts))
         lines.append("| " + " | ".join(_cell(text) for text in texts) + " |")
     return "\n" + "\n".join(lines)
 
