@@ -54,7 +54,7 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
 
 
 def and_more(items: Sequence[object]) -> str:
-    """What follows the first of several in a message that names only that."""
+    """The end of a message that names the first of several items only: how many others there are, if any."""
     return f", and {len(items) - 1} more" if len(items) > 1 else ""
 
 

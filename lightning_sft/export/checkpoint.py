@@ -12,10 +12,8 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.export.whole_model import give_weights
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
-from lightning_sft.training.checkpoint_weights import read_checkpoint
+from lightning_sft.training.checkpoint_weights import OF_MODEL, read_checkpoint
 from lightning_sft.training.run_facts import RunFacts
-
-_OF_MODEL = "model."  # what the names of its weights begin with
 
 
 def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTrainedModel, RunFacts]:
@@ -48,7 +46,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
     if "generation_config" in checkpoint:
         model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
     weights: dict[str, Tensor] = checkpoint["state_dict"]
-    of_model = {name.removeprefix(_OF_MODEL): weights[name] for name in weights if name.startswith(_OF_MODEL)}
+    of_model = {name.removeprefix(OF_MODEL): weights[name] for name in weights if name.startswith(OF_MODEL)}
     give_weights(model, of_model, strict=lora is None)
     return model, RunFacts(**checkpoint.get("model_card", {}))
 

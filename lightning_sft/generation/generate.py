@@ -74,7 +74,10 @@ def log_generations(
             prompts, and gets all records. Only the first writes.
 
     Returns:
-        The records, in the order of the prompts, each prompt's samples together; and their `summarize`.
+        The records, in the order of the prompts, each prompt's samples together; and averages over them: `reward`,
+        `answer_reward`, `format_reward`, `response_length`, `response_length_correct` and `response_length_incorrect`
+        (tokens), `response_entropy` (nats), `reward_failures` (a count), and with several samples `pass_at_<k>`. An
+        average over nothing is NaN.
 
     Raises:
         SettingsTypeError: If an argument is of another type, or prompts are no list of strings.
@@ -160,12 +163,12 @@ def generate_records(
 
 
 def _rank_and_world_size(model: PreTrainedModel, distributed: bool) -> tuple[int, int]:
-    """Of the processes that share the prompts."""
+    """The number of this process among those that share the prompts, and how many these are."""
     return (dist.get_rank(), dist.get_world_size()) if distributed or is_sharded(model) else (0, 1)
 
 
 def _least(number: int, world_size: int) -> int:
-    """Of the numbers of all processes: devices may differ, but batches are the same for all."""
+    """The least of all processes' numbers: devices may differ, but batches are the same for all."""
     numbers = [number] * world_size
     if world_size > 1:
         dist.all_gather_object(numbers, number)

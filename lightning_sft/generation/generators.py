@@ -17,10 +17,10 @@ from lightning_sft.generation.responses import (
 )
 from lightning_sft.generation.sampling import Sampling
 
-# Of the model as it is now, for one that copies its weights; of what is wanted; and of how it is to be drawn. It
-# returns a response to each request, in their order.
+# Generates in the model's place. It is called with the model, whose present weights it may copy, with the requests, and
+# with how responses are drawn. It returns a response to each request, in their order.
 ResponseGenerator = Callable[[PreTrainedModel, Sequence[ResponseRequest], Sampling], Sequence[Response]]
-# Of requests that share a batch.
+# Returns the responses to requests that share a batch.
 Responder = Callable[[Sequence[ResponseRequest]], list[Response]]
 
 
@@ -31,14 +31,15 @@ def make_responder(
     sampling: Sampling,
     generator: ResponseGenerator | None,
 ) -> Responder:
-    """What gives the responses to one batch after another.
+    """Make what is then asked for the responses to one batch after another.
 
     Args:
         model: In eval mode.
         tokenizer: Its tokenizer.
         batches: All requests of this process.
         sampling: How responses are drawn.
-        generator: Asked here, for all batches at once: an engine makes batches of its own. None: the model generates.
+        generator: It is asked at once for the responses to all batches, since an engine makes batches of its own. None:
+            the model generates when it is asked for a batch.
 
     Returns:
         A function of the requests of a batch. To a request that is in none of `batches` a generator's response is

@@ -1,4 +1,4 @@
-"""What a response ends with: the same tokens for generating, and for what an exported model says of itself."""
+"""The tokens that end a response, when one is generated and in the configurations of an exported model."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""A run over the data's epochs: from which optimizer step to which, and which of them the trainer is given.
+"""A training run as numbered optimizer steps, which the trainer is given epoch by epoch.
 
-The trainer's epochs are those of the data, but what ends or validates a run is counted in optimizer steps.
+The trainer's epochs are those of the data, but when a run ends and when it validates is counted in optimizer steps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -47,7 +47,10 @@ class ActivationCheckpointing:
             )
 
     def enable(self, model: PreTrainedModel) -> None:
-        """Have the model do it.
+        """Switch it on in a model.
+
+        Args:
+            model: Changed in place.
 
         Raises:
             SettingsError: If the model, or this version of `transformers`, cannot.

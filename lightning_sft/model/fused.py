@@ -1,4 +1,4 @@
-"""What torch's compiler makes of functions of a tile, and how often it may make anything anew."""
+"""Functions of a tile compiled by torch, and how often torch may compile the same code anew."""
 
 import inspect
 import os

@@ -158,10 +158,8 @@ def _scores_and_gradients(
 ) -> tuple[ResponseScores, Tensor, HeadGradients]:
     """Scores, what each token adds to the loss, and the loss's gradients, all from the same tiles.
 
-    There is one block of rows at a time.
-
-    A tile's gradients need the probability of the whole tile, which is known once all tiles of its rows are scored.
-    Until then the gradients of a block's tiles are kept.
+    The rows are gone through in blocks. A tile's gradients need the probability of the whole tile, which is known once
+    all tiles of its rows are scored. Until then the gradients of the block's tiles are kept.
     """
     token_loss = head.settings.token_loss
     size = head.settings.tiling.rows_per_block(head.weight.shape[0], head.settings.dtype)

@@ -149,6 +149,8 @@ def estimate_run(
         else:
             notes.append("For a time give the device's FLOP/s as `--throughput.peak_flops`.")
     counts = parameter_counts(model.parameters())
+    if "quantization_config" in (module.builder.model_kwargs or {}):
+        notes.append("`quantization_config` is not considered: all weights are counted in full.")
     if module.checkpointing.activation_offloading:
         notes.append("`activation_offloading` needs less than this; how much less is not estimated.")
     return Estimate(counts, memory, module.checkpointing.gradient_checkpointing, run, [*notes, _UNCOUNTED])

@@ -70,7 +70,8 @@ def check_same_run(
 ) -> None:
     """Refuse to continue a run with another loss, other parameters trained, or in the name of another model.
 
-    Below adapters the weights are those of the model that is named: `check_adapters` warns of another one.
+    Of a run with adapters the checkpoint holds these alone, and the frozen weights are those of the model that is named
+    now; `check_adapters` warns if that is another one.
 
     Args:
         checkpoint: The whole of it.

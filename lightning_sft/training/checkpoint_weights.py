@@ -13,7 +13,7 @@ from lightning_sft.training.checkpoint_fit import check_adapters, check_weights
 from lightning_sft.training.sharded_files import read_weights
 from lightning_sft.training.trained_weights import trained_names
 
-_OF_MODEL = "model."  # what the names of its weights begin with
+OF_MODEL = "model."  # what the names of its weights begin with in a checkpoint
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt_path") -> dict[str, Any]:
@@ -63,10 +63,10 @@ class InitialWeights:
         """
         checkpoint = read_checkpoint(self.path, self.weights_only, "init_from")
         check_adapters(checkpoint.get("hyper_parameters", {}), builder)
-        saved, own = checkpoint["state_dict"], {f"{_OF_MODEL}{name}": each for name, each in model.state_dict().items()}
+        saved, own = checkpoint["state_dict"], {f"{OF_MODEL}{name}": each for name, each in model.state_dict().items()}
         if builder.lora is not None:  # frozen weights are in no checkpoint
-            trained = {f"{_OF_MODEL}{name}" for name in trained_names(model)}
+            trained = {f"{OF_MODEL}{name}" for name in trained_names(model)}
             own = {name: weight for name, weight in own.items() if name in trained}
-        check_weights({name: saved[name] for name in saved if name.startswith(_OF_MODEL)}, own, strict=True)
-        weights = {name.removeprefix(_OF_MODEL): saved[name] for name in own}
+        check_weights({name: saved[name] for name in saved if name.startswith(OF_MODEL)}, own, strict=True)
+        weights = {name.removeprefix(OF_MODEL): saved[name] for name in own}
         model.load_state_dict(weights, strict=builder.lora is None)

@@ -50,8 +50,8 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
 
     A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients
     of its microbatches, clips, and steps optimizer and schedule. The loss is normalised by the totals of the whole
-    step, so it does not depend on how the step is split over microbatches and devices. `train/router_loss`, which a
-    mixture of experts asks for by `output_router_logits`, is in it; several microbatches then take one more pass each.
+    step, so it does not depend on how the step is split over microbatches and devices. The loss of routing that a
+    mixture of experts has under `output_router_logits` is part of it; several microbatches then take one more pass.
 
     Args:
         model: Name or path of a pretrained model, or of adapters by `peft`; or the settings of a configuration with
@@ -62,7 +62,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         normalize_constant: Divides the loss under `sequence`.
         loss_type: What a token adds to the loss: `nll`: `-log p`, or `dft`: `-p * log p`, with `p` a constant factor
             (Dynamic Fine-Tuning). `val/loss` is the negative log-likelihood whichever it is.
-        label_smoothing: Share of the target spread over the vocabulary. Models that cap their logits then keep them.
+        label_smoothing: Share of the target spread over the vocabulary. Capped logits are then kept in memory.
         neftune_noise_alpha: Strength of noise on the embeddings (NEFTune), such as 5. None: no noise.
         max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
         optimizer: Any torch optimizer, by class path, and its arguments. Default: AdamW without weight decay, 1e-5.
@@ -80,7 +80,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
             as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
         sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
             only where the model is sharded, since whole gradients need memory there.
-        num_replicas: Of a sharded model: groups of devices that each hold it whole between them (HSDP).
+        num_replicas: If the model is sharded: into how many groups of devices that each hold all of it (HSDP).
         lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`,
             by default for every linear layer but the head; or `path`: a folder of adapters to go on from. Under
             `bf16-mixed` adapters are float32, and frozen weights stay in the dtype that they are stored in.

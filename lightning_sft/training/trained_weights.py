@@ -1,4 +1,4 @@
-"""Beside frozen weights, a checkpoint holds only the weights that are trained, and all of adapters."""
+"""Checkpoints without frozen weights: they hold what is trained, and everything that belongs to adapters."""
 
 from typing import Any
 

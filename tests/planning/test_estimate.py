@@ -96,10 +96,12 @@ def test_the_command_needs_no_weights_and_no_devices(words, capsys):
 
 def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeypatch):
     words[words.index("train.jsonl")] = "none.jsonl"
-    run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60"])
+    in_4_bits = ["--model.model_kwargs", '{"quantization_config": {"load_in_4bit": true}}']
+    run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60", *in_4_bits])
     told = " ".join(capsys.readouterr().out.split())
     assert "The data is not looked at: `train_data` is 'none.jsonl', but there is no such file" in told
     assert "largest microbatch 58 tokens, 58 of responses, 2 sequences, packed" in told
+    assert "`quantization_config` is not considered: all weights are counted in full." in told
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
     with pytest.raises(SystemExit, match=r"Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`"):
         main()
