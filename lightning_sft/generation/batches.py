@@ -11,6 +11,7 @@ from lightning_sft.checks import check_type
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.texts import check_is_text
 from lightning_sft.data.tokens.tokenization import encode_prompts
+from lightning_sft.errors import SettingsError
 from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.modes import evaluating
@@ -31,13 +32,21 @@ def make_requests(
 
     Raises:
         SettingsTypeError: If a prompt or a ground truth is no string.
-        SettingsError: If one is not text: a lone surrogate cannot be encoded.
+        SettingsError: If one is not text: a lone surrogate cannot be encoded; or if a prompt has a token for which the
+            model has no embedding.
     """
     for prompt in prompts:
         subject, expected = f"ground_truths[{prompt.index}]", "a string, or none if the response is not to be scored"
         check_type(subject, prompt.ground_truth, str, expected, optional=True)
         check_is_text(f"`{subject}`", prompt.ground_truth or "")
     texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
+    encoded = encode_prompts(texts, tokenizer, as_written=as_written)
+    num_embeddings, highest = len(_embeddings(model)), max((max(ids) for ids in encoded if ids), default=0)
+    if highest >= num_embeddings:  # a CUDA device would only say that an assertion has failed
+        raise SettingsError(
+            f"`prompts` have the token id {highest}, but the model has only {num_embeddings} embeddings. Give the "
+            "model's own tokenizer."
+        )
     positions = num_positions(model)
     return [
         ResponseRequest(
@@ -47,7 +56,7 @@ def make_requests(
             _max_new_tokens(positions, len(ids), sampling.max_new_tokens),
             sampling.seed_of(prompt.index, sample),
         )
-        for prompt, ids in zip(prompts, encode_prompts(texts, tokenizer, as_written=as_written), strict=True)
+        for prompt, ids in zip(prompts, encoded, strict=True)
         for sample in range(sampling.num_samples)
     ]
 

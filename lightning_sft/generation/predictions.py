@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_sft.data.rows.prompts import Prompt
-from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.errors import SettingsError, shorten, why_not_written
 from lightning_sft.generation.records import GenerationRecord, write_records
 from lightning_sft.generation.settings import GenerationSettings
 from lightning_sft.model.sharding import is_sharded
@@ -52,8 +52,10 @@ class PredictionFile:
             keep_records: Whether to return the records, too.
 
         Raises:
-            SettingsError: If the file holds anything else than the records of this run.
+            SettingsError: If the file holds anything else than the records of this run, or cannot be one.
         """
+        if (problem := why_not_written(self.path.parent)) or self.path.is_dir():
+            raise SettingsError(f"`predict_path` is {str(self.path)!r}, but {problem or 'that is a folder'}.")
         num_lines = end = whole = 0
         records: list[GenerationRecord] = []
         if not self.path.exists():

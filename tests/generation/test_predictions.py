@@ -10,9 +10,10 @@ from support.models import character_tokenizer, tiny_config
 from support.processes import Processes
 from support.runs import SHARDED, longer_length
 
-from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
+from lightning_sft import GenerationMonitor, Sampling, SettingsError, SFTDataModule, SFTModule
 from lightning_sft.callbacks import generation_monitor
 from lightning_sft.generation.generate import generate_records
+from lightning_sft.generation.predictions import PredictionFile
 
 ROWS = [{"prompt": f"p{i}" + "q" * (i % 3), "ground_truth": f"g{i}"} for i in range(7)]
 
@@ -126,6 +127,13 @@ def test_without_a_path_each_run_has_a_file_of_its_own(tmp_path, straight):
     files = list((tmp_path / "predictions").iterdir())
     assert len(files) == 2
     assert straight.read_bytes() in [file.read_bytes() for file in files]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_generated(tmp_path):
+    (tmp_path / "file").touch()
+    for path, problem in ((tmp_path, "that is a folder"), (tmp_path / "file" / "a.jsonl", ".*/file is a file")):
+        with pytest.raises(SettingsError, match=f"`predict_path` is '.*', but {problem}"):
+            PredictionFile(path, "run").resume()
 
 
 def test_a_fast_dev_run_predicts_and_writes_nothing(tmp_path):
