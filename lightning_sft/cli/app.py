@@ -5,7 +5,6 @@ import logging
 import sys
 import warnings
 from argparse import SUPPRESS
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +19,7 @@ from lightning_sft.callbacks import (
     StepProgressBar,
     TokenThroughput,
 )
-from lightning_sft.cli.checkpoints import check_ckpt_path, check_init_from, find_last_checkpoint
+from lightning_sft.cli.checkpoints import check_ckpt_path, check_init_from, config_of_newest_run, find_last_checkpoint
 from lightning_sft.cli.commands import COMMANDS
 from lightning_sft.cli.main import SUMMARIES
 from lightning_sft.cli.parser import ConfigByName, SFTArgumentParser, packaged_configs
@@ -30,7 +29,6 @@ from lightning_sft.cli.save_settings import SaveSettings
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, one_line
 from lightning_sft.model.stored_adapters import tokenizer_beside
-from lightning_sft.training.checkpoint_files import newest_checkpoint
 from lightning_sft.training.module import SFTModule
 
 _PARTS: dict[str, type] = {  # of a configuration
@@ -269,17 +267,13 @@ def main() -> None:
 
     A `SettingsError` ends in one line; any other exception keeps its traceback.
     """
-    if sys.argv[1:] in (["fit"], ["preview"], ["estimate"], ["find_lr"], ["find_batch_size"]):
-        sys.argv += ["--config", str(packaged_configs()["quickstart"])]  # in place: further processes are started so
-    elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
-        newest = newest_checkpoint(Path("runs"))
-        if newest is None:
-            sys.exit(
-                "lightning-sft: error: there is no complete checkpoint below `runs`. Give a `--config` to start with."
-            )
-        sys.argv[2:] = ["--config", str(newest.parent.parent / "config.yaml"), "--ckpt_path", "last"]
     _silence_lightning()
     try:
+        # In place: further processes are started so.
+        if sys.argv[1:] in (["fit"], ["preview"], ["estimate"], ["find_lr"], ["find_batch_size"]):
+            sys.argv += ["--config", str(packaged_configs()["quickstart"])]
+        elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
+            sys.argv[2:] = ["--config", str(config_of_newest_run()), "--ckpt_path", "last"]
         run_command(sys.argv[1:])
     except SettingsError as error:
         sys.exit(f"lightning-sft: error: {one_line(error, 2000)}")

@@ -1,11 +1,13 @@
 """The checkpoint that a command starts from: which one `last` is, and whether it can be loaded."""
 
+from pathlib import Path
+
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.cli.run_settings import RunSettings
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
-from lightning_sft.training.checkpoint_files import check_checkpoint
+from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
 
 
 def find_last_checkpoint(config: Namespace, continues: bool) -> None:
@@ -31,6 +33,24 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
         rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from its beginning.")
     elif continues:
         settings.continue_in(path.parent.parent)
+
+
+def config_of_newest_run() -> Path:
+    """The settings of the run below `runs` that saved a checkpoint most recently.
+
+    Raises:
+        MissingFileError: If there is no complete checkpoint, or no settings beside it.
+    """
+    newest = newest_checkpoint(Path("runs"))
+    if newest is None:
+        raise MissingFileError("there is no complete checkpoint below `runs`. Give a `--config` to start with.")
+    config = newest.parent.parent / "config.yaml"
+    if not config.is_file():
+        raise MissingFileError(
+            f"the newest checkpoint below `runs`, {newest}, has no {config} beside it: its run was begun in Python, "
+            "and goes on there, by `trainer.fit(..., ckpt_path=...)`. Give a `--config` to start another."
+        )
+    return config
 
 
 def check_ckpt_path(config: Namespace, continues: bool) -> None:

@@ -37,7 +37,8 @@ def word_problems(num_rows: int = 20_000, seed: int = 0, split: Split = "train")
         `ground_truth`, such as `"14"`.
 
     Raises:
-        SettingsError: If `split` has another value.
+        SettingsTypeError: If `num_rows` or `seed` is no whole number.
+        SettingsError: If `num_rows` is below 1, or `split` has another value.
     """
     return draw_rows(_draw_problem, num_rows, seed, split)
 

@@ -3,11 +3,11 @@
 import random
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 from datasets import Dataset
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.checks import check_choice, check_integer
 
 Split = Literal["train", "validation"]
 _T = TypeVar("_T")
@@ -59,10 +59,12 @@ def draw_rows(draw: Callable[[Draws], dict[str, str] | None], num_rows: int, see
         The columns `prompt`, `output` and `ground_truth`.
 
     Raises:
-        SettingsError: If `split` has another value.
+        SettingsTypeError: If `num_rows` or `seed` is no whole number.
+        SettingsError: If `num_rows` is below 1, or `split` has another value.
     """
-    if split not in get_args(Split):
-        raise SettingsError(f'`split` is {split!r}; expected "train" or "validation".')
+    check_integer("num_rows", num_rows, at_least=1)
+    check_integer("seed", seed)
+    check_choice("split", split, Split)
     draws = Draws(seed)
     rows: list[dict[str, str]] = []
     while len(rows) < num_rows:

@@ -35,7 +35,8 @@ def story_questions(num_rows: int = 8_000, seed: int = 0, split: Split = "train"
         `ground_truth`, such as `"Lily"`.
 
     Raises:
-        SettingsError: If `split` has another value.
+        SettingsTypeError: If `num_rows` or `seed` is no whole number.
+        SettingsError: If `num_rows` is below 1, or `split` has another value.
     """
     return draw_rows(_draw_question, num_rows, seed, split)
 

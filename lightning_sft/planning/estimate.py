@@ -14,7 +14,7 @@ from lightning_sft.checks import check_number
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.steps.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
 from lightning_sft.data.tokens.microbatch import Layout
-from lightning_sft.errors import SettingsError, one_line
+from lightning_sft.errors import SettingsError, located, one_line
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.packing import why_never_packed
 from lightning_sft.model.sharding import check_not_replicated, shards_per_replica
@@ -177,8 +177,10 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
     try:
         plan = datamodule.training_rows.plan(settings.num_devices)
     except (SettingsError, OSError) as error:
-        note = f"The data is not looked at: {one_line(error, 200)} Every token counts as one of a response."
-        largest = largest_allowed_microbatch(datamodule.rule, datamodule.encoding.max_length, settings.num_devices)
+        reason = f"The data is not looked at: {one_line(error, 200)}"
+        with located(reason.rstrip(".")):
+            largest = largest_allowed_microbatch(datamodule.rule, datamodule.encoding.max_length, settings.num_devices)
+        note = f"{reason} Every token counts as one of a response."
         return _Work(largest, notes=[note])
     of_run = settings.num_steps(plan.steps_per_epoch)
     num_steps = of_run or plan.steps_per_epoch

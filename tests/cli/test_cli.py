@@ -422,6 +422,10 @@ def test_last_without_a_configuration_takes_the_newest_runs_own(inputs, monkeypa
     main()
     run = Path("runs/x/version_0")
     assert sys.argv[2:] == ["--config", str(run / "config.yaml"), "--ckpt_path", "last"]
+    (run / "config.yaml").unlink()
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit", "--ckpt_path", "last"])
+    with pytest.raises(SystemExit, match=f"{run}/checkpoints/last.ckpt, has no {run}/config.yaml beside it"):
+        main()
 
 
 @pytest.mark.parametrize("lora", [None, '{"r": 2}'])

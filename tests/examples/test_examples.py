@@ -63,9 +63,13 @@ def test_train_and_validation_share_no_prompt_and_no_solution(problems, validati
     assert not set(problems["output"]) & set(validation["output"])
 
 
-def test_any_other_split_is_refused():
-    with pytest.raises(ValueError, match='`split` is \'test\'; expected "train" or "validation"'):
+def test_what_says_no_rows_of_a_split_is_refused():
+    with pytest.raises(ValueError, match="`split` is 'test', expected one of train, validation"):
         word_problems(num_rows=1, split="test")
+    with pytest.raises(ValueError, match="`num_rows` is 0, expected at least 1"):
+        story_questions(num_rows=0)
+    with pytest.raises(TypeError, match=r"`num_rows` is 2.5 of type float, expected a whole number"):
+        word_problems(num_rows=2.5)
 
 
 def test_equations_are_right_and_end_in_the_ground_truth(problems):

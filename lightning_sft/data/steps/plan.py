@@ -106,7 +106,7 @@ def largest_allowed_microbatch(rule: StepRule, max_length: int | None, world_siz
     budget = rule.max_tokens_per_microbatch
     if budget is None and max_length is None:
         raise SettingsError(
-            "Without data nothing bounds a microbatch. Set `max_tokens_per_microbatch`, or `max_length`."
+            "Without rows nothing bounds a microbatch. Set `max_tokens_per_microbatch` or `max_length`."
         )
     limits = [limit for limit in (budget, None if max_length is None else max_length - 1) if limit is not None]
     length, num_microbatches = min(limits), rule.gradient_accumulation_steps or 1
