@@ -54,7 +54,7 @@ def export(
 
 
 def _tokenizer_of_run(config: Path) -> PreTrainedTokenizerBase:
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
     data = settings.get("data") or {}
     found, chat_template = data.get("tokenizer"), data.get("chat_template")
     if found is None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -121,8 +122,11 @@ class RunSettings:
         if self._kind != "MLFlowLogger":
             return True
         config = run / "config.yaml"
-        line = f"experiment_name: {self._options.get('experiment_name')}"
-        return config.is_file() and line in map(str.strip, config.read_text().splitlines())
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        logger = (settings.get("trainer") or {}).get("logger")
+        first = logger[0] if isinstance(logger, list) and logger else logger
+        options = first.get("init_args") or {} if isinstance(first, dict) else {}
+        return bool(options) and options.get("experiment_name") == self._options.get("experiment_name")
 
     def continue_in(self, run: Path) -> None:
         """Let a run go on in the folder that it has, where its logger appends to what it has written.

@@ -1,5 +1,6 @@
 """Where rows and their token ids are cached, and the code that a cached result depends on."""
 
+import errno
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -23,12 +24,19 @@ def cache_folder() -> Path:
     return folder
 
 
-def cache_error(error: OSError) -> SettingsError:
+def cache_error(error: BaseException) -> SettingsError:
     """What a user is told if the cache cannot be used."""
     return SettingsError(
         f"The cache of `datasets`, {datasets.config.HF_DATASETS_CACHE}, cannot be used: {one_line(error)}. Set the "
         "environment variable `HF_DATASETS_CACHE` to a folder that can be written and has room."
     )
+
+
+def is_of_cache(error: BaseException) -> bool:
+    """Whether an error in reading rows is one of the cache that they are put into, not of the file that they are in."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno == errno.ENOSPC or str(error.filename).startswith(str(datasets.config.HF_DATASETS_CACHE))
 
 
 @cache

@@ -359,6 +359,20 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monk
     )
 
 
+@pytest.mark.parametrize("fault", ["full", "part"])
+def test_a_fault_of_the_cache_is_not_that_of_the_file_which_is_read(tmp_path, monkeypatch, fault):
+    path = write_lines(tmp_path / "rows.jsonl", *ROWS)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if fault == "full":
+        monkeypatch.setattr(
+            sources, "read_file", lambda path, kind: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
+    else:
+        (tmp_path / "cache").mkdir()
+        write(tmp_path / "cache" / "generator", "a file")
+    assert refusal(path).startswith(f"The cache of `datasets`, {tmp_path / 'cache'}, cannot be used: [Errno ")
+
+
 def test_a_full_disk_is_a_fault_of_the_cache(monkeypatch):
     def is_full(*args, **options):
         raise OSError(28, "No space left on device")

@@ -41,6 +41,10 @@ TEMPLATES = {
     "template file without column": Refusal(
         template(b"Question:"), "`prompt_template` has no {column} in it, so all prompts would be the same."
     ),
+    "template file that cannot be read": Refusal(
+        data(prompt_template="/proc/self/mem"),
+        "`prompt_template` is '/proc/self/mem', which cannot be read: Input/output error.",
+    ),
     "template file in Latin-1": Refusal(
         template("é {prompt}".encode("latin-1")),
         "`prompt_template` is '{tmp}/template.txt', which is not UTF-8 text (invalid continuation byte). Save the file "

@@ -12,7 +12,7 @@ import datasets
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
-from lightning_sft.data.cache import cache_folder, code_hash
+from lightning_sft.data.cache import cache_error, cache_folder, code_hash, is_of_cache
 from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, local_copy
 from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import UnreadableRow, parse_json, read_file
@@ -130,7 +130,10 @@ def _open_file(path: str, argument: str) -> Source:
             rows = Dataset.from_generator(_json_rows, _JSON_FEATURES, gen_kwargs=arguments, fingerprint=key)
         return Source(path, rows, is_json=kind.suffix != ".parquet")
     except Exception as error:
-        raise SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}") from error
+        cause = error.__cause__ or error
+        if is_of_cache(cause):
+            raise cache_error(cause) from error
+        raise SettingsError(f"`{argument}`: cannot read {path}: {one_line(cause)}") from error
 
 
 def _json_rows(path: str, kind: FileKind) -> Iterator[dict[str, str | None]]:

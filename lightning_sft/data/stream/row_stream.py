@@ -81,7 +81,7 @@ def open_streams(data: object, argument: str) -> list[RowStream]:
     Raises:
         MissingFileError: If a file is missing or a pattern matches none.
         SettingsTypeError: If `data` is none of these.
-        SettingsError: If a data set cannot be loaded, or a Parquet file cannot be opened or has no rows.
+        SettingsError: If a data set cannot be loaded, or a Parquet file cannot be opened.
     """
     names = [data] if isinstance(data, str | Path) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str | Path) for name in names):
@@ -104,7 +104,8 @@ def open_streams(data: object, argument: str) -> list[RowStream]:
 
 def _open_parquet(path: str, argument: str) -> IterableDataset:
     try:
-        check_parquet(path)
+        if not is_remote(path):  # or each file would be asked for twice
+            check_parquet(path)
         files = [path if is_remote(path) else glob.escape(path)]
         return load_dataset("parquet", data_files=files, split="train", streaming=True)
     except Exception as error:

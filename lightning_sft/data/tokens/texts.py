@@ -49,7 +49,7 @@ def read_template_file(argument: str, path: str, placeholder: str, way_out: str)
 
     Raises:
         MissingFileError: If there is no such file.
-        SettingsError: If it is not UTF-8 text.
+        SettingsError: If it cannot be read, or is not UTF-8 text.
     """
     file = os.path.expanduser(path)
     if not os.path.isfile(file):  # `Path.is_file` raises on a text too long for a file name
@@ -58,6 +58,8 @@ def read_template_file(argument: str, path: str, placeholder: str, way_out: str)
         )
     try:
         return Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"`{argument}` is {path!r}, which cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text ({error.reason}). Save the file as UTF-8."
         raise SettingsError(f"`{argument}` is {path!r}, which is {problem}") from None
