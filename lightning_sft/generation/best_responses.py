@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.checks import check_integer, check_number, check_type
-from lightning_sft.data.rows.files import find_files
+from lightning_sft.data.rows.files import find_files, unreadable
 from lightning_sft.data.rows.readers import UnreadableRow, read_file
-from lightning_sft.errors import SettingsError, SettingsTypeError, counted, one_line, shorten
+from lightning_sft.errors import SettingsError, SettingsTypeError, counted, shorten
 from lightning_sft.generation.records import GenerationRecord, problem_of
 
 _ENDED = ("eos", "stop")  # why a response stopped, if it was not cut off
@@ -147,4 +147,4 @@ def _read_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | UnreadableRow]
     try:
         yield from read_file(path)
     except Exception as error:
-        raise SettingsError(f"`records`: cannot read {path}: {one_line(error)}") from error
+        raise unreadable("records", path, error) from error

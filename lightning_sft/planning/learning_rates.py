@@ -20,14 +20,14 @@ _BELOW_LOWEST = 5.0  # the suggestion is so many times lower than the rate of th
 _LINES, _WIDTH = 25, 40  # of the text
 
 
-def smooth(losses: Sequence[float], smoothing: float = _SMOOTHING) -> list[float]:
+def smooth(losses: Sequence[float]) -> list[float]:
     """Exponential moving average, corrected for its start: the first value is the first loss.
 
-    Value `n` is `sum(smoothing**(n - i) * losses[i]) / sum(smoothing**(n - i))` over all `i <= n`.
+    Value `n` is `sum(0.9**(n - i) * losses[i]) / sum(0.9**(n - i))` over all `i <= n`.
     """
     smoothed, total, weight = [], 0.0, 0.0
     for loss in losses:
-        total, weight = smoothing * total + loss, smoothing * weight + 1.0
+        total, weight = _SMOOTHING * total + loss, _SMOOTHING * weight + 1.0
         smoothed.append(total / weight)
     return smoothed
 

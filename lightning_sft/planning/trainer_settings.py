@@ -9,6 +9,7 @@ import torch
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.run_length import limited_steps
 from lightning_sft.model.precision import Precision
+from lightning_sft.training.trainer_checks import check_strategy
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class TrainerSettings:
             trainer: As a configuration has them.
 
         Raises:
-            SettingsError: If the precision is not known, or one whose memory cannot be estimated.
+            SettingsError: If the precision is not known, or one whose memory cannot be estimated; or if the strategy is
+                one that cannot train here.
         """
         precision, on_cuda = Precision.of(trainer.get("precision")), _is_cuda(trainer)
         if precision.word.startswith("transformer-engine"):
             raise SettingsError(f"`precision` is '{precision}', whose copies of weights in 8 bits are not estimated.")
         strategy = trainer.get("strategy") or "auto"
         name = strategy if isinstance(strategy, str) else str(strategy["class_path"])
+        check_strategy(name)
         return cls(
             on_cuda=on_cuda,
             num_devices=_num_devices(trainer, on_cuda),

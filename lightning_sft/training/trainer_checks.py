@@ -43,12 +43,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     warnings.filterwarnings("ignore", "The lr scheduler dict contains the key")
     # Steps are counted, and logged, over epochs.
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-    strategy = type(trainer.strategy).__name__
-    if strategy in ("FSDPStrategy", "DeepSpeedStrategy"):
-        raise SettingsError(
-            f"`trainer.strategy` is {strategy}, which cannot train with manual optimization. To shard the model add "
-            "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
-        )
+    check_strategy(type(trainer.strategy).__name__)
     check_before_setup(trainer)  # again, for subclasses with callbacks of their own
     if trainer.strategy.root_device.type == "mps":
         raise SettingsError(
@@ -58,6 +53,22 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise SettingsError(
             "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
             "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
+        )
+
+
+def check_strategy(name: str) -> None:
+    """Refuse a strategy that cannot step by hand.
+
+    Args:
+        name: Of its class, or its short name, such as `fsdp`.
+
+    Raises:
+        SettingsError: Naming the way out.
+    """
+    if name.rpartition(".")[2].lower().startswith(("fsdp", "deepspeed")):
+        raise SettingsError(
+            f"`trainer.strategy` is {name}, which cannot train with manual optimization. To shard the model add "
+            "`--config fsdp` (`ModelParallelStrategy`); to copy it to each device use `ddp`."
         )
 
 

@@ -11,7 +11,7 @@ from lightning_sft.planning.learning_rates import LearningRates, smooth
 
 
 def test_smoothing_forgets_and_does_not_start_from_zero():
-    assert smooth([1.0, 2.0, 4.0], 0.5) == pytest.approx([1.0, (0.5 + 2) / 1.5, (0.25 + 1 + 4) / 1.75])
+    assert smooth([1.0, 2.0, 4.0]) == pytest.approx([1.0, (0.9 + 2) / 1.9, (0.81 + 1.8 + 4) / 2.71])
 
 
 def test_a_suggestion_is_a_fifth_of_the_rate_at_the_lowest_loss():

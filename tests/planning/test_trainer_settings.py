@@ -55,3 +55,11 @@ def test_a_run_ends_at_whichever_limit_comes_first():
 def test_a_precision_whose_memory_is_not_estimated_is_refused():
     with pytest.raises(ValueError, match=r"`precision` is 'transformer-engine', whose copies of weights in 8 bits"):
         TrainerSettings.of({"precision": "transformer-engine"})
+
+
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "deepspeed_stage_2", {"class_path": "lightning.pytorch.strategies.FSDPStrategy"}]
+)
+def test_a_strategy_that_cannot_train_is_not_estimated(strategy):
+    with pytest.raises(ValueError, match=r"`trainer.strategy` is .*, which cannot train with manual optimization"):
+        TrainerSettings.of({"strategy": strategy})

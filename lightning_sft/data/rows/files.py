@@ -83,6 +83,17 @@ def local_copy(path: str) -> str:
     return str(DownloadManager(download_config=DownloadConfig(force_download=not tells_changes)).download(path))
 
 
+def unreadable(argument: str, path: str, error: BaseException) -> SettingsError:
+    """What a user is told of a file that cannot be read.
+
+    Args:
+        argument: What messages call the argument that names it.
+        path: Its path or address.
+        error: What came of reading it.
+    """
+    return SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}")
+
+
 def check_parquet(path: str) -> None:
     """Refuse a Parquet file that `datasets` would refuse in words that say nothing, or later; its end alone is read.
 

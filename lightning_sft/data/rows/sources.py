@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from lightning_sft.data.cache import cache_error, cache_folder, code_hash, is_of_cache
-from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, local_copy
+from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, local_copy, unreadable
 from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import UnreadableRow, parse_json, read_file
 from lightning_sft.data.rows.row_format import AnyRow, Row
@@ -133,7 +133,7 @@ def _open_file(path: str, argument: str) -> Source:
         cause = error.__cause__ or error
         if is_of_cache(cause):
             raise cache_error(cause) from error
-        raise SettingsError(f"`{argument}`: cannot read {path}: {one_line(cause)}") from error
+        raise unreadable(argument, path, error) from error
 
 
 def _json_rows(path: str, kind: FileKind) -> Iterator[dict[str, str | None]]:

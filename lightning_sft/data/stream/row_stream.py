@@ -9,12 +9,12 @@ from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, is_remote
+from lightning_sft.data.rows.files import FileKind, check_parquet, find_files, is_remote, unreadable
 from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import read_file
 from lightning_sft.data.rows.row_format import AnyRow
 from lightning_sft.data.rows.sources import own_keys
-from lightning_sft.errors import SettingsError, SettingsTypeError, one_line, shorten
+from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RowStream:
                     self._num_read += 1
                     yield f"row {self._num_read} of {self.name}", own_keys(row, self._dataset.features)
         except Exception as error:
-            raise _unreadable(self.name, self._argument, error) from error
+            raise unreadable(self._argument, self.name, error) from error
 
     def position(self) -> SourcePosition:
         """Where `read` is to go on after the row that it has given last."""
@@ -109,11 +109,7 @@ def _open_parquet(path: str, argument: str) -> IterableDataset:
         files = [path if is_remote(path) else glob.escape(path)]
         return load_dataset("parquet", data_files=files, split="train", streaming=True)
     except Exception as error:
-        raise _unreadable(path, argument, error) from error
-
-
-def _unreadable(name: str, argument: str, error: Exception) -> SettingsError:
-    return SettingsError(f"`{argument}`: cannot read {name}: {one_line(error.__cause__ or error)}")
+        raise unreadable(argument, path, error) from error
 
 
 def only_name(streams: Sequence[RowStream]) -> str | None:
