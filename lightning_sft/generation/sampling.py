@@ -19,7 +19,7 @@ class Sampling:
 
     Args:
         max_new_tokens: Most tokens of a response.
-        temperature: 0: greedy.
+        temperature: Divides the logits. 0: greedy, the most likely token is always taken.
         top_p: Sample from the most likely tokens that together have this probability.
         top_k: Sample from this many most likely tokens; 0: from all.
         stop_strings: A response ends after the first of these texts, as after EOS.
@@ -28,7 +28,7 @@ class Sampling:
 
     Raises:
         SettingsTypeError: If an argument is of another type.
-        SettingsError: If a number is out of range, or a stop string is empty.
+        SettingsError: If a number is out of range or has no effect, or a stop string is empty.
     """
 
     max_new_tokens: int = 256
@@ -59,6 +59,12 @@ class Sampling:
                 f"`num_samples` is {self.num_samples} and `temperature` is 0, which draws the same response each "
                 "time. Set a `temperature`."
             )
+        for name in ("top_p", "top_k"):
+            if self.temperature == 0 and (value := getattr(self, name)) != getattr(Sampling, name):
+                raise SettingsError(
+                    f"`{name}` is {value}, but `temperature` is 0, by which the most likely token is always taken. Set "
+                    f"a `temperature`, or leave `{name}` out."
+                )
 
     def seed_of(self, index: int, sample: int) -> int:
         """A seed for one response, the same whatever else is generated.

@@ -34,7 +34,8 @@ class Schedule:
         kwargs: Further arguments of the schedule.
 
     Raises:
-        SettingsError: If there is no such schedule, `warmup_steps` is neither, or `kwargs` is no mapping.
+        SettingsError: If there is no such schedule, `warmup_steps` is neither or has no effect, or `kwargs` is no
+            mapping.
     """
 
     name: str = "cosine"
@@ -55,6 +56,11 @@ class Schedule:
             )
         if self.name not in (*_AFTER_WARMUP, *_WITHOUT_LENGTH):
             self._check_name()
+        if self.name == "constant" and self.warmup_steps not in (0, Schedule.warmup_steps):
+            raise SettingsError(
+                f"`lr_scheduler` is 'constant', which has no warmup, but `warmup_steps` is {self.warmup_steps}. Set "
+                "`lr_scheduler` to 'constant_with_warmup', or `warmup_steps` to 0."
+            )
 
     def _check_name(self) -> None:
         from transformers.trainer_utils import SchedulerType  # takes as long as what `build` imports for such a name

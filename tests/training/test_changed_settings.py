@@ -53,7 +53,7 @@ MODULE = {
     "max_grad_norm": (0.001, EFFECT),
     "parameter_groups": ([{"pattern": "norm", "lr": 0.2}], REFUSED),
     "freeze": (["embed_tokens"], REFUSED),
-    "lr_scheduler": ("constant", EFFECT),
+    "lr_scheduler": ("constant_with_warmup", EFFECT),
     "warmup_steps": (4, EFFECT),
     "lr_scheduler_kwargs": ({"num_cycles": 2.5}, EFFECT),
     "gradient_checkpointing": (2, NONE),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from lightning_sft.errors import SettingsError
 from lightning_sft.training.schedule import Schedule
 
 NUM_STEPS = 37
@@ -24,7 +25,6 @@ def rates(build):
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("constant", None),
         ("constant_with_warmup", None),
         ("linear", None),
         ("cosine", None),
@@ -36,6 +36,12 @@ def test_rates_are_those_of_transformers(name, kwargs, num_warmup_steps):
     ours = rates(lambda optimizer: Schedule(name, num_warmup_steps, kwargs).build(optimizer, NUM_STEPS))
     theirs = rates(lambda optimizer: get_scheduler(name, optimizer, num_warmup_steps, NUM_STEPS, kwargs))
     assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-15)
+
+
+def test_a_constant_rate_has_no_warmup():
+    assert set(rates(lambda optimizer: Schedule("constant").build(optimizer, NUM_STEPS))) == {0.3}
+    with pytest.raises(SettingsError, match=r"`warmup_steps` is 5. Set `lr_scheduler` to 'constant_with_warmup', or"):
+        Schedule("constant", 5)
 
 
 def test_a_warmup_below_one_is_a_fraction_of_the_run():

@@ -145,8 +145,8 @@ def train_in_parts(folder, **options):
 
 def test_replicas_of_a_sharded_model_are_one_process_also_when_they_continue(tmp_path):
     """Four processes: two groups of two, each of which holds the whole model."""
-    reference = train(tmp_path / "whole", **SHORT, module={"lr_scheduler": "constant"}, max_steps=8)
-    options = {"num_replicas": 2, "lr_scheduler": "constant"}
+    reference = train(tmp_path / "whole", **SHORT, module={"lr_scheduler": "constant_with_warmup"}, max_steps=8)
+    options = {"num_replicas": 2, "lr_scheduler": "constant_with_warmup"}
     processes = Processes(train_in_parts, tmp_path / "parts", **options, world_size=4)
     assert processes.wait(timeout=240) == [0] * 4
     result = torch.load(tmp_path / "parts" / "result.pt")

@@ -160,7 +160,7 @@ def test_a_run_goes_on_in_the_middle_of_a_weighted_epoch_and_not_with_other_weig
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         names[name] = str(path)
     data = {"train_data": {names["a"]: 2, names["b"]: 0.5}}  # 26 + 15 rows: 6 steps an epoch
-    options = {"data": data, "module": {"lr_scheduler": "constant"}}
+    options = {"data": data, "module": {"lr_scheduler": "constant_with_warmup"}}
     straight = train(tmp_path / "straight", **options, max_steps=14)
     train(tmp_path / "parts", **options, max_steps=8)
     for changed in ({names["a"]: 1.5, names["b"]: 0.5}, [names["a"], names["b"]]):

@@ -46,7 +46,7 @@ def test_the_steps_are_those_of_the_good_rows(tmp_path, num_workers):
 def test_a_stopped_run_goes_on_exactly(tmp_path):
     data = {"train_data": write(tmp_path / "rows.jsonl", ROWS), "streaming": True, "shuffle_buffer": 10}
     data |= {"bad_rows": "drop", "val_data": ROWS[:5]}
-    options = {"module": {"lr_scheduler": "constant"}, "val_check_interval": 4}
+    options = {"module": {"lr_scheduler": "constant_with_warmup"}, "val_check_interval": 4}
     straight = train(tmp_path / "straight", data=data, **options, max_steps=12)
     for max_steps in (4, 9, 12):
         resumed = train(tmp_path / "parts", data=data, **options, max_steps=max_steps)

@@ -142,7 +142,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened_and_not_with_other_rows(tmp_pa
     first, second = write(tmp_path / "a.jsonl", ROWS[:21]), write(tmp_path / "b.jsonl", [*ROWS[21:], LONG])
     data = {"train_data": [first, second], "streaming": True, "shuffle_buffer": 10}
     data |= {"max_length": 50, "too_long": "drop", "val_data": ROWS[:5], "gradient_accumulation_steps": 2}
-    options = {"module": {"lr_scheduler": "constant"}, "val_check_interval": 4}
+    options = {"module": {"lr_scheduler": "constant_with_warmup"}, "val_check_interval": 4}
     straight = train(tmp_path / "straight", data=data, **options, max_steps=15)
     train(tmp_path / "parts", data=data | {"num_workers": 1}, **options, max_steps=4)
     for changed, message in (
