@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class GenerationMonitor(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Mapping[str, object],
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Every `every_n_steps` optimizer steps."""

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_sft.checks import check_number, check_type
@@ -35,7 +36,7 @@ class Schedule:
 
     Raises:
         SettingsError: If there is no such schedule, `warmup_steps` is neither or has no effect, or `kwargs` is no
-            mapping.
+            mapping or has other arguments than the schedule.
     """
 
     name: str = "cosine"
@@ -54,12 +55,25 @@ class Schedule:
             raise SettingsError(
                 "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
             )
-        if self.name not in (*_AFTER_WARMUP, *_WITHOUT_LENGTH):
+        is_common = self.name in (*_AFTER_WARMUP, *_WITHOUT_LENGTH)
+        if not is_common:
             self._check_name()
-        if self.name == "constant" and self.warmup_steps not in (0, Schedule.warmup_steps):
+        if self.name == "constant":
+            self._check_constant()
+        if self.kwargs or not is_common:  # arguments are refused now rather than after data and model are loaded
+            self.build(SGD([torch.zeros(())], lr=1.0), num_steps=100)
+
+    def _check_constant(self) -> None:
+        """Refuse what `transformers` would ignore."""
+        if self.warmup_steps not in (0, Schedule.warmup_steps):
             raise SettingsError(
                 f"`lr_scheduler` is 'constant', which has no warmup, but `warmup_steps` is {self.warmup_steps}. Set "
                 "`lr_scheduler` to 'constant_with_warmup', or `warmup_steps` to 0."
+            )
+        if self.kwargs:
+            raise SettingsError(
+                f"`lr_scheduler` is 'constant', which has no arguments, but `lr_scheduler_kwargs` is {self.kwargs}. "
+                "Leave them out, or choose another schedule."
             )
 
     def _check_name(self) -> None:

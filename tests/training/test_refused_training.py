@@ -78,7 +78,7 @@ TRAINING = {
         "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps.",
     ),
     "unknown argument of the schedule": Refusal(
-        fit(tiny_config(), lr_scheduler_kwargs={"cycles": 2}),
+        module({}, lr_scheduler_kwargs={"cycles": 2}),
         "`lr_scheduler` is 'cosine' with `lr_scheduler_kwargs` = {'cycles': 2}: ... got an unexpected keyword argument "
         "'cycles'",
     ),

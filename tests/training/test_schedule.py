@@ -42,6 +42,8 @@ def test_a_constant_rate_has_no_warmup():
     assert set(rates(lambda optimizer: Schedule("constant").build(optimizer, NUM_STEPS))) == {0.3}
     with pytest.raises(SettingsError, match=r"`warmup_steps` is 5. Set `lr_scheduler` to 'constant_with_warmup', or"):
         Schedule("constant", 5)
+    with pytest.raises(SettingsError, match="'constant', which has no arguments, but `lr_scheduler_kwargs` is"):
+        Schedule("constant", kwargs={"num_cycles": 2})
 
 
 def test_a_warmup_below_one_is_a_fraction_of_the_run():
