@@ -186,10 +186,10 @@ class RowEncoder:
             raise tokens
         example, notices = (tokens, []) if isinstance(tokens, Example) else (tokens.example, tokens.notices)
         if not example.num_response_labels:
-            raise SettingsError(
-                f"no response token to learn from; the response is {shorten(text.output)}. Remove the row, or set "
-                "`append_eos=True`."
-            )
+            ending = ", and its EOS has no token before it. Remove the row."
+            if not self.encoding.append_eos:
+                ending = ". Remove the row, or set `append_eos=True`."
+            raise SettingsError(f"no response token to learn from; the response is {shorten(text.output)}{ending}")
         location = _short_location(text.location, only_source) + _turn_in_words(text)
         return EncodedExample(text, replace(example, location=location), notices=notices)
 

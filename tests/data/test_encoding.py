@@ -87,6 +87,8 @@ def test_a_first_token_without_anything_before_it_is_no_response_token():
         rows, append_eos=False
     )
     assert encode(rows).dataset[0]["num_response_tokens"] == 1
+    message = refusal([{"prompt": "", "output": ""}])
+    assert message.endswith("; the response is '', and its EOS has no token before it. Remove the row.")
     assert encode(rows, character_tokenizer(bos=True), append_eos=False).dataset[0]["input_ids"] == [129, 97]
 
 
