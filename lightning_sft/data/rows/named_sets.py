@@ -79,7 +79,8 @@ def _part(saved: Dataset | DatasetDict, split: str | None) -> Dataset:
         except ValueError:
             expected = shorten(list(known), 200)
             raise SettingsError(f"it has no split {split or 'train'!r}, expected one of {expected}.") from None
-        parts = [splits[name].select(range(start, end)) for name, start, end in bounds]
+        # Of a range without numbers `datasets` looks at the first one.
+        parts = [splits[name].select(range(start, end) if start < end else []) for name, start, end in bounds]
     hasher = hashlib.blake2b()
     for part in parts:
         for file in part.cache_files:

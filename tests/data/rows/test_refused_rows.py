@@ -195,6 +195,10 @@ FILES = {
         + NEITHER
         + "ValueError: Unknown split \"dev\". Should be one of ['train'].",
     ),
+    "part of a split that is empty": Refusal(
+        lambda folder: data(train_data=saved(folder) + "::test[99:]")(folder),
+        "`train_data` has no rows; expected at least one.",
+    ),
     "no hub": Refusal(data(train_data="no/set"), "`train_data` is 'no/set': " + NEITHER + "ConnectionError: ..."),
     "Latin-1 JSONL": Refusal(
         file("a.jsonl", GOOD + '{"prompt": "é"}'.encode("latin-1")),
