@@ -8,9 +8,18 @@ from lightning_sft.model.fused import RECOMPILE_LIMIT
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's transformer blocks in their order, also of a sharded one; none if it does not say what they are."""
+    """The model's transformer blocks in their order, also of a sharded one; none if it does not say what they are.
+
+    Where a model names parts of its blocks too, as Mamba does its mixers, the blocks are the outermost.
+    """
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]
+    blocks: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and any(kind.__name__ in names for kind in type(module).__mro__):
+            blocks.append(module)
+            inside.update(module.modules())
+    return blocks
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

@@ -75,11 +75,11 @@ class EmbeddingNoise:
             self._rows = None
 
     def _add(self, _: nn.Module, __: tuple[Tensor, ...], embeddings: Tensor) -> Tensor | None:
-        if (rows := self._rows) is None:
+        if (rows := self._rows) is None or not rows.lengths:  # a masked token, where a device has no row
             return None
         noise = torch.zeros_like(embeddings)
         spans = noise[0].split(list(rows.lengths)) if rows.packed else noise
-        for name, length, span in zip(rows.names, rows.lengths, spans, strict=False):  # a masked token has no name
+        for name, length, span in zip(rows.names, rows.lengths, spans, strict=True):
             span[:length] = self._of_row(f"{self._seed} {rows.step} {name}", span[:length])
         return embeddings + noise
 

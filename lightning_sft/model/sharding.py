@@ -23,13 +23,19 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The model's transformer blocks, each of which is sharded by itself.
 
     Raises:
-        SettingsError: If the model does not say what its blocks are.
+        SettingsError: If the model does not say what its blocks are, or they share weights.
     """
     blocks = find_blocks(model)
     if not blocks:
         raise SettingsError(
             f"{type(model).__name__} does not say what its blocks are (`_no_split_modules`), so it cannot be sharded. "
             "Use the strategy `ddp`."
+        )
+    weights = [weight for block in blocks for weight in block.parameters()]
+    if len(set(weights)) < len(weights):
+        raise SettingsError(
+            f"Blocks of {type(model).__name__} share weights, so they cannot be sharded one by one. Use the strategy "
+            "`ddp`."
         )
     return blocks
 

@@ -41,7 +41,7 @@ from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule, run_length, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
-from lightning_sft.training.trained_weights import keep_trained_weights_only
+from lightning_sft.training.trained_weights import hook_state
 from lightning_sft.training.trainer_checks import check_before_setup
 
 
@@ -144,8 +144,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
         if isinstance(self.builder.source, PreTrainedModel):
             self.model = self.builder.source
-        if self.builder.lora is not None:
-            keep_trained_weights_only(self)
+        hook_state(self, trained_only=self.builder.lora is not None)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """It has none of its own, but refuses those of the trainer that cannot be used."""

@@ -1,4 +1,7 @@
-"""Checkpoints without frozen weights: they hold what is trained, and everything that belongs to adapters."""
+"""What a module's state dict holds, and is loaded into.
+
+Checkpoints without frozen weights hold what is trained, and everything that belongs to adapters.
+"""
 
 from typing import Any
 
@@ -7,6 +10,28 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_sft.model.lora import adapter_names
+from lightning_sft.model.precision import Precision
+
+
+def hook_state(module: L.LightningModule, trained_only: bool) -> None:
+    """Load weights also into a module whose model is not there yet; with `trained_only`, `keep_trained_weights_only`.
+
+    Lightning gives the weights of processes that it has started, such as those of `ddp_notebook`, to the module that
+    they were started from, where no model was set up.
+
+    Args:
+        module: An `SFTModule`.
+        trained_only: Whether the state dict leaves frozen weights out.
+    """
+    module.register_load_state_dict_pre_hook(_build_model)  # type: ignore[no-untyped-call]
+    if trained_only:
+        keep_trained_weights_only(module)
+
+
+def _build_model(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if getattr(module, "model", None) is None and any(name.startswith(f"{prefix}model.") for name in state_dict):
+        module.model = module.builder.build(Precision.of(getattr(module._trainer, "precision", None)))
+        module.initial_weights = None
 
 
 def keep_trained_weights_only(module: L.LightningModule) -> None:

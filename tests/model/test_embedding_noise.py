@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.models import tiny_model
 
+from lightning_sft.data.tokens.collation import collate
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.embedding_noise import EmbeddingNoise, NoisyRows
 
@@ -73,8 +74,11 @@ def test_noise_leaves_the_random_numbers_of_dropout_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_device_without_a_row_has_no_noise():
-    assert not noise_of(EmbeddingNoise(5.0, 0), NoisyRows([], [1], packed=True, step=0), torch.zeros(1, 1).long()).any()
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_device_without_a_row_has_no_noise(layout):
+    nothing = collate([], layout)
+    rows = NoisyRows(nothing.locations, nothing.lengths, layout == "packed", step=0)
+    assert not noise_of(EmbeddingNoise(5.0, 0), rows, nothing.input_ids).any()
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
@@ -88,7 +92,8 @@ def test_a_compiled_body_gets_the_noise_of_each_step():
             model.base_model.compile(dynamic=True, backend="eager")
         outputs.append([])
         for step in (None, 0, 1, None):
-            rows = NoisyRows(NAMES[:1] if step is not None else [], LENGTHS[:1], packed=False, step=step or 0)
+            num_rows = 0 if step is None else 1
+            rows = NoisyRows(NAMES[:num_rows], LENGTHS[:num_rows], packed=False, step=step or 0)
             with noise.on(rows), torch.no_grad():
                 outputs[-1].append(model(input_ids, use_cache=False).logits)
     for plain, compiled in zip(*outputs, strict=True):

@@ -150,6 +150,17 @@ def test_a_model_that_cannot_be_loaded_is_refused_on_every_process(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_blocks_neither_contain_each_other_nor_share_weights():
+    """Mamba names its blocks and the mixer in each of them; what is sharded already cannot be sharded again."""
+    config = AutoConfig.for_model("mamba", vocab_size=16, hidden_size=8, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert transformer_blocks(model) == list(model.backbone.layers)
+    model.backbone.layers[1].mixer.in_proj.weight = model.backbone.layers[0].mixer.in_proj.weight
+    with pytest.raises(SettingsError, match=r"Blocks of MambaForCausalLM share weights, .* Use the strategy `ddp`"):
+        transformer_blocks(model)
+
+
 def test_a_model_that_does_not_name_its_blocks_is_refused_but_compiled_as_a_whole(monkeypatch):
     compiled, model = [], build("untied")
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))

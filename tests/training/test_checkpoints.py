@@ -33,6 +33,18 @@ def test_a_module_with_the_default_optimizer_can_be_pickled():
     assert isinstance(copy.optimizer_factory(copy.parameters()), torch.optim.AdamW)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_weights_can_be_given_to_a_module_that_has_no_model_yet(lora):
+    """As Lightning gives those of processes that it has started, of which the module itself knows nothing."""
+    trained, started_from = (SFTModule(tiny_config(), lora=lora) for _ in range(2))
+    trained.configure_model()
+    for weight in trained.parameters():
+        weight.data += 0.1 * weight.requires_grad
+    started_from.load_state_dict(trained.state_dict(), strict=False)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(started_from(ids).logits, trained(ids).logits)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def module():
         config = tiny_config(attention_dropout=0.2)
