@@ -54,11 +54,11 @@ class SFTDataModule(L.LightningDataModule):
         tokenizer: Name, path or object; on the command line it is the model's unless given.
         train_data: A JSONL, JSON, CSV, TSV or Parquet file (all but Parquet also with `.gz`, `.bz2`, `.xz` or `.zst`),
             by path or by an address that `fsspec` opens, or a glob pattern; a hub data set (`name`, `name:config` or
-            `name:config:split`; `name@revision:...` for a commit, branch or tag), or a folder that `save_to_disk` has
-            written (`folder::split`); or a list of these; in Python also of dictionaries, or a `datasets.Dataset`.
-            Or `{source: weight}`: how many times an epoch goes through each source's rows. Of `n` rows it takes
-            `round(n * weight)`, from where the epoch before stopped, so that none is taken twice before the others are
-            taken once; the rows of all sources are shuffled together.
+            `name:config:split`; `name@revision:...` for a commit, branch or tag), or a folder (`folder::split`), of
+            files or as `save_to_disk` has written it; or a list of these; in Python also of dictionaries, or a
+            `datasets.Dataset`. Or `{source: weight}`: how many times an epoch goes through each source's rows. Of `n`
+            rows it takes `round(n * weight)`, from where the epoch before stopped, so that none is taken twice before
+            the others are taken once; the rows of all sources are shuffled together.
         val_data: Files or data sets with the validation rows, given like `train_data`, but without weights.
         test_data: The rows that `test` evaluates, given like `val_data`.
         predict_data: The rows whose prompts `predict` continues. They need no output. Default: the validation rows.

@@ -145,6 +145,8 @@ class RowFormat:
     def _is_used(self, row: Row) -> bool:
         try:
             return self.row_filter is None or bool(self.row_filter(dict(row)))
+        except SettingsError:  # of a ready one, in our own words
+            raise
         except Exception as error:
             raise SettingsError(f"`row_filter` failed: {type(error).__name__}: {one_line(error)}") from error
 
