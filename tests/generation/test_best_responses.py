@@ -107,7 +107,7 @@ def test_records_themselves_are_rows_by_the_settings_of_the_datamodule(tmp_path)
     data.setup("fit")
     rows = data.training_rows.rows
     assert list(zip(rows["prompt"], rows["output"], strict=True)) == [(p, o) for p, o in ("bx", "bx", "bz", "au", "ax")]
-    with pytest.raises(SettingsError, match="^row 1 of `train_data`: expected a record of `predict`"):
+    with pytest.raises(SettingsError, match=r"^row 1 of `train_data`: expected a record of `predict`"):
         SFTDataModule(character_tokenizer(), [{"prompt": "a", "response": "b"}], **options).setup("fit")
 
 
