@@ -122,7 +122,7 @@ class RunSettings:
         if self._kind != "MLFlowLogger":
             return True
         config = run / "config.yaml"
-        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
         logger = (settings.get("trainer") or {}).get("logger")
         first = logger[0] if isinstance(logger, list) and logger else logger
         options = first.get("init_args") or {} if isinstance(first, dict) else {}
