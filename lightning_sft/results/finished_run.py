@@ -1,7 +1,7 @@
 """A run's folder, read from a program: its metrics, the records of its generations, and its settings."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,7 +73,8 @@ class FinishedRun:
     def metrics(self) -> pd.DataFrame:
         """All metrics that were logged, a column each, by optimizer step; NaN at steps where one was not logged.
 
-        Read from the files of CSV's, TensorBoard's and MLflow's loggers.
+        Read from the files of CSV's, TensorBoard's and MLflow's loggers. Where a run has continued at an earlier step,
+        the later numbers count.
 
         Raises:
             SettingsError: If the run had no logger, or one whose files cannot be read here.
@@ -81,10 +82,8 @@ class FinishedRun:
         files = _metric_files(self.folder)
         if not files:
             raise SettingsError(f"{self.folder} has no metrics that can be read. {_why_no_metrics(self.folder)}")
-        if files[0].name == "metrics.csv":
-            with _readable(files[0]):
-                table = pd.read_csv(files[0])
-                return table.groupby("step").last().sort_index()  # the last that is no NaN
+        if files[0].suffix == ".csv":
+            return _read_csv(files)
         points = _read_events(self.folder) if files[0].name.startswith("events.") else _read_mlflow(self.folder)
         table = pd.DataFrame(points, columns=["step", "name", "value"])
         table = table.drop_duplicates(["step", "name"], keep="last").pivot_table("value", "step", "name", sort=True)
@@ -149,10 +148,26 @@ def _lines(path: Path) -> list[str]:
 
 def _metric_files(folder: Path) -> list[Path]:
     """Files with metrics, those of one logger."""
-    csv, mlflow = folder / "metrics.csv", folder / "metrics"
-    if csv.is_file():
-        return [csv]
+    numbered = ((re.fullmatch(r"metrics_part_(\d+)\.csv", path.name), path) for path in folder.glob("metrics_*.csv"))
+    parts = {int(number[1]): path for number, path in numbered if number}  # of a run that has continued
+    csv, mlflow = [*(parts[number] for number in sorted(parts)), folder / "metrics.csv"], folder / "metrics"
+    if found := [path for path in csv if path.is_file()]:
+        return found
     return sorted(folder.glob("events.out.tfevents.*")) or sorted(path for path in mlflow.rglob("*") if path.is_file())
+
+
+def _read_csv(parts: Sequence[Path]) -> pd.DataFrame:
+    """The metrics of all parts of a run: of each metric what came before the step at which a later part has it."""
+    columns: dict[str, pd.Series] = {}
+    for path in parts:
+        with _readable(path):
+            table = pd.read_csv(path).groupby("step").last()  # the last that is no NaN
+        for name, values in table.items():
+            new, earlier = values.dropna(), columns.get(str(name))
+            if earlier is not None and len(new):
+                new = pd.concat([earlier[earlier.index < new.index[0]], new])
+            columns[str(name)] = new if earlier is None or len(new) else earlier
+    return pd.DataFrame(columns).sort_index()
 
 
 def _read_events(folder: Path) -> list[tuple[int, str, float]]:

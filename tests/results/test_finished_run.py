@@ -121,6 +121,16 @@ def test_of_a_csv_file_with_a_step_in_several_lines_each_metric_has_its_last_val
     pd.testing.assert_frame_equal(read_run(tmp_path).metrics, expected)
 
 
+def test_a_csv_file_in_parts_is_one_table_in_which_the_later_numbers_count(tmp_path):
+    """A run that continues begins another file; here at step 4, where it comes to other numbers."""
+    (tmp_path / "metrics_part_2.csv").write_text("step,a,b\n4,4.5,\n")
+    (tmp_path / "metrics_part_1.csv").write_text("step,a,b\n2,2.0,\n4,4.0,\n4,,8.0\n6,6.0,\n")
+    (tmp_path / "metrics.csv").write_text("step,a,c\n8,8.0,1.0\n")
+    expected = {"a": [2.0, 4.5, 8.0], "b": [None, 8.0, None], "c": [None, None, 1.0]}
+    table = pd.DataFrame(expected, index=pd.Index([2, 4, 8], name="step"))
+    pd.testing.assert_frame_equal(read_run(tmp_path).metrics, table)
+
+
 def test_a_line_that_is_still_being_written_is_left_out_and_another_one_is_named(run):
     folder, _ = run("none")
     path = folder / "generations" / "step_4.jsonl"
