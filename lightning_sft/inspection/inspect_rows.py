@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.callbacks.generation_monitor import GenerationMonitor
 from lightning_sft.checks import check_choice, check_integer
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.prepared_rows import PreparedRows
@@ -61,7 +62,7 @@ def inspect_rows(
     of devices. Memory does not grow with the number of rows, but for those on the page.
 
     Args:
-        trainer: Runs it; its callbacks take part as in `validate`.
+        trainer: Runs it. Its callbacks take part as in `validate`, but for a `GenerationMonitor`: nothing is generated.
         module: The model.
         datamodule: The data.
         split: Whose rows: `train`, `val` or `test`.
@@ -72,18 +73,21 @@ def inspect_rows(
         weights_only: Whether to refuse a checkpoint that could run code.
 
     Raises:
-        SettingsError: If the rows are streamed, or there are none.
+        SettingsError: If the rows are streamed, or there are none, or the trainer's `limit_val_batches` leaves none.
     """
     check_choice("split", split, Split)
     check_integer("num_rows", num_rows, at_least=1)
+    if trainer.limit_val_batches == 0:
+        raise SettingsError("`trainer.limit_val_batches` is 0, so that no row would be scored. Leave it out.")
     rows = InspectedRows(datamodule, split)
     inspector = RowInspector(rows, Path(folder or _run_folder(trainer, ckpt_path) / "inspection"), num_rows)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.append(inspector)
+    found = list(callbacks)
+    callbacks[:] = [*(each for each in found if not isinstance(each, GenerationMonitor)), inspector]
     try:
         trainer.validate(module, datamodule=rows, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
     finally:
-        callbacks.remove(inspector)
+        callbacks[:] = found
     return inspector.inspection
 
 

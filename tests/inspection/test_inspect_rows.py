@@ -12,7 +12,7 @@ from support.models import character_tokenizer, tiny_config, tiny_model
 from support.processes import Processes
 from support.refusals import Refusal, each
 
-from lightning_sft import SFTDataModule, SFTModule, inspect_rows
+from lightning_sft import GenerationMonitor, SFTDataModule, SFTModule, inspect_rows
 from lightning_sft.inspection import inspect_rows as inspect_rows_module
 
 WORDS = ["tree", "a", "stone river", "of", "light and day"]
@@ -151,12 +151,30 @@ REFUSALS = {
     "no rows to show": Refusal(
         lambda folder: inspect_rows(L.Trainer(), None, None, num_rows=0), "`num_rows` is 0, expected at least 1."
     ),
+    "no rows to score": Refusal(
+        lambda folder: inspect_rows(make_trainer(folder, limit_val_batches=0), None, None),
+        "`trainer.limit_val_batches` is 0, so that no row would be scored. Leave it out.",
+    ),
 }
 
 
 @each(REFUSALS)
 def test_what_cannot_be_inspected_is_refused_by_name(refusal, tmp_path):
     refusal.check(tmp_path)
+
+
+def test_the_trainer_of_a_run_inspects_without_generating_and_a_row_without_a_loss_hides_no_shares(tmp_path):
+    model, callbacks = tiny_model(), [GenerationMonitor()]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[ord("2")] = math.nan
+    trainer = make_trainer(tmp_path, callbacks=callbacks)
+    data = SFTDataModule(character_tokenizer(), ROWS[:4])
+    found = inspect_rows(trainer, SFTModule(model), data, folder=tmp_path)
+    assert [each for each in trainer.callbacks if isinstance(each, GenerationMonitor)] == callbacks
+    block = found.page.read_text().partition('id="data">')[2].partition("</script>")[0]
+    rows = json.loads(block)["rows"]
+    assert [row["index"] for row in rows if row["loss"] is None] == [2]
+    assert sum(row["share"] for row in rows) == pytest.approx(100, abs=0.01)
 
 
 def test_a_run_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
