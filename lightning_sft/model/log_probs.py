@@ -67,11 +67,16 @@ def get_response_log_probs(
         only if the loss depends on it.
 
     Raises:
-        SettingsError: If a label is negative where it is to be scored.
+        SettingsError: If a label is negative where it is to be scored, or the shapes differ.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
     mask = torch.ones_like(labels) if response_mask is None else response_mask
+    for name, tensor in {"input_ids": input_ids, "response_mask": mask}.items():
+        if tensor.shape != labels.shape:
+            raise SettingsError(
+                f"`{name}` is of shape {tuple(tensor.shape)}, expected that of `labels`, {tuple(labels.shape)}."
+            )
     positions = (mask.reshape(-1) == 1).nonzero().squeeze(-1)
     if bool((labels.reshape(-1)[positions] < 0).any()):  # the head would take such a label for one of another tile
         raise SettingsError(

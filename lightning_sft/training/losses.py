@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sft.checks import check_choice, check_number
+from lightning_sft.checks import check_choice, check_integer, check_number
 from lightning_sft.errors import SettingsError
 
 LossNormalization = Literal["token", "sequence"]
@@ -30,9 +30,16 @@ def masked_normalize(
     Returns:
         `tensor`'s shape without `dim`; a scalar if `dim` is None.
 
+    Raises:
+        SettingsError: If `mask` has more elements than `tensor`.
+
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
     kept = torch.where(mask == 1, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+    if kept.shape != tensor.shape:  # its elements would count several times
+        raise SettingsError(
+            f"`mask` is of shape {tuple(mask.shape)}, expected that of `tensor`, {tuple(tensor.shape)}."
+        )
     total = kept.sum() if dim is None else kept.sum(dim=dim)
     return total / normalize_constant
 
@@ -123,8 +130,13 @@ def sft_microbatch_train_step(
         The loss that was backpropagated (a detached scalar), and metadata, scalars too: the same `loss`,
         `num_response_tokens`, and `mean_log_prob`, the mean over the response tokens in nats (NaN if there is none).
 
+    Raises:
+        SettingsTypeError: If `gradient_accumulation_steps` is no whole number.
+        SettingsError: If it is below 1.
+
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
+    check_integer("gradient_accumulation_steps", gradient_accumulation_steps, at_least=1)
     constant = 1.0 if normalize_constant is None else normalize_constant
     per_sequence = -masked_normalize(policy_log_probs, response_mask, constant, dim=-1)
     loss = per_sequence.mean() / gradient_accumulation_steps

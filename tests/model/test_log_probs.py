@@ -334,3 +334,7 @@ def test_a_negative_label_is_refused_where_it_is_scored():
         get_response_log_probs(model, ids, labels)
     masked = get_response_log_probs(model, ids, labels, response_mask=labels >= 0)["log_probs"]
     assert (masked != 0).tolist() == [[True, False, True]]
+    for options in ({"response_mask": labels[:, 1:] >= 0}, {"input_ids": ids[:, 1:]}):  # of a batch before the shift
+        (name,) = options
+        with pytest.raises(SettingsError, match=rf"`{name}` is of shape \(1, 2\), expected that of `labels`, \(1, 3\)"):
+            get_response_log_probs(model, **({"input_ids": ids, "labels": labels} | options))

@@ -6,6 +6,7 @@ import torch
 from adapters import run_masked_normalize, run_sft_microbatch_train_step
 from torch import Tensor
 
+from lightning_sft.errors import SettingsError
 from lightning_sft.training.losses import masked_normalize, sft_loss, sft_microbatch_train_step
 
 NAN, INF = float("nan"), float("inf")
@@ -252,3 +253,10 @@ def test_sft_microbatch_train_step_lets_no_masked_value_contribute():
     loss, _ = sft_microbatch_train_step(log_probs, torch.tensor([[0, 1], [0, 1]]), 1)
     assert loss.item() == 3.0
     assert log_probs.grad.tolist() == [[0.0, -0.5], [0.0, -0.5]]
+
+
+def test_shapes_and_numbers_of_steps_that_would_give_another_loss_are_refused():
+    with pytest.raises(SettingsError, match=r"`mask` is of shape \(2, 3\), expected that of `tensor`, \(2, 1\)"):
+        masked_normalize(torch.ones(2, 1), torch.ones(2, 3), 1.0)
+    with pytest.raises(SettingsError, match="`gradient_accumulation_steps` is 0, expected at least 1"):
+        sft_microbatch_train_step(torch.ones(2, 3, requires_grad=True), torch.ones(2, 3), 0)
