@@ -39,9 +39,9 @@ class GenerationMonitor(L.Callback):
     `<log_dir>/generations` are `step_<N>.jsonl`, one line for each response; `step_<N>.html`, a page to read them on;
     and `index.html`, which walks through the steps. Model, tokenizer and random state are left as they were found.
 
-    `test` uses all test rows and also logs `test/num_responses`, `test/num_correct`, and the bounds of a 95 % bootstrap
-    interval, `test/answer_reward_low` and `test/answer_reward_high`. `predict` appends the records of all prompts to
-    `predict_path`; interrupted, it goes on where it stopped.
+    `test` uses the rows that it evaluates, all by default, and also logs `test/num_responses`, `test/num_correct`, and
+    the bounds of a 95 % bootstrap interval, `test/answer_reward_low` and `test/answer_reward_high`. `predict` appends
+    the records of all prompts to `predict_path`; interrupted, it goes on where it stopped.
 
     Args:
         reward_fn: Function by import path, called with response and ground truth; returns `format_reward`,
@@ -92,8 +92,13 @@ class GenerationMonitor(L.Callback):
         self._training_began, self._seconds_in_training = 0.0, 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make sure that there are prompts and a model."""
+        """Make sure that there are prompts and a model, and no other monitor, which would write the same files."""
         _datamodule(trainer), _module(pl_module)
+        if sum(isinstance(each, GenerationMonitor) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise SettingsError(
+                "There are two `GenerationMonitor`s, which would write the same files and metrics. Keep one of them; "
+                "on the command line `generation` is one."
+            )
         self._latest_step = None
 
     # -- when ----------------------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ class GenerationMonitor(L.Callback):
                 pl_module.log(f"val/{name}", value, name == "answer_reward", logger, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Over all test rows."""
+        """Over the test rows that are evaluated."""
         for name, value in self._generate_and_report(trainer, pl_module, "test").items():
             if not math.isnan(value):
                 pl_module.log(f"test/{name}", value, sync_dist=True)
@@ -157,7 +162,7 @@ class GenerationMonitor(L.Callback):
         step = module.num_steps_taken
         if self._latest_step == step:
             return self._latest_summary
-        prompts = _datamodule(trainer).prompts(stage, None if stage == "test" else self.num_prompts)
+        prompts = _datamodule(trainer).prompts(stage, self._num_prompts(trainer, stage))
         folder = run_folder(trainer) / "generations"
         report = GenerationReport(stage, step, folder if writes_files(trainer) else None)
         for first in range(0, len(prompts), _PROMPTS_AT_ONCE):
@@ -168,6 +173,11 @@ class GenerationMonitor(L.Callback):
         if trainer.is_global_zero:
             report.show(summary, cost, trainer.loggers, self.num_rows_shown)
         return summary
+
+    def _num_prompts(self, trainer: L.Trainer, stage: Stage) -> int:
+        if stage != "test":
+            return self.num_prompts
+        return int(trainer.num_test_batches[0]) * _datamodule(trainer).rule.batch_size  # see `limit_test_batches`
 
     def _generate(self, trainer: L.Trainer, module: SFTModule, prompts: Sequence[Prompt]) -> list[GenerationRecord]:
         """Records of prompts, made by all devices together; each gets all of them."""

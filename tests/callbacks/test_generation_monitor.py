@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from support.callbacks import ROWS, fit
+from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -124,6 +125,18 @@ def test_test_reports_loss_and_rewards_over_all_rows(tmp_path, monkeypatch, caps
     assert metrics.keys() >= {"test/loss", "test/perplexity", "test/token_accuracy", "test/answer_reward"}
     assert all(len(line["tokens"]) == line["response_length"] > 0 for line in lines)
     assert (tmp_path / "generations" / "test_step_0.html").is_file()
+
+
+def test_test_generates_for_the_rows_that_it_evaluates(tmp_path):
+    data = SFTDataModule(character_tokenizer(), test_data=ROWS, batch_size=4)
+    trainer = make_trainer(tmp_path, callbacks=[make_monitor()], limit_test_batches=2)
+    (metrics,) = trainer.test(SFTModule(tiny_model()), data, verbose=False)
+    assert metrics["test/num_responses"] == 8
+
+
+def test_two_monitors_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two `GenerationMonitor`s, which would write the same files"):
+        fit(tmp_path, [make_monitor(), make_monitor(num_prompts=3)])
 
 
 def test_fast_dev_run_generates_but_writes_nothing(tmp_path):
