@@ -42,7 +42,7 @@ from lightning_sft.training.schedule import Schedule, run_length, step_plateau_s
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
 from lightning_sft.training.trained_weights import hook_state
-from lightning_sft.training.trainer_checks import check_before_setup
+from lightning_sft.training.trainer_checks import check_before_setup, check_loader
 
 
 class SFTModule(RotaryInFloat32, L.LightningModule):
@@ -260,6 +260,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
 
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""
+        check_loader(self.trainer)
         self._continuation.apply(self.trainer.optimizers, self.trainer.lr_scheduler_configs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, counted
 
 _UNFIT: dict[type[Callback], str] = {
     StochasticWeightAveraging: "it puts a schedule of its own in the place of the run's. Use Lightning's "
@@ -90,6 +90,23 @@ def check_before_setup(trainer: L.Trainer) -> None:
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
+
+
+def check_loader(trainer: L.Trainer) -> None:
+    """Refuse a loader that divides optimizer steps among another number of devices.
+
+    Args:
+        trainer: With the loader that it trains on.
+
+    Raises:
+        SettingsError: If the loader does, as one that was asked for before there was a trainer.
+    """
+    num_devices = getattr(trainer.train_dataloader, "world_size", trainer.world_size)
+    if num_devices != trainer.world_size:
+        raise SettingsError(
+            f"The loader gives steps of {counted(num_devices, 'device')}, but there are {trainer.world_size}, each of "
+            "which would train on the same rows. Give `trainer.fit` the `SFTDataModule` itself."
+        )
 
 
 def _check_callback(callback: Callback, is_sharded: bool) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
+from support.fits import make_data
 from support.models import tiny_config, tiny_model
 from support.runs import adamw, train
 
@@ -70,3 +71,11 @@ def test_an_average_of_a_sharded_model_is_refused():
     )
     with pytest.raises(ValueError, match="`EMAWeightAveraging` copies the whole model, but the model is sharded"):
         module.configure_model()
+
+
+def test_a_loader_for_another_number_of_devices_is_refused():
+    """Such as `datamodule.train_dataloader()`, asked for before there are processes."""
+    module = SFTModule(tiny_model())
+    module._trainer = SimpleNamespace(train_dataloader=make_data().train_dataloader(), world_size=2)
+    with pytest.raises(ValueError, match=r"steps of 1 device, but there are 2, .* the `SFTDataModule` itself"):
+        module.on_train_start()

@@ -120,6 +120,11 @@ class StepLoader(ABC):
     def __init__(self, steps: StepNumbers, options: LoaderOptions) -> None:
         self._steps, self._options = steps, options
 
+    @property
+    def world_size(self) -> int:
+        """Number of devices that each step is divided among."""
+        return self._options.world_size
+
     def __len__(self) -> int:
         return len(self._steps)
 
