@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, is_missing_path
 from lightning_sft.export.whole_model import give_weights
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
@@ -54,9 +54,10 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
 def _load_base(path: Path, hyper_parameters: Mapping[str, Any]) -> PreTrainedModel:
     """The model that a checkpoint's adapters are for."""
     source = hyper_parameters["model"]
-    if source is None:
+    if source is None or (isinstance(source, str) and is_missing_path(source)):
+        base = "a model without a name" if source is None else f"the model {source!r}, which is not there"
         raise SettingsError(
-            f"`ckpt_path` is {str(path)!r}, which holds adapters of a model without a name. Load it by "
+            f"`ckpt_path` is {str(path)!r}, which holds adapters of {base}. Load it by "
             "`SFTModule.load_from_checkpoint(path, model=base_model)`, and pass its `model` to `export_model`."
         )
     return build_model(source, hyper_parameters.get("model_kwargs", {}), hyper_parameters.get("seed", 0))

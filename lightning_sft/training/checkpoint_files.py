@@ -54,11 +54,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint from a file.
+        """Load a checkpoint from a file, or from an address.
 
         Raises:
-            SettingsError: If it is the folder of a sharded model, which this strategy cannot load.
+            MissingFileError: There is no such file.
+            SettingsError: If it is no whole checkpoint, or the folder of a sharded model, which this strategy cannot
+                load.
         """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        _check_is_whole(str(path), "ckpt_path")
         if Path(path).is_dir():
             raise SettingsError(
                 f"`ckpt_path` is {str(path)!r}, the folder of a model that devices shared, but here each holds it "
@@ -169,20 +174,9 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
         SettingsError: It is no checkpoint, or not whole, or holds what could run code.
     """
     came = f"`{argument}` is {path!r}"
-    if not os.path.exists(path):
-        raise MissingFileError(f"{came}, but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.")
-    is_sharded = os.path.isfile(os.path.join(path, ".metadata"))
-    if os.path.isdir(path) and not is_sharded:
-        raise SettingsError(
-            f"{came}, a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt."
-        )
-    if not is_sharded and not zipfile.is_zipfile(path):
-        raise SettingsError(
-            f"{came}, which is no whole checkpoint ({os.path.getsize(path)} bytes): it is cut short, or something "
-            "else. Take another one, such as the best."
-        )
+    _check_is_whole(path, argument)
     try:
-        checkpoint = _look_into_folder(Path(path)) if is_sharded else _look_into_file(path)
+        checkpoint = _look_into_folder(Path(path)) if os.path.isdir(path) else _look_into_file(path)
     except pickle.UnpicklingError as error:
         raise SettingsError(
             f"{came}, which holds {_what(error)}, not tensors and plain values alone. Loading it could run code, so it "
@@ -197,6 +191,23 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
         )
     if resume and not {"loops", "optimizer_states"} <= checkpoint:
         raise SettingsError(f"{came}, which has weights alone. To continue a training, take one with the optimizer.")
+
+
+def _check_is_whole(path: str, argument: str) -> None:
+    """Refuse what is no checkpoint at first sight: neither a file of torch nor the folder of a sharded model."""
+    came = f"`{argument}` is {path!r}"
+    if not os.path.exists(path):
+        raise MissingFileError(f"{came}, but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.")
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, ".metadata")):
+            raise SettingsError(
+                f"{came}, a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt."
+            )
+    elif not zipfile.is_zipfile(path):
+        raise SettingsError(
+            f"{came}, which is no whole checkpoint ({os.path.getsize(path)} bytes): it is cut short, or something "
+            "else. Take another one, such as the best."
+        )
 
 
 def _look_into_file(path: str) -> set[str]:

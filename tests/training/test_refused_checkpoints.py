@@ -126,6 +126,20 @@ FILES = {
         "`trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or let `lightning-sft "
         "export` make a `model` of it.",
     ),
+    "missing, from Python": Refusal(
+        lambda folder: fit(tiny_config(), ckpt_path=f"{folder}/none.ckpt")(folder),
+        "`ckpt_path` is '{tmp}/none.ckpt', but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.",
+        MissingFileError,
+    ),
+    "a folder of checkpoints, from Python": Refusal(
+        lambda folder: fit(tiny_config(), ckpt_path=str(folder))(folder),
+        "`ckpt_path` is '{tmp}', a folder without a checkpoint. Give the file itself, such as checkpoints/last.ckpt.",
+    ),
+    "cut short, from Python": Refusal(
+        lambda folder: fit(tiny_config(), ckpt_path=str(write(folder / "bad.ckpt", b"PK")))(folder),
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (2 bytes): it is cut short, or something else. "
+        "Take another one, such as the best.",
+    ),
     "sharded, without an optimizer": Refusal(
         lambda folder: check_checkpoint(str(sharded(folder, optimizer_0={})), resume=True),
         "`ckpt_path` is '{tmp}/sharded', which has weights alone. To continue a training, take one with the optimizer.",
