@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     Callback,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
@@ -18,7 +19,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_sft.errors import SettingsError, counted
 
+_ACCUMULATE = (
+    "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer step "
+    "without changing its result"
+)
 _UNFIT: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: f"a batch is a whole optimizer step. Use {_ACCUMULATE}.",
     StochasticWeightAveraging: "it puts a schedule of its own in the place of the run's. Use Lightning's "
     "`WeightAveraging` or `EMAWeightAveraging`, which leave the schedule alone and continue from a checkpoint.",
     BaseFinetuning: "what it unfreezes is not in the optimizer's schedule, and is frozen again when a run continues. "
@@ -88,8 +94,26 @@ def check_before_setup(trainer: L.Trainer) -> None:
             "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does beside "
             "running the model. Give it `compile=True` instead, which compiles the model's blocks."
         )
+    if not getattr(getattr(trainer, "lightning_module", None), "automatic_optimization", True):
+        _check_left_to_us(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
+
+
+def _check_left_to_us(trainer: L.Trainer) -> None:
+    """Refuse what Lightning would do if it took the optimizer steps; its own words advise to let it."""
+    if trainer.accumulate_grad_batches != 1:
+        raise SettingsError(
+            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, but a batch is a whole optimizer "
+            f"step. Use {_ACCUMULATE}."
+        )
+    if trainer.gradient_clip_val or trainer.gradient_clip_algorithm:
+        name = "gradient_clip_val" if trainer.gradient_clip_val else "gradient_clip_algorithm"
+        given = getattr(trainer, name)
+        raise SettingsError(
+            f"`trainer.{name}` is {getattr(given, 'value', given)}, but `SFTModule` clips gradients itself, by their "
+            "total norm over all devices. Use its `max_grad_norm`."
+        )
 
 
 def check_loader(trainer: L.Trainer) -> None:

@@ -104,6 +104,22 @@ TRAINING = {
         "also takes rows with `input_ids` and `labels`: `trainer.fit(module, SFTDataModule(tokenizer, rows))`.",
         SettingsTypeError,
     ),
+    "accumulation by Lightning": Refusal(
+        fit(tiny_config(), trainer={"accumulate_grad_batches": 4}),
+        "`trainer.accumulate_grad_batches` is 4, but a batch is a whole optimizer step. Use "
+        "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer "
+        "step without changing its result.",
+    ),
+    "clipping by Lightning": Refusal(
+        fit(tiny_config(), trainer={"gradient_clip_val": 0.5}),
+        "`trainer.gradient_clip_val` is 0.5, but `SFTModule` clips gradients itself, by their total norm over all "
+        "devices. Use its `max_grad_norm`.",
+    ),
+    "clipping of a kind alone": Refusal(
+        fit(tiny_config(), trainer={"gradient_clip_algorithm": "value"}),
+        "`trainer.gradient_clip_algorithm` is value, but `SFTModule` clips gradients itself, by their total norm over "
+        "all devices. Use its `max_grad_norm`.",
+    ),
     "module compiled as a whole": Refusal(
         lambda folder: make_trainer(folder, max_epochs=1).fit(torch.compile(SFTModule(tiny_config())), make_data()),
         "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does beside "
