@@ -59,7 +59,7 @@ class ModelBuilder:
         if isinstance(self.source, PreTrainedModel) and (unused := set(self.model_kwargs or {}) - {"dtype"}):
             raise SettingsError(
                 f"`model_kwargs` has `{min(unused)}`, but `model` is a model, which is there already: they are for one "
-                "that is loaded or built. Leave them out, or give its name."
+                "that is loaded or built. Leave them out (`model_kwargs=None` if a checkpoint has them), or name it."
             )
         self._find_adapters()
         if self.lora is not None:

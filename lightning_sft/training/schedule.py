@@ -55,12 +55,12 @@ class Schedule:
             raise SettingsError(
                 "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
             )
-        is_common = self.name in (*_AFTER_WARMUP, *_WITHOUT_LENGTH)
-        if not is_common:
+        if self.name not in (*_AFTER_WARMUP, *_WITHOUT_LENGTH):
             self._check_name()
         if self.name == "constant":
             self._check_constant()
-        if self.kwargs or not is_common:  # arguments are refused now rather than after data and model are loaded
+        # Wrong ones are refused now rather than after data and model are loaded. A checkpoint does not hold them.
+        if self.kwargs:
             self.build(SGD([torch.zeros(())], lr=1.0), num_steps=100)
 
     def _check_constant(self) -> None:

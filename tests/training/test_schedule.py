@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from support.fits import make_data, make_trainer
+from support.models import tiny_config
 from transformers import get_scheduler
 
+from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsError
 from lightning_sft.training.schedule import Schedule
 
@@ -50,3 +53,11 @@ def test_a_warmup_below_one_is_a_fraction_of_the_run():
     ours = rates(lambda optimizer: Schedule("linear", 0.1).build(optimizer, NUM_STEPS))
     assert ours[:5] == pytest.approx([0.0, 0.075, 0.15, 0.225, 0.3])  # 3.7 steps become 4
     assert ours[NUM_STEPS] == 0.0
+
+
+def test_a_checkpoint_loads_whose_schedule_needs_arguments_that_it_does_not_hold(tmp_path):
+    settings = {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}}
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(SFTModule(tiny_config(), **settings), make_data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert SFTModule.load_from_checkpoint(tmp_path / "a.ckpt").schedule.name == "warmup_stable_decay"
