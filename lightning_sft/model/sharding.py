@@ -208,10 +208,18 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
     Args:
         module: What is trained, as the strategy has wrapped it.
         enabled: Whether they do.
+
+    Raises:
+        SettingsError: If they are not to, but the strategy cannot go without.
     """
     if enabled:
         yield
     elif isinstance(module, DistributedDataParallel):
+        if module.static_graph:  # torch would fail on an assertion of its own
+            raise SettingsError(
+                "`trainer.strategy` has `static_graph`, under which each backward pass exchanges gradients. Set "
+                "`model.sync_every_microbatch` to true, or leave `static_graph` out."
+            )
         with module.no_sync():
             yield
     else:

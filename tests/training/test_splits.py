@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from support.processes import Processes
 from support.runs import NUM_STEPS, read_log, train
 from torch.distributed.tensor import Replicate, Shard
@@ -168,6 +168,8 @@ def test_what_does_not_fit_the_devices_is_refused(tmp_path):
         (indivisible, {"strategy": "fsdp", "module": {"num_replicas": 2}}),
         ("`data_parallel_size` 2 and `tensor_parallel_size` 1, but layers are not divided here", {"strategy": sizes}),
     ]
+    static = {"strategy": DDPStrategy(static_graph=True), "data": {"gradient_accumulation_steps": 2}}
+    cases.append(("`static_graph`, .* `model.sync_every_microbatch` to true", static))
     for optimizer in (torch.optim.Adafactor, *([AdamW8bit] if AdamW8bit else [])):
         message = f"`optimizer` is .*{optimizer.__name__}, which cannot train weights that the devices share: "
         cases.append((message, {"strategy": "fsdp", "module": {"optimizer": optimizer}}))
