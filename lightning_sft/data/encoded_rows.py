@@ -136,9 +136,14 @@ def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> l
     )
 
 
+def _num_cores() -> int:
+    """Those that this process may run on: a job of a cluster, or a container, may have few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _encode_source(source: Source, encoder: RowEncoder, key: str, keep_name: bool, num_proc: int | None) -> Dataset:
     raw = source.rows
-    workers = num_proc or min(8, 1 + len(raw) // 20_000, os.cpu_count() or 1)
+    workers = num_proc or min(8, 1 + len(raw) // 20_000, _num_cores())
     collect_before_forking(workers if workers > 1 else 0)
     fingerprint = Hasher.hash([raw._fingerprint, source.is_json, key, source.name if keep_name else None])
     try:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sft.data.encoded_rows import EncodedRows
+from lightning_sft.data.encoded_rows import EncodedRows, read_numbers
+from lightning_sft.data.encoding import RowEncoder
 from lightning_sft.data.rows.bad_rows import BadRowCounts
 from lightning_sft.data.rows.columns import unused_in_words
 from lightning_sft.data.rows.prompt_rows import PromptRows
@@ -14,20 +15,22 @@ from lightning_sft.errors import SettingsError, counted
 _NUM_SOURCES_NAMED = 20  # in one message
 
 
-def report_rows(argument: str, rows: EncodedRows, limit: str, sources: Sequence[Source] = (), part: str = "") -> None:
+def report_rows(
+    argument: str, rows: EncodedRows, encoder: RowEncoder, sources: Sequence[Source] = (), part: str = ""
+) -> None:
     """Say what became of rows.
 
     Args:
         argument: The name of the argument that they come from.
         rows: What they are now.
-        limit: Why some are dropped or cut.
+        encoder: Has made them so.
         sources: Of the rows.
         part: Which of the argument's rows these are, such as `, first 1,000 rows`; all by default.
 
     Raises:
         SettingsError: If nothing is left of them.
     """
-    report, title = rows.report, f"{argument}{part}"
+    report, title, limit = rows.report, f"{argument}{part}", encoder.encoding.limit_in_words
     if not report.num_examples:
         raise nothing_left(f"`{argument}`{part}", report.bad_rows, limit, report.num_too_long)
     _report_bad_rows(title, report.bad_rows, report.bad_rows.total + report.num_rows + report.num_too_long)
@@ -47,6 +50,7 @@ def report_rows(argument: str, rows: EncodedRows, limit: str, sources: Sequence[
         say = rank_zero_warn if each_notice.notice.is_warning else rank_zero_info
         say(f"{title}: {each_notice.in_words(report.num_rows)}")
     _warn_of_unused_columns(title, report.unused_columns)
+    _warn_without_conversations(title, rows, encoder.row_format.settings_of_conversations())
 
 
 def report_prompts(argument: str, prompts: PromptRows) -> None:
@@ -93,3 +97,12 @@ def _report_bad_rows(title: str, bad_rows: BadRowCounts, num_rows: int) -> None:
 def _warn_of_unused_columns(title: str, columns: Sequence[str]) -> None:
     if columns:
         rank_zero_warn(f"{title}: {unused_in_words(columns)}")
+
+
+def _warn_without_conversations(title: str, rows: EncodedRows, settings: Sequence[str]) -> None:
+    if settings and not read_numbers(rows.dataset, "is_chat").any():
+        names = " and ".join(f"`{name}`" for name in settings)
+        rank_zero_warn(
+            f"{title}: no row is a conversation, which {names} would need. `as_chat: true` makes conversations of "
+            "prompts and outputs."
+        )

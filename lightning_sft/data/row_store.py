@@ -138,7 +138,7 @@ class RowStore:
         weights = self._settings.weights if split == "train" else {}
         sources, sources_per_name = open_weighted(weights, argument) if weights else (open_sources(data, argument), [])
         encoded = encode_rows(sources, encoder.row_format, encoder.tokenizer, encoder.encoding, self._num_proc)
-        report_rows(argument, encoded, encoder.encoding.limit_in_words, sources)
+        report_rows(argument, encoded, encoder, sources)
         weighted: list[WeightedSource] = []
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
             bounds = pairwise([0, *accumulate(sources_per_name)])

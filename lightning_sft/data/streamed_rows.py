@@ -139,5 +139,5 @@ class StreamedRows:
 def _encode_first(streams: Sequence[RowStream], encoder: RowEncoder) -> EncodedRows:
     read = list(islice((row for stream in streams for row in stream.read()), _NUM_FIRST_ROWS))
     encoded = rows_in_memory(encoder.encode(read, only_name(streams)))
-    report_rows("train_data", encoded, encoder.encoding.limit_in_words, part=f", {StreamedRows.label}")
+    report_rows("train_data", encoded, encoder, part=f", {StreamedRows.label}")
     return encoded

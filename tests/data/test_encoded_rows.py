@@ -373,6 +373,19 @@ def test_a_fault_of_the_cache_is_not_that_of_the_file_which_is_read(tmp_path, mo
     assert refusal(path).startswith(f"The cache of `datasets`, {tmp_path / 'cache'}, cannot be used: [Errno ")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only some systems say it")
+def test_no_more_processes_tokenise_than_this_one_may_have_cores(monkeypatch):
+    def stop(*args, num_proc, **options):
+        raise KeyError(num_proc)
+
+    monkeypatch.setattr(Dataset, "map", stop)
+    for cores, expected in (({5}, None), ({2, 3}, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        with pytest.raises(KeyError) as stopped:
+            encode(ROWS * 10_000)
+        assert stopped.value.args == (expected,)
+
+
 def test_a_full_disk_is_a_fault_of_the_cache(monkeypatch):
     def is_full(*args, **options):
         raise OSError(28, "No space left on device")

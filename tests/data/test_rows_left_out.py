@@ -238,3 +238,13 @@ def test_columns_that_nothing_uses_are_named_once_for_each_argument_from_the_cac
         assert (
             "nothing uses the columns `input`, `system`. `row_transform: lightning_sft.alpaca_row` makes" in messages[0]
         )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_settings_of_conversations_without_one_are_told(tmp_path, streaming):
+    path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "output": "b"})
+    chat = {"train_on_turns": "last", "chat_template_kwargs": {"date": "one"}}
+    with pytest.warns(
+        match="train_data.*: no row is a conversation, which `train_on_turns` and `chat_template_kwargs`"
+    ):
+        SFTDataModule(character_tokenizer(), path, streaming=streaming, **chat).setup("fit")

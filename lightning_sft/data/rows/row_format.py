@@ -85,6 +85,11 @@ class RowFormat:
                 "prompt nor output. Leave one out."
             )
 
+    def settings_of_conversations(self) -> list[str]:
+        """The names of settings that are given, and have no effect unless a row is a conversation."""
+        names = ("train_on_turns", "chat_template_kwargs")
+        return [name for name in names if getattr(self, name) not in (getattr(RowFormat, name), {})]
+
     def render(self, row: AnyRow) -> PlainRow | TextRow | ChatRow | TokenRow:
         """What a row says that is to be learnt.
 
