@@ -74,14 +74,9 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save every `every_n_steps` optimizer steps; stop if a signal says so."""
-        step = trainer.global_step
+        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # Where a validation follows, the run is saved after that, with what callbacks make of it.
-        interval = trainer.val_check_batch if trainer.enable_validation else None
-        if (
-            self.every_n_steps is not None
-            and step % self.every_n_steps == 0
-            and not (interval and step % interval == 0)
-        ):
+        if is_due and not _validation_follows(trainer, batch_idx):
             self._save(trainer)
         self._obey_signals(trainer)
 
@@ -154,3 +149,12 @@ class LastCheckpoint(Checkpoint):
         elif trainer.is_global_zero:
             take_place(partial, path)
         trainer.strategy.barrier("LastCheckpoint")
+
+
+def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the trainer validates after this step; in a run over other loaders its interval begins with the epoch."""
+    interval, every = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not interval:
+        return False
+    count = trainer.global_step if every is None else batch_idx + 1
+    return count % interval == 0 and (every is None or (trainer.current_epoch + 1) % every == 0)

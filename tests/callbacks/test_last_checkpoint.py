@@ -7,9 +7,10 @@ import lightning as L
 import pytest
 import torch
 from support.callbacks import ROWS, fit
-from support.models import character_tokenizer
+from support.fits import make_trainer
+from support.models import character_tokenizer, tiny_model
 
-from lightning_sft import LastCheckpoint, SFTDataModule
+from lightning_sft import LastCheckpoint, SFTDataModule, SFTModule
 
 
 def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_path):
@@ -17,6 +18,23 @@ def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_p
     _, trainer = fit(tmp_path, [LastCheckpoint(every_n_steps=2)], data=data, max_steps=5)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == trainer.global_step == 5
+
+
+class Saved(L.Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.steps.append(trainer.global_step)
+
+
+def test_over_a_loader_alone_the_interval_of_validation_begins_with_each_epoch(tmp_path):
+    """Epochs of three steps, of which the second is validated after."""
+    data, saved = SFTDataModule(character_tokenizer(), ROWS, ROWS[:3], batch_size=4), Saved()
+    options = {"max_epochs": 2, "val_check_interval": 2, "enable_checkpointing": True}
+    trainer = make_trainer(tmp_path, callbacks=[saved, LastCheckpoint(every_n_steps=2)], **options)
+    trainer.fit(SFTModule(tiny_model()), data.train_dataloader(), data.val_dataloader())
+    assert saved.steps == [2, 4, 5, 6]
 
 
 def test_a_callback_that_is_used_again_saves_again(tmp_path):
