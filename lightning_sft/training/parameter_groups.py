@@ -1,5 +1,6 @@
 """`ParameterGroups`: learning rate, weight decay and the like for some parameters, by their names."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,8 +50,19 @@ class ParameterGroups:
             module: With the parameters. Patterns see their names in `module.model`.
 
         Raises:
-            SettingsError: If a pattern matches no trained parameter, or the optimizer has no such setting.
+            SettingsError: If a pattern matches no trained parameter, the optimizer has no such setting, or it is one
+                that computes the loss itself, as often as it likes.
         """
+        optimizer = self._make(factory, module)
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise SettingsError(
+                f"`optimizer` is {type(optimizer).__name__}, which computes loss and gradients several times a step. "
+                "Here they are computed once, before it. Choose another, such as AdamW."
+            )
+        return optimizer
+
+    def _make(self, factory: OptimizerCallable, module: nn.Module) -> Optimizer:
         named = module.named_parameters(remove_duplicate=False)
         trained = [(name.removeprefix("model."), weight) for name, weight in named if weight.requires_grad]
         rest = dict.fromkeys(weight for _, weight in trained)
