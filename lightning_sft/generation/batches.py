@@ -44,7 +44,7 @@ def make_requests(
     num_embeddings, highest = len(_embeddings(model)), max((max(ids) for ids in encoded if ids), default=0)
     if highest >= num_embeddings:  # a CUDA device would only say that an assertion has failed
         raise SettingsError(
-            f"`prompts` have the token id {highest}, but the model has only {num_embeddings} embeddings. Give the "
+            f"A prompt has the token id {highest}, but the model has only {num_embeddings} embeddings. Give the "
             "model's own tokenizer."
         )
     positions = num_positions(model)

@@ -58,8 +58,8 @@ class ModelBuilder:
         check_patterns("freeze", self.freeze)
         if isinstance(self.source, PreTrainedModel) and (unused := set(self.model_kwargs or {}) - {"dtype"}):
             raise SettingsError(
-                f"`model_kwargs` has `{min(unused)}`, but `model` is a model, which is there already: they are for one "
-                "that is loaded or built. Leave them out (`model_kwargs=None` if a checkpoint has them), or name it."
+                f"`model_kwargs` has `{min(unused)}`, but `model` is a model, and they are arguments of loading or "
+                "building one. Leave them out, or set `model_kwargs=None` if a checkpoint has them."
             )
         self._find_adapters()
         if self.lora is not None:

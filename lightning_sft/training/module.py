@@ -147,7 +147,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         hook_state(self, trained_only=self.builder.lora is not None)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """It has none of its own, but refuses those of the trainer that cannot be used."""
+        """Add no callbacks, but refuse those of the trainer that cannot be used, before any is set up."""
         check_before_setup(self.trainer)
         return []
 

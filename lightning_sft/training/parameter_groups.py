@@ -58,7 +58,7 @@ class ParameterGroups:
         if closure is not None and closure.default is closure.empty:
             raise SettingsError(
                 f"`optimizer` is {type(optimizer).__name__}, which computes loss and gradients several times a step. "
-                "Here they are computed once, before it. Choose another, such as AdamW."
+                "Here they are computed once, before the optimizer's step. Choose another, such as AdamW."
             )
         return optimizer
 

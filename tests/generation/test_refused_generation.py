@@ -56,7 +56,7 @@ REFUSED = {
     ),
     "a tokenizer of another model": Refusal(
         lambda folder: log_generations(tiny_model(vocab_size=100), character_tokenizer(), ["az"], ["b"]),
-        "`prompts` have the token id 122, but the model has only 100 embeddings. Give the model's own tokenizer.",
+        "A prompt has the token id 122, but the model has only 100 embeddings. Give the model's own tokenizer.",
     ),
     "a folder as file of records": Refusal(
         lambda folder: generate(path=folder), "`path` is '{tmp}', which is a folder, expected a file."

@@ -73,7 +73,7 @@ TRAINING = {
     "optimizer that needs a closure": Refusal(
         fit(tiny_config(), optimizer=torch.optim.LBFGS),
         "`optimizer` is LBFGS, which computes loss and gradients several times a step. Here they are computed "
-        "once, before it. Choose another, such as AdamW.",
+        "once, before the optimizer's step. Choose another, such as AdamW.",
     ),
     "unknown schedule": Refusal(
         module({}, lr_scheduler="cosin"), "`lr_scheduler` is 'cosin', expected one of constant, ...cosine, ..."
