@@ -57,14 +57,26 @@ def read_file(
         raise SettingsError("it has no rows.")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, unless it has two values by one name, of which `json` would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {max(names, key=names.count)!r} more than once")
+    return found
+
+
+_load_json = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
 def parse_json(text: str) -> Any:
     """What a text of JSON holds, or an `UnreadableRow` if it cannot be read."""
     try:
-        return json.loads(text)
+        return _load_json(text)
     except json.JSONDecodeError as error:
         problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         return UnreadableRow(f"not valid JSON ({problem}): {shorten(text)}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
+    except (ValueError, RecursionError) as error:  # a name twice, a number of 5,000 digits, a deep nest
         return UnreadableRow(f"cannot be read as JSON: {one_line(error)}.")
 
 
@@ -81,14 +93,14 @@ def _read_whole_json(file: "_TextFile") -> list[object] | None:
     """
     start = file.first_character()
     if start == "[":
-        rows: list[object] = json.loads("".join(file.text()))
+        rows: list[object] = _load_json("".join(file.text()))
         return rows
     lines = file.filled_lines()
     _, first = next(lines, (0, ""))
     if start != "{" or isinstance(first, UnreadableRow):
         return None
     try:
-        value = json.loads(first)
+        value = _load_json(first)
         has_more = next(lines, None) is not None
     except json.JSONDecodeError as error:
         if error.pos < len(first.rstrip()):  # or else the object may go on in the next line
@@ -103,8 +115,8 @@ def _read_whole_json(file: "_TextFile") -> list[object] | None:
 def _read_object_over_lines(file: "_TextFile") -> list[object] | None:
     """The list `data` of an object that takes several lines; None if the file is not one such object."""
     try:
-        value = json.loads("".join(file.text()))
-    except (ValueError, RecursionError):
+        value = _load_json("".join(file.text()))
+    except (json.JSONDecodeError, RecursionError, SettingsError):  # lines, which say themselves what is wrong
         return None
     rows = value.get("data")
     if not isinstance(rows, list):

@@ -63,6 +63,8 @@ UNREADABLE = {
     "header alone": ("rows.csv", b"prompt,output\n", "it has no rows."),
     "list of nothing": ("rows.json", b" []", "it has no rows."),
     "JSON list with more behind it": ("rows.json", b'[{"prompt": "a"}]\n, {}]', "Extra data: line 2 column 1"),
+    "JSON list with a name twice": ("rows.json", b'[{"a": {"n": 1, "n": 2}}]', "an object has 'n' more than once"),
+    "JSON object with a name twice": ("rows.json", b'{\n"data": [{"n": 1, "n": 1}]}', "an object has 'n' more than"),
     "JSON list without comma": ("rows.json", b'[{"prompt": "a"}\n{}]', "Expecting ',' delimiter: line 2 column 1"),
     "Latin-1 in JSON": (
         "rows.json",
@@ -84,6 +86,11 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_line(tmp_path, problem):
 NO_ROWS = {
     "no JSON": ("a.jsonl", b"prompt: a\n", "not valid JSON (Expecting value at column 1): 'prompt: a\\n'"),
     "half a row": ("a.jsonl", GOOD[:17] + b"\n", "not valid JSON (Invalid control character at column 18): "),
+    "a name twice": (
+        "a.jsonl",
+        b'{"prompt": "a", "prompt": "b", "output": "c"}\n',
+        "cannot be read as JSON: an object has 'prompt' more than once.",
+    ),
     "null": ("a.jsonl", b"null\n", "expected a JSON object, got None."),
     "a number": ("a.json", b"5\n", "expected a JSON object, got 5."),
     "Latin-1": ("a.jsonl", '{"n": "ü"}\n'.encode("latin-1"), "not UTF-8 text (invalid start byte). Save the file as"),
