@@ -122,7 +122,7 @@ def _serve(seconds: float) -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
-    limited = hasattr(signal, "setitimer")  # not on Windows, where an endless answer is waited for
+    limited = False  # the first question is our own, and waits for imports, which take long on a busy machine
     for question in sys.stdin:
         if limited:  # nobody handles this alarm, so the kernel ends the process, even inside one huge product
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -134,6 +134,7 @@ def _serve(seconds: float) -> None:
         if limited:
             signal.setitimer(signal.ITIMER_REAL, 0)
         print(reply, file=replies, flush=True)
+        limited = hasattr(signal, "setitimer")  # not on Windows, where an endless answer is waited for
 
 
 if __name__ == "__main__":

@@ -179,3 +179,15 @@ def test_the_worker_takes_no_print_for_a_reply_and_imports_nothing_from_our_fold
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert not equal("9", "[9]")
     assert equal("7+7", "14")
+
+
+def test_a_worker_may_take_longer_to_start_than_a_question_may(new_worker, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text(
+        "import time\n"
+        "LatexExtractionConfig, first = dict, [0.5]\n"
+        "def parse(text, configs, parsing_timeout): time.sleep(first.pop() if first else 0); return text\n"
+        "def verify(gold, target, timeout_seconds): return (gold, target) == ('$14$', '$7+7$')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(answers, "MATH_VERIFY_SECONDS", 0.25)
+    assert equal("7+7", "14")
