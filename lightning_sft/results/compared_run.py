@@ -105,7 +105,7 @@ def _read(path: Path, name: str, step: int | None) -> ComparedRun:
     try:
         with FileKind.of(str(path)).open(str(path)) as file:
             text = file.read().decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except Exception as error:  # each kind of compression has errors of its own
         raise SettingsError(f"`runs` has {str(path)!r}, which cannot be read: {one_line(error)}") from error
     records = parse_records(text, str(path_from_here(path)))
     if not records:

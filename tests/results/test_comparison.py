@@ -189,6 +189,10 @@ REFUSED = {
         lambda folder: two(folder, write(folder / "b.jsonl", b"\xff\n")),
         "`runs` has '{tmp}/b.jsonl', which cannot be read: ...",
     ),
+    "damaged file": Refusal(
+        lambda folder: two(folder, write(folder / "b.jsonl.gz", gzip.compress(bytes(99))[:10] + b"\xff" * 99)),
+        "`runs` has '{tmp}/b.jsonl.gz', which cannot be read: Error -3 while decompressing data: invalid block type",
+    ),
     "rows instead of records": Refusal(
         lambda folder: two(folder, write(folder / "b.jsonl", '{"prompt": "a", "output": "b"}\n')),
         "line 1 of {tmp}/b.jsonl is no record of a generation: no value for `response`.",
