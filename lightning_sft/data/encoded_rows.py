@@ -13,16 +13,14 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.cache import cache_error, cache_folder
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_table
-from lightning_sft.data.encoding import Encoding, RowEncoder
+from lightning_sft.data.encoding import RowEncoder
 from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, count_notices
 from lightning_sft.data.forking import collect_before_forking
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
-from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
@@ -54,26 +52,17 @@ class EncodedRows:
     report: EncodingReport
 
 
-def encode_rows(
-    sources: Sequence[Source],
-    row_format: RowFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    encoding: Encoding,
-    num_proc: int | None = None,
-) -> EncodedRows:
+def encode_rows(sources: Sequence[Source], encoder: RowEncoder, num_proc: int | None = None) -> EncodedRows:
     """Tokenise all rows; results are cached on disk by the content of everything they depend on.
 
     Args:
         sources: From `open_sources`.
-        row_format: Which columns are what.
-        tokenizer: Any Hugging Face tokenizer.
-        encoding: How rows become token ids.
+        encoder: Tokenises rows.
         num_proc: Worker processes; one for each 20,000 rows, at most 8 and at most one for each core, if None.
 
     Raises:
         SettingsError: If a row is malformed, has no response token, or is too long; the message names file and row.
     """
-    encoder = RowEncoder(row_format, tokenizer, encoding)
     key = encoder.fingerprint()
     # Alone, the same rows by another name are the same, and are found in the cache.
     keep_names = len(sources) > 1

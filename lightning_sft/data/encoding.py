@@ -19,8 +19,9 @@ from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
 from lightning_sft.data.rows.row_format import AnyRow, RowFormat
 from lightning_sft.data.rows.said import PlainRow, TextRow, TokenRow
 from lightning_sft.data.rows.sources import Source
-from lightning_sft.data.rows.token_rows import check_vocabulary, decode_ids, last_stretch, num_token_ids
+from lightning_sft.data.rows.token_rows import check_vocabulary, last_stretch, num_token_ids
 from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.token_ids import decode_ids
 from lightning_sft.data.tokens.tokenization import encode_examples, encode_texts
 from lightning_sft.errors import SettingsError, shorten
 
@@ -70,29 +71,20 @@ class Encoding:
 
 @dataclass
 class RowEncoder:
-    """Turns rows into token ids.
-
-    Args:
-        row_format: Which columns are what.
-        tokenizer: Any Hugging Face tokenizer.
-        encoding: How rows become token ids.
-    """
+    """Turns rows into token ids."""
 
     row_format: RowFormat
     tokenizer: PreTrainedTokenizerBase
     encoding: Encoding
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool) -> pa.Table:
-        """The examples of a batch of rows, as `datasets.Dataset.map` calls it.
+        """The examples of a batch of a source's rows, as `datasets.Dataset.map` calls it.
 
         Args:
-            batch: Columns of the source's rows.
-            indices: Which of its rows these are.
+            batch: Columns of the rows.
+            indices: Which of the source's rows these are.
             source: Where they come from.
             keep_name: Whether locations say of which source they are.
-
-        Raises:
-            SettingsError: As `encode`.
         """
         return to_table(self.encode(source.decode(batch, indices), None if keep_name else source.name), indices)
 
@@ -101,7 +93,7 @@ class RowEncoder:
 
         Args:
             rows: Each with its location, such as `line 3 of train.jsonl`.
-            only_source: The name of the source if there is one alone: the examples' locations then leave it out.
+            only_source: The name of the source if there is one alone; the examples' locations leave it out.
 
         Raises:
             SettingsError: If a row is malformed or has no response token, unless such rows are left out, or is too
@@ -136,7 +128,8 @@ class RowEncoder:
             example = rendered.example
             check_vocabulary(example.input_ids, self._num_ids)
             start, end = last_stretch(example)
-            prompt, output = decode_ids(self.tokenizer, example.input_ids[:start], example.input_ids[start:end])
+            prompt = decode_ids(self.tokenizer, example.input_ids[:start])
+            output = decode_ids(self.tokenizer, example.input_ids[start:end])
             answer = rendered.ground_truth
             return [ExampleText(number, location, prompt, output, answer, tokens=example, unused_columns=unused)]
         written = chat_encoder.write(rendered.conversation)
@@ -177,11 +170,7 @@ class RowEncoder:
     def _checked(
         self, text: ExampleText, tokens: Example | EncodedConversation | SettingsError, only_source: str | None
     ) -> EncodedExample:
-        """An example with something to learn.
-
-        Raises:
-            SettingsError: If there is nothing.
-        """
+        """An example, if there is something to learn in it; else an error."""
         if isinstance(tokens, SettingsError):
             raise tokens
         example, notices = (tokens, []) if isinstance(tokens, Example) else (tokens.example, tokens.notices)

@@ -11,12 +11,7 @@ from lightning_sft.errors import counted
 
 @dataclass(frozen=True)
 class CountedNotice:
-    """Something to know of several rows.
-
-    Attributes:
-        notice: That of the first of them.
-        num_rows: How many they are.
-    """
+    """Something to know of several rows: the notice of the first of them, and how many they are."""
 
     notice: Notice
     num_rows: int
@@ -32,7 +27,7 @@ class EncodingReport:
 
     Attributes:
         num_rows: Rows of which there are examples.
-        num_examples: The examples.
+        num_examples: Examples that are used.
         num_dropped: Examples that are left out, since they are too long.
         num_too_long: Rows of which all examples are left out for that.
         num_truncated: Examples that are cut.

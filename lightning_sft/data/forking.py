@@ -8,9 +8,6 @@ def collect_before_forking(num_processes: int) -> None:
 
     A tensor on a CUDA device that waits for the garbage collector would be freed in the new process, which cannot use
     the device and would die of it.
-
-    Args:
-        num_processes: How many there will be. 0: nothing is to be done.
     """
     if num_processes:
         gc.collect()

@@ -1,7 +1,7 @@
 """Rows of a split that are tokenised before they are used."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -123,17 +123,12 @@ class PreparedRows:
     def _check_lengths(self, num_positions: int | None) -> None:
         num_tokens = read_numbers(self.rows, "num_tokens")
         with self._longest_named(num_tokens):
-            check_length(int(num_tokens.max(initial=0)), num_positions)
+            check_length(int(num_tokens.max()), num_positions)
 
-    @contextmanager
-    def _longest_named(self, num_tokens: NDArray[np.integer[Any]]) -> Iterator[None]:
+    def _longest_named(self, num_tokens: NDArray[np.integer[Any]]) -> AbstractContextManager[None]:
         """Begin errors with the location of the longest row: whatever is too long, this one is."""
-        if not len(num_tokens):
-            yield
-            return
         location = self.rows[int(np.argmax(num_tokens))]["location"]
-        with located(full_location(location, self.only_source)):
-            yield
+        return located(full_location(location, self.only_source))
 
     def in_order(self, options: LoaderOptions) -> PlanLoader:
         """Iterates over all rows once, in the order of the data."""

@@ -18,10 +18,10 @@ _NUM_SOURCES_NAMED = 20  # in one message
 def report_rows(
     argument: str, rows: EncodedRows, encoder: RowEncoder, sources: Sequence[Source] = (), part: str = ""
 ) -> None:
-    """Say what became of rows.
+    """Say what became of the rows of an argument.
 
     Args:
-        argument: The name of the argument that they come from.
+        argument: Its name, such as `train_data`.
         rows: What they are now.
         encoder: Has made them so.
         sources: Of the rows.
@@ -54,19 +54,14 @@ def report_rows(
 
 
 def report_prompts(argument: str, prompts: PromptRows) -> None:
-    """Say what became of rows that a model is to continue.
-
-    Args:
-        argument: The name of the argument that they come from.
-        prompts: What they are now.
+    """Say what became of the rows of an argument that a model is to continue.
 
     Raises:
         SettingsError: If nothing is left of them.
     """
-    bad_rows = BadRowCounts(prompts.bad_rows)
     if not len(prompts.dataset):
-        raise nothing_left(f"`{argument}`", bad_rows)
-    _report_bad_rows(argument, bad_rows, len(prompts.bad_rows) + len(prompts.dataset))
+        raise nothing_left(f"`{argument}`", prompts.bad_rows)
+    _report_bad_rows(argument, prompts.bad_rows, prompts.bad_rows.total + len(prompts.dataset))
     _warn_of_unused_columns(argument, prompts.unused_columns)
 
 

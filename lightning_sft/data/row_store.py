@@ -38,7 +38,7 @@ class RowStore:
     """
 
     def __init__(self, settings: DataSettings, rule: StepRule) -> None:
-        self._settings, self._rule, self._num_proc = settings, rule, settings.num_proc
+        self._settings, self._rule = settings, rule
         self.train: TrainingRows | None = None
         self.val: PreparedRows | None = None
         self.test: PreparedRows | None = None
@@ -122,8 +122,7 @@ class RowStore:
     def _load_prompts(self, encoder: RowEncoder) -> Dataset:
         if self._settings.predict_data is not None:
             sources = open_sources(self._settings.predict_data, "predict_data")
-            on_bad_row = encoder.encoding.bad_rows
-            prompts = render_prompts(sources, encoder.row_format, encoder.tokenizer, on_bad_row)
+            prompts = render_prompts(sources, encoder.row_format, encoder.tokenizer, encoder.encoding.bad_rows)
             report_prompts("predict_data", prompts)
             return prompts.dataset
         self._load_validation(encoder)
@@ -137,7 +136,7 @@ class RowStore:
             raise _missing(split, stage)
         weights = self._settings.weights if split == "train" else {}
         sources, sources_per_name = open_weighted(weights, argument) if weights else (open_sources(data, argument), [])
-        encoded = encode_rows(sources, encoder.row_format, encoder.tokenizer, encoder.encoding, self._num_proc)
+        encoded = encode_rows(sources, encoder, self._settings.num_proc)
         report_rows(argument, encoded, encoder, sources)
         weighted: list[WeightedSource] = []
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list

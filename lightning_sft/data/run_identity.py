@@ -14,7 +14,7 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         now: Likewise, as it is now.
 
     Raises:
-        SettingsError: If they differ. The message names what differs first.
+        SettingsError: If they differ; the message names the first difference.
     """
     for name in dict.fromkeys(["streaming", *now, *saved]):
         then, today = saved.get(name, False), now.get(name, False)

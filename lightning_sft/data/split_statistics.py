@@ -1,4 +1,4 @@
-"""What a split holds, in numbers."""
+"""The numbers of a split."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

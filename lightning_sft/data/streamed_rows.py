@@ -1,7 +1,7 @@
 """Training rows that are read and tokenised while training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -70,8 +70,7 @@ class StreamedRows:
     def count_steps(self) -> None:
         """None, since the number of rows is not known.
 
-        Raises:
-            SettingsError: If one of the first rows is longer than `max_tokens_per_microbatch`.
+        As `TrainingRows.count_steps`, it refuses rows that are too long.
         """
         self._first.count_steps()
 
@@ -112,7 +111,7 @@ class StreamedRows:
     def state(self, num_steps: int) -> dict[str, Any]:
         """What the order of the rows depends on, the bookmark of the last step, and whether an epoch ends there."""
         bookmark = self._bookmarks.get(num_steps)
-        last = None if bookmark is None else bookmark.to_values()
+        last = None if bookmark is None else asdict(bookmark)
         return {**self._identity, "last": last, "ends_epoch": self.position(num_steps).is_whole}
 
     def resume(self, state: Mapping[str, Any]) -> None:

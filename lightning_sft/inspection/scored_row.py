@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.example import Example
+from lightning_sft.data.tokens.token_ids import decode_ids
 from lightning_sft.data.tokens.tokenization import token_texts
 
 _DECIMALS = 4  # of values of single tokens in files
@@ -70,11 +71,10 @@ class ScoredRow:
             log_probs[place - first], entropies[place - first] = round(log_prob, _DECIMALS), round(entropy, _DECIMALS)
         mean_log_prob, mean_entropy, accuracy = scores.double().mean(dim=1).tolist() if learnt else (0.0, 0.0, 0.0)
         tokens = token_texts(tokenizer, ids[first:])
-        prompt = tokenizer.decode(ids[:first], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return cls(
             index=index,
             location=location,
-            prompt=str(prompt),
+            prompt=decode_ids(tokenizer, ids[:first]),
             response="".join(tokens),
             loss=-mean_log_prob,
             token_entropy=mean_entropy,

@@ -20,7 +20,7 @@ from support.templates import FOLDER, NAMES, SHAPES, TOOLS, template_tokenizer
 from lightning_sft.data.chat.chat_encoding import ChatEncoder
 from lightning_sft.data.chat.conversation import read_conversation
 from lightning_sft.data.encoded_rows import encode_rows
-from lightning_sft.data.encoding import Encoding
+from lightning_sft.data.encoding import Encoding, RowEncoder
 from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.errors import SettingsError
@@ -95,7 +95,8 @@ def race(tokenizer: PreTrainedTokenizerBase, name: str, num_rows: int, rounds: i
         with tempfile.TemporaryDirectory() as folder:
             datasets.config.HF_DATASETS_CACHE = Path(folder)
             tokenizer.chat_template = own
-            encode_rows(open_sources(rows, "train_data"), RowFormat(), tokenizer, Encoding(), num_proc=1)
+            encoder = RowEncoder(RowFormat(), tokenizer, Encoding())
+            encode_rows(open_sources(rows, "train_data"), encoder, num_proc=1)
 
     def trl() -> None:
         def tokenise(row: dict[str, list[dict[str, str]]]) -> dict[str, list[int]]:

@@ -17,11 +17,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from lightning_sft.data.encoded_rows import (
-    EncodedRows,
-    encode_rows,
-)
-from lightning_sft.data.encoding import Encoding
+from lightning_sft.data.encoded_rows import EncodedRows, encode_rows
+from lightning_sft.data.encoding import Encoding, RowEncoder
 from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.rows.sources import open_sources
 from support.models import character_tokenizer
@@ -31,7 +28,9 @@ def encode(data: object, tokenizer: PreTrainedTokenizerFast | None = None, **opt
     row_format = RowFormat(**{name: options.pop(name) for name in RowFormat.__dataclass_fields__ if name in options})
     num_proc = options.pop("num_proc", None)
     tokenizer = tokenizer or character_tokenizer()
-    return encode_rows(open_sources(data, "train_data"), row_format, tokenizer, Encoding(**options), num_proc)
+    return encode_rows(
+        open_sources(data, "train_data"), RowEncoder(row_format, tokenizer, Encoding(**options)), num_proc
+    )
 
 
 def refusal(data: object, error: type[Exception] = ValueError, **options: object) -> str:

@@ -73,12 +73,7 @@ class RowProblems:
 
 @dataclass(frozen=True)
 class CountedBadRows:
-    """Rows of which the same is wrong.
-
-    Attributes:
-        first: The first of them.
-        num_rows: How many they are.
-    """
+    """Rows of which the same is wrong: the first of them, and how many they are."""
 
     first: BadRow
     num_rows: int
@@ -89,11 +84,7 @@ class CountedBadRows:
 
 
 class BadRowCounts:
-    """Bad rows, counted by what is wrong with them.
-
-    Args:
-        rows: The first of them.
-    """
+    """Bad rows, counted by what is wrong with them."""
 
     def __init__(self, rows: Iterable[BadRow] = ()) -> None:
         self._counted: dict[str, CountedBadRows] = {}

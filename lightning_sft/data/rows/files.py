@@ -40,12 +40,7 @@ def is_remote(name: str) -> bool:
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is by its name.
-
-    Attributes:
-        suffix: One of `SUFFIXES`; empty if it has none of them.
-        compression: A suffix after that, such as `.gz`; empty if there is none.
-    """
+    """What a file is by its name: one of `SUFFIXES`, and its compression, such as `.gz`; each empty if it has none."""
 
     suffix: str
     compression: str = ""
@@ -84,13 +79,7 @@ def local_copy(path: str) -> str:
 
 
 def unreadable(argument: str, path: str, error: BaseException) -> SettingsError:
-    """What a user is told of a file that cannot be read.
-
-    Args:
-        argument: What messages call the argument that names it.
-        path: Its path or address.
-        error: What came of reading it.
-    """
+    """What a user is told of a file that cannot be read; an argument of this name gives it."""
     return SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}")
 
 

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.chat.chat_encoding import ChatEncoder
-from lightning_sft.data.rows.bad_rows import BadRow, BadRows, RowProblems
+from lightning_sft.data.rows.bad_rows import BadRowCounts, BadRows, RowProblems
 from lightning_sft.data.rows.row_format import AnyRow, RowFormat
 from lightning_sft.data.rows.said import ChatRow, PlainPrompt, TokenPrompt
 from lightning_sft.data.rows.sources import Source
-from lightning_sft.data.rows.token_rows import check_vocabulary, decode_ids, num_token_ids
+from lightning_sft.data.rows.token_rows import check_vocabulary, num_token_ids
+from lightning_sft.data.tokens.token_ids import decode_ids
 
 _ROWS_READ_AT_ONCE = 1000
 
@@ -28,7 +28,7 @@ class PromptRows:
     """
 
     dataset: Dataset
-    bad_rows: Sequence[BadRow]
+    bad_rows: BadRowCounts
     unused_columns: Sequence[str]
 
 
@@ -46,50 +46,31 @@ def render_prompts(
     Raises:
         SettingsError: If a row is malformed; the message names file and row.
     """
-    writer, problems = _PromptWriter(tokenizer), RowProblems(on_bad_row)
+    chat_encoder, num_ids, problems = ChatEncoder(tokenizer), num_token_ids(tokenizer), RowProblems(on_bad_row)
     prompts: list[dict[str, object]] = []
     unused_columns: set[str] = set()
+
+    def columns(said: PlainPrompt | ChatRow | TokenPrompt) -> dict[str, object]:
+        if isinstance(said, PlainPrompt):
+            return {"prompt": said.prompt, "ground_truth": said.ground_truth, "is_chat": False}
+        if isinstance(said, TokenPrompt):
+            check_vocabulary(said.input_ids, num_ids)
+            prompt, answer = decode_ids(tokenizer, said.input_ids), None
+        else:
+            prompt, answer = chat_encoder.write_prompt(said.conversation)
+        ground_truth = answer if said.ground_truth is None else said.ground_truth
+        return {"prompt": prompt, "ground_truth": ground_truth, "is_chat": True}
+
     for number, (location, row) in enumerate(_read(sources)):
         with problems.caught(number, location):
-            rendered = row_format.render_prompt(row)
-            prompts.append(writer.write(rendered))
-            unused_columns.update(rendered.unused_columns)
-    return PromptRows(Dataset.from_list(prompts), list(problems.found.values()), sorted(unused_columns))
+            said = row_format.render_prompt(row)
+            prompts.append(columns(said))
+            unused_columns.update(said.unused_columns)
+    return PromptRows(Dataset.from_list(prompts), BadRowCounts(problems.found.values()), sorted(unused_columns))
 
 
 def _read(sources: Sequence[Source]) -> Iterator[tuple[str, AnyRow]]:
     for source in sources:
         for start in range(0, len(source.rows), _ROWS_READ_AT_ONCE):
             indices = range(start, min(start + _ROWS_READ_AT_ONCE, len(source.rows)))
-            yield from source.decode(source.rows[start : indices.stop], list(indices))
-
-
-@dataclass
-class _PromptWriter:
-    """Writes what rows say to a model.
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def write(self, said: PlainPrompt | ChatRow | TokenPrompt) -> dict[str, object]:
-        """The columns of `PromptRows.dataset`."""
-        if isinstance(said, PlainPrompt):
-            return {"prompt": said.prompt, "ground_truth": said.ground_truth, "is_chat": False}
-        if isinstance(said, TokenPrompt):
-            check_vocabulary(said.input_ids, self._num_ids)
-            (prompt,) = decode_ids(self.tokenizer, said.input_ids)
-            return {"prompt": prompt, "ground_truth": said.ground_truth, "is_chat": True}
-        prompt, answer = self._chat_encoder.write_prompt(said.conversation)
-        ground_truth = answer if said.ground_truth is None else said.ground_truth
-        return {"prompt": prompt, "ground_truth": ground_truth, "is_chat": True}
-
-    @cached_property
-    def _chat_encoder(self) -> ChatEncoder:
-        return ChatEncoder(self.tokenizer)
-
-    @cached_property
-    def _num_ids(self) -> int:
-        return num_token_ids(self.tokenizer)
+            yield from source.decode(source.rows[indices], indices)

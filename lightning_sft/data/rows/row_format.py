@@ -1,6 +1,7 @@
 """The format of rows: which columns are the prompt, the output and the ground truth, or a conversation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +19,17 @@ from lightning_sft.errors import SettingsError, one_line, shorten
 
 Row: TypeAlias = Mapping[str, Any]
 AnyRow: TypeAlias = Row | UnreadableRow
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Name the argument whose function fails. A ready one raises a `SettingsError`, which says enough."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"`{argument}` failed: {type(error).__name__}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -147,29 +159,19 @@ class RowFormat:
         given = (self.prompt_field, self.output_field) != (RowFormat.prompt_field, RowFormat.output_field)
         return given or self.prompt_template is not None or self.text_field is not None
 
-    def _is_used(self, row: Row) -> bool:
-        try:
-            return self.row_filter is None or bool(self.row_filter(dict(row)))
-        except SettingsError:  # of a ready one, in our own words
-            raise
-        except Exception as error:
-            raise SettingsError(f"`row_filter` failed: {type(error).__name__}: {one_line(error)}") from error
-
     def _transformed(self, row: AnyRow) -> Row:
         if isinstance(row, UnreadableRow):
             raise SettingsError(row.problem)
-        if not self._is_used(row):
-            raise FilteredRowError
-        if self.row_transform is None:
-            return row
-        try:
-            row = self.row_transform(dict(row))
-        except SettingsError:  # of a ready one, in our own words
-            raise
-        except Exception as error:
-            raise SettingsError(f"`row_transform` failed: {type(error).__name__}: {one_line(error)}") from error
-        if not isinstance(row, Mapping):
-            raise SettingsError(f"`row_transform` returned {shorten(row)}, expected a dictionary.")
+        if self.row_filter is not None:
+            with _named("row_filter"):
+                is_used = bool(self.row_filter(dict(row)))
+            if not is_used:
+                raise FilteredRowError
+        if self.row_transform is not None:
+            with _named("row_transform"):
+                row = self.row_transform(dict(row))
+            if not isinstance(row, Mapping):
+                raise SettingsError(f"`row_transform` returned {shorten(row)}, expected a dictionary.")
         return row
 
     def _conversation(self, row: Row) -> Conversation | None:
@@ -196,9 +198,8 @@ class RowFormat:
 
     def _chat_row(self, row: Row, prompt: str, output: str | None, ground_truth: str | None) -> ChatRow:
         """A row without messages, whose prompt and output become turns."""
-        columns = ["prompt", "output"]
         row_of_texts = {**row, "prompt": prompt, "output": output}
-        conversation = read_conversation(row_of_texts, columns, self.chat_template_kwargs)
+        conversation = read_conversation(row_of_texts, ["prompt", "output"], self.chat_template_kwargs)
         return ChatRow(conversation, ground_truth, self._unused_columns(row))
 
     def _refuse_preferences(self, row: Row) -> None:
@@ -213,21 +214,16 @@ class RowFormat:
     def _unused_columns(self, row: Row) -> tuple[str, ...]:
         if self.row_transform is not None:  # which has seen them
             return ()
-        used = {*self._prompt_columns, self.output_field, self.ground_truth_field}
-        used |= {"system"} if self.as_chat else set()
+        template = self.prompt_template
+        of_prompt = (self.prompt_field,) if template is None else template_columns(template)
+        used = {*of_prompt, self.output_field, self.ground_truth_field, *(("system",) if self.as_chat else ())}
         return tuple(column for column in EASILY_MISSED if row.get(column) and column not in used)
-
-    @property
-    def _prompt_columns(self) -> tuple[str, ...]:
-        if self.prompt_template is None:
-            return (self.prompt_field,)
-        return template_columns(self.prompt_template)
 
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:
             return self._text(row, self.prompt_field, "prompt_field")
-        fields = self._prompt_columns
-        return self.prompt_template.format(**{field: self._text(row, field, "prompt_template") for field in fields})
+        columns = template_columns(self.prompt_template)
+        return self.prompt_template.format(**{name: self._text(row, name, "prompt_template") for name in columns})
 
     def _ground_truth(self, row: Row) -> str | None:
         if self.ground_truth_field == RowFormat.ground_truth_field and row.get(self.ground_truth_field) is None:

@@ -25,12 +25,7 @@ _JSON_FEATURES = Features({"location": Value("string"), "json": Value("string"),
 
 
 def full_location(location: str, only_source: str | None) -> str:
-    """A row's location with its source.
-
-    Args:
-        location: Such as `line 3`, or, of one of several sources, `line 3 of train.jsonl`.
-        only_source: The name of the source, if there is one alone.
-    """
+    """A row's location with its source, which is in it already if there are several sources."""
     return location if only_source is None else f"{location} of {only_source}"
 
 
@@ -49,7 +44,7 @@ class Source:
     rows: Dataset
     is_json: bool = False
 
-    def decode(self, batch: dict[str, list[Any]], indices: list[int]) -> Iterator[tuple[str, AnyRow]]:
+    def decode(self, batch: dict[str, list[Any]], indices: Sequence[int]) -> Iterator[tuple[str, AnyRow]]:
         """The rows of a batch, each with its location, such as `line 3 of train.jsonl`.
 
         Args:

@@ -21,9 +21,6 @@ def read_tokens(row: Mapping[str, Any]) -> Example:
     so; without any of them all tokens are. Labels are not shifted: at each position there is the id or -100. What
     `attention_mask` says is padding is left out.
 
-    Args:
-        row: With `input_ids`.
-
     Raises:
         SettingsError: If a column is no list of the right numbers or lengths differ; nothing is learnt; or several
             texts are packed into the row.
@@ -40,9 +37,6 @@ def read_tokens(row: Mapping[str, Any]) -> Example:
 
 def read_prompt_tokens(row: Mapping[str, Any]) -> list[int]:
     """The tokens before the last stretch that is learnt; all if no column marks any, so that a model goes on from them.
-
-    Args:
-        row: With `input_ids`.
 
     Raises:
         SettingsError: As `read_tokens`.
@@ -72,7 +66,9 @@ def _ids_and_marks(row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         if len(values) != len(ids):
             raise SettingsError(f"`{name}` has {len(values)} values, but `{IDS}` has {len(ids)}.")
         if name != "labels":
-            _check_mask(name, values)
+            for position, value in enumerate(values):
+                if value not in (0, 1):
+                    raise SettingsError(f"`{name}` has {value} at position {position}, expected 0 or 1.")
     _check_labels(columns.get("labels", []), ids)
     start, end = _unpadded(padding)
     _refuse_packed(row, start, end)
@@ -82,15 +78,7 @@ def _ids_and_marks(row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
 
 
 def check_vocabulary(ids: Sequence[int], num_ids: int) -> None:
-    """Refuse ids that the tokenizer does not have.
-
-    Args:
-        ids: Of a row that is tokenised already.
-        num_ids: One more than the tokenizer's highest id.
-
-    Raises:
-        SettingsError: The message shows the first of them.
-    """
+    """Refuse ids that a tokenizer does not have, whose highest is `num_ids - 1`."""
     if ids and not (min(ids) >= 0 and max(ids) < num_ids):
         position = next(number for number, token_id in enumerate(ids) if not 0 <= token_id < num_ids)
         raise SettingsError(
@@ -104,12 +92,6 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def decode_ids(tokenizer: PreTrainedTokenizerBase, *parts: Sequence[int]) -> list[str]:
-    """The texts of ids, special tokens included."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return [str(tokenizer.decode(list(ids), **options)) for ids in parts]
-
-
 def _numbers(value: object, column: str) -> list[int]:
     if hasattr(value, "tolist"):  # an array or a tensor that `row_transform` has returned
         value = value.tolist()
@@ -121,12 +103,6 @@ def _numbers(value: object, column: str) -> list[int]:
         if type(number) is not int and type(number) is not bool:
             raise SettingsError(f"`{column}` has {shorten(number)} at position {position}, expected a whole number.")
     return list(map(int, value))
-
-
-def _check_mask(column: str, values: Sequence[int]) -> None:
-    for position, value in enumerate(values):
-        if value not in (0, 1):
-            raise SettingsError(f"`{column}` has {value} at position {position}, expected 0 or 1.")
 
 
 def _check_labels(labels: Sequence[int], ids: Sequence[int]) -> None:

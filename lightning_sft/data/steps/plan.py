@@ -65,12 +65,7 @@ class StepTotals:
     num_attended: int = 0
 
     def __add__(self, other: "StepTotals") -> "StepTotals":
-        return StepTotals(
-            self.num_sequences + other.num_sequences,
-            self.num_tokens + other.num_tokens,
-            self.num_response_tokens + other.num_response_tokens,
-            self.num_attended + other.num_attended,
-        )
+        return StepTotals(**{name: number + getattr(other, name) for name, number in vars(self).items()})
 
     def times(self, factor: float) -> "StepTotals":
         """These totals times a factor, rounded."""

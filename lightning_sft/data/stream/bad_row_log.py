@@ -11,7 +11,7 @@ class BadRowLog:
     """Says which rows of a stream are left out: the first of each kind, and how many whenever they are ten times more.
 
     Args:
-        argument: The name of the argument that the rows come from.
+        argument: Which the rows come from.
         known: Rows of which it is said already what is wrong with them.
     """
 

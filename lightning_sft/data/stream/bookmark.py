@@ -1,7 +1,7 @@
 """Where a run is in a stream of rows, as a checkpoint keeps it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_sft.data.stream.stream_order import StreamPosition
@@ -27,13 +27,9 @@ class Bookmark:
     epoch: int = 0
     num_steps_in_epoch: int = 1
 
-    def to_values(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self)
-
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "Bookmark":
-        """The bookmark that `to_values` has written."""
+        """The bookmark whose `asdict` is given, as a checkpoint has it."""
         return cls(**{**values, "begin": StreamPosition.from_values(values["begin"])})
 
     def of_next(self, begin: StreamPosition, content: str, num_passes: int) -> "Bookmark":

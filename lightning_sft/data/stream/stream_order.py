@@ -1,7 +1,7 @@
 """The order of streamed rows: block after block of all sources, each block shuffled, from any position on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,26 +35,16 @@ class StreamPosition:
         """The beginning of the data once more."""
         return StreamPosition(num_passes=self.num_passes + 1)
 
-    def to_values(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self)
-
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "StreamPosition":
-        """The position that `to_values` has written."""
+        """The position whose `asdict` is given."""
         of_source = values["source_position"]
         return cls(**{**values, "source_position": None if of_source is None else SourcePosition(**of_source)})
 
 
 @dataclass(frozen=True)
 class StreamedRow:
-    """A row, and where the one after it is taken.
-
-    Attributes:
-        location: Where it comes from, such as `line 3 of train.jsonl`.
-        row: The row.
-        after: The position of the next row.
-    """
+    """A row, its location, such as `line 3 of train.jsonl`, and the position of the next row."""
 
     location: str
     row: AnyRow

@@ -1,4 +1,6 @@
-"""Token ids of many texts, as fast as a tokenizer gives them."""
+"""Token ids of many texts, as fast as a tokenizer gives them; and the text of ids."""
+
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -6,12 +8,7 @@ _MANY = 8
 
 
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The token ids of texts as `tokenizer(texts, add_special_tokens=False)` gives them.
-
-    Args:
-        texts: Any number of them.
-        tokenizer: Any Hugging Face tokenizer.
-    """
+    """The token ids of texts as `tokenizer(texts, add_special_tokens=False)` gives them."""
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -31,3 +28,8 @@ def _leaves_texts_to_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
     return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
         getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
     )
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids, special tokens included."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,7 +1,7 @@
 """From strings to token ids: prompt and output are tokenised apart, joined, and the response is marked."""
 
 from collections.abc import Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.collation import collate_padded
 from lightning_sft.data.tokens.example import Example
-from lightning_sft.data.tokens.texts import check_is_text
-from lightning_sft.data.tokens.token_ids import token_ids
+from lightning_sft.data.tokens.texts import check_is_text, common_length
+from lightning_sft.data.tokens.token_ids import decode_ids, token_ids
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 
@@ -150,22 +150,15 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
         ids: Token ids of one text, or of any part of it.
 
     Returns:
-        One piece for each id. Joined they are
-        `tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)`.
+        One piece for each id. Joined they are what `decode_ids` gives.
     """
     ids = [int(token_id) for token_id in ids]
-
-    def decode(length: int) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(tokenizer.decode(ids[:length], **options))
-
-    whole = decode(len(ids))
+    whole = decode_ids(tokenizer, ids)
     pieces = _streamed(tokenizer, ids)
     if not whole.startswith("".join(pieces)) or not pieces:  # slower, by decoding again from the start for each token
         ends = [0]
         for length in range(1, len(ids) + 1):
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, decode(length), strict=False))
-            ends.append(max(ends[-1], sum(1 for _ in same)))
+            ends.append(max(ends[-1], common_length(whole, decode_ids(tokenizer, ids[:length]))))
         pieces = [whole[start:end] for start, end in pairwise(ends)]
     if pieces:
         pieces[-1] += whole[len("".join(pieces)) :]  # bytes that complete no character

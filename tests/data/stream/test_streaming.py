@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import asdict
 from itertools import islice
 
 import pytest
@@ -132,7 +133,7 @@ def test_from_any_place_on_the_rows_are_the_same(tmp_path, kind):
     assert len({each.location for each in straight[:size]}) == (12 if kind == "several" else 11)
     found, position = [], StreamPosition()
     while len(found) < 40:
-        position = StreamPosition.from_values(json.loads(json.dumps(position.to_values())))
+        position = StreamPosition.from_values(json.loads(json.dumps(asdict(position))))
         found += list(islice(ordered_rows(streams, 4, 0, position), 3))
         position = found[-1].after
     assert [(each.location, each.row) for each in found[:40]] == [(each.location, each.row) for each in straight]
