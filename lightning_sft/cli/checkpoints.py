@@ -77,9 +77,6 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
 def check_init_from(config: Namespace) -> None:
     """Refuse a checkpoint that a run cannot begin with, before anything else is.
 
-    Args:
-        config: Settings of the command.
-
     Raises:
         MissingFileError: There is no such file.
         SettingsError: A run is to be continued at the same time; or it is no checkpoint, or not whole, or holds what

@@ -12,24 +12,14 @@ _FILE = "loggers.yaml"
 
 @dataclass(frozen=True)
 class FurtherLogger:
-    """A logger of a run.
-
-    Attributes:
-        kind: The name of its class.
-        version: What it calls the run; None if it has no name for it.
-    """
+    """The name of a logger's class, and what the logger calls the run; None if it has no name for it."""
 
     kind: str
     version: str | int | None
 
 
 def save_further_loggers(loggers: Sequence[Logger], folder: Path) -> None:
-    """Note in a run's folder what the loggers beyond the first call the run.
-
-    Args:
-        loggers: Of the run, which have begun.
-        folder: Of the run.
-    """
+    """Note in a run's folder what its loggers beyond the first call the run."""
     found = [FurtherLogger(type(logger).__name__, logger.version) for logger in loggers[1:]]
     if found:
         (folder / _FILE).write_text(yaml.safe_dump([asdict(each) for each in found]), encoding="utf-8")

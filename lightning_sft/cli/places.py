@@ -33,11 +33,7 @@ def check_log_folders(trainer: L.Trainer) -> None:
 
 
 def tell_places(trainer: L.Trainer) -> None:
-    """Print where everything is that a training run leaves; every process has to call this.
-
-    Args:
-        trainer: The run's trainer, which is done.
-    """
+    """Print where everything is that a training run has left; every process has to call this."""
     folder = run_folder(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

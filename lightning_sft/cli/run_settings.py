@@ -33,11 +33,7 @@ class LoggerArguments:
     if_unnamed: str = ""
 
     def folder_name(self, options: Namespace) -> str:
-        """The folder of its runs, below `save_dir`.
-
-        Args:
-            options: The logger's arguments.
-        """
+        """The folder of its runs, below `save_dir`."""
         return options.get(self.name, "lightning_logs") or self.if_unnamed
 
 
@@ -50,22 +46,14 @@ _OF_LOGGERS = {
 
 
 class RunSettings:
-    """The loggers and folders in the settings of a command.
-
-    Args:
-        config: Settings of the command; changed in place.
-    """
+    """The loggers and folders in the settings of a command, which are changed in place."""
 
     def __init__(self, config: Namespace) -> None:
         self._config = config
 
     @property
     def root(self) -> Path:
-        """`default_root_dir`.
-
-        Raises:
-            SettingsError: If it is an address.
-        """
+        """`default_root_dir`, which must be no address."""
         folder = self._config.trainer.default_root_dir or os.getcwd()
         check_is_local("`trainer.default_root_dir`", folder)
         return Path(folder)
@@ -129,11 +117,7 @@ class RunSettings:
         return bool(options) and options.get("experiment_name") == self._options.get("experiment_name")
 
     def continue_in(self, run: Path) -> None:
-        """Let a run go on in the folder that it has, where its logger appends to what it has written.
-
-        Args:
-            run: The folder.
-        """
+        """Let a run go on in the folder that it has, where its logger appends to what it has written."""
         if self._first is None:
             self._config.trainer.default_root_dir = str(run)
             return

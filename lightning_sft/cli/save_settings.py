@@ -11,13 +11,7 @@ from lightning_sft.training.run_folder import run_folder, use_folder
 
 
 class SaveSettings(SaveConfigCallback):
-    """Saves a run's settings in its folder; those of an evaluation in the same folder do not take their place.
-
-    Args:
-        parser: Of the command.
-        config: The settings.
-        as_given: What is saved in their place.
-    """
+    """Saves a run's settings `as_given` in its folder; those of an evaluation there do not take their place."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, as_given: Namespace | None = None) -> None:
         super().__init__(parser, config if as_given is None else as_given, save_to_log_dir=False)

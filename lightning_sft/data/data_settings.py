@@ -13,18 +13,7 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the rows of each split come from and how they are read; all arguments as `SFTDataModule` has them.
-
-    Args:
-        train_data: Sources of the training rows, perhaps with weights.
-        val_data: Sources of the validation rows.
-        test_data: Sources of the test rows.
-        predict_data: Sources of the prompts of `predict`.
-        val_fraction: Share of the training rows that is for validation.
-        streaming: Whether training rows are read while training.
-        shuffle_buffer: Of streamed rows, how many are shuffled together.
-        num_workers: Processes that collate batches ahead of time.
-        num_proc: Processes that tokenise.
+    """Where the rows of each split come from and how they are read; `SFTDataModule` explains the settings.
 
     Raises:
         SettingsError: If an argument is of another type or out of range, or two exclude each other.

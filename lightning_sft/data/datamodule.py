@@ -22,9 +22,10 @@ from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
-from lightning_sft.data.tokens.microbatch import Layout, choose_layout
+from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.data.tokens.tokenizer import load_tokenizer, name_or_tokenizer
 from lightning_sft.data.training_rows import TrainingRows
+from lightning_sft.errors import SettingsError
 from lightning_sft.loops.trainer_state import logged_metrics
 from lightning_sft.loops.training_run import EpochLoader, TrainingRun
 
@@ -71,8 +72,7 @@ class SFTDataModule(L.LightningDataModule):
         row_transform: Function called with each row first; returns the row to use instead. Ready for rows of other
             programs are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
         row_filter: Function called with each row as it is read; rows for which it is false are left out.
-        text_field: Column with texts that are learnt as wholes. Default: `text`, in rows that have neither prompt nor
-            output.
+        text_field: Column with texts that are learnt as wholes. Default: `text`, in rows without prompt and output.
         as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
             assistant's turn, after a column `system`.
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
@@ -97,10 +97,8 @@ class SFTDataModule(L.LightningDataModule):
             how long the run is, and where the data ends it begins again. Every process reads all rows and tokenises its
             share of them. A run that continues reads a file of text from its start and skips what it has had; Parquet
             files and data sets go on where they stopped.
-        shuffle_buffer: With `streaming`, rows are read in blocks of this many, and each block is shuffled; 1 keeps the
-            order of the data.
-        num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also reads and
-            tokenises.
+        shuffle_buffer: With `streaming`, rows are read and shuffled in blocks of this many; 1 keeps their order.
+        num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which tokenises, too.
         num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8 and at most one for each core.
 
     Raises:
@@ -276,16 +274,18 @@ class SFTDataModule(L.LightningDataModule):
         return {"data": self._rows.facts(), "settings": settings, "prompt_template": self._row_format.prompt_template}
 
     def layout_for(self, module: object) -> Layout:
-        """How the microbatches of a module are laid out.
+        """As the user wants, or else packed where the module takes that.
 
         Args:
-            module: It says in `why_not_packed` whether it takes packed ones.
+            module: Whose `why_not_packed` is the reason why it does not; empty if it does.
 
         Raises:
             SettingsError: If they are to be packed, and the module cannot take that.
         """
         reason = getattr(module, "why_not_packed", "there is no module that takes packed batches")
-        return choose_layout(self.layout, reason)
+        if self.layout == "packed" and reason:
+            raise SettingsError(f"`layout` is 'packed', but {reason}. Use 'padded'.")
+        return self.layout or ("padded" if reason else "packed")
 
     def _loader_options(self) -> LoaderOptions:
         module = getattr(self.trainer, "lightning_module", None)

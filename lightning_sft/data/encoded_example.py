@@ -89,9 +89,7 @@ ENCODED_FEATURES = Features(
 def to_table(encoded: Sequence[EncodedExample], row_numbers: Sequence[int] | None = None) -> pa.Table:
     """The columns of `ENCODED_FEATURES`; made here, since `datasets` would look at every value by itself.
 
-    Args:
-        encoded: The examples.
-        row_numbers: The number that each row which was encoded has in its source. By default they are numbered from 0.
+    `row_numbers` are those of the encoded rows in their source, by default from 0.
     """
     texts, examples = [each.text for each in encoded], [each.example for each in encoded]
     columns = {

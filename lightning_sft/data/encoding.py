@@ -30,14 +30,10 @@ TooLong = Literal["error", "drop", "truncate"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become token ids.
+    """How rows become token ids; `SFTDataModule` explains the settings.
 
-    Args:
-        max_length: The most tokens of prompt and response together, EOS included; no limit if None.
-        too_long: What happens to longer rows: an error, or they are dropped, or cut at the end (losing their EOS). A
-            row whose prompt alone leaves no room for a response is dropped under `truncate` too.
-        append_eos: Whether each response ends in EOS. Conversations end as the chat template has it.
-        bad_rows: Whether a malformed row is an error, or is left out. A row that is too long is not malformed.
+    A row whose prompt alone leaves no room for a response is dropped under `truncate`, too. One that is too long is not
+    malformed: `bad_rows` does not concern it.
 
     Raises:
         SettingsError: If an argument is of another type or out of range, or `too_long` is given without `max_length`.

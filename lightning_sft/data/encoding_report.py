@@ -61,11 +61,7 @@ class EncodingReport:
 
 
 def count_notices(notices_of_rows: Iterable[tuple[int, Sequence[Notice]]]) -> list[CountedNotice]:
-    """Count the rows that notices of each kind are about.
-
-    Args:
-        notices_of_rows: The number of a row, and what is to be known of one of its examples.
-    """
+    """Count the rows that notices of each kind are about, given the notices of each example with its row's number."""
     first: dict[str, Notice] = {}
     counts: Counter[str] = Counter()
     seen: set[tuple[int, str]] = set()

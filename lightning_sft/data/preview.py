@@ -29,15 +29,7 @@ def preview_rows(
     tokenizer: PreTrainedTokenizerBase,
     encoding: Encoding,
 ) -> "Preview":
-    """The first training rows as the model will see them, and what the splits hold.
-
-    Args:
-        train: The training rows.
-        val: The validation rows.
-        num_rows: How many rows are shown.
-        tokenizer: Of the rows.
-        encoding: How they became token ids.
-    """
+    """The first `num_rows` training rows as the model will see them, and what the splits hold."""
     splits = {train.label: train.statistics()}
     if val is not None:
         splits[val.label] = replace(val.statistics(), steps_per_epoch=None)

@@ -66,14 +66,7 @@ def report_prompts(argument: str, prompts: PromptRows) -> None:
 
 
 def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_long: int | None = None) -> SettingsError:
-    """The error that no row can be used.
-
-    Args:
-        title: Which rows these are.
-        bad_rows: Those of them that are bad.
-        limit: What is wrong with others: they are too long.
-        num_too_long: How many those are, if it is known.
-    """
+    """The error that no row can be used: some are bad, others longer than a limit (so many, if it is known)."""
     if not bad_rows.total:
         rows = "all rows are" if num_too_long is None else f"all {num_too_long:,} rows are"
         rows = "its only row is" if num_too_long == 1 else rows

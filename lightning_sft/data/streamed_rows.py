@@ -35,7 +35,7 @@ class StreamedRows:
     tell of errors before training.
 
     Args:
-        data: A file, a glob pattern, a hub data set's name or a list of these.
+        data: As `open_streams` takes it.
         encoder: Tokenises rows, and drops some.
         rule: How rows are put into optimizer steps.
         rows_per_block: Rows that are in memory, and shuffled, together.

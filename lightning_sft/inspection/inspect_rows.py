@@ -98,12 +98,7 @@ def _run_folder(trainer: L.Trainer, ckpt_path: str | None) -> Path:
 
 
 class InspectedRows(L.LightningDataModule):
-    """All rows of a split, each once, in the place of validation rows.
-
-    Args:
-        data: Has them.
-        split: Whose.
-    """
+    """All rows of a split, each once, in the place of validation rows."""
 
     def __init__(self, data: SFTDataModule, split: Split) -> None:
         super().__init__()
@@ -145,13 +140,7 @@ class InspectedRows(L.LightningDataModule):
 
 
 class RowInspector(L.Callback):
-    """Writes each row that is evaluated, and at the end a page of those with the highest loss.
-
-    Args:
-        data: The rows.
-        folder: Where they are written.
-        num_rows: Rows on the page.
-    """
+    """Writes each row that is evaluated into a folder, and at the end a page of the hardest `num_rows`."""
 
     inspection: Inspection
     _file: IO[bytes] | None = None

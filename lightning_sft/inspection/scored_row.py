@@ -54,13 +54,8 @@ class ScoredRow:
     ) -> "ScoredRow":
         """Put together what is known of an example.
 
-        Args:
-            index: As the attribute.
-            location: As the attribute.
-            example: Its tokens.
-            scores: Log-probability, entropy and whether it is the model's first choice of each label that counts in the
-                loss, `(3, num_response_labels)`, in main memory.
-            tokenizer: Of the tokens.
+        `scores` are the log-probability, the entropy, and whether it is the model's first choice, of each label that
+        counts in the loss: `(3, num_response_labels)`, in main memory.
         """
         ids = [int(token_id) for token_id in example.input_ids]
         learnt = [label + 1 for start, end in example.response_labels() for label in range(start, end)]

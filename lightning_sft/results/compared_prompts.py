@@ -25,20 +25,13 @@ class ComparedPrompt:
     responses: list[list[GenerationRecord]]
 
     def reward(self, run: int) -> float | None:
-        """The mean reward of a run's responses; None if none of them has one.
-
-        Args:
-            run: Its place among the runs.
-        """
+        """The mean reward of the responses of a run, by its place among the runs; None if none of them has one."""
         rewards = [record.reward for record in self.responses[run] if record.reward is not None]
         return math.fsum(rewards) / len(rewards) if rewards else None
 
 
 def match_prompts(runs: Sequence[Sequence[GenerationRecord]]) -> list[ComparedPrompt]:
-    """Match the prompts of several runs by their text.
-
-    Args:
-        runs: The records of each.
+    """Match the prompts of several runs by their text, given the records of each run.
 
     Returns:
         Each text once, with all of its samples: first those of the first run in its order, then what only others have.
@@ -81,12 +74,7 @@ class RewardDifference:
 
 
 def reward_difference(prompts: Sequence[ComparedPrompt], run: int) -> RewardDifference:
-    """Compare the rewards of a run with those of the first one.
-
-    Args:
-        prompts: That were matched.
-        run: The run's place among the runs.
-    """
+    """Compare the rewards of a run, by its place among the runs, with those of the first one."""
     rewards = [(prompt.reward(0), prompt.reward(run)) for prompt in prompts]
     differences = np.array([other - first for first, other in rewards if first is not None and other is not None])
     low, high = bootstrap_mean(differences.tolist())

@@ -9,7 +9,7 @@ from lightning_sft.checks import check_type
 from lightning_sft.errors import SettingsError, counted, path_from_here
 from lightning_sft.generation.records import summarize
 from lightning_sft.results.compared_prompts import RewardDifference, match_prompts, reward_difference
-from lightning_sft.results.compared_run import ComparedRun, read_compared_runs
+from lightning_sft.results.compared_run import read_compared_runs
 from lightning_sft.results.comparison_page import write_page_of_runs
 
 _TOLD = ("reward", "answer_reward", "response_length", "response_entropy")  # of a summary, in the terminal
@@ -80,7 +80,7 @@ def compare_runs(
     compared = read_compared_runs(runs, names, step)
     prompts = match_prompts([run.records for run in compared])
     differences = [reward_difference(prompts, run) for run in range(1, len(compared))]
-    summaries = [_summary(run) for run in compared]
+    summaries = [summarize(run.records) if run.records else {} for run in compared]
     try:
         write_page_of_runs(path, compared, prompts, summaries, differences)
     except OSError as error:
@@ -94,7 +94,3 @@ def compare_runs(
         num_common=sum(all(prompt.responses) for prompt in prompts),
         notes=[note for run in compared for note in run.notes],
     )
-
-
-def _summary(run: ComparedRun) -> dict[str, float]:
-    return summarize(run.records) if run.records else {}

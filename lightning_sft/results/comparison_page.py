@@ -17,7 +17,6 @@ from lightning_sft.results.compared_run import ComparedRun
 
 _MOST_POINTS = 800  # of a curve: more than a screen shows
 _MOST_TOKENS = 1_500_000  # on the page, some 40 MB; the texts of all responses are there in any case
-_NOT_SHOWN_AS_CURVES = ("epoch",)
 
 
 def write_page_of_runs(
@@ -27,14 +26,7 @@ def write_page_of_runs(
     summaries: Sequence[Mapping[str, float]],
     differences: Sequence[RewardDifference],
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: The HTML file.
-        runs: All runs.
-        prompts: With their responses.
-        summaries: Of each run's responses.
-        differences: In reward, of each run but the first.
+    """Write the page; `summaries` are of each run's responses, `differences` in reward of each run but the first.
 
     Raises:
         OSError: If the file cannot be written.
@@ -123,7 +115,7 @@ def _curves(runs: Sequence[ComparedRun]) -> dict[str, list[list[list[float]]]]:
     found = {
         name: [_points(table[name]) if name in table.columns else [] for table in tables]
         for name in names
-        if name not in _NOT_SHOWN_AS_CURVES
+        if name != "epoch"
     }
     return {name: curves for name, curves in found.items() if any(curves)}
 

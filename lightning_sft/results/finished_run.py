@@ -91,7 +91,11 @@ class FinishedRun:
 
     @cached_property
     def generation_steps(self) -> list[int]:
-        """The optimizer steps at which responses were kept."""
+        """The optimizer steps at which responses were kept.
+
+        A run that has gone back to an earlier checkpoint has those of its first course, too: nothing that is stored
+        tells them apart for certain.
+        """
         names = [
             re.fullmatch(r"step_(\d+)\.jsonl", path.name) for path in (self.folder / "generations").glob("*.jsonl")
         ]
@@ -140,12 +144,6 @@ def _readable(path: Path) -> Iterator[None]:
         raise SettingsError(f"{path} cannot be read: {one_line(error)}") from error
 
 
-def _lines(path: Path) -> list[str]:
-    """Those of a run that is still writing may lack the end of the last one."""
-    text = path.read_text(encoding="utf-8")
-    return text.split("\n")[:-1]
-
-
 def _metric_files(folder: Path) -> list[Path]:
     """Files with metrics, those of one logger."""
     numbered = ((re.fullmatch(r"metrics_part_(\d+)\.csv", path.name), path) for path in folder.glob("metrics_*.csv"))
@@ -185,7 +183,7 @@ def _read_mlflow(folder: Path) -> list[tuple[int, str, float]]:
     points = []
     for path in _metric_files(folder):
         name = path.relative_to(folder / "metrics").as_posix()
-        for line in _lines(path):
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a last one without its end is half written
             _, value, step, *_ = line.split()
             points.append((int(step), name, float(value)))
     return points

@@ -38,12 +38,9 @@ def _record(line: str, location: str) -> GenerationRecord:
         fields = {name: value for name, value in json.loads(line).items() if name not in _OF_THE_FILE}
         problem = problem_of(fields, _NEEDED)
         if not problem:
-            return GenerationRecord(**fields | {"token_entropy": _number(fields["token_entropy"])})
+            if fields["token_entropy"] is None:  # it was no finite number
+                fields["token_entropy"] = math.nan
+            return GenerationRecord(**fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         problem = str(error)
     raise SettingsError(f"{location} is no record of a generation: {problem}.")
-
-
-def _number(value: float | None) -> float:
-    """What is written as null was no finite number."""
-    return math.nan if value is None else value

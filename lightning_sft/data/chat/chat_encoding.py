@@ -101,11 +101,7 @@ class ChatEncoder:
         return [replace(example, longest=longest, is_whole=len(examples) == 1) for example in examples]
 
     def write_prompt(self, conversation: Conversation) -> tuple[str, str | None]:
-        """The text for the model to go on from, and what an assistant's turn at the end says (None if that is nothing).
-
-        Raises:
-            SettingsError: If the template refuses the conversation.
-        """
+        """The text for the model to go on from, and what an assistant's turn at the end says, if it says anything."""
         conversation = self._template.fitted(conversation)
         final, num_before = conversation.messages[-1], len(conversation.messages) - 1
         if final["role"] != "assistant":
@@ -219,12 +215,7 @@ class ChatEncoder:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as token ids.
-
-    Attributes:
-        example: The tokens, and which are learnt.
-        notices: What a user is to know of it.
-    """
+    """A conversation as token ids, and what a user is to know of it."""
 
     example: Example
     notices: Sequence[Notice]

@@ -43,12 +43,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -
 
 @dataclass(frozen=True)
 class MarkedText:
-    """What a template writes.
-
-    Attributes:
-        text: All of it.
-        marked_spans: Start and end of each text in it that is marked by `{% generation %}`, in their order.
-    """
+    """What a template writes, and start and end of each text in it that `{% generation %}` marks, in their order."""
 
     text: str
     marked_spans: list[tuple[int, int]]
@@ -67,12 +62,9 @@ class ChatTemplate:
     def write(
         self, conversation: Conversation, num_messages: int | None = None, *, add_generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation's first messages, by default of all.
 
-        Args:
-            conversation: The messages, and what else the template is given.
-            num_messages: Write the first messages alone, so many. None: all.
-            add_generation_prompt: Whether the text ends in what stands before an answer of the assistant.
+        With `add_generation_prompt` it ends in what stands before an answer of the assistant.
 
         Raises:
             SettingsError: If there is no template, or it refuses the messages.
@@ -124,12 +116,7 @@ class ChatTemplate:
         return False
 
     def write_marked(self, conversation: Conversation, num_messages: int | None = None) -> MarkedText | None:
-        """What `write` returns, with what the template marks in it; None if the template has no marks.
-
-        Args:
-            conversation: The messages, and what else the template is given.
-            num_messages: Write the first messages alone, so many. None: all.
-        """
+        """What `write` returns, with what the template marks in it; None if the template has no marks."""
         if not _MARK.search(self._tokenizer.get_chat_template(tools=conversation.tools)):
             return None
         messages = self._messages(conversation.messages[:num_messages])

@@ -20,17 +20,7 @@ _NUM_WRITTEN_IN_FULL = 16  # a conversation of no more turns has all of them wri
 
 
 def write_turns(template: ChatTemplate, conversation: Conversation, indices: Sequence[int], text: str) -> list[Turn]:
-    """Write a conversation up to each of the assistant's turns that are learnt.
-
-    Args:
-        template: Writes the text.
-        conversation: All messages.
-        indices: Which of them are the turns, ascending.
-        text: The whole conversation, as the template writes it.
-
-    Raises:
-        SettingsError: As `write_turn`.
-    """
+    """Write a conversation, whose whole `text` is known, up to each turn that is learnt, by `indices` ascending."""
     if len(indices) > _NUM_WRITTEN_IN_FULL:
         turns = _from_short_conversations(template, conversation, indices, text)
         if turns is not None:

@@ -11,25 +11,14 @@ from lightning_sft.errors import SettingsError
 
 @dataclass(frozen=True)
 class LearntText:
-    """A text, and what of it is learnt.
-
-    Attributes:
-        text: All of it.
-        spans: Start and end of each part that is learnt, ascending.
-    """
+    """A text, and start and end of each part of it that is learnt, ascending."""
 
     text: str
     spans: Sequence[tuple[int, int]]
 
 
 def unlearnt_call(conversation: Conversation, turn: Turn, learnt: LearntText) -> str | None:
-    """The function of a turn's first tool call that is written, but not where something is learnt; None without one.
-
-    Args:
-        conversation: All messages.
-        turn: One that is learnt; its text begins as the whole text does.
-        learnt: What is learnt.
-    """
+    """The function of a turn's first tool call that is written, but not where something is learnt; None without one."""
     for call in conversation.messages[turn.index].get("tool_calls") or ():
         name: str = call["function"]["name"]
         start = turn.text.rfind(name, turn.start)  # calls stand last in nearly all templates
@@ -48,7 +37,7 @@ def learnt_text(
     Args:
         template: Writes the conversation.
         conversation: All messages.
-        turns: Those to learn from; the text of each begins with that of the one before.
+        turns: The text of each begins with that of the one before.
         text: The whole conversation, if it is to be the text. None: that of the last turn.
 
     Raises:

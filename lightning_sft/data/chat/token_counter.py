@@ -24,12 +24,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 @dataclass(frozen=True)
 class Alike:
-    """How many tokens two texts begin with alike.
-
-    Attributes:
-        num_tokens: The number of these tokens.
-        is_whole: Whether they are all tokens of the second of the texts.
-    """
+    """How many tokens two texts begin with alike, and whether these are all tokens of the second of them."""
 
     num_tokens: int
     is_whole: bool
@@ -41,9 +36,6 @@ class TokenCounter:
     Special tokens divide a text into parts that are tokenised apart. So of a text's beginning only the part after its
     last special token needs to be tokenised; and in conversations these parts, `assistant` and a line break for
     instance, come again and again.
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,15 +67,7 @@ class TokenCounter:
 
 @dataclass(frozen=True)
 class CountedText:
-    """A text, its token ids, and the special tokens in both.
-
-    Attributes:
-        counter: Of its tokenizer.
-        text: The text.
-        ids: Its token ids.
-        matches: The special tokens in the text.
-        places: The same in the token ids.
-    """
+    """A text, its token ids, and the special tokens in both: `matches` in the text, `places` in the ids."""
 
     counter: TokenCounter
     text: str

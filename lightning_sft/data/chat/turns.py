@@ -61,13 +61,7 @@ class Turn:
 
 
 def write_turn(template: ChatTemplate, conversation: Conversation, index: int, text: str | None = None) -> Turn:
-    """Write a conversation up to one of the assistant's turns.
-
-    Args:
-        template: Writes the text.
-        conversation: All messages.
-        index: Which of them is the turn.
-        text: The whole conversation, if it is written already.
+    """Write a conversation up to one of the assistant's turns; `text` is the whole of it, if it is written already.
 
     Raises:
         SettingsError: If the template refuses the messages, or where the turn begins cannot be told; the message names
@@ -95,11 +89,7 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int, t
 
 
 def check_has_context(index: int) -> None:
-    """Refuse a turn that no message stands before.
-
-    Raises:
-        SettingsError: If it is the first.
-    """
+    """Refuse a turn that no message stands before."""
     if index == 0:
         raise SettingsError("turn 1 (assistant) has nothing before it that a model could answer. Remove it.")
 

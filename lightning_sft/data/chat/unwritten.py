@@ -40,11 +40,6 @@ def check_is_written(template: ChatTemplate, conversation: Conversation, turn: T
     A field is written if the turn holds it as it is. Otherwise the turn is written once more with something else in its
     place: what makes no difference is not written.
 
-    Args:
-        template: Writes the conversation.
-        conversation: All messages.
-        turn: One of the assistant's turns, as the template writes it.
-
     Returns:
         What stands before the answer in the content and is left out, as DeepSeek's templates leave out the reasoning;
         usually "".
@@ -70,16 +65,7 @@ def check_is_written(template: ChatTemplate, conversation: Conversation, turn: T
 
 
 def check_tools_are_written(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """Refuse tools that make no difference to what the template writes.
-
-    Args:
-        template: Writes the conversation.
-        conversation: All messages, and the tools.
-        text: The conversation as the template writes it.
-
-    Raises:
-        SettingsError: The message names the way out.
-    """
+    """Refuse tools that make no difference to the `text` that the template writes."""
     if not conversation.tools:
         return
     try:

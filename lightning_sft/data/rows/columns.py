@@ -34,9 +34,7 @@ def unused_in_words(columns: Sequence[str]) -> str:
 def way_out(row: Mapping[str, Any], missing: Mapping[str, str]) -> str:
     """What to do with a row that lacks a prompt or an output by its default name; empty if it has nothing known.
 
-    Args:
-        row: Values by column.
-        missing: For each column that is missing, the argument that names it.
+    `missing` has for each column that the row lacks the argument that names it.
     """
     for column, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and {"role", "from"} & set(value[0]):

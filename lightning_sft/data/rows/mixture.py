@@ -44,14 +44,7 @@ class WeightedSource:
 
 
 def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
-    """Check the names of sources and their weights.
-
-    Args:
-        data: Weights by names.
-        argument: What messages call the argument that holds them.
-
-    Returns:
-        The same, each name as a string and each weight as a float.
+    """Check weights by the names of sources; return them, each name as a string and each weight as a float.
 
     Raises:
         SettingsTypeError: If a name is no text or path, or a weight no number, such as the data set of a `DatasetDict`.
@@ -80,10 +73,6 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
 def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Source], list[int]]:
     """Open the sources that the names stand for.
 
-    Args:
-        weights: From `read_weights`.
-        argument: What messages call the argument that holds them.
-
     Returns:
         The sources in the order of the names; and for each name the number of its sources, since a pattern can stand
         for many files.
@@ -107,12 +96,7 @@ def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Sou
 
 
 def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argument: str) -> list[WeightedSource]:
-    """The sources with their weights and sizes.
-
-    Args:
-        weights: From `read_weights`.
-        sizes: For each name, the number of rows that can be trained on.
-        argument: What messages call the argument that holds the weights.
+    """The sources with their weights and sizes, the numbers of rows that can be trained on.
 
     Raises:
         SettingsError: If an epoch would take no row of a source.

@@ -20,16 +20,7 @@ def load_named(name: str, argument: str, streaming: Literal[False] = False) -> D
 @overload
 def load_named(name: str, argument: str, streaming: Literal[True]) -> IterableDataset: ...
 def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """Load a data set by its name, as `open_sources` takes it.
-
-    Args:
-        name: Of the data set.
-        argument: What messages call the argument that holds the name.
-        streaming: Whether it is read while it is used, rather than now.
-
-    Raises:
-        SettingsError: If it cannot be loaded.
-    """
+    """Load a data set by its name, as `open_sources` takes it; with `streaming` it is read while it is used."""
     try:
         if (found := _saved_folder(name)) is not None:
             folder, split = found

@@ -37,12 +37,6 @@ def render_prompts(
 ) -> PromptRows:
     """Write the prompts of rows.
 
-    Args:
-        sources: From `open_sources`.
-        row_format: Which columns are what.
-        tokenizer: Any Hugging Face tokenizer.
-        on_bad_row: Whether a malformed row is an error or is left out.
-
     Raises:
         SettingsError: If a row is malformed; the message names file and row.
     """

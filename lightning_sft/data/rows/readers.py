@@ -16,11 +16,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """Stands in the place of a row that cannot be read: whoever uses the rows raises the problem, or leaves it out.
-
-    Attributes:
-        problem: Why the row cannot be read.
-    """
+    """Stands in the place of a row that cannot be read: whoever uses the rows raises the problem, or leaves it out."""
 
     problem: str
 
@@ -151,12 +147,7 @@ def _read_csv(file: "_TextFile", delimiter: str) -> Iterator[tuple[str, object]]
 
 @dataclass(frozen=True)
 class _TextFile:
-    """A file of text, read from its start each time.
-
-    Args:
-        path: Of the file.
-        kind: What it is.
-    """
+    """A file of text, read from its start each time."""
 
     path: str
     kind: FileKind

@@ -34,21 +34,10 @@ def _named(argument: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """Which columns of a row are its prompt, output and ground truth, and how the prompt is written.
+    """Which columns of a row are its prompt, output and ground truth; `SFTDataModule` explains the settings.
 
-    Args:
-        prompt_field: Column with the text before; unused with a template.
-        output_field: Column with the text to learn; a row without the default column uses `completion`.
-        ground_truth_field: Column with the reference answer; a row without the default column uses its output.
-        prompt_template: Text with `{column}` in it, or the path of a file that holds such a text (its last line
-            break is dropped). Literal braces are doubled.
-        row_transform: Called with each row first; returns the row to use instead.
-        train_on_turns: Of a conversation: whether all of the assistant's turns are learnt or the last one.
-        chat_template_kwargs: More that the chat template can use; a row's own column of this name comes first.
-        as_chat: Whether the prompt and output of a row without messages are a user's and an assistant's turn, after a
-            column `system`.
-        row_filter: Called with each row as it is read; whether it is used.
-        text_field: Column with a text that is learnt as a whole. None: `text`, in rows with neither prompt nor output.
+    The prompt template may also be the path of a file, whose last line break is dropped. A row's own
+    `chat_template_kwargs` come first.
 
     A row with `input_ids` is tokenised already, and one with `messages`, `conversations` or `conversation` is a
     conversation, unless an argument names the columns of its text. So is a row whose prompt or output is a list of

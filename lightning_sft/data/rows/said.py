@@ -1,4 +1,8 @@
-"""What rows say, each in one of four forms: a prompt with an output, a text, a conversation, or tokens."""
+"""What rows say: a prompt with an output, a text, a conversation, or tokens; to be learnt, or to be continued.
+
+Everywhere `ground_truth` is the reference answer, None if the row has none, and `unused_columns` are columns of the row
+that people mean to be used, and that are not.
+"""
 
 from dataclasses import dataclass
 
@@ -8,13 +12,7 @@ from lightning_sft.data.tokens.example import Example
 
 @dataclass(frozen=True)
 class PlainPrompt:
-    """What a row without messages says to a model.
-
-    Attributes:
-        prompt: The text that the model goes on from.
-        ground_truth: The reference answer; None if the row has none.
-        unused_columns: Columns of the row that people mean to be used, and that are not.
-    """
+    """A text that the model goes on from."""
 
     prompt: str
     ground_truth: str | None
@@ -23,14 +21,7 @@ class PlainPrompt:
 
 @dataclass(frozen=True)
 class PlainRow:
-    """What a row with a prompt and an output says.
-
-    Attributes:
-        prompt: The text before the response.
-        output: The response, which is to be learnt.
-        ground_truth: The reference answer; the output if the row has no other.
-        unused_columns: Columns of the row that people mean to be used, and that are not.
-    """
+    """A prompt and the output that is to be learnt, which is also the ground truth if the row has no other."""
 
     prompt: str
     output: str
@@ -40,12 +31,7 @@ class PlainRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text that is learnt as a whole.
-
-    Attributes:
-        text: The text.
-        ground_truth: The reference answer; None if the row has none.
-    """
+    """A text that is learnt as a whole."""
 
     text: str
     ground_truth: str | None
@@ -53,13 +39,7 @@ class TextRow:
 
 @dataclass(frozen=True)
 class ChatRow:
-    """What a row says that its chat template is to write.
-
-    Attributes:
-        conversation: The messages.
-        ground_truth: The reference answer; None if the row has none.
-        unused_columns: Of a row without messages: columns that people mean to be used, and that are not.
-    """
+    """A conversation, which the chat template is to write."""
 
     conversation: Conversation
     ground_truth: str | None
@@ -68,13 +48,7 @@ class ChatRow:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A row that is tokenised already.
-
-    Attributes:
-        example: Its tokens, and which are learnt.
-        ground_truth: The reference answer; None if the row has none.
-        unused_columns: Columns that hold its text, which is not read.
-    """
+    """A row that is tokenised already."""
 
     example: Example
     ground_truth: str | None
@@ -83,13 +57,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """What a row that is tokenised already says to a model.
-
-    Attributes:
-        input_ids: The tokens that the model goes on from.
-        ground_truth: The reference answer; None if the row has none.
-        unused_columns: Columns that hold its text, which is not read.
-    """
+    """Tokens that the model goes on from."""
 
     input_ids: list[int]
     ground_truth: str | None

@@ -45,12 +45,7 @@ class Source:
     is_json: bool = False
 
     def decode(self, batch: dict[str, list[Any]], indices: Sequence[int]) -> Iterator[tuple[str, AnyRow]]:
-        """The rows of a batch, each with its location, such as `line 3 of train.jsonl`.
-
-        Args:
-            batch: Columns of `rows`.
-            indices: Which rows these are.
-        """
+        """The rows at these indices, of given columns, each with its location, such as `line 3 of train.jsonl`."""
         features = self.rows.features  # a copy, each time that it is asked for
         for offset, index in enumerate(indices):
             stored = {column: values[offset] for column, values in batch.items()}
@@ -161,10 +156,6 @@ def own_keys(row: Row, features: Features | None) -> Row:
     In Arrow the objects of a column have the keys of all rows, with None where a row has no such key itself. A chat
     template would write these, for example as arguments of a tool call. So they are removed from what a template
     writes as whole objects. A column that `datasets` keeps as JSON stays as it is: there, None is the row's own value.
-
-    Args:
-        row: Values by column.
-        features: The types of the columns, if they are known.
     """
     return {column: _own_keys(value, (features or {}).get(column), column in _WRITTEN) for column, value in row.items()}
 

@@ -88,12 +88,7 @@ def marked_rows(microbatch: Microbatch) -> Iterator[MarkedRow]:
 
 @dataclass(frozen=True)
 class MarkedRows:
-    """Rows that a notebook shows, the first few of them whole.
-
-    Args:
-        rows: From `marked_rows`.
-        tokenizer: Turns ids into texts. None: ids are shown.
-    """
+    """Rows that a notebook shows, the first few of them whole; without a tokenizer it shows ids."""
 
     rows: Sequence[MarkedRow]
     tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)

@@ -45,7 +45,7 @@ def cut_by_cost(lengths: Sequence[int], budget: int, layout: Layout = "padded") 
     Args:
         lengths: Tokens of each sequence, longest first, none longer than `budget`.
         budget: Tokens, as `microbatch_cost` counts them.
-        layout: Of the microbatch.
+        layout: Of the microbatches.
 
     Returns:
         The cuts: microbatch `i` is `lengths[cuts[i]:cuts[i + 1]]`.
@@ -60,16 +60,7 @@ def cut_by_cost(lengths: Sequence[int], budget: int, layout: Layout = "padded") 
 
 
 def cut_by_count(lengths: Sequence[int], count: int, layout: Layout = "padded") -> list[int]:
-    """Cut sequences into exactly `min(count, len(lengths))` contiguous microbatches, the costliest as cheap as can be.
-
-    Args:
-        lengths: Tokens of each sequence, longest first.
-        count: Number of microbatches wanted.
-        layout: Of the microbatch.
-
-    Returns:
-        The cuts, as `cut_by_cost` gives them.
-    """
+    """As `cut_by_cost`, into exactly `min(count, len(lengths))` microbatches, the costliest as cheap as can be."""
     if count >= len(lengths):
         return list(range(len(lengths) + 1))
     budgets = range(lengths[0], microbatch_cost(lengths, 0, len(lengths), layout) + 1)

@@ -17,14 +17,9 @@ from lightning_sft.errors import SettingsError
 
 @dataclass(frozen=True)
 class StepRule:
-    """How sequences are put into optimizer steps, and steps into microbatches.
+    """How sequences are put into optimizer steps, and steps into microbatches; `SFTDataModule` explains the settings.
 
-    Args:
-        batch_size: Sequences per optimizer step, over all ranks. The last step of an epoch may have fewer.
-        gradient_accumulation_steps: Microbatches per rank and step; fewer where a step has not enough sequences.
-        max_tokens_per_microbatch: Split by memory instead: the most tokens, padding included, in a microbatch. If
-            neither is given, a step is one microbatch on each rank.
-        seed: Of the order.
+    The last step of an epoch may have fewer sequences, and a step with few of them fewer microbatches.
 
     Raises:
         SettingsError: If a number is of another type or too small, or both rules for microbatches are given.

@@ -55,11 +55,7 @@ class LoaderOptions:
 
 
 class ExampleReader:
-    """Reads examples out of encoded rows.
-
-    Args:
-        rows: With the columns of `EncodedRows.dataset`.
-    """
+    """Reads examples out of encoded rows, which have the columns of `EncodedRows.dataset`."""
 
     def __init__(self, rows: Dataset) -> None:
         columns = ["input_ids", "num_prompt_tokens", "location"]
@@ -85,13 +81,7 @@ def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 class StepDataset(TorchDataset[OptimizerStep]):
-    """The optimizer steps of a plan, for one device.
-
-    Args:
-        rows: With the columns of `EncodedRows.dataset`.
-        plan: Of the steps.
-        options: How they are made.
-    """
+    """The optimizer steps of a plan over encoded rows, for one device."""
 
     def __init__(self, rows: Dataset, plan: BatchPlan, options: LoaderOptions) -> None:
         self._reader, self._plan = ExampleReader(rows), plan
@@ -112,9 +102,7 @@ class StepDataset(TorchDataset[OptimizerStep]):
 class StepLoader(ABC):
     """Iterates over optimizer steps. No subclass of `DataLoader`: Lightning then leaves sampler and sharding alone.
 
-    Args:
-        steps: Their numbers, asked for when the first step is needed.
-        options: How they are made.
+    The numbers of the steps are asked for when the first step is needed.
     """
 
     def __init__(self, steps: StepNumbers, options: LoaderOptions) -> None:
@@ -134,13 +122,7 @@ class StepLoader(ABC):
 
 
 class PlanLoader(StepLoader):
-    """Iterates over the optimizer steps of a plan.
-
-    Args:
-        dataset: The steps by their number.
-        steps: Which of them.
-        options: How they are made.
-    """
+    """Iterates over the optimizer steps of a plan."""
 
     def __init__(self, dataset: StepDataset, steps: StepNumbers, options: LoaderOptions) -> None:
         super().__init__(steps, options)

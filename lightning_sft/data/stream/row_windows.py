@@ -111,10 +111,6 @@ class Exchange:
 def whole_windows(shares: Iterator[Window], exchange: Callable[[Any], list[Any]]) -> Iterator[Window]:
     """Windows with the rows of all processes, put together from the share of each.
 
-    Args:
-        shares: Those of this process.
-        exchange: Gives a value of each process to all of them.
-
     Raises:
         SettingsError: If a process has found one; each raises that of the first which has.
         RuntimeError: If another process has failed.

@@ -54,13 +54,9 @@ class StreamedRow:
 def ordered_rows(
     streams: Sequence[RowStream], rows_per_block: int, seed: int | None, position: StreamPosition
 ) -> Iterator[StreamedRow]:
-    """Endlessly all rows, shuffled within each block.
+    """Endlessly all rows from a position on, shuffled within each block.
 
-    Args:
-        streams: The sources.
-        rows_per_block: So many are in memory together.
-        seed: Of the order, which is another one in each block and pass. None: the order of the data.
-        position: Where to begin.
+    The seed gives each block of each pass an order of its own; without one it is the order of the data.
 
     Raises:
         SettingsError: If a whole pass has no row, or a source cannot be read.

@@ -41,13 +41,7 @@ class StreamedStep:
 
 @dataclass(frozen=True)
 class PlacedExample:
-    """An example.
-
-    Attributes:
-        example: Its tokens.
-        after: Where the next one is taken.
-        bad_rows: Rows that were left out since the one before.
-    """
+    """An example, where the next one is taken, and the rows that were left out since the one before."""
 
     example: Example
     after: StreamPosition
@@ -77,11 +71,7 @@ class StreamedSteps:
         self._steps_per_pass, self._only_source = steps_per_pass, only_source
 
     def after(self, last: Bookmark | None, open_windows: OpenWindows) -> Iterator[StreamedStep]:
-        """Endlessly the steps after one.
-
-        Args:
-            last: That of the step before; None: from the first on.
-            open_windows: Gives the rows from a position on, encoded.
+        """Endlessly the steps after the one of a bookmark; None: from the first on.
 
         Raises:
             SettingsError: If the rows of the step before are others now, or a row cannot be used.

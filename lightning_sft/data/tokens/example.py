@@ -43,15 +43,7 @@ class Example:
 
 
 def check_length(num_tokens: int, num_positions: int | None) -> None:
-    """Refuse a row that is longer than the model has positions.
-
-    Args:
-        num_tokens: Of the row. The last is only a label.
-        num_positions: Inputs that the model takes at the most. None: any number.
-
-    Raises:
-        SettingsError: If the row is too long.
-    """
+    """Refuse a row longer than the model's positions, if these are limited. Its last token is only a label."""
     if num_positions is not None and num_tokens > num_positions + 1:
         raise SettingsError(
             f"The row has {num_tokens} tokens, but the model has only {num_positions} positions. Set `max_length` to "

@@ -7,24 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_sft.errors import SettingsError
-
 Layout = Literal["packed", "padded"]
-
-
-def choose_layout(wanted: Layout | None, why_not_packed: str) -> Layout:
-    """The layout that is wanted; without one, packed where that is possible.
-
-    Args:
-        wanted: By the user.
-        why_not_packed: Why microbatches cannot be packed; empty if they can.
-
-    Raises:
-        SettingsError: If they cannot be what is wanted.
-    """
-    if wanted == "packed" and why_not_packed:
-        raise SettingsError(f"`layout` is 'packed', but {why_not_packed}. Use 'padded'.")
-    return wanted or ("padded" if why_not_packed else "packed")
 
 
 @dataclass(eq=False)
@@ -80,13 +63,7 @@ class Microbatch:
     ) -> "Microbatch":
         """A microbatch whose `response_positions` are found here, in main memory: a device would have to be waited for.
 
-        Args:
-            input_ids: As the attribute.
-            labels: As the attribute.
-            response_mask: As the attribute.
-            locations: As the attribute. Default: each row is a sequence of which nothing is known.
-            lengths: As the attribute. Default: nothing is padded.
-            packing: As the attribute.
+        By default each row is a sequence, of which no location is known and nothing is padded.
         """
         positions = response_mask.flatten().nonzero().squeeze(-1)
         locations = [""] * len(input_ids) if locations is None else locations

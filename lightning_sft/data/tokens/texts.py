@@ -7,15 +7,7 @@ from lightning_sft.errors import MissingFileError, SettingsError
 
 
 def check_is_text(subject: str, text: str) -> None:
-    """Refuse a string with a lone surrogate: half of a character, which has no bytes in any file.
-
-    Args:
-        subject: What the message calls the string.
-        text: The string.
-
-    Raises:
-        SettingsError: The message shows where the surrogate stands.
-    """
+    """Refuse a string with a lone surrogate: half of a character, which has no bytes in any file."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -43,8 +35,8 @@ def read_template_file(argument: str, path: str, placeholder: str, way_out: str)
 
     Args:
         argument: The name of the argument that gives the path.
-        path: What was given instead of a template; it has no braces. It may begin with `~`.
-        placeholder: What every template of this kind contains.
+        path: It may begin with `~`.
+        placeholder: What every template of this kind contains, and the path does not.
         way_out: What to give instead, for the message if there is no such file.
 
     Raises:

@@ -108,16 +108,9 @@ def encode_examples(
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eos: bool = False) -> list[Example]:
-    """Tokenise texts that are learnt as wholes: all but the tokenizer's own prefix, such as BOS.
+    """Tokenise texts that are learnt as wholes, but for the tokenizer's own prefix, such as BOS.
 
-    Args:
-        texts: Any texts. One that spells the prefix out does not get it twice.
-        tokenizer: Any Hugging Face tokenizer.
-        append_eos: Whether each ends in EOS, as in `encode_examples`.
-
-    Raises:
-        SettingsTypeError: As `encode_prompts`.
-        SettingsError: As `encode_prompts`; or if EOS is wanted and the tokenizer has none.
+    A text that spells the prefix out does not get it twice; `append_eos` is as in `encode_examples`.
     """
     if not texts:
         return []
