@@ -39,18 +39,17 @@ def export(
         MissingFileError: If there is no such checkpoint.
         SettingsError: If it is not whole, could run code, or has no tokenizer; or the folder holds something else.
     """
-    path: Path | None = Path(ckpt_path)
-    if ckpt_path == "last":
-        path = newest_checkpoint(Path("runs"))
+    path = newest_checkpoint(Path("runs")) if ckpt_path == "last" else Path(ckpt_path).expanduser()
     if path is None:
         raise MissingFileError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
-    check_export_folder(output)
+    folder = Path(output).expanduser()
+    check_export_folder(folder)
     model, facts = load_checkpoint(path, weights_only is not False)
     if tokenizer is None:
         tokenizer = _tokenizer_of_run(path.absolute().parents[1] / "config.yaml")
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    export_model(model, output, tokenizer, facts, dtype, merge_lora)
-    print(f"{path_from_here(path)} is now a model in {path_from_here(Path(output))}")
+    export_model(model, folder, tokenizer, facts, dtype, merge_lora)
+    print(f"{path_from_here(path)} is now a model in {path_from_here(folder)}")
 
 
 def _tokenizer_of_run(config: Path) -> PreTrainedTokenizerBase:

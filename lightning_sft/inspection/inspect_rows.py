@@ -80,7 +80,8 @@ def inspect_rows(
     if trainer.limit_val_batches == 0:
         raise SettingsError("`trainer.limit_val_batches` is 0, so that no row would be scored. Leave it out.")
     rows = InspectedRows(datamodule, split)
-    inspector = RowInspector(rows, Path(folder or _run_folder(trainer, ckpt_path) / "inspection"), num_rows)
+    where = Path(folder).expanduser() if folder else _run_folder(trainer, ckpt_path) / "inspection"
+    inspector = RowInspector(rows, where, num_rows)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     found = list(callbacks)
     callbacks[:] = [*(each for each in found if not isinstance(each, GenerationMonitor)), inspector]

@@ -125,7 +125,7 @@ def test_help_shows_only_what_a_command_uses(command, used, capsys):
     assert shown - {"config", "print_config", "seed_everything"} == used - {"help"}
 
 
-def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
+def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys, monkeypatch):
     run_command(
         arguments(
             inputs, **{"trainer.max_epochs": 2, "model.optimizer.lr": 0.01, "data.test_data": inputs / "val.jsonl"}
@@ -166,7 +166,8 @@ def test_fit_then_test_validate_and_predict_from_its_checkpoint(inputs, capsys):
     # Every other command takes the run's configuration as it is.
     for command, *options in (["preview"], ["estimate"], ["find_lr", "--num_steps", "2"]):
         run_command([command, "--config", str(run / "config.yaml"), *options])
-    run_command(["export", *saved, "--output", "model"])
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    run_command(["export", *saved, "--output", "~/model"])
     assert Path("model/model.safetensors").is_file()
 
 

@@ -163,13 +163,17 @@ def test_what_cannot_be_inspected_is_refused_by_name(refusal, tmp_path):
     refusal.check(tmp_path)
 
 
-def test_the_trainer_of_a_run_inspects_without_generating_and_a_row_without_a_loss_hides_no_shares(tmp_path):
+def test_the_trainer_of_a_run_inspects_without_generating_and_a_row_without_a_loss_hides_no_shares(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     model, callbacks = tiny_model(), [GenerationMonitor()]
     with torch.no_grad():
         model.model.embed_tokens.weight[ord("2")] = math.nan
     trainer = make_trainer(tmp_path, callbacks=callbacks)
     data = SFTDataModule(character_tokenizer(), ROWS[:4])
-    found = inspect_rows(trainer, SFTModule(model), data, folder=tmp_path)
+    found = inspect_rows(trainer, SFTModule(model), data, folder="~/found")
+    assert found.page == tmp_path / "found" / "train_step_0.html"
     assert [each for each in trainer.callbacks if isinstance(each, GenerationMonitor)] == callbacks
     block = found.page.read_text().partition('id="data">')[2].partition("</script>")[0]
     rows = json.loads(block)["rows"]
