@@ -14,11 +14,7 @@ _T = TypeVar("_T")
 
 
 class Draws:
-    """Draws what `random.Random` would, of the same seed, in a third of its time: without checks of arguments.
-
-    Args:
-        seed: Of the draws.
-    """
+    """Draws what `random.Random` would, of the same seed, in a third of its time: without checks of arguments."""
 
     def __init__(self, seed: int) -> None:
         self._random_bits = random.Random(seed).getrandbits
