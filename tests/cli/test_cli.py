@@ -381,20 +381,15 @@ def steps_of(run):
     return torch.load(run / "checkpoints" / "last.ckpt")["global_step"]
 
 
-@pytest.mark.parametrize("logger", ["TensorBoardLogger", "true"])
-def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog, logger):
+def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog):
     def words(max_steps):
-        given = arguments(inputs, **{"trainer.logger": logger, "trainer.max_steps": max_steps})
-        if logger == "true":
-            del given[given.index("--trainer.logger.save_dir") : given.index("--trainer.log_every_n_steps")]
-        return given
+        return arguments(inputs, **{"trainer.logger": "TensorBoardLogger", "trainer.max_steps": max_steps})
 
     command = [*words(3), "--ckpt_path", "last"]
     run_command(command)  # nothing to continue: from the beginning
-    folder = "runs/x" if logger == "TensorBoardLogger" else "lightning_logs"
-    assert f"No checkpoint below {folder} yet" in caplog.text
+    assert "No checkpoint below runs/x yet" in caplog.text
     run_command(words(2))
-    runs = inputs / "work" / folder
+    runs = inputs / "work" / "runs" / "x"
     assert [steps_of(runs / f"version_{i}") for i in (0, 1)] == [3, 2]
     command[command.index("--trainer.max_steps") + 1] = "5"
     run_command(command)
@@ -402,11 +397,11 @@ def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog
     assert not (runs / "version_2").exists()
     saved = (runs / "version_1" / "config.yaml").read_text()
     assert "ckpt_path: null" in saved  # or what is done with this file would be done in that folder, from that place
-    assert logger == "true" or "version: null" in saved
-    if logger == "TensorBoardLogger":  # an evaluation in the run's own folder
-        words = ["--config", f"{runs}/version_1/config.yaml", "--trainer.logger.init_args.version", "version_1"]
-        run_command(["validate", *words, "--ckpt_path", f"{runs}/version_1/checkpoints/last.ckpt"])
-        assert (runs / "version_1" / "config.yaml").read_text() == saved
+    assert "version: null" in saved
+    # An evaluation in the run's own folder.
+    options = ["--config", f"{runs}/version_1/config.yaml", "--trainer.logger.init_args.version", "version_1"]
+    run_command(["validate", *options, "--ckpt_path", f"{runs}/version_1/checkpoints/last.ckpt"])
+    assert (runs / "version_1" / "config.yaml").read_text() == saved
     (runs / "version_1" / "checkpoints" / "last.ckpt").write_bytes(b"PK torn")
     run_command(command)
     assert steps_of(runs / "version_0") == 5  # the newest that is whole

@@ -11,7 +11,6 @@ import yaml
 from support.models import save_tiny_model
 
 from lightning_sft.cli.app import run_command
-from lightning_sft.cli.parser import packaged_configs
 from lightning_sft.errors import SettingsError
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 4)} for i in range(8)]
@@ -40,14 +39,6 @@ LOGGERS = {  # its settings, the folders of its runs, and what the last line of 
         {"trainer.logger": "MLFlowLogger", "trainer.logger.tracking_uri": "file:store"},
         "store/*",
         "mlflow ui --backend-store-uri store",
-    ),
-    "several": (
-        {
-            "trainer.logger": '[{"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}, '
-            '{"class_path": "WandbLogger", "init_args": {"offline": true, "save_dir": "logs"}}]'
-        },
-        "logs/lightning_logs",
-        "wandb sync logs/wandb/offline-run-",
     ),
 }
 
@@ -136,7 +127,7 @@ def test_a_csv_run_that_continues_keeps_the_numbers_of_its_first_part(work):
     assert [float(row["step"]) for row in rows] == [1, 2, 3, 4]
 
 
-def test_each_of_several_loggers_goes_on_in_its_own_run(work):
+def test_each_of_several_loggers_goes_on_in_its_own_run(work, capsys):
     """Which are called otherwise than the folder of the run, that the first one names."""
 
     def loggers(*kinds):
@@ -149,6 +140,9 @@ def test_each_of_several_loggers_goes_on_in_its_own_run(work):
     for steps in (2, 4):
         run_command(words(work, **several, **{"trainer.max_steps": steps, "ckpt_path": "last"}))
         finish()
+    told = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("Curves:")]
+    assert told[-2] == "tables/lightning_logs/version_1/metrics.csv"
+    assert told[-1].startswith("wandb sync logs/wandb/offline-run-")
     assert [path.name for path in Path("curves/x").iterdir()] == ["version_0"]
     tables = {path: len(path.read_text().splitlines()) for path in Path("tables").rglob("metrics*.csv")}
     own = Path("tables/lightning_logs/version_1")
@@ -174,17 +168,6 @@ def test_default_root_dir_moves_everything(work, name):
     finish()
     assert len(list((work / "elsewhere").rglob("last.ckpt"))) == 1
     assert list(Path.cwd().iterdir()) == []
-
-
-@pytest.mark.parametrize("config", ["gsm8k", "quickstart", "chat", "stories"])
-def test_default_root_dir_moves_the_runs_of_the_package_s_configurations(work, config):
-    options = {"trainer.default_root_dir": work / "elsewhere", "trainer.max_steps": 1, "trainer.precision": "32-true"}
-    changes = {"data.val_data": work / "train.jsonl", "data.tokenizer": work / "model", "data.row_transform": "null"}
-    changes |= {"trainer.val_check_interval": 1, "data.prompt_template": "null"}
-    command = words(work, **options, **changes)
-    run_command([command[0], "--config", str(packaged_configs()[config]), *command[1:]])
-    assert list(Path.cwd().iterdir()) == []
-    assert (work / "elsewhere" / "runs" / config / "version_0" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_a_version_that_is_another_run_s_is_refused(work):
