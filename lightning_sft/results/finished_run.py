@@ -35,7 +35,7 @@ def read_run(folder: str | Path) -> "FinishedRun":
     if not path.is_dir():
         raise MissingFileError(f"`folder` is {str(folder)!r}, but there is no such folder.")
     run = FinishedRun(path)
-    if not (run.generation_steps or run.settings or (path / "checkpoints").is_dir() or _metric_files(path)):
+    if not (run.generation_steps or _metric_files(path) or (path / "checkpoints").is_dir() or run.settings):
         below = sorted({file.parent for name in ("config.yaml", "hparams.yaml") for file in path.glob(f"**/{name}")})
         hint = f" Below it is {below[-1]}." if below else ""
         raise SettingsError(f"`folder` is {str(folder)!r}, which has no settings, metrics or generations.{hint}")

@@ -115,6 +115,16 @@ def test_settings_are_those_of_the_command_line_or_else_of_the_logger(run, tmp_p
     assert read_run(folder).settings == {"data": {"batch_size": 8}}
 
 
+def test_settings_that_cannot_be_read_leave_the_metrics_readable(tmp_path):
+    """Lightning writes hyperparameters of a user's own class as Python's YAML has them."""
+    (tmp_path / "hparams.yaml").write_text("betas: !!python/tuple [0.9, 0.99]\n")
+    (tmp_path / "metrics.csv").write_text("step,a\n1,2.0\n")
+    run = read_run(tmp_path)
+    assert run.metrics.loc[1, "a"] == 2.0
+    with pytest.raises(SettingsError, match=r"hparams.yaml cannot be read: could not determine a constructor"):
+        _ = run.settings
+
+
 def test_of_a_csv_file_with_a_step_in_several_lines_each_metric_has_its_last_value(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,a,b\n2,1.0,\n2,,5.0\n4,3.0,\n2,,6.0\n")
     expected = pd.DataFrame({"a": [1.0, 3.0], "b": [6.0, None]}, index=pd.Index([2, 4], name="step"))
