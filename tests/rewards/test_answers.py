@@ -87,7 +87,7 @@ def test_math_verify_leaves_the_alarm_of_the_main_thread_alone(short_limit):
         signal.alarm(0)
 
 
-@pytest.mark.parametrize("bomb", ["9^{9^{9}}", "(10^9)!", "(" * 200 + "14" + ")" * 200])
+@pytest.mark.parametrize("bomb", ["9^{9^{9}}", "(" * 200 + "14" + ")" * 200])
 def test_an_answer_that_would_never_end_is_wrong_and_the_next_one_is_judged_again(short_limit, bomb):
     start = time.monotonic()
     assert not equal(bomb, "14")
