@@ -123,6 +123,7 @@ def test_two_devices_find_what_one_does(tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_exchanged_answers_are_among_the_hardest_rows(tmp_path):
     """Of 2 % of wrong answers to sums, at least 80 % are among the 3 % of the rows with the highest loss."""
     drawn = random.Random(0)
