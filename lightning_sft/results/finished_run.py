@@ -183,9 +183,10 @@ def _read_mlflow(folder: Path) -> list[tuple[int, str, float]]:
     points = []
     for path in _metric_files(folder):
         name = path.relative_to(folder / "metrics").as_posix()
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a last one without its end is half written
-            _, value, step, *_ = line.split()
-            points.append((int(step), name, float(value)))
+        with _readable(path):
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a last one without its end is half written
+                _, value, step, *_ = line.split()
+                points.append((int(step), name, float(value)))
     return points
 
 

@@ -171,6 +171,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     [
         ("metrics.csv", b"", lambda run: run.metrics, "metrics.csv cannot be read: No columns to parse from file"),
         ("metrics.csv", b"loss\n1\n", lambda run: run.metrics, "metrics.csv cannot be read: 'step'"),
+        ("metrics/loss", b"1 x 4\n", lambda run: run.metrics, "metrics/loss cannot be read: could not convert"),
         ("hparams.yaml", b"- a\n", lambda run: run.settings, "hparams.yaml cannot be read: it holds .'a'., expected"),
         (
             "generations/step_1.jsonl",
