@@ -2,11 +2,12 @@
 
 import math
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from datasets import Dataset
 
+from lightning_sft.checks import check_choice, check_integer
 from lightning_sft.data.data_settings import DataSettings
 from lightning_sft.data.encoded_rows import encode_rows, read_numbers
 from lightning_sft.data.encoding import RowEncoder
@@ -21,6 +22,8 @@ from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.streamed_rows import StreamedRows
 from lightning_sft.data.training_rows import TrainingRows
 from lightning_sft.errors import SettingsError, counted
+
+Stage = Literal["fit", "validate", "test", "predict"]
 
 
 class RowStore:
@@ -47,13 +50,10 @@ class RowStore:
     def load(self, stage: str, encoder: RowEncoder) -> None:
         """Read and tokenise what a stage needs and is not there yet.
 
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`.
-            encoder: Tokenises rows.
-
         Raises:
-            SettingsError: If its data is not given or cannot be used.
+            SettingsError: If there is no such stage, or its data is not given or cannot be used.
         """
+        check_choice("stage", stage, Stage)
         if stage == "fit":
             self._load_training(encoder)
             self._load_validation(encoder)
@@ -83,6 +83,7 @@ class RowStore:
 
     def prompts(self, stage: str, num_prompts: int | None) -> list[Prompt]:
         """The first prompts of the rows of a stage that is loaded, as `SFTDataModule.prompts`."""
+        check_integer("num_prompts", num_prompts, at_least=0, optional=True)
         of_stage = {"fit": self.val or self.train, "validate": self.val, "test": self.test}
         split = of_stage.get(stage)
         rows = cast(Dataset, self.predict) if split is None else split.rows

@@ -162,6 +162,14 @@ SETTINGS = {
     ),
     "negative seed": Refusal(data(seed=-1), "`seed` is -1, expected at least 0."),
     "num_proc of 0": Refusal(data(num_proc=0), "`num_proc` is 0, expected at least 1."),
+    "prompts of an unknown stage": Refusal(
+        lambda folder: SFTDataModule(character_tokenizer(), ROWS).prompts("eval"),
+        "`stage` is 'eval', expected one of fit, validate, test, predict.",
+    ),
+    "less than no prompts": Refusal(
+        lambda folder: SFTDataModule(character_tokenizer(), ROWS).prompts("fit", -1),
+        "`num_prompts` is -1, expected at least 0.",
+    ),
     "negative num_workers": Refusal(data(num_workers=-1), "`num_workers` is -1, expected at least 0."),
 }
 
