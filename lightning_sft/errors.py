@@ -35,6 +35,8 @@ def shorten(value: object, limit: int = 40) -> str:
 
 def one_line(error: object, limit: int = 400) -> str:
     """A foreign message on one line, cut off where it gets long; an exception without words is called by its name."""
+    if isinstance(error, RecursionError):  # which each version of Python words in another way
+        return "too deeply nested (RecursionError)"
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + "..."
 

@@ -94,7 +94,7 @@ NO_ROWS = {
     "null": ("a.jsonl", b"null\n", "expected a JSON object, got None."),
     "a number": ("a.json", b"5\n", "expected a JSON object, got 5."),
     "Latin-1": ("a.jsonl", '{"n": "ü"}\n'.encode("latin-1"), "not UTF-8 text (invalid start byte). Save the file as"),
-    "nested without end": ("a.jsonl", b"[" * 100_000 + b"\n", "cannot be read as JSON: maximum recursion depth"),
+    "nested without end": ("a.jsonl", b"[" * 100_000 + b"\n", "cannot be read as JSON: too deeply nested"),
     "too many fields": ("a.csv", b"c,d,e\n", "expected 2 fields, as in the header, got 3."),
     "too few fields": ("a.csv", b"c\n", "expected 2 fields, as in the header, got 1."),
 }

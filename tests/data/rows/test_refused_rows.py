@@ -142,7 +142,7 @@ FILES = {
     ),
     "JSON that nests deep": Refusal(
         file("a.jsonl", GOOD + b"[" * 100_000),
-        "line 2 of {tmp}/a.jsonl: cannot be read as JSON: maximum recursion depth exceeded...",
+        "line 2 of {tmp}/a.jsonl: cannot be read as JSON: too deeply nested (RecursionError).",
     ),
     "JSON with a number of 5,000 digits": Refusal(
         file("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}"),
@@ -262,7 +262,7 @@ FIELDS = {
     ),
     "row that nests deep": Refusal(
         row({"prompt": "a", "output": "b", "more": nested(100_000)}),
-        "row 2 of `train_data`: cannot be written as JSON: maximum recursion depth exceeded...",
+        "row 2 of `train_data`: cannot be written as JSON: too deeply nested (RecursionError).",
     ),
     "rows without output or EOS": Refusal(
         row({"prompt": "a", "output": ""}, append_eos=False),
