@@ -32,7 +32,12 @@ def main() -> None:
         print(f"lightning-sft: error: `{words[0]}` is no command; see `lightning-sft --help`.", file=sys.stderr)
         sys.exit(2)
     else:
-        _imported()()
+        run = _imported()
+        try:
+            run()
+        finally:
+            if "triton" in sys.modules:  # which lists at the exit, on the terminal, what has not been freed by then
+                gc.unfreeze()
 
 
 def _imported() -> Callable[[], None]:

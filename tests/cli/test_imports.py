@@ -80,3 +80,4 @@ def test_nothing_is_imported_that_is_not_used(tmp_path):
     done = subprocess.run(program, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--model.loss_normalization" in done.stdout
+    assert "leaked" not in done.stderr  # as triton would say of what is not freed at the exit
