@@ -68,12 +68,7 @@ _WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true."
 
 
 class SFTCLI(LightningCLI):
-    """LightningCLI for one command: only the parts of a configuration that it uses are looked at and built.
-
-    Args:
-        name: Of the command.
-        words: Its arguments.
-    """
+    """LightningCLI for one command: only the parts of a configuration that it uses are looked at and built."""
 
     def __init__(self, name: str, words: list[str]) -> None:
         self.name, self.command = name, COMMANDS[name]
@@ -245,14 +240,7 @@ class SFTCLI(LightningCLI):
 
 
 def run_command(words: list[str]) -> SFTCLI:
-    """Run a command.
-
-    Args:
-        words: Its name and its arguments.
-
-    Returns:
-        What it was run with: `model`, `datamodule`, `trainer` and `config`.
-    """
+    """Run a command; return what it was run with: `model`, `datamodule`, `trainer` and `config`."""
     cli = SFTCLI(words[0], words[1:])
     cli.run()
     return cli

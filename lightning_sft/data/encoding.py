@@ -76,11 +76,7 @@ class RowEncoder:
     def __call__(self, batch: dict[str, list[Any]], indices: list[int], source: Source, keep_name: bool) -> pa.Table:
         """The examples of a batch of a source's rows, as `datasets.Dataset.map` calls it.
 
-        Args:
-            batch: Columns of the rows.
-            indices: Which of the source's rows these are.
-            source: Where they come from.
-            keep_name: Whether locations say of which source they are.
+        With `keep_name` their locations say of which source they are.
         """
         return to_table(self.encode(source.decode(batch, indices), None if keep_name else source.name), indices)
 

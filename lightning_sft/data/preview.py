@@ -39,13 +39,9 @@ def preview_rows(
 
 @dataclass(frozen=True, repr=False)
 class Preview:
-    """Rows and statistics; `print`, `rich` and notebooks show them.
+    """Some training rows, and statistics of the splits by name; `print`, `rich` and notebooks show them.
 
-    Args:
-        rows: Some of the training rows.
-        splits: By name, `train` and, if there are such rows, `val`.
-        tokenizer: Of the rows.
-        limit: Why rows were dropped or truncated.
+    The limit says why rows were dropped or truncated.
     """
 
     rows: Sequence[MarkedRow]

@@ -18,14 +18,7 @@ _NUM_SOURCES_NAMED = 20  # in one message
 def report_rows(
     argument: str, rows: EncodedRows, encoder: RowEncoder, sources: Sequence[Source] = (), part: str = ""
 ) -> None:
-    """Say what became of the rows of an argument.
-
-    Args:
-        argument: Its name, such as `train_data`.
-        rows: What they are now.
-        encoder: Has made them so.
-        sources: Of the rows.
-        part: Which of the argument's rows these are, such as `, first 1,000 rows`; all by default.
+    """Say what became of the rows of an argument, or of a part of them, such as `, first 1,000 rows`.
 
     Raises:
         SettingsError: If nothing is left of them.

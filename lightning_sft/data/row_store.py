@@ -29,15 +29,7 @@ Stage = Literal["fit", "validate", "test", "predict"]
 class RowStore:
     """Encoded rows by split; None until a stage that needs them is loaded.
 
-    Args:
-        settings: Where rows come from.
-        rule: How they are put into optimizer steps.
-
-    Attributes:
-        train: The training rows.
-        val: The validation rows.
-        test: The test rows.
-        predict: The prompts of `predict`: the columns `prompt`, `ground_truth` and `is_chat`.
+    Those of `predict` are prompts, with the columns `prompt`, `ground_truth` and `is_chat`.
     """
 
     def __init__(self, settings: DataSettings, rule: StepRule) -> None:

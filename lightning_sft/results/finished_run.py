@@ -44,11 +44,7 @@ def read_run(folder: str | Path) -> "FinishedRun":
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run has left in its folder; made by `read_run`. Each part is read when it is first asked for.
-
-    Args:
-        folder: The folder.
-    """
+    """What a run has left in its folder; made by `read_run`. Each part is read when it is first asked for."""
 
     folder: Path
 

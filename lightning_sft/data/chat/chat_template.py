@@ -50,11 +50,7 @@ class MarkedText:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, which writes conversations.
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer; it needs a chat template by the time that something is written.
-    """
+    """A tokenizer's chat template, which writes conversations; it must be there when the first of them is written."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

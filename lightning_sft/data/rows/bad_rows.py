@@ -22,12 +22,7 @@ class FilteredRowError(SettingsError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is left out.
-
-    Attributes:
-        location: Where it comes from, such as `line 3 of train.jsonl`.
-        problem: Why it cannot be used.
-    """
+    """A row that is left out: where it comes from, such as `line 3 of train.jsonl`, and why it cannot be used."""
 
     location: str
     problem: str

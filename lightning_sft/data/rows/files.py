@@ -99,11 +99,7 @@ def check_parquet(path: str) -> None:
 
 
 def find_files(name: str, argument: str) -> list[str]:
-    """The files that a name means; none if it is not one of a file or pattern.
-
-    Args:
-        name: A path, which may begin with `~`, an address that `fsspec` opens, or a pattern of either.
-        argument: What messages call the argument that holds the name.
+    """The files that a path, which may begin with `~`, an address for `fsspec`, or a pattern means; none if it is none.
 
     Raises:
         MissingFileError: If a file is missing or a pattern matches none.

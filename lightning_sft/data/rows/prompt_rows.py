@@ -19,12 +19,9 @@ _ROWS_READ_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Rows that a model is to continue.
+    """Rows that a model is to continue, and what is to be said of them.
 
-    Attributes:
-        dataset: The columns `prompt`, `ground_truth` and `is_chat` (whether it is tokenised as it stands).
-        bad_rows: Rows that are left out.
-        unused_columns: Columns that people mean to be used, and that are not.
+    The data set has the columns `prompt`, `ground_truth` and `is_chat` (whether it is tokenised as it stands).
     """
 
     dataset: Dataset

@@ -85,11 +85,6 @@ class MicrobatchShape:
 def largest_allowed_microbatch(rule: StepRule, max_length: int | None, world_size: int) -> MicrobatchShape:
     """The most that the settings allow in a microbatch, whatever the data: every row as long as it may be.
 
-    Args:
-        rule: How sequences are put into steps and microbatches.
-        max_length: The most tokens of a row; no limit if None.
-        world_size: Number of ranks.
-
     Raises:
         SettingsError: If nothing bounds it.
     """

@@ -10,9 +10,7 @@ from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 class BadRowLog:
     """Says which rows of a stream are left out: the first of each kind, and how many whenever they are ten times more.
 
-    Args:
-        argument: Which the rows come from.
-        known: Rows of which it is said already what is wrong with them.
+    Of those that are known it is said already what is wrong with them.
     """
 
     def __init__(self, argument: str, known: BadRowCounts) -> None:

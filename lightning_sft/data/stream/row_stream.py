@@ -33,10 +33,7 @@ class SourcePosition:
 class RowStream:
     """The rows of one file or data set in their order, read when they are asked for.
 
-    Args:
-        name: What messages call it, and the path if it is a file.
-        argument: What messages call the argument that it comes from.
-        dataset: What `datasets` streams; None: the file is read here.
+    A file of text is read here, by its name; of all else `datasets` streams a data set.
     """
 
     def __init__(self, name: str, argument: str, dataset: IterableDataset | None = None) -> None:
@@ -74,13 +71,10 @@ class RowStream:
 def open_streams(data: object, argument: str) -> list[RowStream]:
     """Find the rows behind a data argument without reading them.
 
-    Args:
-        data: A file, a glob pattern, a hub data set's name or a list of these, as in `open_sources`.
-        argument: What messages call the argument.
-
     Raises:
         MissingFileError: If a file is missing or a pattern matches none.
-        SettingsTypeError: If `data` is none of these.
+        SettingsTypeError: If `data` is no file, glob pattern, hub data set's name or list of these, as in
+            `open_sources`.
         SettingsError: If a data set cannot be loaded, or a Parquet file cannot be opened.
     """
     names = [data] if isinstance(data, str | Path) else data

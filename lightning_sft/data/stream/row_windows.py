@@ -41,15 +41,7 @@ OpenWindows = Callable[[StreamPosition], Iterator[Window]]
 
 @dataclass(frozen=True)
 class RowWindows:
-    """Encodes the rows of a stream, window after window.
-
-    Args:
-        streams: The sources.
-        encoder: Tokenises rows, and drops some.
-        batch_size: Rows of an optimizer step.
-        rows_per_block: Rows that are in memory, and shuffled, together.
-        seed: Of the order; None: that of the data.
-    """
+    """Encodes the rows of a stream, window after window; without a seed they are in the order of the data."""
 
     streams: Sequence[RowStream]
     encoder: RowEncoder

@@ -27,14 +27,8 @@ class StreamLoader(StepLoader):
     Where processes train together, each encodes its share of the rows and gives their tokens to all: tokens are small
     beside the time that it takes to make them, and with all of them each process plans the whole step by itself.
 
-    Args:
-        windows: The rows, encoded.
-        steps: Puts them into optimizer steps.
-        numbers: Those of the steps.
-        options: How steps are made; at most one process reads and tokenises ahead.
-        bookmarks: By the number of optimizer steps; here each step puts its own, and only the latest three stay: while
-            one is taken, Lightning has asked for the next, and the run may be saved as it was before.
-        bad_rows: Says which rows are left out.
+    Into `bookmarks`, by the number of optimizer steps, each step puts its own. Only the latest three stay: while one is
+    taken, Lightning has asked for the next, and the run may be saved as it was before.
     """
 
     def __init__(

@@ -51,12 +51,7 @@ class PlacedExample:
 class StreamedSteps:
     """The optimizer steps of streamed rows, for one device.
 
-    Args:
-        rule: How rows are put into steps.
-        encoding: How they became tokens.
-        options: How steps are made.
-        steps_per_pass: After so many optimizer steps the data begins again. None: only where it ends.
-        only_source: The name of the source if there is one alone: locations leave it out.
+    The data begins again after `steps_per_pass` optimizer steps, or else only where it ends.
     """
 
     def __init__(

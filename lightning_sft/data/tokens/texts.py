@@ -31,13 +31,7 @@ def common_length(first: str, second: str) -> int:
 
 
 def read_template_file(argument: str, path: str, placeholder: str, way_out: str) -> str:
-    """The content of a file that holds a template.
-
-    Args:
-        argument: The name of the argument that gives the path.
-        path: It may begin with `~`.
-        placeholder: What every template of this kind contains, and the path does not.
-        way_out: What to give instead, for the message if there is no such file.
+    """The content of a file that holds a template. Its path may begin with `~`, and has no placeholder as templates do.
 
     Raises:
         MissingFileError: If there is no such file.
