@@ -149,7 +149,7 @@ class SFTCLI(LightningCLI):
             model = config.model.get("model")
             if config.data.tokenizer is None and isinstance(model, str):
                 config.data.tokenizer = tokenizer_beside(model)
-            if isinstance(config.seed_everything, int) and not config.data.seed:
+            if config.seed_everything and not config.data.seed:  # it may be False
                 config.data.seed = config.seed_everything
         if "model" in parts:
             config.model.seed = config.data.seed

@@ -201,6 +201,7 @@ def test_values_that_two_parts_share_are_given_once(inputs):
     assert cli.config.model.seed == 7
     assert cli.config.data.tokenizer == str(inputs / "model")
     assert run_command(arguments(inputs, **{"seed_everything": 9, "trainer.fast_dev_run": True})).config.data.seed == 9
+    assert run_command(arguments(inputs, "preview", seed_everything=False)).config.data.seed == 0
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def check_parquet(path: str) -> None:
 
 
 def find_files(name: str, argument: str) -> list[str]:
-    """The files that a path, which may begin with `~`, an address for `fsspec`, or a pattern means; none if it is none.
+    """The files that a name means: a path, perhaps with `~`, an address for `fsspec`, or a pattern; none if it is none.
 
     Raises:
         MissingFileError: If a file is missing or a pattern matches none.
