@@ -62,14 +62,19 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
 
     Raises:
         MissingFileError: There is no such file.
-        SettingsError: It is no checkpoint, or not whole, or holds what could run code.
+        SettingsError: It is no checkpoint, or not whole, or holds what could run code; or it is called `best`.
     """
     path = config.ckpt_path
     if not path:
         return
+    if path == "best":
+        raise SettingsError(
+            "`ckpt_path` is 'best', but only the program that has trained knows which that is. Give its path, such as "
+            "runs/quickstart/version_0/checkpoints/best.ckpt."
+        )
     if config.weights_only is None:
         config.weights_only = True  # Lightning's default lets a checkpoint from the network run code
-    named = path in ("best", "hpc") or path.startswith("registry") or "://" in path
+    named = path == "hpc" or path.startswith("registry") or "://" in path
     if not named and config.weights_only:
         check_checkpoint(path, resume=continues)
 

@@ -88,6 +88,11 @@ SETTINGS = {
     ),
     "no device": ({"trainer.devices": 0}, "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
     "unknown setting": ({"model.lrr": 1}, "...lrr..." + HELP),
+    "best checkpoint": (
+        {"ckpt_path": "best"},
+        "`ckpt_path` is 'best', but only the program that has trained knows which that is. Give its path, such as "
+        "runs/quickstart/version_0/checkpoints/best.ckpt.",
+    ),
     "missing checkpoint": (
         {"ckpt_path": "{tmp}/none.ckpt"},
         "`ckpt_path` is '{tmp}/none.ckpt', but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.",
