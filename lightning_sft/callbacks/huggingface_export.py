@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sft.checks import check_type
+from lightning_sft.errors import SettingsError
 from lightning_sft.export.huggingface import (
     ExportDtype,
     check_adapters_alone,
@@ -73,8 +74,16 @@ class HuggingFaceExport(Checkpoint):
         self._check_folder(trainer)
 
     def _check_folder(self, trainer: L.Trainer) -> None:
-        if (folder := self.exported_to(trainer)) is not None:
-            check_export_folder(folder)
+        exports = [each for each in trainer.callbacks if isinstance(each, HuggingFaceExport)]  # type: ignore[attr-defined]
+        folders = [each.exported_to(trainer) for each in exports]
+        if (folder := self.exported_to(trainer)) is None:
+            return
+        check_export_folder(folder)
+        if folders.count(folder) > 1:
+            raise SettingsError(
+                f"There are two `HuggingFaceExport`s to {folder}, of which the second would take the place of the "
+                "first. Give each a `folder` of its own; on the command line `export` is one."
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the weights that the run ends with."""

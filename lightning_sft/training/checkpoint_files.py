@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from lightning_sft.errors import MissingFileError, SettingsError, one_line
 from lightning_sft.training.sharded_files import OF_WEIGHTS, check_shards
@@ -74,9 +75,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def use_own_files(trainer: L.Trainer) -> None:
-    """Let a trainer read and write its checkpoints by `AtomicCheckpointIO`, unless somebody chose another way."""
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    """Let a trainer read and write its checkpoints by `AtomicCheckpointIO`, unless somebody chose another way.
+
+    Lightning's `AsyncCheckpointIO` then calls it in its thread.
+    """
+    strategy = trainer.strategy
+    found = strategy.checkpoint_io
+    if type(found) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+    elif type(found) is AsyncCheckpointIO and type(found.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AsyncCheckpointIO(AtomicCheckpointIO())
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """What happens to a model between its source and the first optimizer step."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import ParamSpec, cast
+from typing import cast
 
 import lightning as L
 import torch
@@ -29,26 +27,6 @@ from lightning_sft.model.sharding import Sharding, check_not_replicated, is_shar
 from lightning_sft.training.checkpoint_files import use_own_files
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.trainer_checks import check_trainer
-
-_P = ParamSpec("_P")
-
-
-def in_main_memory(configure: Callable[_P, None]) -> Callable[_P, None]:
-    """Let a hook make its tensors in main memory, as a training step does, unless it says where.
-
-    Lightning makes the GPU the default device while a model is configured, on which random numbers of a generator in
-    main memory cannot be drawn.
-
-    Args:
-        configure: The hook.
-    """
-
-    @wraps(configure)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        with torch.device("cpu"):
-            configure(*args, **kwargs)
-
-    return call
 
 
 @dataclass(frozen=True)

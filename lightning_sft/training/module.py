@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -34,7 +34,7 @@ from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.logged import log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
-from lightning_sft.training.model_setup import check_model, in_main_memory, load_model, prepare_model
+from lightning_sft.training.model_setup import check_model, load_model, prepare_model
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.parameter_groups import ParameterGroups, parameters_of
 from lightning_sft.training.run_facts import run_facts
@@ -158,24 +158,28 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
             self.guard.start_run()
             self._continuation.begin()
 
-    @in_main_memory
     def configure_model(self) -> None:
-        """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode.
-
-        Raises:
-            SettingsError: If the model cannot be loaded, or not be trained by this trainer.
-        """
-        trainer = self._trainer
-        loaded = getattr(self, "model", None)
-        self.model = load_model(self.builder, loaded, trainer, self.initial_weights, self.num_replicas)
-        if trainer is not None and not is_sharded(self.model):
-            self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
-        check_model(self.model, self.builder.lora is not None, trainer)
-        self.objective.noise.install(self.model)
-        traits = prepare_model(self.model, trainer, self.checkpointing, self._compile)
+        """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode."""
+        trainer, loaded = self._trainer, getattr(self, "model", None)
+        # Lightning makes the GPU the default here, on which a generator in main memory cannot draw random numbers.
+        with torch.device("cpu"):
+            self.model = load_model(self.builder, loaded, trainer, self.initial_weights, self.num_replicas)
+            if trainer is not None and not is_sharded(self.model):
+                self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
+            check_model(self.model, self.builder.lora is not None, trainer)
+            self.objective.noise.install(self.model)
+            traits = prepare_model(self.model, trainer, self.checkpointing, self._compile)
         self.why_not_packed, self.num_positions = traits.why_not_packed, traits.num_positions
         self.objective = replace(self.objective, router_coefficient=traits.router_coefficient)
         self._compile, self.initial_weights = False, None  # once is enough
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if getattr(self, "model", None) is None and fn(torch.zeros((), dtype=torch.float32)).dtype != torch.float32:
+            raise SettingsError(
+                "`SFTModule` has no model yet whose weights could be converted. Set their type by `model_kwargs`, such "
+                "as {'dtype': 'bfloat16'}, or the trainer's `precision`."
+            )
+        return super()._apply(fn, recurse)
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own output."""
@@ -235,11 +239,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         log_metrics(self, "test", self.test_metrics)
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Sequence[object]:
-        """Generate responses to prompts by `generator`, which the run's `GenerationMonitor` has set.
-
-        Raises:
-            SettingsError: If there is none.
-        """
+        """Generate responses to prompts by `generator`, which the run's `GenerationMonitor` has set."""
         if self.generator is not None:
             return self.generator(batch)
         raise SettingsError("`predict` needs a `GenerationMonitor` among the trainer's callbacks, but there is none.")
@@ -264,11 +264,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         self._continuation.apply(self.trainer.optimizers, self.trainer.lr_scheduler_configs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, and, to continue training, of another loss.
-
-        Raises:
-            SettingsError: If names or shapes of weights differ, or settings of adapters or loss.
-        """
+        """Refuse a checkpoint of another model, and, to continue training, of another loss."""
         check_adapters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), self.builder)
         if "state_dict" in checkpoint:  # of a sharded checkpoint the strategy has loaded it
             strict = self.strict_loading or self.builder.lora is not None

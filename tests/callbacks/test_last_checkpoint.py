@@ -2,10 +2,12 @@
 
 import os
 import signal
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from support.callbacks import ROWS, fit
 from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_model
@@ -18,6 +20,20 @@ def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_p
     _, trainer = fit(tmp_path, [LastCheckpoint(every_n_steps=2)], data=data, max_steps=5)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == trainer.global_step == 5
+
+
+def test_lightning_s_writer_in_a_thread_writes_beside_the_checkpoint_before(tmp_path, monkeypatch):
+    data, last = SFTDataModule(character_tokenizer(), ROWS, batch_size=4), tmp_path / "checkpoints" / "last.ckpt"
+    written = []
+
+    def watched(checkpoint, file, save=torch.save):
+        written.append((Path(file.name).name, torch.load(last)["global_step"] if last.exists() else None))
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", watched)
+    fit(tmp_path, [LastCheckpoint(every_n_steps=1)], data=data, max_steps=2, plugins=[AsyncCheckpointIO()])
+    assert written == [(".last.ckpt.partial", None), (".last.ckpt.partial", 1)]
+    assert torch.load(last)["global_step"] == 2
 
 
 class Saved(L.Callback):

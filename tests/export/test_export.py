@@ -165,6 +165,14 @@ def test_two_processes_export_the_whole_model(tmp_path, monkeypatch):
         assert (run / "huggingface" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_two_exports_to_one_folder_are_refused_and_to_two_are_not(tmp_path):
+    with pytest.raises(ValueError, match=r"There are two `HuggingFaceExport`s to .*/huggingface, of which the second"):
+        train(tmp_path / "one", callbacks=[HuggingFaceExport(), HuggingFaceExport(dtype="bfloat16")], max_steps=1)
+    assert not (tmp_path / "one" / "checkpoints").exists()  # refused before training
+    train(tmp_path / "two", callbacks=[HuggingFaceExport(), HuggingFaceExport("half", "bfloat16")], max_steps=1)
+    assert {"huggingface", "half"} <= {path.name for path in (tmp_path / "two").iterdir()}
+
+
 def test_nothing_but_an_earlier_export_is_written_over(tmp_path):
     (tmp_path / "huggingface").mkdir()
     (tmp_path / "huggingface" / "README.md").write_text("---\ntags:\n- mine\n---\nNotes\n---\ntags:\n- lightning-sft\n")

@@ -39,6 +39,11 @@ TRAINING = {
         "`sync_every_microbatch` is 2 of type int, expected true, false or none.",
         SettingsTypeError,
     ),
+    "conversion of a model that is not loaded yet": Refusal(
+        lambda folder: SFTModule(tiny_config()).half(),
+        "`SFTModule` has no model yet whose weights could be converted. Set their type by `model_kwargs`, such as "
+        "{'dtype': 'bfloat16'}, or the trainer's `precision`.",
+    ),
     "unknown word for steps that are not finite": Refusal(
         module({}, nonfinite="ignore"), "`nonfinite` is 'ignore', expected one of error, skip."
     ),
