@@ -168,8 +168,8 @@ class SFTCLI(LightningCLI):
         config, trains = self.config, self.name == "fit"
         # Saved as found, the settings would have whatever is done with them later be done in that folder or place.
         self.save_config_kwargs["as_given"] = as_given = config.clone()
-        if trains and config.init_from:
-            check_init_from(config)
+        if config.init_from:
+            check_init_from(config, trains)
             as_given.init_from = None
         if config.ckpt_path == "last":
             as_given.ckpt_path = as_given.weights_only = None

@@ -65,7 +65,7 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
         SettingsError: It is no checkpoint, or not whole, or holds what could run code; or it is called `best`.
     """
     path = config.ckpt_path
-    if not path:
+    if path is None:
         return
     if path == "best":
         raise SettingsError(
@@ -79,14 +79,21 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
         check_checkpoint(path, resume=continues)
 
 
-def check_init_from(config: Namespace) -> None:
+def check_init_from(config: Namespace, begins: bool) -> None:
     """Refuse a checkpoint that a run cannot begin with, before anything else is.
 
     Raises:
         MissingFileError: There is no such file.
-        SettingsError: A run is to be continued at the same time; or it is no checkpoint, or not whole, or holds what
-            could run code.
+        SettingsError: No run is to begin, or one is to be continued at the same time; or it is no checkpoint, or not
+            whole, or holds what could run code.
     """
+    if not begins:
+        if config.ckpt_path:
+            return  # whose weights are evaluated, with settings that a run has begun with
+        raise SettingsError(
+            f"`init_from` is {config.init_from!r}, but only `fit` begins with the weights of another run. To evaluate "
+            "them, give the file as `ckpt_path`."
+        )
     if config.ckpt_path:
         raise SettingsError(
             f"`init_from` is {config.init_from!r} and `ckpt_path` is {config.ckpt_path!r}: the one begins a new run, "

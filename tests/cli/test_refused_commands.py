@@ -88,6 +88,10 @@ SETTINGS = {
     ),
     "no device": ({"trainer.devices": 0}, "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
     "unknown setting": ({"model.lrr": 1}, "...lrr..." + HELP),
+    "no checkpoint": (
+        {"ckpt_path": ""},
+        "`ckpt_path` is '', but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.",
+    ),
     "best checkpoint": (
         {"ckpt_path": "best"},
         "`ckpt_path` is 'best', but only the program that has trained knows which that is. Give its path, such as "
@@ -104,6 +108,13 @@ SETTINGS = {
 def test_a_setting_that_cannot_be_used_is_refused_in_one_line(command, tmp_path, words, expected):
     write(tmp_path / "file", b"")
     assert_says(command(words), expected, tmp_path)
+
+
+def test_an_evaluation_does_not_begin_with_the_weights_of_another_run(command):
+    assert command({"init_from": "a.ckpt"}, "validate") == (
+        "`init_from` is 'a.ckpt', but only `fit` begins with the weights of another run. To evaluate them, give the "
+        "file as `ckpt_path`."
+    )
 
 
 CONFIGURATIONS = {
