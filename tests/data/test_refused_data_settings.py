@@ -162,6 +162,11 @@ SETTINGS = {
     ),
     "negative seed": Refusal(data(seed=-1), "`seed` is -1, expected at least 0."),
     "num_proc of 0": Refusal(data(num_proc=0), "`num_proc` is 0, expected at least 1."),
+    "two ways to name the columns of a prompt": Refusal(
+        data(prompt_field="question", prompt_template="{prompt}"),
+        "Both `prompt_template` and `prompt_field` are given, but the template names the columns of a prompt itself. "
+        "Leave one out.",
+    ),
     "prompts of an unknown stage": Refusal(
         lambda folder: SFTDataModule(character_tokenizer(), ROWS).prompts("eval"),
         "`stage` is 'eval', expected one of fit, validate, test, predict.",

@@ -46,8 +46,8 @@ class RowFormat:
     Raises:
         MissingFileError: If the template has no `{column}` and is no file either.
         SettingsTypeError: If an argument is of another type.
-        SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text; or if a column of
-            whole texts is given beside those of a prompt and an output.
+        SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text; or if arguments
+            name the columns of a prompt twice, or one of whole texts beside them.
     """
 
     prompt_field: str = "prompt"
@@ -75,9 +75,14 @@ class RowFormat:
             check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
             check_variables(self.chat_template_kwargs)
         check_type("as_chat", self.as_chat, bool, "true or false")
-        self._check_text_field()
+        self._check_columns()
 
-    def _check_text_field(self) -> None:
+    def _check_columns(self) -> None:
+        if self.prompt_template is not None and self.prompt_field != RowFormat.prompt_field:
+            raise SettingsError(
+                "Both `prompt_template` and `prompt_field` are given, but the template names the columns of a prompt "
+                "itself. Leave one out."
+            )
         others = [name for name in ("prompt_field", "output_field") if getattr(self, name) != getattr(RowFormat, name)]
         others += [name for name in ("prompt_template", "as_chat") if getattr(self, name)]
         if self.text_field is not None and others:
