@@ -31,7 +31,7 @@ def best_responses(records: str | list[str], output: str, per_prompt: int = 1, m
         raise SettingsError(f"`output` is {output!r}; expected a file ending in .jsonl.")
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
-            if '"token_log_probs"' in file.readline():
+            if '"response":' in file.readline():  # rows have it as `output`
                 raise SettingsError(f"`output` is {output!r}, which holds records. Give another file.")
     chosen = choose_responses(records, per_prompt, min_reward)
     print(chosen)

@@ -127,6 +127,10 @@ def test_the_command_writes_rows_and_says_what_became_of_the_others(tmp_path, ca
         run_command([*words, "--min_reward", "3"])
     with pytest.raises(SettingsError, match=r"`output` is 'records.jsonl', which holds records"):
         run_command([*words, "--output", "records.jsonl"])
+    fewer = {name: value for name, value in RECORDS[0].to_json().items() if not name.startswith("token_")}
+    Path("fewer.jsonl").write_text(json.dumps(fewer) + "\n")  # some leave the tokens out
+    with pytest.raises(SettingsError, match=r"`output` is 'fewer.jsonl', which holds records"):
+        run_command(["best_responses", "--records", "fewer.jsonl", "--output", "fewer.jsonl"])
     with pytest.raises(SettingsError, match=r"`output` is 'a.csv'; expected a file ending in .jsonl"):
         run_command([*words, "--output", "a.csv"])
     with pytest.raises(
