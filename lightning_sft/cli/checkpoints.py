@@ -89,7 +89,7 @@ def check_init_from(config: Namespace, begins: bool) -> None:
     """
     if not begins:
         if config.ckpt_path:
-            return  # whose weights are evaluated, with settings that a run has begun with
+            return  # the weights of that are evaluated; `init_from` is of the settings that its run has begun with
         raise SettingsError(
             f"`init_from` is {config.init_from!r}, but only `fit` begins with the weights of another run. To evaluate "
             "them, give the file as `ckpt_path`."

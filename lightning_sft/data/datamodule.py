@@ -274,7 +274,7 @@ class SFTDataModule(L.LightningDataModule):
         return {"data": self._rows.facts(), "settings": settings, "prompt_template": self._row_format.prompt_template}
 
     def layout_for(self, module: object) -> Layout:
-        """As the user wants, or else packed where the module takes that.
+        """The layout that the user wants, or else packed where the module takes that.
 
         Args:
             module: Whose `why_not_packed` is the reason why it does not; empty if it does.

@@ -162,7 +162,7 @@ class RowEncoder:
     def _checked(
         self, text: ExampleText, tokens: Example | EncodedConversation | SettingsError, only_source: str | None
     ) -> EncodedExample:
-        """An example, if there is something to learn in it; else an error."""
+        """The example; an error if there is nothing to learn in it."""
         if isinstance(tokens, SettingsError):
             raise tokens
         example, notices = (tokens, []) if isinstance(tokens, Example) else (tokens.example, tokens.notices)

@@ -79,7 +79,7 @@ def local_copy(path: str) -> str:
 
 
 def unreadable(argument: str, path: str, error: BaseException) -> SettingsError:
-    """What a user is told of a file that cannot be read; an argument of this name gives it."""
+    """What a user is told of a file, given by an argument, that cannot be read."""
     return SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}")
 
 

@@ -10,7 +10,7 @@ from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 class BadRowLog:
     """Says which rows of a stream are left out: the first of each kind, and how many whenever they are ten times more.
 
-    Of those that are known it is said already what is wrong with them.
+    What is wrong with the rows of `known` has been said already.
     """
 
     def __init__(self, argument: str, known: BadRowCounts) -> None:

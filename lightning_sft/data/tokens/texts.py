@@ -31,7 +31,7 @@ def common_length(first: str, second: str) -> int:
 
 
 def read_template_file(argument: str, path: str, placeholder: str, way_out: str) -> str:
-    """The content of a file that holds a template. Its path may begin with `~`, and has no placeholder as templates do.
+    """The content of a file that holds a template. Every such template contains the placeholder, which no path does.
 
     Raises:
         MissingFileError: If there is no such file.
