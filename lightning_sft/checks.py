@@ -1,4 +1,9 @@
-"""Arguments of the wrong type or out of range: refused by name, in the same words everywhere."""
+"""Arguments of the wrong type or out of range: refused by name, in the same words everywhere.
+
+All functions take the name of an argument and the value that came, most of them also what is expected, in words. With
+`optional` None will do, too. They raise `SettingsTypeError` for another type, and `SettingsError` for what is out of
+range.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,18 +16,7 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 def check_type(
     argument: str, value: object, kind: type | tuple[type, ...], expected: str, *, optional: bool = False
 ) -> None:
-    """Refuse a value of another type.
-
-    Args:
-        argument: Its name.
-        value: What came.
-        kind: The type, or several.
-        expected: What is expected, in words.
-        optional: Whether None will do, too.
-
-    Raises:
-        SettingsTypeError: The message names the argument, what came and what was expected.
-    """
+    """Refuse a value of another type."""
     if optional and value is None:
         return
     number = kind in (Integral, Real)
@@ -33,18 +27,7 @@ def check_type(
 
 
 def check_integer(argument: str, value: object, at_least: int | None = None, *, optional: bool = False) -> None:
-    """Refuse what is no whole number, or too small a one.
-
-    Args:
-        argument: Its name.
-        value: What came.
-        at_least: The smallest that will do.
-        optional: Whether None will do, too.
-
-    Raises:
-        SettingsTypeError: If it is no whole number.
-        SettingsError: If it is too small.
-    """
+    """Refuse what is no whole number, or one below `at_least`."""
     if optional and value is None:
         return
     check_type(argument, value, Integral, "a whole number")
@@ -60,19 +43,7 @@ def check_number(
     *,
     optional: bool = False,
 ) -> None:
-    """Refuse what is no number, or one that does not fit.
-
-    Args:
-        argument: Its name.
-        value: What came.
-        expected: What is expected, in words.
-        fits: Whether a number will do. It is never asked about NaN, which never does.
-        optional: Whether None will do, too.
-
-    Raises:
-        SettingsTypeError: If it is no number.
-        SettingsError: If it does not fit.
-    """
+    """Refuse what is no number, or does not fit. `fits` is never asked about NaN, which never does."""
     if optional and value is None:
         return
     check_type(argument, value, Real, expected)
@@ -81,33 +52,13 @@ def check_number(
 
 
 def check_choice(argument: str, value: object, choices: object, *, optional: bool = False) -> None:
-    """Refuse what is none of the words of a `Literal`.
-
-    Args:
-        argument: Its name.
-        value: What came.
-        choices: The `Literal`.
-        optional: Whether None will do, too.
-
-    Raises:
-        SettingsError: If it is none of them.
-    """
+    """Refuse what is none of the words of the `Literal` that `choices` is."""
     words = get_args(choices)
     if value not in words and not (optional and value is None):
         raise SettingsError(f"`{argument}` is {shorten(value)}, expected one of {', '.join(words)}.")
 
 
 def check_callable(argument: str, value: object, expected: str, *, optional: bool = False) -> None:
-    """Refuse what cannot be called.
-
-    Args:
-        argument: Its name.
-        value: What came.
-        expected: What is expected, in words.
-        optional: Whether None will do, too.
-
-    Raises:
-        SettingsTypeError: If it cannot.
-    """
+    """Refuse what cannot be called."""
     if not callable(value) and not (optional and value is None):
         raise SettingsTypeError(f"`{argument}` is {shorten(value)}, expected {expected}.")

@@ -110,12 +110,7 @@ class GenerationMonitor(L.Callback):
             self._generate_and_report(trainer, pl_module, "fit")
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Every `every_n_steps` optimizer steps."""
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:

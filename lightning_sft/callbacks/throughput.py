@@ -149,12 +149,7 @@ _HALF_PRECISION_PEAKS = {
 
 
 def known_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Multiplications and additions per second that a CUDA device could do at most; None if it is not known.
-
-    Args:
-        device: A CUDA device.
-        dtype: In which matrices are multiplied.
-    """
+    """Multiplications and additions per second that a CUDA device could do at most, in a type; None if unknown."""
     name = torch.cuda.get_device_name(device)
     for known, peak in _HALF_PRECISION_PEAKS.items():
         if known in name:

@@ -86,16 +86,7 @@ def export_model(
 
 
 def check_export_settings(dtype: object, merge_lora: object) -> None:
-    """Refuse settings of an export that cannot be meant.
-
-    Args:
-        dtype: As for `export_model`.
-        merge_lora: Likewise.
-
-    Raises:
-        SettingsTypeError: If `merge_lora` is neither true nor false.
-        SettingsError: If there is no such dtype.
-    """
+    """Refuse settings of an export that cannot be meant."""
     check_choice("dtype", dtype, ExportDtype, optional=True)
     check_type("merge_lora", merge_lora, bool, "true or false")
 
@@ -103,11 +94,7 @@ def check_export_settings(dtype: object, merge_lora: object) -> None:
 def check_adapters_alone(lora: Mapping[str, Any] | None) -> None:
     """Refuse to write adapters without the model that they belong to, where nobody could use them.
 
-    Args:
-        lora: The settings of the adapters; None if there are none.
-
-    Raises:
-        SettingsError: If there are none, or their initialisation has changed the weights of that model.
+    `lora` are their settings; None if there are none.
     """
     if lora is None:
         raise SettingsError("`merge_lora` is false, but the model has no adapters. Set `model.lora`, or leave it true.")
@@ -120,11 +107,7 @@ def check_adapters_alone(lora: Mapping[str, Any] | None) -> None:
 
 
 def check_export_folder(folder: str | Path) -> None:
-    """Refuse a folder that cannot be written, or holds anything but an earlier export.
-
-    Raises:
-        SettingsError: If it cannot, or if there is something else.
-    """
+    """Refuse a folder that cannot be written, or holds anything but an earlier export."""
     folder = Path(folder)
     came = f"The model is to be exported to {folder}, "
     if (why := why_not_written(folder)) is not None:

@@ -22,13 +22,7 @@ def write_card(
 ) -> None:
     """Write the model card, `README.md`.
 
-    Args:
-        folder: Where.
-        name: The title.
-        facts: What is known of the run.
-        num_parameters: Of the model, or of the adapters.
-        dtype: That they are stored in.
-        is_adapter: Whether the folder holds adapters without the model that they belong to.
+    `num_parameters` and `dtype` are of what the folder holds: the model, or adapters without it (`is_adapter`).
     """
     base, prompt_template = facts.base_model, facts.prompt_template
     data = ModelCardData(

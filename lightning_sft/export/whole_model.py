@@ -37,13 +37,7 @@ def whole_model_with_adapters(model: PreTrainedModel, weights: Mapping[str, Tens
 
 
 def give_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Put weights into a model on `meta`, as they are: they are not copied, and keep their type.
-
-    Args:
-        model: The model.
-        weights: By their names in it.
-        strict: Whether none may be missing.
-    """
+    """Put weights into a model on `meta`, as they are: they are not copied, and keep their type."""
     model.load_state_dict(weights, strict=strict, assign=True)
     if not has_lora(model):  # adapters tie the copies that they train of tied weights themselves
         model.tie_weights()

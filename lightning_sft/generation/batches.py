@@ -24,16 +24,8 @@ def make_requests(
 ) -> list[ResponseRequest]:
     """A request for each sample of each prompt.
 
-    Args:
-        model: It says how many positions there are.
-        tokenizer: Its tokenizer.
-        prompts: What is to be continued.
-        sampling: How many samples are wanted, and how long they may be.
-
-    Raises:
-        SettingsTypeError: If a prompt or a ground truth is no string.
-        SettingsError: If one is not text: a lone surrogate cannot be encoded; or if a prompt has a token for which the
-            model has no embedding.
+    Refused are prompts and ground truths that are no text, such as a lone surrogate, which cannot be encoded, and
+    tokens for which the model has no embedding.
     """
     for prompt in prompts:
         subject, expected = f"ground_truths[{prompt.index}]", "a string, or none if the response is not to be scored"

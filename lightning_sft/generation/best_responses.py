@@ -104,10 +104,9 @@ def choose_responses(
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     ending = record["tokens"][-1] if record["stop_reason"] == "eos" and record.get("tokens") else ""
-    output = record["response"] + ending
     return {
         "prompt": record["prompt"],
-        "output": output,
+        "output": record["response"] + ending,
         "ground_truth": record.get("ground_truth"),
         "reward": record["reward"],
     }

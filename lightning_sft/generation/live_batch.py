@@ -57,12 +57,7 @@ class LiveBatch:
         return self.input_ids.shape[1] - self.prompt_width
 
     def keep(self, places: Sequence[int], sequences: Tensor) -> None:
-        """Go on with some of the rows.
-
-        Args:
-            places: Which of the rows.
-            sequences: Prompts and what has been generated, with a token of these rows in every column.
-        """
+        """Go on with the rows at some places; `sequences` has a token of these rows in every column."""
         self.rows = [self.rows[place] for place in places]
         kept = torch.tensor(places, dtype=torch.long, device=sequences.device)
         self.input_ids, mask = sequences[kept], self.attention_mask[kept]
@@ -96,11 +91,7 @@ class ResponseEnds(StoppingCriteria):
     """
 
     def __init__(
-        self,
-        batch: LiveBatch,
-        eos_ids: Sequence[int],
-        stop_strings: list[str],
-        tokenizer: PreTrainedTokenizerBase,
+        self, batch: LiveBatch, eos_ids: Sequence[int], stop_strings: list[str], tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.lengths = batch.input_ids.new_zeros(len(batch.rows))
         self._prompt_width = batch.prompt_width

@@ -46,14 +46,7 @@ class PredictionFile:
         self.path, self._run, self._num_samples = path, run, num_samples
 
     def resume(self, keep_records: bool = False) -> EarlierPredictions:
-        """Find out where an earlier run stopped; what it left unfinished at the end of the file is removed.
-
-        Args:
-            keep_records: Whether to return the records, too.
-
-        Raises:
-            SettingsError: If the file holds anything else than the records of this run, or cannot be one.
-        """
+        """Find out where an earlier run stopped; what it left unfinished at the end of the file is removed."""
         if (problem := why_not_written(self.path.parent)) or self.path.is_dir():
             raise SettingsError(f"`predict_path` is {str(self.path)!r}, but {problem or 'that is a folder'}.")
         num_lines = end = whole = 0
@@ -106,10 +99,8 @@ class PredictionFile:
 def prediction_run(model: nn.Module, prompts: Iterable[Prompt], settings: GenerationSettings) -> str:
     """Twelve hexadecimal digits that change with whatever responses and rewards depend on.
 
-    Args:
-        model: Its weights count. If it is sharded, all processes call this.
-        prompts: Their texts and ground truths count.
-        settings: Sampling counts, and the names of the reward function and of a generator.
+    These are the model's weights, the prompts' texts and ground truths, the sampling, and the names of the reward
+    function and of a generator. All processes of a sharded model call this.
     """
     hasher = hashlib.blake2b(digest_size=6)
     functions = (settings.reward_fn, settings.generator)

@@ -76,7 +76,7 @@ class GenerationRecord:
 
 
 def problem_of(fields: Mapping[str, Any], needed: Sequence[str]) -> str:
-    """What is wrong with a record's values that others rely on; empty if nothing is.
+    """What is wrong with those values of a record that others rely on; empty if nothing is.
 
     Args:
         fields: Of a line of a file, by the names of `GenerationRecord`.
@@ -150,15 +150,9 @@ def _by_prompt(records: Sequence[GenerationRecord]) -> dict[int, list[Generation
 
 
 def bootstrap_interval(records: Sequence[GenerationRecord]) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean `answer_reward`, by `bootstrap_mean`.
+    """95% percentile bootstrap interval of the mean `answer_reward`, by `bootstrap_mean`; NaN if no record is scored.
 
-    Prompts are drawn with replacement, each with all of its responses.
-
-    Args:
-        records: Those that are not scored are left out.
-
-    Returns:
-        Lower and upper bound; NaN and NaN if no record is scored.
+    Prompts are drawn with replacement, each with all of its responses. Records that are not scored are left out.
     """
     groups = _by_prompt([record for record in records if record.answer_reward is not None])
     means = [sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups.values()]

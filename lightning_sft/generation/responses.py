@@ -62,10 +62,7 @@ class Response:
 
 
 def generate_responses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[ResponseRequest],
-    sampling: Sampling,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[ResponseRequest], sampling: Sampling
 ) -> list[Response]:
     """Generate a batch of responses with the model itself.
 
@@ -130,14 +127,7 @@ def model_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def until_its_end(
     ids: list[int], eos_ids: list[int], tokenizer: PreTrainedTokenizerBase, stop_strings: list[str]
 ) -> Response:
-    """The response without what follows its end, such as padding. Whether it has ended is read off its own tokens.
-
-    Args:
-        ids: Token ids.
-        eos_ids: Tokens that end a response.
-        tokenizer: Of the ids.
-        stop_strings: Texts that end a response.
-    """
+    """The response without what follows its end, such as padding. Whether it has ended is read off its own tokens."""
     reason: StopReason = "length"
     for position, token_id in enumerate(ids):
         if token_id in eos_ids:

@@ -109,13 +109,7 @@ class _Progress:
 
     @classmethod
     def at(cls, num_steps: int, position: EpochPosition, due: Due) -> "_Progress":
-        """That from which Lightning does what is due, and takes the next step.
-
-        Args:
-            num_steps: Optimizer steps of the run.
-            position: After these.
-            due: What follows the latest of them.
-        """
+        """That from which Lightning does what is due after the latest step, and takes the next one."""
         in_epoch = position.num_steps
         present, steps, none = (
             _Count(position.epoch + 1, position.epoch, position.epoch),
@@ -135,13 +129,7 @@ class _Progress:
 
 
 def set_progress(trainer: L.Trainer, position: EpochPosition, due: Due) -> None:
-    """Set the counters of the training loops, and whether they continue.
-
-    Args:
-        trainer: Its `global_step` is the number of optimizer steps that have been taken.
-        position: After these.
-        due: What follows the latest of them.
-    """
+    """Set the counters of the training loops, and whether they continue, after `global_step` optimizer steps."""
     loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     progress = _Progress.at(trainer.global_step, position, due)
     epochs, validation = progress.epochs.values(), progress.validation.values()

@@ -62,14 +62,7 @@ class LoopSettings:
 
 
 def check_validation(trainer: L.Trainer) -> None:
-    """Refuse what says otherwise than in optimizer steps or epochs when a run is validated, or says it twice.
-
-    Args:
-        trainer: With the settings that a user has given.
-
-    Raises:
-        SettingsError: Naming the way out.
-    """
+    """Refuse what says otherwise than in optimizer steps or epochs when a run is validated, or says it twice."""
     if (seconds := getattr(trainer, "_val_check_time_interval", None)) is not None:
         raise SettingsError(
             f"`trainer.val_check_interval` is a time, {seconds:g} seconds, but validations are counted in optimizer "
@@ -91,10 +84,6 @@ def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
     Args:
         trainer: With the settings that a user has given.
         steps_in_data: Optimizer steps that go once through the data; None if nobody knows.
-
-    Raises:
-        SettingsError: If nobody knows how long the data is, and the trainer does not say how long the run is, or is to
-            take a share of the data.
     """
     if steps_in_data is None:
         _check_length(trainer)
@@ -131,13 +120,7 @@ def _check_length(trainer: L.Trainer) -> None:
 
 
 def in_steps(found: LoopSettings, steps_per_epoch: int, has_validation: bool) -> LoopSettings:
-    """The same run, with what ends and validates it turned from epochs into optimizer steps.
-
-    Args:
-        found: The settings that a user has given.
-        steps_per_epoch: Optimizer steps of each epoch.
-        has_validation: Whether there are validation rows.
-    """
+    """The same run, with what ends and validates it turned from epochs into optimizer steps."""
     limits = [found.max_steps] if found.max_steps >= 0 else []
     if found.max_epochs is not None and found.max_epochs >= 0:
         limits.append(found.max_epochs * steps_per_epoch)

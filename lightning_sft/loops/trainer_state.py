@@ -4,11 +4,7 @@ import lightning as L
 
 
 def leave_inference_mode(trainer: L.Trainer) -> None:
-    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there.
-
-    Args:
-        trainer: Before it starts.
-    """
+    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there."""
     validation = trainer.fit_loop.epoch_loop.val_loop
     for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
@@ -20,11 +16,7 @@ def logged_metrics(trainer: L.Trainer | None) -> dict[str, float]:
 
 
 def ends_here(trainer: L.Trainer) -> bool:
-    """Whether the epoch that is ending is the run's last.
-
-    Args:
-        trainer: While it calls `on_train_epoch_end`.
-    """
+    """Whether the epoch that is ending is the run's last, for whoever is called `on_train_epoch_end`."""
     loop = trainer.fit_loop
     num_epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return trainer.should_stop or trainer.global_step == loop.max_steps or num_epochs == loop.max_epochs
@@ -33,8 +25,7 @@ def ends_here(trainer: L.Trainer) -> bool:
 def exchange_no_signals(trainer: L.Trainer) -> bool:
     """Do not ask all devices before each step whether Lightning has received SIGTERM, and wait for their answers.
 
-    Args:
-        trainer: Which does that with several devices. Its signals are received by somebody else.
+    Signals are then received by somebody else.
 
     Returns:
         Whether it had received SIGTERM before. It forgets it: it would end this device alone, after its next step.
@@ -46,9 +37,5 @@ def exchange_no_signals(trainer: L.Trainer) -> bool:
 
 
 def exchange_signals_again(trainer: L.Trainer) -> None:
-    """Undo `exchange_no_signals`.
-
-    Args:
-        trainer: As it was before, or not.
-    """
+    """Undo `exchange_no_signals`, if it was called."""
     vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)

@@ -65,11 +65,7 @@ class TrainingRun:
         self._loader = None
 
     def by_epochs(self, steps: Iterable[Any]) -> "EpochLoader":
-        """Hand out what makes the run's steps, epoch by epoch.
-
-        Args:
-            steps: From the present one on, whenever it is iterated over.
-        """
+        """Hand out the run's steps, epoch by epoch. Iterated over, `steps` always begin with the present one."""
         self._loader = EpochLoader(steps, self)
         return self._loader
 
@@ -127,9 +123,6 @@ class TrainingRun:
 
         Args:
             saved: The `state` of its checkpoint, and its `metrics`; empty if it does not say.
-
-        Raises:
-            SettingsError: If they had.
         """
         self._metrics = saved.get("metrics", {})
         now = self.state()

@@ -19,13 +19,8 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of a model without adapters that computes the same, by the names of that model.
 
     An adapted weight `W` becomes `W + B A`, added in float32 and rounded once to the dtype of `W`; quantised ones are
-    expanded to the dtype that they computed in. Nothing about `model` changes.
-
-    Args:
-        model: The model, not sharded. Layers are copied one after another.
-
-    Raises:
-        SettingsError: If quantised layers are adapted in a way that is more than a sum.
+    expanded to the dtype that they computed in. Nothing about `model` changes, which must be whole: its layers are
+    copied one after another.
     """
     weights: dict[str, Tensor] = model.state_dict()
     done: list[str] = []
@@ -68,12 +63,7 @@ def _merged(module: Any) -> nn.Module:
 
 
 def adapter_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is trained of a model with adapters, by the names that `peft` stores it under.
-
-    Args:
-        model: The model; it may be sharded.
-        weights: Its state dict, whole.
-    """
+    """What is trained of a model with adapters, by `peft`'s names; `weights` is its state dict, whole."""
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(model, dict(weights), save_embedding_layers=False)

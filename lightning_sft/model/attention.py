@@ -87,13 +87,7 @@ def varlen_attention(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of documents is data
 def _attend_each(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
     """One document after another."""
     lengths = bounds.diff().tolist()  # waits for a CUDA device; half precision has a kernel of its own there

@@ -10,11 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.checks import check_integer, check_type
 from lightning_sft.errors import SettingsError, shorten
-from lightning_sft.model.given_adapters import (
-    has_foreign_adapters,
-    settings_of_given,
-    without_wrapper,
-)
+from lightning_sft.model.given_adapters import has_foreign_adapters, settings_of_given, without_wrapper
 from lightning_sft.model.lora import add_lora, check_settings, has_lora, keep_adapters, lora_config
 from lightning_sft.model.parameter_names import check_patterns, freeze
 from lightning_sft.model.precision import FLOAT32, Precision
@@ -101,27 +97,13 @@ class ModelBuilder:
         return None if self._stored is None else self._stored.folder
 
     def build(self, precision: Precision = FLOAT32) -> PreTrainedModel:
-        """The model, loaded or initialised in main memory; a model that was given stays where it is.
-
-        Args:
-            precision: Of the trainer.
-
-        Raises:
-            SettingsError: If there is no such model, or the adapters do not fit it.
-        """
+        """The model, loaded or initialised in main memory; a model that was given stays where it is."""
         if isinstance(self.source, PreTrainedModel):
             return self.adapt(self.source)
         return self.adapt(build_model(self.source, self._options(precision), self.seed))
 
     def build_empty(self, precision: Precision = FLOAT32) -> PreTrainedModel:
-        """The same model on `meta`: shapes and types, no values; nothing of its weights is read.
-
-        Args:
-            precision: Of the trainer.
-
-        Raises:
-            SettingsError: If there is no such model, or the adapters do not fit it.
-        """
+        """The same model on `meta`: shapes and types, no values; nothing of its weights is read."""
         if isinstance(self.source, PreTrainedModel):
             return self.adapt(build_empty_model(self.source.config.to_dict(), {"dtype": self.source.dtype}))
         return self.adapt(build_empty_model(self.source, self._options(precision)))
@@ -129,14 +111,7 @@ class ModelBuilder:
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put adapters into a model, if it is to have some and has none yet, and freeze what is not to be trained.
 
-        Args:
-            model: Changed in place.
-
-        Returns:
-            `model` itself.
-
-        Raises:
-            SettingsError: If it has adapters of other settings, or settings or patterns do not fit it.
+        The model is changed in place, and returned. Settings or patterns that do not fit it are refused.
         """
         if has_foreign_adapters(model):
             if self.lora is None:
@@ -155,16 +130,10 @@ class ModelBuilder:
         return model
 
     def arguments_for(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The arguments of `SFTModule` by which a checkpoint's weights find their model.
+        """The arguments of `SFTModule`, plain values, by which a checkpoint's weights find the model that was built.
 
         Without adapters the checkpoint holds all weights, and the model's configuration is enough. With adapters it
         holds them alone, so the model that they are on top of is named, and `lora` has their settings in full.
-
-        Args:
-            model: That this builder has made.
-
-        Returns:
-            Plain values, so that no code is pickled.
         """
         if self.lora is None:
             return {"model": model.config.to_dict()}

@@ -13,14 +13,8 @@ def check_causal(model: PreTrainedModel, dtype: torch.dtype | None = None) -> No
     """Refuse a model whose logits change with tokens that follow, or with what else is in the batch.
 
     The first would see the answers that it is to predict. Of the second the loss would depend on how rows are put
-    into batches. Two documents that begin alike are read side by side, and their beginning alone.
-
-    Args:
-        model: On the device that it is to be trained on.
-        dtype: Type in which matrices will be multiplied. Default: the type of the weights.
-
-    Raises:
-        SettingsError: Naming what was found, and the way out.
+    into batches. Two documents that begin alike are read side by side, and their beginning alone. Matrices are
+    multiplied in `dtype`, by default that of the weights.
     """
     if next(model.parameters()).is_meta:
         return

@@ -47,14 +47,7 @@ class ActivationCheckpointing:
             )
 
     def enable(self, model: PreTrainedModel) -> None:
-        """Switch it on in a model.
-
-        Args:
-            model: Changed in place.
-
-        Raises:
-            SettingsError: If the model, or this version of `transformers`, cannot.
-        """
+        """Switch it on in a model, in place; refused if the model, or this version of `transformers`, cannot."""
         if not self.gradient_checkpointing:
             return
         new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it

@@ -56,11 +56,7 @@ class EmbeddingNoise:
         self._is_installed = False
 
     def install(self, model: PreTrainedModel) -> None:
-        """Have a model's embeddings ask for noise from now on; do so before it is compiled, which would not notice.
-
-        Args:
-            model: Its embeddings stay as they are, but while `on` says which rows there are.
-        """
+        """Have a model's embeddings ask for noise from now on; do so before it is compiled, which would not notice."""
         if self._alpha and not self._is_installed:
             model.get_input_embeddings().register_forward_hook(torch.compiler.disable(self._add))
             self._is_installed = True

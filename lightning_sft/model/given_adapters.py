@@ -35,15 +35,10 @@ def has_foreign_adapters(model: nn.Module) -> bool:
 
 
 def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings by which `add_lora` makes the same adapters.
+    """The settings by which `add_lora` makes the adapters that `peft` has put into a model.
 
-    Args:
-        model: With adapters by `peft`.
-        given: Settings that the user gives beside it.
-
-    Raises:
-        SettingsError: If they are of other settings, or could not be made again when a checkpoint is loaded: several
-            adapters, no LoRA, merged, switched off, or with other weights trained beside them.
+    Refused are adapters of other settings than the user gives beside the model. So are those that could not be made
+    again when a checkpoint is loaded: several, no LoRA, merged, switched off, or beside other trained weights.
     """
     adapters: Mapping[str, Any] = model.peft_config
     if list(adapters) != ["default"]:

@@ -70,9 +70,7 @@ class HeadGradients:
             _add_exactly(total, self._rounded_off[tokens], gradient.t() @ scaled)
         elif gradient.dtype == total.dtype:
             total.addmm_(gradient.t(), scaled)
-        elif (
-            total.is_cuda and total.dtype == torch.float32
-        ):  # half precision's products are sums in float32 as they are
+        elif total.is_cuda and total.dtype == torch.float32:  # the products of half precision are summed in it anyway
             torch.addmm(total, gradient.t(), scaled, out_dtype=total.dtype, out=total)
         else:
             total.add_(gradient.t() @ scaled)

@@ -33,11 +33,7 @@ _DEFAULTS: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSA
 
 
 def import_peft() -> Any:
-    """The package `peft`.
-
-    Raises:
-        MissingPackageError: If it is not installed.
-    """
+    """The package `peft`, or an error that says how to install it."""
     try:
         import peft
     except ImportError:
@@ -73,10 +69,9 @@ def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
             f"`lora.init_lora_weights` is {first!r}, for which rows have to be run through the model first. Let `peft` "
             "do that, and pass the model with adapters that it makes as `model`; or leave it out."
         )
+    arguments = _DEFAULTS | copy.deepcopy(dict(settings))  # it adds to lists that it is given
     try:
-        return cast(
-            "LoraConfig", peft.LoraConfig(**(_DEFAULTS | copy.deepcopy(dict(settings))))
-        )  # it adds to lists that it is given
+        return cast("LoraConfig", peft.LoraConfig(**arguments))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"`lora` is {shorten(dict(settings), 200)}: {one_line(error, 200)}") from error
 
@@ -91,12 +86,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
 
     Args:
         model: The base model; it may be without data (on `meta`), or quantised by bitsandbytes.
-        settings: As for `lora_config`.
+        settings: As for `lora_config`; refused if they do not fit the model.
         seed: Of the adapters' first weights.
-
-    Raises:
-        MissingPackageError: If `peft` is not installed.
-        SettingsError: If the settings are wrong, or do not fit the model.
     """
     if model.config.model_type == "reformer":
         raise SettingsError(
@@ -106,9 +97,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
     keep_from_packing(model)
     tied = _is_tied(model)
     tying = {"ensure_weight_tying": True} if tied and settings.get("modules_to_save") else {}
-    by_default = (
-        {} if settings.keys() & {"target_modules", "exclude_modules"} else {"exclude_modules": not_adapted(model)}
-    )
+    chosen = settings.keys() & {"target_modules", "exclude_modules"}
+    by_default = {} if chosen else {"exclude_modules": not_adapted(model)}
     config = lora_config(tying | by_default | dict(settings))
     config.base_model_name_or_path = model.name_or_path
     _inject(model, config, seed)
@@ -154,13 +144,10 @@ def adapter_names(model: nn.Module) -> frozenset[str]:
 
 
 def not_adapted(model: nn.Module) -> list[str] | None:
-    """Names of linear layers that have no adapter unless the settings ask for it; None if there are none.
+    """Names of a base model's linear layers that get no adapter by default; None if there are none.
 
     Some are called as no linear layer is, such as routers that return a tuple. Those of a state-space mixer have their
     weights read by its kernels without being called, so an adapter beside them would do nothing.
-
-    Args:
-        model: The base model.
     """
     names = []
     for name, layer in model.named_modules():
@@ -240,11 +227,7 @@ def lora_settings(model: Any) -> dict[str, Any]:
 
 
 def settings_of(config: "LoraConfig") -> dict[str, Any]:
-    """The settings by which `add_lora` makes adapters of the same layers and shapes, with other first weights.
-
-    Args:
-        config: Of adapters that there are.
-    """
+    """The settings by which `add_lora` makes adapters of the same layers and shapes, with other first weights."""
     default = type(config)()
     names = set(inspect.signature(type(config)).parameters) - _WRITTEN - _OF_FIRST_WEIGHTS
     settings = {
@@ -255,15 +238,7 @@ def settings_of(config: "LoraConfig") -> dict[str, Any]:
 
 
 def check_settings(model: nn.Module, settings: Mapping[str, Any] | None) -> None:
-    """Refuse to train adapters that a model has already, if they are of other settings than those asked for.
-
-    Args:
-        model: With adapters that were made here, or without.
-        settings: As for `add_lora`. None: none are asked for.
-
-    Raises:
-        SettingsError: If they differ.
-    """
+    """Refuse to train adapters that were put into a model before, by other settings than those asked for."""
     if has_lora(model) and (found := lora_settings(model)) != settings:
         raise SettingsError(
             f"`model` has adapters by {shorten(found, 200)} in it already, but `lora` is {shorten(settings, 200)}. "

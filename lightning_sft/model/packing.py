@@ -17,20 +17,13 @@ _WATCHED = "lightning_sft_watched"
 
 
 def enable_packing(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str | None:
-    """Let the model take packed batches, if it can; nothing else about it changes.
+    """Let the model take packed batches, if it can; nothing else about it changes. Returns None, or why it cannot.
 
     Models with `sdpa` attention get `VARLEN`; flash attention takes packed batches by itself. Then logits of packed
     documents are compared with those of each document alone in the plain model: convolutions and recurrent states mix
     documents without any attention, and positions may be counted in another way than packed batches tell. Documents
-    that are tried are short, so windows of attention are looked at where they are handed over.
-
-    Args:
-        model: On the device that it is to be trained on.
-        dtype: Type in which matrices will be multiplied. It matters since kernels for half precision do not take every
-            shape on every device. Default: the type of the weights.
-
-    Returns:
-        None, or why the model cannot.
+    that are tried are short, so windows of attention are looked at where they are handed over. Matrices are multiplied
+    in `dtype`, by default that of the weights: kernels for half precision do not take every shape on every device.
     """
     attention = model.config._attn_implementation
     why_not = why_never_packed(model)

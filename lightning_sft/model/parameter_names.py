@@ -10,16 +10,7 @@ from lightning_sft.errors import SettingsError
 
 
 def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
-    """Refuse what are no regular expressions.
-
-    Args:
-        argument: Its name.
-        patterns: What came; None if there are none.
-
-    Raises:
-        SettingsTypeError: If it is no list of texts.
-        SettingsError: If a text is no regular expression.
-    """
+    """Refuse what is no list of regular expressions."""
     check_type(argument, patterns, (list, tuple), "a list of patterns", optional=True)
     for pattern in patterns or ():
         check_type(argument, pattern, str, "a list of patterns")
@@ -30,15 +21,12 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
 
 
 def matching(argument: str, pattern: str, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-    """The parameters of which a name holds something that a pattern matches, once each.
+    """The parameters of which a name holds something that a pattern matches, once each; it is refused if there is none.
 
     Args:
         argument: The setting that has the pattern.
         pattern: A regular expression.
         parameters: With their names; one that is shared has several.
-
-    Raises:
-        SettingsError: If there is none.
     """
     known = list(parameters)
     found = {weight: None for name, weight in known if re.search(pattern, name)}
@@ -52,15 +40,7 @@ def matching(argument: str, pattern: str, parameters: Iterable[tuple[str, Tensor
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train no parameter whose name a pattern matches.
-
-    Args:
-        model: Changed in place. Parameters that are frozen already stay so.
-        patterns: Regular expressions.
-
-    Raises:
-        SettingsError: If a pattern matches nothing, or everything is frozen.
-    """
+    """Train no parameter whose name a pattern matches; refused if that is none, or all that there are."""
     for pattern in patterns:
         for weight in matching("freeze", pattern, model.named_parameters(remove_duplicate=False)):
             weight.requires_grad_(False)

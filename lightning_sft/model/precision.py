@@ -36,14 +36,7 @@ class Precision:
 
     @classmethod
     def of(cls, word: object) -> "Precision":
-        """The meaning of a word that Lightning's trainer takes.
-
-        Args:
-            word: Such as `bf16-mixed`; also the short forms `32`, `64`, `16` and `bf16`, and None for the default.
-
-        Raises:
-            SettingsError: If there is no such precision.
-        """
+        """The meaning of a word that Lightning's trainer takes, such as `bf16-mixed`, `16`, or None for the default."""
         name = _ALIASES.get(str(word), str(word))
         if name not in _MEANINGS:
             raise SettingsError(f"`precision` is {word!r}, expected one of {', '.join(_MEANINGS)}.")

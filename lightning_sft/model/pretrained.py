@@ -4,13 +4,7 @@ import re
 from typing import Any, cast
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError, and_more, is_missing_path, one_line, shorten
 
@@ -28,9 +22,6 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
         source: Name or folder; or the settings of a configuration with `model_type`.
         model_kwargs: For `from_pretrained` or `from_config`. Unless they say otherwise, weights are float32.
         seed: Of weights that are drawn.
-
-    Raises:
-        SettingsError: If there is no such model, or its weights are not those of its configuration.
     """
     # Without an explicit type a half-precision checkpoint would train half-precision weights and moments.
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
@@ -47,11 +38,7 @@ def build_model(source: str | dict[str, Any], model_kwargs: dict[str, Any], seed
 
 
 def build_empty_model(source: str | dict[str, Any], model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The model that `build_model` makes, on `meta`: of a pretrained one its configuration alone is read.
-
-    Raises:
-        SettingsError: If there is no such model.
-    """
+    """The model that `build_model` makes, on `meta`: of a pretrained one its configuration alone is read."""
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
     try:
         if isinstance(source, str):

@@ -42,24 +42,14 @@ class Probe:
         return ids.to(self.model.device)
 
     def logits(self, input_ids: Tensor, packing: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's logits, `(batch_size, length, vocab_size)`, float64.
-
-        Args:
-            input_ids: `(batch_size, length)`.
-            packing: As for `packed_inputs`.
-        """
+        """The model's logits, `(batch_size, length, vocab_size)`, float64; `packing` is as for `packed_inputs`."""
         with self._as_in_training():
             inputs = packed_inputs(self.model, packing or {})
             output: Tensor = self.model(input_ids=input_ids, use_cache=False, **inputs).logits
         return output.double()
 
     def loss(self, input_ids: Tensor, routing: RoutingRecorder) -> float:
-        """The loss that the model computes by itself, each token being the label of the one before.
-
-        Args:
-            input_ids: `(batch_size, length)`.
-            routing: Records it.
-        """
+        """The loss that the model computes by itself, each token being the label of the one before."""
         with self._as_in_training(routing):
             return float(self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss)
 

@@ -21,10 +21,7 @@ def keep_from_packing(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference, which it does on CPUs with bfloat16 arithmetic.
 
     Its layers do so when they first run in eval mode, in place and for good, and their kernel for packed weights has no
-    gradient. On other CPUs and on CUDA nothing changes.
-
-    Raises:
-        SettingsError: If the weights are packed already.
+    gradient. On other CPUs and on CUDA nothing changes. Weights that are packed already are refused.
     """
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):

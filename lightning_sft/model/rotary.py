@@ -40,9 +40,6 @@ def keep_rotary_by_row(model: nn.Module) -> None:
     """Give each row, and each document of a packed row, the rotary frequencies that it gets alone.
 
     Modules whose frequencies depend on the length are changed in place; all others stay as they are.
-
-    Args:
-        model: Any model of `transformers`.
     """
     for module in model.modules():
         if any(map(_is_switched, _kinds(module).values())):

@@ -15,13 +15,7 @@ def router_coefficient(model: PreTrainedModel) -> float:
     """What the loss of routing is multiplied by; 0 unless the model's configuration asks for it.
 
     It does with `output_router_logits` and a coefficient, which has many names. So the model is run on a few tokens
-    with labels, and given two values for that loss.
-
-    Args:
-        model: On the device that it is to be trained on.
-
-    Raises:
-        SettingsError: If the configuration asks for a loss that is not known here.
+    with labels, and given two values for that loss. A loss that is not known here is refused.
     """
     _refuse_z_loss(model)
     if next(model.parameters()).is_meta:

@@ -34,11 +34,7 @@ class Routing:
     top_k: int
 
     def sums(self, counts: Tensor) -> "RoutingSums":
-        """Add up over the tokens that count.
-
-        Args:
-            counts: Whether a token does, `(num_tokens,)`.
-        """
+        """Add up over the tokens that count: `counts` says which, `(num_tokens,)`."""
         weights = counts.to(torch.float32)  # as all sums, also where Lightning makes another type the default
         chosen = torch.zeros(self.num_experts, dtype=torch.float32, device=counts.device)
         probability = torch.zeros_like(chosen)
@@ -65,11 +61,7 @@ class RoutingSums:
     probability: Tensor
 
     def loss(self, whole: "RoutingSums") -> Tensor:
-        """What this part contributes to `num_experts * sum_e f_e p_e` of the whole; the parts add up to it.
-
-        Args:
-            whole: Sums over all parts, of which `chosen` and `num_tokens` are needed.
-        """
+        """What this part contributes to `num_experts * sum_e f_e p_e` of the whole; the parts add up to it."""
         num_tokens = whole.num_tokens.clamp(min=1)
         return len(self.chosen) * (whole.chosen / num_tokens * self.probability / num_tokens).sum()
 

@@ -20,11 +20,7 @@ from lightning_sft.model.blocks import find_blocks
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's transformer blocks, each of which is sharded by itself.
-
-    Raises:
-        SettingsError: If the model does not say what its blocks are, or they share weights.
-    """
+    """The model's transformer blocks, each to be sharded by itself; refused if unknown, or if they share weights."""
     blocks = find_blocks(model)
     if not blocks:
         raise SettingsError(
@@ -41,15 +37,7 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def shards_per_replica(num_devices: int, num_replicas: int) -> int:
-    """How many devices hold a model between them.
-
-    Args:
-        num_devices: All of them.
-        num_replicas: Groups of devices that each hold the whole model.
-
-    Raises:
-        SettingsError: If the devices cannot be divided like that.
-    """
+    """How many of all devices hold a model between them, if there are so many groups that each hold it whole."""
     if num_replicas > 1 and (num_devices % num_replicas or num_devices == num_replicas):
         raise SettingsError(
             f"`num_replicas` is {num_replicas}, but {counted(num_devices, 'device')} cannot be divided into so many "
@@ -60,11 +48,7 @@ def shards_per_replica(num_devices: int, num_replicas: int) -> int:
 
 
 def check_not_replicated(num_replicas: int) -> None:
-    """Refuse groups of devices that share a model where each device holds all of it.
-
-    Raises:
-        SettingsError: If there is more than one.
-    """
+    """Refuse groups of devices that share a model where each device holds all of it."""
     if num_replicas > 1:
         raise SettingsError(
             f"`num_replicas` is {num_replicas}, but the model is not sharded. Leave it out, or set `trainer.strategy` "
@@ -88,11 +72,7 @@ class Sharding:
     num_replicas: int = 1
 
     def mesh(self) -> DeviceMesh:
-        """All processes; replicas times shards if there are several replicas.
-
-        Raises:
-            SettingsError: If the processes cannot be divided like that.
-        """
+        """All processes; replicas times shards if there are several replicas."""
         num_processes, num_replicas = dist.get_world_size(), self.num_replicas
         num_shards = shards_per_replica(num_processes, num_replicas)
         if num_replicas == 1:
@@ -104,14 +84,7 @@ def shard(model: PreTrainedModel, sharding: Sharding) -> None:
     """Shard a model over all processes, each of its transformer blocks by itself.
 
     A block's weights are gathered while the block before it runs. Embeddings and head stay gathered from the forward to
-    the backward pass.
-
-    Args:
-        model: The same on every process, or without data (on `meta`).
-        sharding: How.
-
-    Raises:
-        SettingsError: If the model does not say what its blocks are, or the processes cannot be divided as it says.
+    the backward pass. The model is the same on every process, or without data (on `meta`).
     """
     blocks, mesh = transformer_blocks(model), sharding.mesh()
     precision = MixedPrecisionPolicy()
@@ -133,13 +106,11 @@ def load_sharded(
     """Build a model on the first process alone, and give every process its share of the weights.
 
     Args:
-        build: Loads or initialises the model; called on the first process only, where it stays in main memory.
+        build: Loads or initialises the model; called on the first process only, where it stays in main memory. If it
+            raises a `SettingsError`, every process does.
         device: Of this process.
         sharding: How it is shared.
         adapt: Changes the layers of a model without data as `build` changes those of the model.
-
-    Raises:
-        SettingsError: On every process, if `build` raises it.
     """
     whole = _build_on_first_process(build)
     with torch.device("meta"):
@@ -205,12 +176,7 @@ def reshard(module: nn.Module) -> None:
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
     """A context in which backward passes exchange gradients between processes, or do not.
 
-    Args:
-        module: What is trained, as the strategy has wrapped it.
-        enabled: Whether they do.
-
-    Raises:
-        SettingsError: If they are not to, but the strategy cannot go without.
+    `module` is what is trained, as the strategy has wrapped it; refused if its strategy cannot go without.
     """
     if enabled:
         yield

@@ -32,8 +32,7 @@ def is_adapter_folder(path: str | Path) -> bool:
 def tokenizer_beside(source: str) -> str:
     """Where the tokenizer of a model is: with it; of a folder of adapters without one, with their base model.
 
-    Args:
-        source: Name or folder of a model, or a folder of adapters.
+    `source` is the name or folder of a model, or a folder of adapters.
     """
     source = os.path.expanduser(source)
     if not is_adapter_folder(source) or Path(source, "tokenizer_config.json").is_file():
@@ -57,16 +56,12 @@ class StoredAdapters:
 
     @classmethod
     def read(cls, path: str | Path, given: Mapping[str, Any]) -> "StoredAdapters":
-        """Read the configuration of adapters; their weights are read by `give_to`.
+        """Read the configuration of adapters that can be trained here; their weights are read by `give_to`.
 
         Args:
             path: The folder.
             given: Settings that the user gives beside it. `lora_dropout` takes effect; all others have to be those of
                 the configuration.
-
-        Raises:
-            MissingPackageError: If `peft` is not installed.
-            SettingsError: If these are no adapters that can be trained here, or of other settings.
         """
         check_type("lora.path", path, (str, os.PathLike), "a folder that `peft` has written")
         folder = Path(path).expanduser()
@@ -78,11 +73,7 @@ class StoredAdapters:
 
     @property
     def base(self) -> str:
-        """Name or path of the model that they were trained on top of.
-
-        Raises:
-            SettingsError: If the folder does not say, or there is no such folder.
-        """
+        """Name or path of the model that they were trained on top of; refused if there is none."""
         name = self.config.base_model_name_or_path
         way_out = "Give it as `model`, and the adapters' folder as `lora.path`."
         if not name:
@@ -94,14 +85,7 @@ class StoredAdapters:
         return name
 
     def give_to(self, model: PreTrainedModel) -> None:
-        """Put their weights into a model.
-
-        Args:
-            model: With adapters of the same settings; changed in place.
-
-        Raises:
-            SettingsError: If there are no weights, or they do not fit.
-        """
+        """Put their weights into a model with adapters of the same settings, in place."""
         from peft import load_peft_weights, set_peft_model_state_dict
 
         about = f"The adapters in {str(self.folder)!r}"
@@ -170,11 +154,6 @@ def config_of_lora(stored: Mapping[str, Any], came: str) -> "LoraConfig":
     Args:
         stored: Its values, plain ones, as `peft` stores them.
         came: Begins the message of an error.
-
-    Raises:
-        MissingPackageError: If `peft` is not installed.
-        SettingsError: If they are no LoRA of a causal model, of a later version of `peft`, or were initialised in a way
-            that changed the base model.
     """
     peft = import_peft()
     kind, task = stored.get("peft_type"), stored.get("task_type")
@@ -213,9 +192,6 @@ def check_same_settings(
         config: Of the adapters.
         what: "the adapters are stored" or the like, for the message.
         free: The names of those that may differ.
-
-    Raises:
-        SettingsError: Naming the first that differs.
     """
     lora_config(given)
     for name, value in given.items():

@@ -14,7 +14,7 @@ from lightning_sft.checks import check_number
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.steps.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
 from lightning_sft.data.tokens.microbatch import Layout
-from lightning_sft.errors import SettingsError, located, one_line
+from lightning_sft.errors import SettingsError, counted, located, one_line
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.packing import why_never_packed
 from lightning_sft.model.sharding import check_not_replicated, shards_per_replica
@@ -105,7 +105,7 @@ def estimate_run(
     check_number("mfu", mfu, "a fraction above 0, at most 1", lambda value: 0 < value <= 1)
     settings = TrainerSettings.of(trainer)
     kind = "CUDA" if settings.on_cuda else "CPU"
-    notes = [f"For {settings.num_devices} {kind} device{_s(settings.num_devices)}, {settings.precision}."]
+    notes = [f"For {counted(settings.num_devices, f'{kind} device')}, {settings.precision}."]
     if trainer.get("accelerator") in (None, "auto") and not settings.on_cuda:
         notes.append("This machine has no GPU; for a run on one add `--trainer.accelerator gpu`.")
     num_shards = 1
@@ -197,12 +197,7 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
 def _in_words(shape: MicrobatchShape, layout: Layout) -> str:
     lengths, num_responses = shape.lengths, sum(shape.num_response_tokens)
     num_tokens = len(lengths) * max(lengths) if layout == "padded" else sum(lengths)
-    sequences = f"{len(lengths):,} sequence{_s(len(lengths))}"
-    return f"{num_tokens:,} tokens, {num_responses:,} of responses, {sequences}, {layout}"
-
-
-def _s(number: int) -> str:
-    return "s" if number > 1 else ""
+    return f"{num_tokens:,} tokens, {num_responses:,} of responses, {counted(len(lengths), 'sequence')}, {layout}"
 
 
 def _duration(seconds: float) -> str:

@@ -36,14 +36,10 @@ class TrainerSettings:
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> "TrainerSettings":
-        """Read the arguments of `Trainer`; those that are missing have its defaults.
+        """Read the arguments of `Trainer` as a configuration has them; those that are missing have its defaults.
 
-        Args:
-            trainer: As a configuration has them.
-
-        Raises:
-            SettingsError: If the precision is not known, or one whose memory cannot be estimated; or if the strategy is
-                one that cannot train here.
+        Refused are a precision that is not known, or whose memory cannot be estimated, and a strategy that cannot train
+        here.
         """
         precision, on_cuda = Precision.of(trainer.get("precision")), _is_cuda(trainer)
         if precision.word.startswith("transformer-engine"):

@@ -44,14 +44,7 @@ class Trial(L.Callback):
     saved: dict[str, Tensor]
 
     def check(self, trainer: L.Trainer) -> None:
-        """Refuse a trainer that the trial cannot run on.
-
-        Args:
-            trainer: Of the trial.
-
-        Raises:
-            SettingsError: If the trainer starts processes of its own.
-        """
+        """Refuse a trainer that the trial cannot run on."""
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise SettingsError(
                 "`strategy` trains in processes of its own, and what they find is lost when they end. Use one device, "
@@ -63,11 +56,7 @@ class Trial(L.Callback):
         self.saved = {name: tensor.to("cpu", copy=True) for name, tensor in _changing(pl_module).items()}
 
     def restore(self, module: L.LightningModule) -> None:
-        """Put them back, and drop gradients.
-
-        Args:
-            module: The module that was trained.
-        """
+        """Put them back, and drop gradients."""
         tensors = _changing(module)
         for name, value in getattr(self, "saved", {}).items():
             tensors[name].copy_(value)
@@ -101,9 +90,6 @@ def run_trial(
             are left out.
         datamodule: The data; None if there is a `loader`.
         loader: Gives optimizer steps in place of the data.
-
-    Raises:
-        SettingsError: If the trial cannot run on this trainer.
     """
     options = trainer_options | _OWN_OPTIONS | {"max_steps": num_steps}
     bar = [StepProgressBar()] if options.get("enable_progress_bar") is not False else []

@@ -36,13 +36,7 @@ class StepSums:
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Draw what is random in an optimizer step from these numbers, whatever was drawn before it.
-
-    Args:
-        seed: Of the run.
-        step: Counts its optimizer steps.
-        rank: Of the device.
-    """
+    """Draw what is random in an optimizer step from these three numbers, whatever was drawn before it."""
     seeds = np.random.SeedSequence((seed, step, rank))
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
 

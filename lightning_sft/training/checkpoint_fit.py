@@ -19,15 +19,7 @@ STORED_SETTINGS = (
 
 
 def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -> None:
-    """Refuse a checkpoint with adapters of other settings; warn of adapters for another model.
-
-    Args:
-        hyper_parameters: Of the checkpoint.
-        builder: Of the module.
-
-    Raises:
-        SettingsError: If the settings differ.
-    """
+    """Refuse a checkpoint with adapters of other settings; warn of adapters for another model."""
     then = hyper_parameters.get("lora")
     if then != builder.lora:
         raise SettingsError(f"The checkpoint was trained with `lora` = {then}, but it is {builder.lora} here.")
@@ -40,16 +32,7 @@ def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -
 
 
 def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool) -> None:
-    """Refuse the weights of another model.
-
-    Args:
-        saved: The checkpoint's state dict.
-        own: The module's.
-        strict: Whether both have to hold the same names.
-
-    Raises:
-        SettingsError: If names or shapes differ; the message has the first difference.
-    """
+    """Refuse the weights of another model: other shapes; if `strict`, also other names."""
     misfits = [
         f"`{name}` is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
         for name in own
@@ -72,15 +55,6 @@ def check_same_run(
 
     Of a run with adapters the checkpoint holds these alone, and the frozen weights are those of the model that is named
     now; `check_adapters` warns if that is another one.
-
-    Args:
-        checkpoint: The whole of it.
-        objective: Of the module.
-        patterns: By which the module chooses parameters, by the name of the setting.
-        base_model: The name or path of the model that is fine-tuned; None if it has none.
-
-    Raises:
-        SettingsError: Naming what differs.
     """
     then = checkpoint.get("hyper_parameters", {})
     for name, now in objective.settings().items():

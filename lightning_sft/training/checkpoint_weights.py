@@ -52,15 +52,7 @@ class InitialWeights:
     weights_only: bool = True
 
     def give_to(self, model: PreTrainedModel, builder: ModelBuilder) -> None:
-        """Put them into a model.
-
-        Args:
-            model: Whole, with its adapters; changed in place.
-            builder: That has made it.
-
-        Raises:
-            SettingsError: If the checkpoint cannot be read, or is of another model.
-        """
+        """Put them into a whole model with its adapters, which `builder` has made."""
         checkpoint = read_checkpoint(self.path, self.weights_only, "init_from")
         check_adapters(checkpoint.get("hyper_parameters", {}), builder)
         saved, own = checkpoint["state_dict"], {f"{OF_MODEL}{name}": each for name, each in model.state_dict().items()}

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, counted
 from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, missing_state
 
 _PROPORTIONAL = (StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR, ReduceLROnPlateau)
@@ -49,15 +49,6 @@ class OptimizerSettings:
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         return cls(kind, tuple(_settings(group) for group in optimizer.param_groups))
 
-    def to_values(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return asdict(self) | {"groups": [dict(group) for group in self.groups]}
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "OptimizerSettings":
-        """What `to_values` has written."""
-        return cls(values["kind"], tuple(values["groups"]))
-
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: _plain(value) for name, value in group.items() if name not in ("params", "initial_lr")}
@@ -74,45 +65,28 @@ def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
-def check_optimizers(then: Sequence[OptimizerSettings], now: Sequence[OptimizerSettings]) -> None:
-    """Refuse to continue with another optimizer.
-
-    Args:
-        then: As the checkpoint has it; empty if it does not say.
-        now: As it is now.
-
-    Raises:
-        SettingsError: If the number of optimizers, a class or the number of parameter groups differs.
-    """
-    for before, today in zip(then, now, strict=False):
-        if before.kind != today.kind:
-            raise SettingsError(
-                f"The checkpoint is of a run with the optimizer {before.kind}, but `optimizer` is {today.kind} here. "
-                "Set `optimizer` to the one of that run, or begin a new run with its weights (`--init_from`)."
-            )
-    groups, groups_now = ([len(each.groups) for each in settings] for settings in (then, now))
-    if then and groups != groups_now:
+def check_optimizer(then: OptimizerSettings, now: OptimizerSettings) -> None:
+    """Refuse to continue with an optimizer of another class, or with another number of parameter groups."""
+    if then.kind != now.kind:
         raise SettingsError(
-            f"The checkpoint is of a run whose optimizers have {groups} parameter groups, but they have {groups_now} "
-            "here. Make them as in that run, or begin a new run with its weights (`--init_from`)."
+            f"The checkpoint is of a run with the optimizer {then.kind}, but `optimizer` is {now.kind} here. Set "
+            "`optimizer` to the one of that run, or begin a new run with its weights (`--init_from`)."
+        )
+    if len(then.groups) != len(now.groups):
+        raise SettingsError(
+            f"The checkpoint is of a run with {counted(len(then.groups), 'parameter group')}, but the optimizer has "
+            f"{len(now.groups)} here. Make them as in that run, or begin a new run with its weights (`--init_from`)."
         )
 
 
 def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: OptimizerSettings) -> None:
     """Let settings that were changed take effect on an optimizer that was restored from a checkpoint.
 
-    The learning rate of one with a schedule is left to `continue_schedule`.
-
-    Args:
-        optimizer: Its settings and state are those of the checkpoint; changed in place.
-        then: What the checkpoint's optimizer was made with.
-        now: What this one was made with.
-
-    Raises:
-        SettingsError: If a changed setting needs a state that the checkpoint does not have.
+    The checkpoint's optimizer was made with `then`, this one with `now`. The learning rate of one with a schedule is
+    left to `continue_schedule`.
     """
     changed: dict[str, Any] = {}
-    for group, before, today in zip(optimizer.param_groups, then.groups, now.groups, strict=False):
+    for group, before, today in zip(optimizer.param_groups, then.groups, now.groups, strict=True):
         new = {name: value for name, value in today.items() if name not in before or before[name] != value}
         changed |= new
         if "lr" in new and "initial_lr" in group:
@@ -140,8 +114,7 @@ def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, no
         now: What this one was made with.
 
     Raises:
-        SettingsError: If the learning rate was changed, and the schedule is neither a function of the step nor known
-            to be in proportion to the rate.
+        SettingsError: If the rate was changed, and the schedule is neither a function of the step nor in proportion.
     """
     rates = [group["lr"] for group in now.groups]
     if not isinstance(scheduler, LambdaLR):
@@ -178,7 +151,7 @@ def _set_rates(scheduler: LRScheduler, rates: list[Any]) -> None:
 
 
 class Continuation:
-    """What the optimizers of a run are made with, beside what those of the checkpoint were that it continues."""
+    """What the optimizer of a run is made with, beside what that of the checkpoint was that it continues."""
 
     def __init__(self) -> None:
         self.begin()
@@ -186,24 +159,25 @@ class Continuation:
     def begin(self) -> None:
         """A new run continues nothing yet."""
         self._continues = False
-        self._then: list[OptimizerSettings] = []
-        self._now: list[OptimizerSettings] = []
+        self._then: OptimizerSettings | None = None
+        self._now: OptimizerSettings | None = None
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """The run continues from this checkpoint, whose optimizers are not restored yet."""
+        """The run continues from this checkpoint, whose optimizer is not restored yet."""
         self._continues = True
-        self._then = [OptimizerSettings.from_values(values) for values in checkpoint.get(_KEY, ())]
+        if (values := checkpoint.get(_KEY)) is not None:
+            self._then = OptimizerSettings(**values)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Store what a run that continues from this checkpoint compares with."""
-        checkpoint[_KEY] = [settings.to_values() for settings in self._now]
+        if self._now is not None:
+            checkpoint[_KEY] = asdict(self._now)
 
     def check(self, optimizers: Sequence[Optimizer]) -> None:
-        """Note what the optimizers are made with, before they are restored.
+        """Note what the optimizer is made with, before it is restored.
 
         Raises:
-            SettingsError: If they are not those of the checkpoint, or not one of parameters, or cannot train a sharded
-                model.
+            SettingsError: If there is not one, it is not that of the checkpoint, or it cannot train a sharded model.
         """
         if len(optimizers) != 1:
             raise SettingsError(
@@ -212,24 +186,23 @@ class Continuation:
             )
         if isinstance(optimizers[0], _MockOptimizer):
             raise SettingsError("`configure_optimizers` returns no optimizer, so nothing would be trained. Return one.")
-        self._now = [OptimizerSettings.of(optimizer) for optimizer in optimizers]
-        check_optimizers(self._then, self._now)
+        self._now = OptimizerSettings.of(optimizers[0])
+        if self._then is not None:
+            check_optimizer(self._then, self._now)
         check_takes_shards(optimizers[0])
 
-    def apply(self, optimizers: Sequence[Optimizer], schedules: Sequence[LRSchedulerConfig]) -> None:
+    def apply(self, optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> None:
         """Let everything that was changed take effect on what has been restored.
 
         Raises:
             SettingsError: If that cannot be.
         """
-        if not self._continues:
+        if not self._continues or self._now is None:
             return
-        then = dict(zip(optimizers, self._then, strict=False))
-        now = dict(zip(optimizers, self._now, strict=True))
-        for optimizer, before in then.items():
-            apply_settings(optimizer, before, now[optimizer])
-        for scheduler in (config.scheduler for config in schedules):
-            continue_schedule(scheduler, then.get(scheduler.optimizer), now[scheduler.optimizer])
+        if self._then is not None:
+            apply_settings(optimizer, self._then, self._now)
+        for config in schedules:
+            continue_schedule(config.scheduler, self._then, self._now)
 
 
 _KEY = "optimizer_settings"

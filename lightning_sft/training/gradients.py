@@ -35,15 +35,7 @@ class GradScaling:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients down to a total norm.
-
-    Args:
-        parameters: That have them, on one device or sharded over all.
-        max_norm: None: no clipping.
-
-    Returns:
-        The norm before, a scalar.
-    """
+    """Scale gradients, whole or sharded, down to a total norm, if there is one; return the norm before, a scalar."""
     parameters = list(parameters)
     norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     if max_norm is not None:

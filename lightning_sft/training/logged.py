@@ -20,19 +20,11 @@ def log_step(
     guard: StepGuard,
     learning_rate: Tensor,
 ) -> None:
-    """Log an optimizer step.
+    """Log an optimizer step, with its gradient norm before clipping and the learning rate of the first parameter group.
 
     After each step Lightning reads what progress bars show, and waits for it if it is on a device. So they do not show
     `train/loss`, but the latest loss that is known in main memory, on a device that of the step before. It is not
     called `loss`, a name that a subclass may want: Lightning refuses two metrics of one name.
-
-    Args:
-        module: That has taken it.
-        sums: Of the step.
-        num_response_tokens: Of the step, over all devices.
-        grad_norm: Before clipping.
-        guard: Has checked it, or will.
-        learning_rate: Of the first parameter group, as the optimizer has used it; a scalar.
     """
     if guard.known_loss is not None:
         module.log("train/latest_loss", guard.known_loss.float(), prog_bar=True, logger=False)
@@ -53,14 +45,7 @@ def log_step(
 def log_metrics(
     module: L.LightningModule, stage: str, metrics: ResponseMetrics, num_steps_taken: int | None = None
 ) -> None:
-    """Log the metrics of an evaluation as `<stage>/...`, and begin anew.
-
-    Args:
-        module: That is evaluated.
-        stage: `val` or `test`.
-        metrics: Are reset.
-        num_steps_taken: Optimizer steps that have made the weights, for every logger's x-axis. None: it is not logged.
-    """
+    """Log the metrics of an evaluation as `<stage>/...`, with the weights' step if it is given, and begin anew."""
     for name, value in metrics.compute().items():
         # Already over all devices; `sync_dist` averages equal numbers and keeps Lightning from warning.
         module.log(f"{stage}/{name}", value.float(), prog_bar=name == "loss", sync_dist=True)

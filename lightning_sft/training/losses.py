@@ -143,9 +143,5 @@ def sft_microbatch_train_step(
     loss.backward()
     num_response_tokens = (response_mask == 1).sum()
     mean_log_prob = masked_normalize(policy_log_probs.detach(), response_mask, num_response_tokens)
-    metadata = {
-        "loss": loss.detach(),
-        "num_response_tokens": num_response_tokens,
-        "mean_log_prob": mean_log_prob,
-    }
-    return loss.detach(), metadata
+    loss = loss.detach()
+    return loss, {"loss": loss, "num_response_tokens": num_response_tokens, "mean_log_prob": mean_log_prob}

@@ -53,15 +53,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with its adapters; sharded over all devices if the trainer's strategy asks for that.
 
-    Args:
-        builder: Makes it.
-        loaded: The model, if there is one already: it is adapted and sharded in place.
-        trainer: Whose strategy and precision count; None if there is none.
-        initial: The weights to begin with, instead of those that the builder finds or draws.
-        num_replicas: As for `Sharding`.
-
-    Raises:
-        SettingsError: If the model cannot be loaded, or not be trained by this trainer.
+    A model that is loaded already is adapted and sharded in place. `initial` are weights to begin with, instead of
+    those that the builder finds or draws.
     """
     if trainer is not None:
         check_trainer(trainer)
@@ -116,16 +109,7 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
 
 
 def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Trainer | None) -> None:
-    """Refuse a model that cannot be trained, or that has fewer embeddings than the data has tokens.
-
-    Args:
-        model: As it is to be trained.
-        trains_adapters: Whether only adapters are trained.
-        trainer: Its datamodule has the tokenizer; None if there is none.
-
-    Raises:
-        SettingsError: Naming the way out.
-    """
+    """Refuse a model that cannot be trained, or with fewer embeddings than the datamodule's tokenizer has tokens."""
     if is_quantized(model) and (not trains_adapters or is_sharded(model)):
         why = "not be sharded; use the strategy `ddp`" if trains_adapters else "only train `lora` adapters"
         raise SettingsError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
@@ -144,17 +128,7 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
 def prepare_model(
     model: PreTrainedModel, trainer: L.Trainer | None, checkpointing: ActivationCheckpointing, compiled: bool
 ) -> ModelTraits:
-    """Switch on all that the training of a model needs.
-
-    Args:
-        model: On the device that it is to be trained on.
-        trainer: Whose precision counts; None if there is none.
-        checkpointing: Which activations are computed again in backward.
-        compiled: Whether the model's blocks are to be compiled.
-
-    Raises:
-        SettingsError: If it is not causal, or if its configuration asks for a loss that is not known here.
-    """
+    """Switch on all that the training of a model needs, on the device that it is to be trained on."""
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     if checkpointing.activation_offloading and next(model.parameters()).device.type == "cpu":
         rank_zero_info("On the CPU all activations are in main memory, with or without `activation_offloading`.")

@@ -261,7 +261,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""
         check_loader(self.trainer)
-        self._continuation.apply(self.trainer.optimizers, self.trainer.lr_scheduler_configs)
+        self._continuation.apply(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, and, to continue training, of another loss."""

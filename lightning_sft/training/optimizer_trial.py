@@ -14,11 +14,7 @@ IMPLEMENTATION = ("foreach", "fused")  # how a step is computed, not what
 
 
 def missing_state(optimizer: Optimizer) -> str | None:
-    """Whether a step fails for a state that the optimizer was not restored with, and which.
-
-    Args:
-        optimizer: Restored from a checkpoint, its settings perhaps changed since.
-    """
+    """Whether a step of an optimizer that was restored from a checkpoint fails for a state that it lacks, and which."""
     for group in optimizer.param_groups:
         known = [weight for weight in group["params"] if optimizer.state.get(weight)]
         if not known:
@@ -38,11 +34,7 @@ def missing_state(optimizer: Optimizer) -> str | None:
 
 
 def check_takes_shards(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that cannot step where each device holds a share of the weights; all devices try it together.
-
-    Raises:
-        SettingsError: If it cannot.
-    """
+    """Refuse an optimizer that cannot step where devices share the weights; all of them try it together."""
     groups = []
     for group in optimizer.param_groups:
         sharded = [weight for weight in group["params"] if isinstance(weight, DTensor)]

@@ -43,15 +43,10 @@ class ParameterGroups:
         return [group["pattern"] for group in self._groups]
 
     def make_optimizer(self, factory: OptimizerCallable, module: nn.Module) -> Optimizer:
-        """The optimizer of all trained parameters.
+        """The optimizer of all trained parameters, as the factory makes it of them or of groups.
 
-        Args:
-            factory: Makes it of parameters, or of groups of them.
-            module: With the parameters. Patterns see their names in `module.model`.
-
-        Raises:
-            SettingsError: If a pattern matches no trained parameter, the optimizer has no such setting, or it is one
-                that computes the loss itself, as often as it likes.
+        Patterns see the names of parameters in `module.model`. One that matches no trained parameter is refused, and so
+        is an optimizer that lacks a setting, or computes the loss itself, as often as it likes.
         """
         optimizer = self._make(factory, module)
         closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -36,12 +36,7 @@ class RouterBalance:
             self._whole = _over_devices(_counted_ahead(score, step))
 
     def loss(self, scores: ResponseScores, microbatch: Microbatch) -> Tensor:
-        """What a microbatch contributes; over all microbatches and devices it adds up to the loss of the step.
-
-        Args:
-            scores: Of the microbatch.
-            microbatch: Itself.
-        """
+        """What a microbatch contributes; over all microbatches and devices it adds up to the loss of the step."""
         own = _sums(scores, microbatch)
         if self._whole is None:
             self._whole = _over_devices(own)

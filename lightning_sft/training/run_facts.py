@@ -33,11 +33,7 @@ class RunFacts:
 
 
 def run_facts(trainer: L.Trainer) -> RunFacts:
-    """What a model card says of a run; every process has to ask.
-
-    Args:
-        trainer: With an `SFTModule`; what an `SFTDataModule` knows of its rows (`facts`) is part of it.
-    """
+    """What a model card says of a run of an `SFTModule`, and of what its datamodule knows; every process has to ask."""
     module = trainer.lightning_module
     of_data: dict[str, Any] = getattr(getattr(trainer, "datamodule", None), "facts", dict)()
     name = getattr(cast(PreTrainedModel, module.model).config, "_name_or_path", "")
@@ -59,11 +55,7 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
 
 
 def run_settings(trainer: L.Trainer) -> dict[str, Any]:
-    """All that a run was made with, by the names that the command line gives them; for loggers.
-
-    Args:
-        trainer: With an `SFTModule`, whose optimizers are there.
-    """
+    """All that a run was made with, by the names that the command line gives them; for loggers."""
     of_module = dict(getattr(trainer.lightning_module, "settings", {}))
     of_data = getattr(getattr(trainer, "datamodule", None), "settings", {})
     optimizers = trainer.optimizers

@@ -14,7 +14,7 @@ _chosen: WeakKeyDictionary[L.Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of a run, which the first logger names.
+    """The folder of a run, which the first logger names; it is refused if that is an address such as `s3://bucket`.
 
     Without a logger it is `default_root_dir`; if that holds another run, which is not continued, `version_<N>` below.
     Ask for it then once the training starts: only then it is known which checkpoint is continued from.
@@ -22,12 +22,6 @@ def run_folder(trainer: L.Trainer) -> Path:
     `<save_dir>/<name>/<version>`, where Lightning puts checkpoints too: their `save_dir` holds all of their runs.
 
     Every process has to ask, since the first one tells the others.
-
-    Args:
-        trainer: The run's trainer.
-
-    Raises:
-        SettingsError: If it would be at an address such as `s3://bucket`.
     """
     check_run_folder_is_local(trainer)
     folder = str(_folder(trainer)) if trainer.is_global_zero else ""
@@ -35,14 +29,7 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def check_run_folder_is_local(trainer: L.Trainer) -> None:
-    """Refuse a run whose files would be at an address, to which checkpoints, pages and exports are not written.
-
-    Args:
-        trainer: The run's trainer.
-
-    Raises:
-        SettingsError: Naming the setting that has the address.
-    """
+    """Refuse a run whose files would be at an address, to which checkpoints, pages and exports are not written."""
     save_dir = trainer.loggers[0].save_dir if trainer.loggers else None
     if save_dir:
         check_is_local("The first logger's `save_dir`", save_dir)
@@ -51,15 +38,7 @@ def check_run_folder_is_local(trainer: L.Trainer) -> None:
 
 
 def check_is_local(setting: str, folder: str | Path) -> None:
-    """Refuse an address in the place of a folder.
-
-    Args:
-        setting: What has it, for the message.
-        folder: What came.
-
-    Raises:
-        SettingsError: If it is an address.
-    """
+    """Refuse an address in the place of a folder; `setting` has it."""
     if "://" in str(folder):
         raise SettingsError(
             f"{setting} is {str(folder)!r}, but the files of a run are kept in a local folder. Give one; a further "

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -16,9 +15,8 @@ from lightning_sft.checks import check_number, check_type
 from lightning_sft.errors import SettingsError, one_line
 
 _WITHOUT_LENGTH = ("constant", "constant_with_warmup")
-_AFTER_WARMUP: dict[
-    str, Callable[[float], float]
-] = {  # the learning rate, as a fraction of its peak, at each fraction of the steps after the warmup
+# The learning rate, as a fraction of its peak, at each fraction of the steps after the warmup.
+_AFTER_WARMUP: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
@@ -128,8 +126,7 @@ def _fraction_of_peak(step: int, *, name: str, num_warmup_steps: int, num_steps:
 def run_length(trainer: L.Trainer) -> int:
     """Optimizer steps of a run; -1 if it has no length.
 
-    Args:
-        trainer: Of a run over the steps of `SFTDataModule`, which counts them, or over others.
+    `SFTDataModule` counts them. Of a run over another loader Lightning estimates them.
     """
     if hasattr(getattr(trainer, "datamodule", None), "run_state"):
         return trainer.max_steps
@@ -144,14 +141,7 @@ def steps_per_epoch(trainer: L.Trainer) -> int | None:
 
 
 def step_schedules(trainer: L.Trainer) -> None:
-    """After an optimizer step, step those schedules that follow steps or epochs and are due.
-
-    Args:
-        trainer: The run's trainer.
-
-    Raises:
-        SettingsError: If a schedule follows epochs, but nobody knows how long one is.
-    """
+    """After an optimizer step, step those schedules that follow steps or epochs and are due."""
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             continue
@@ -170,13 +160,10 @@ def step_schedules(trainer: L.Trainer) -> None:
 def step_plateau_schedules(module: L.LightningModule) -> None:
     """After a training run's validation, before it is saved, step schedules that follow a metric (`ReduceLROnPlateau`).
 
-    Args:
-        module: Its `configure_optimizers` says which metric (`monitor`); `val/loss` unless it does.
-
-    Raises:
-        SettingsError: If there is no such metric.
+    The module's `configure_optimizers` says which (`monitor`); `val/loss` unless it does.
     """
-    plateaus = [config for config in module.trainer.lr_scheduler_configs if _is_plateau(config)]
+    configs = module.trainer.lr_scheduler_configs
+    plateaus = [each.scheduler for each in configs if isinstance(each.scheduler, ReduceLROnPlateau)]
     if not plateaus or module.trainer.sanity_checking or module.trainer.state.fn != "fit":
         return
     monitor = _monitor(module.configure_optimizers())  # under manual optimization Lightning drops what is named there
@@ -185,12 +172,8 @@ def step_plateau_schedules(module: L.LightningModule) -> None:
             f"`configure_optimizers` says that ReduceLROnPlateau follows {monitor!r}, but the metrics are "
             f"{', '.join(sorted(metrics))}."
         )
-    for config in plateaus:
-        config.scheduler.step(metrics[monitor])  # type: ignore[arg-type]
-
-
-def _is_plateau(config: LRSchedulerConfig) -> bool:
-    return isinstance(config.scheduler, ReduceLROnPlateau)
+    for scheduler in plateaus:
+        scheduler.step(metrics[monitor])
 
 
 def _monitor(configured: Any) -> str:

@@ -14,14 +14,7 @@ from lightning_sft.training.metrics import ResponseMetrics
 
 
 def check_batch(batch: object) -> None:
-    """Refuse batches of other loaders.
-
-    Args:
-        batch: That a loader has given.
-
-    Raises:
-        SettingsTypeError: If it is no `OptimizerStep`.
-    """
+    """Refuse batches of other loaders."""
     if not isinstance(batch, OptimizerStep):
         raise SettingsTypeError(
             f"The loader gives a batch of type {type(batch).__name__}, but `SFTModule` takes the `OptimizerStep`s of "
@@ -38,15 +31,7 @@ def score_microbatch(
     token_loss: TokenLoss = NLL,
     return_is_top1: bool = False,
 ) -> ResponseScores:
-    """Log-probabilities and entropies of a microbatch's response tokens, see `score_responses`.
-
-    Args:
-        model: The model.
-        microbatch: On the model's device.
-        normalize_constant: As for `score_responses`.
-        token_loss: As for `score_responses`.
-        return_is_top1: As for `score_responses`.
-    """
+    """Scores of a microbatch's response tokens on the model's device; the rest is as for `score_responses`."""
     inputs = packed_inputs(model, microbatch.model_inputs())
     if microbatch.packing is None:
         positions = positions_by_row(model, microbatch.lengths, microbatch.input_ids.shape[1])
@@ -64,19 +49,7 @@ def score_microbatch(
 
 
 def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics) -> list[ResponseScores]:
-    """Add the sums and counts of all response tokens of a step to metrics.
-
-    Args:
-        model: The model.
-        step: Its microbatches are on the model's device.
-        metrics: Are added to.
-
-    Returns:
-        The scores of each microbatch.
-
-    Raises:
-        SettingsTypeError: If the step is anything else.
-    """
+    """Add the sums and counts of all response tokens of a step to metrics, and return the scores of each microbatch."""
     check_batch(step)
     scores = [score_microbatch(model, microbatch, return_is_top1=True) for microbatch in step.microbatches]
     for each, microbatch in zip(scores, step.microbatches, strict=True):

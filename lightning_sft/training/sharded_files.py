@@ -14,13 +14,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -114,12 +108,10 @@ def _check_complete(folder: Path, metadata: Metadata) -> None:
         if file.stat().st_size < end:
             raise EOFError(f"its file {name} is cut short ({file.stat().st_size} bytes of {end}).")
     for name, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata) and sum(map(_num_values, stored.chunks)) != stored.size.numel():
+        if not isinstance(stored, TensorStorageMetadata):
+            continue
+        if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
             raise EOFError(f"a part of {name} is missing.")
-
-
-def _num_values(chunk: ChunkStorageMetadata) -> int:
-    return chunk.sizes.numel()
 
 
 def read_weights(folder: Path, weights_only: bool) -> dict[str, torch.Tensor]:

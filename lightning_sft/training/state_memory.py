@@ -30,12 +30,7 @@ def parameter_counts(parameters: Iterable[Tensor]) -> str:
 
 @rank_zero_only
 def announce_state(parameters: Sequence[nn.Parameter], factory: OptimizerFactory) -> None:
-    """Say how many parameters there are to train, and what is kept of them.
-
-    Args:
-        parameters: Of the module.
-        factory: Makes the optimizer.
-    """
+    """Say how many parameters there are to train, and what is kept of them."""
     rank_zero_info(f"{parameter_counts(parameters)}; {state_memory(parameters, factory)}.")
 
 

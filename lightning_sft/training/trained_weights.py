@@ -14,35 +14,22 @@ from lightning_sft.model.precision import Precision
 
 
 def hook_state(module: L.LightningModule, trained_only: bool) -> None:
-    """Load weights also into a module whose model is not there yet; with `trained_only`, `keep_trained_weights_only`.
+    """Load weights also into a module whose model is not there yet; leave frozen ones out if `trained_only`.
 
     Lightning gives the weights of processes that it has started, such as those of `ddp_notebook`, to the module that
     they were started from, where no model was set up.
-
-    Args:
-        module: An `SFTModule`.
-        trained_only: Whether the state dict leaves frozen weights out.
     """
     module.register_load_state_dict_pre_hook(_build_model)  # type: ignore[no-untyped-call]
     if trained_only:
-        keep_trained_weights_only(module)
+        module.strict_loading = False
+        module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(_do_not_miss_frozen)  # type: ignore[no-untyped-call]
 
 
 def _build_model(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     if getattr(module, "model", None) is None and any(name.startswith(f"{prefix}model.") for name in state_dict):
         module.model = module.builder.build(Precision.of(getattr(module._trainer, "precision", None)))
         module.initial_weights = None
-
-
-def keep_trained_weights_only(module: L.LightningModule) -> None:
-    """Leave the frozen weights of `module.model` out of the module's state dict, and do not miss them on loading.
-
-    Args:
-        module: Its `model` may be set later.
-    """
-    module.strict_loading = False
-    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(_do_not_miss_frozen)  # type: ignore[no-untyped-call]
 
 
 def trained_names(module: nn.Module) -> set[str]:

@@ -37,14 +37,7 @@ _FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeF
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse strategies, precisions and plugins that would fail later, or have no effect without saying so.
-
-    Args:
-        trainer: Before it runs.
-
-    Raises:
-        SettingsError: Naming the way out.
-    """
+    """Refuse strategies, precisions and plugins that would fail later, or have no effect without saying so."""
     # Lightning would warn that it does not step a schedule by a metric; `step_plateau_schedules` does.
     warnings.filterwarnings("ignore", "The lr scheduler dict contains the key")
     # Steps are counted, and logged, over epochs.
@@ -63,14 +56,7 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 def check_strategy(name: str) -> None:
-    """Refuse a strategy that cannot step by hand.
-
-    Args:
-        name: Of its class, or its short name, such as `fsdp`.
-
-    Raises:
-        SettingsError: Naming the way out.
-    """
+    """Refuse a strategy that cannot step by hand, by the name of its class or its short name, such as `fsdp`."""
     if name.rpartition(".")[2].lower().startswith(("fsdp", "deepspeed")):
         raise SettingsError(
             f"`trainer.strategy` is {name}, which cannot train with manual optimization. To shard the model add "
@@ -79,14 +65,7 @@ def check_strategy(name: str) -> None:
 
 
 def check_before_setup(trainer: L.Trainer) -> None:
-    """Refuse to train with callbacks that cannot be used, before any of them does anything, or a compiled module.
-
-    Args:
-        trainer: Before it sets anything up.
-
-    Raises:
-        SettingsError: Naming the way out.
-    """
+    """Refuse to train with callbacks that cannot be used, before any of them does anything, or a compiled module."""
     if trainer.state.fn != "fit":
         return
     if getattr(getattr(trainer, "lightning_module", None), "_compiler_ctx", None) is not None:
@@ -117,14 +96,7 @@ def _check_left_to_us(trainer: L.Trainer) -> None:
 
 
 def check_loader(trainer: L.Trainer) -> None:
-    """Refuse a loader that divides optimizer steps among another number of devices.
-
-    Args:
-        trainer: With the loader that it trains on.
-
-    Raises:
-        SettingsError: If the loader does, as one that was asked for before there was a trainer.
-    """
+    """Refuse a loader that divides optimizer steps among other devices, as one asked for before there was a trainer."""
     num_devices = getattr(trainer.train_dataloader, "world_size", trainer.world_size)
     if num_devices != trainer.world_size:
         raise SettingsError(

@@ -14,14 +14,7 @@ _LONGEST_TEXT = 600  # characters of a cell
 
 
 def log_records(logger: Logger, step: int, records: Sequence[GenerationRecord], num_rows: int) -> None:
-    """Show records in a logger: TensorBoard gets a table and histograms, others a table if they have such a thing.
-
-    Args:
-        logger: Any of Lightning's.
-        step: Optimizer steps done.
-        records: All of the step's.
-        num_rows: Of the table.
-    """
+    """Show a step's records in a logger: TensorBoard gets a table and histograms, others a table if they have one."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text("generations", markdown_table(records[:num_rows]), step)
         for name, values in _distributions(records).items():

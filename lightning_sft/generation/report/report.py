@@ -70,11 +70,7 @@ class GenerationReport:
     ) -> None:
         """Show all records in the terminal, in loggers and on a page.
 
-        Args:
-            summary: What they add up to.
-            cost: What they have taken.
-            loggers: In training they also get the numbers; otherwise Lightning passes these on.
-            num_rows_shown: Rows of the loggers' tables.
+        In training the loggers also get the numbers; otherwise Lightning passes these on.
         """
         print_summary(self._step, summary, cost.seconds, cost.share_of_training)
         if self._stage == "test":
