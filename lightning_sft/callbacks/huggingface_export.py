@@ -58,7 +58,9 @@ class HuggingFaceExport(Checkpoint):
             The folder, or None where nothing is exported.
         """
         root = run_folder(trainer)
-        return None if self.folder is None or trainer.fast_dev_run else root / self.folder  # type: ignore[attr-defined]
+        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        return root / Path(self.folder).expanduser()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder with something else in it, or adapters that there are none of, before anything is loaded."""

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer
+from lightning_sft.errors import SettingsError
 from lightning_sft.loops.trainer_state import ends_here, exchange_no_signals, exchange_signals_again
 from lightning_sft.training.checkpoint_files import put_folder_behind_link, remove_partial, take_place, use_own_files
 from lightning_sft.training.host_copy import HostCopy
@@ -42,7 +43,12 @@ class LastCheckpoint(Checkpoint):
         self._asked: HostCopy | None = None  # the signal that any device had received at the step before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """A new run has saved nothing yet."""
+        """A new run has saved nothing yet. Refuse a second one, which would not give the signals back."""
+        if sum(isinstance(each, LastCheckpoint) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise SettingsError(
+                "There are two `LastCheckpoint`s, which would write the same file and take signals from one another. "
+                "Keep one of them; on the command line `last_checkpoint` is one."
+            )
         self._saved_step = None
         use_own_files(trainer)
 

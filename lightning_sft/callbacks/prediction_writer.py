@@ -52,7 +52,7 @@ class PredictionWriter(BasePredictionWriter):
             SettingsError: If the file holds anything else than records of this run.
         """
         run = prediction_run(module.model, prompts, self._settings)
-        path = Path(self._path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl")
+        path = Path(self._path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl").expanduser()
         self._file = PredictionFile(path, run, self._settings.sampling.num_samples)
         found: EarlierPredictions | Exception = EarlierPredictions()
         if writes_files(trainer):

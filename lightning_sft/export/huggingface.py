@@ -62,7 +62,7 @@ def export_model(
     """
     check_type("folder", folder, (str, Path), "the path of a folder")
     check_export_settings(dtype, merge_lora)
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     if not merge_lora:
         check_adapters_alone(lora_settings(model) if has_lora(model) else None)
     gathered = _gather_weights(model)
@@ -108,7 +108,7 @@ def check_adapters_alone(lora: Mapping[str, Any] | None) -> None:
 
 def check_export_folder(folder: str | Path) -> None:
     """Refuse a folder that cannot be written, or holds anything but an earlier export."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     came = f"The model is to be exported to {folder}, "
     if (why := why_not_written(folder)) is not None:
         raise SettingsError(f"{came}but {why}. Give another folder.")

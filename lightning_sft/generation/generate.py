@@ -94,8 +94,9 @@ def log_generations(
         if len(values) != len(prompts):
             raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(values)} `{name}`.")
     settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds, generator)
+    path = None if path is None else Path(path).expanduser()
     if path is not None:
-        _make_folder(Path(path))
+        _make_folder(path)
     numbered = [
         Prompt(index, text, ground_truth, is_whole)
         for index, (text, ground_truth, is_whole) in enumerate(
@@ -104,7 +105,7 @@ def log_generations(
     ]
     records = generate_records(model, tokenizer, numbered, settings, distributed=distributed)
     if path is not None and _rank_and_world_size(model, distributed)[0] == 0:
-        write_records(Path(path), records)
+        write_records(path, records)
     return records, summarize(records)
 
 

@@ -16,7 +16,7 @@ def logged_metrics(trainer: L.Trainer | None) -> dict[str, float]:
 
 
 def ends_here(trainer: L.Trainer) -> bool:
-    """Whether the epoch that is ending is the run's last, for whoever is called `on_train_epoch_end`."""
+    """Whether the epoch that is ending is the run's last; to be asked in `on_train_epoch_end`."""
     loop = trainer.fit_loop
     num_epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return trainer.should_stop or trainer.global_step == loop.max_steps or num_epochs == loop.max_epochs

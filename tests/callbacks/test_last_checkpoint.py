@@ -60,6 +60,11 @@ def test_a_callback_that_is_used_again_saves_again(tmp_path):
         assert (tmp_path / name / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_two_are_refused_since_signals_would_not_be_given_back(tmp_path):
+    with pytest.raises(ValueError, match="There are two `LastCheckpoint`s, which would write the same file"):
+        fit(tmp_path, [LastCheckpoint(), LastCheckpoint(every_n_steps=1)], max_steps=1)
+
+
 class Terminate(L.Callback):
     def on_sanity_check_end(self, trainer, pl_module):
         os.kill(os.getpid(), signal.SIGTERM)

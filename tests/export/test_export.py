@@ -173,6 +173,14 @@ def test_two_exports_to_one_folder_are_refused_and_to_two_are_not(tmp_path):
     assert {"huggingface", "half"} <= {path.name for path in (tmp_path / "two").iterdir()}
 
 
+def test_a_folder_below_the_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    export_model(build("tied"), "~/model")
+    train(tmp_path / "run", callbacks=[HuggingFaceExport("~/trained")], max_steps=1)
+    assert {"config.json", "model.safetensors"} <= files(tmp_path / "home" / "model")
+    assert {"config.json", "model.safetensors"} <= files(tmp_path / "home" / "trained")
+
+
 def test_nothing_but_an_earlier_export_is_written_over(tmp_path):
     (tmp_path / "huggingface").mkdir()
     (tmp_path / "huggingface" / "README.md").write_text("---\ntags:\n- mine\n---\nNotes\n---\ntags:\n- lightning-sft\n")

@@ -6,11 +6,11 @@ import os
 import lightning as L
 import pytest
 import torch
-from support.models import character_tokenizer, tiny_config
+from support.models import character_tokenizer, tiny_config, tiny_model
 from support.processes import Processes
 from support.runs import SHARDED, longer_length
 
-from lightning_sft import GenerationMonitor, Sampling, SettingsError, SFTDataModule, SFTModule
+from lightning_sft import GenerationMonitor, Sampling, SettingsError, SFTDataModule, SFTModule, log_generations
 from lightning_sft.callbacks import generation_monitor
 from lightning_sft.generation.generate import generate_records
 from lightning_sft.generation.predictions import PredictionFile
@@ -52,6 +52,13 @@ def straight(tmp_path):
     path = tmp_path / "straight.jsonl"
     predict(tmp_path, path=path)
     return path
+
+
+def test_a_file_below_the_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    predict(tmp_path, path="~/predicted.jsonl", rows=ROWS[:1])
+    log_generations(tiny_model(), character_tokenizer(), ["a"], [None], sampling=Sampling(1), path="~/logged.jsonl")
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"predicted.jsonl", "logged.jsonl"}
 
 
 def test_predict_returns_and_writes_every_record_in_order(tmp_path, straight, capsys):
