@@ -36,7 +36,7 @@ class PredictionWriter(BasePredictionWriter):
         self._earlier = EarlierPredictions()
 
     def start(self, trainer: L.Trainer, module: SFTModule, prompts: Sequence[Prompt], generate: Generator) -> Generator:
-        """Find out what an earlier run has left to do.
+        """Find out what an earlier run has left to do; a file of anything but records of this run is refused.
 
         Args:
             trainer: The trainer.
@@ -47,9 +47,6 @@ class PredictionWriter(BasePredictionWriter):
         Returns:
             Likewise for a batch of these prompts, but what an earlier run has done is not generated again: its records
             are those of the file, or none if the trainer does not return them.
-
-        Raises:
-            SettingsError: If the file holds anything else than records of this run.
         """
         run = prediction_run(module.model, prompts, self._settings)
         path = Path(self._path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl").expanduser()

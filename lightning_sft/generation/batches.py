@@ -97,11 +97,8 @@ def tokens_per_batch(model: PreTrainedModel, requests: Sequence[ResponseRequest]
 
     A pass over a batch adds one token to each of its responses. On a CUDA device it takes hardly longer for many than
     for few, so there are as many as have their keys and values, and the logits of that token, in a sixteenth of its
-    memory. A CPU gains nothing by it, and a sharded model scores all of a batch in one pass.
-
-    Args:
-        model: On the device on which it generates.
-        requests: That are to be put into batches. Of short ones there are more in a batch, each with its logits.
+    memory. Of short requests there are more in a batch, each with its logits. A CPU gains nothing by it, and a sharded
+    model scores all of a batch in one pass.
     """
     if model.device.type != "cuda" or is_sharded(model) or (size := _cache_bytes_per_token(model)) is None:
         return 32_768

@@ -11,14 +11,8 @@ def end_ids(own: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase)
     """The tokens that end a response: those that the model names itself, and those that it has learnt from its data.
 
     Learnt are the tokenizer's EOS, and the token with which its chat template ends a turn. They can differ: a base
-    model that is taught conversations names EOS alone, and would go on after the end of its turn.
-
-    Args:
-        own: The `eos_token_id` of a model's configuration.
-        tokenizer: The model's.
-
-    Returns:
-        Token ids, the model's own first.
+    model that is taught conversations names EOS alone, and would go on after the end of its turn. The model's own, the
+    `eos_token_id` of its configuration, come first.
     """
     named = own if isinstance(own, Sequence) else [own]
     ids = [*named, tokenizer.eos_token_id, end_of_turn_id(tokenizer)]

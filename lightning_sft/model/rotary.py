@@ -51,11 +51,6 @@ def positions_by_row(model: nn.Module, lengths: Sequence[int], width: int) -> Te
 
     `transformers` builds a mask for such positions, so there are none as long as all rows get the same frequencies.
 
-    Args:
-        model: Any model.
-        lengths: Of the rows.
-        width: Of the batch.
-
     Returns:
         `(num_rows, width)`, counted from 0 in each row and 0 on padding, in main memory; None if the model need not
         be told.

@@ -97,10 +97,6 @@ def estimate_run(
         mfu: Fraction of the devices' arithmetic that is assumed to be put to use.
         peak_flops: Multiplications and additions per second that one device could do at most. Default: what Lightning
             knows of this machine's CUDA device, if that is what the run is for.
-
-    Raises:
-        SettingsError: If `mfu` is out of range, the model cannot be built or be shared like that, or nothing bounds a
-            microbatch.
     """
     check_number("mfu", mfu, "a fraction above 0, at most 1", lambda value: 0 < value <= 1)
     settings = TrainerSettings.of(trainer)

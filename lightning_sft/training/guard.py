@@ -60,10 +60,7 @@ class StepGuard:
     def start_step(self, step: int, locations: Sequence[str], loss: Tensor) -> None:
         """Take note of an optimizer step before the optimizer does it.
 
-        Args:
-            step: Counts optimizer steps from 1.
-            locations: Where this device's rows come from, such as `line 3 of train.jsonl`.
-            loss: Of the step, over all devices; a scalar.
+        `step` counts from 1, `locations` say where this device's rows come from, and `loss` is that over all devices.
         """
         self._earlier, self._latest = self._latest, _StepNumbers(step, locations, loss)
 

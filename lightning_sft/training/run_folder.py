@@ -73,15 +73,10 @@ def holds_a_run(folder: Path) -> bool:
 
 
 def folder_of_run(root: Path, ckpt_path: str | Path | None) -> Path:
-    """The folder of a training run without a logger.
+    """The folder of a training run without a logger, in `root`, its `default_root_dir`.
 
-    Args:
-        root: The `default_root_dir`.
-        ckpt_path: The checkpoint that is continued from; None for a new run.
-
-    Returns:
-        That of the checkpoint, if it is in `root` or below. Otherwise `root` itself, or the first `version_<N>` below
-        it that holds no run.
+    It is that of the checkpoint which is continued from, if that is in `root` or below. Otherwise it is `root` itself,
+    or the first `version_<N>` below it that holds no run.
     """
     if ckpt_path:
         own = Path(ckpt_path).absolute().parent.parent

@@ -73,9 +73,6 @@ def write_page(
         summary: Averages, by name.
         title: Says which step and data this is.
         num_records: How many records there are in all, if these are only the first.
-
-    Raises:
-        OSError: If the file cannot be written.
     """
     data = {"title": title, "summary": summary, "num_records": num_records or len(records), "records": records}
     _write(path, _filled("step", data=_json(data)))
@@ -102,9 +99,6 @@ def write_rows_page(
         summary: `loss`, `perplexity`, `token_accuracy`, `token_entropy` and `num_rows`, of all scored rows.
         title: Says which data and which model this is.
         num_rows: How many rows were scored, if `rows` are only those with the highest loss.
-
-    Raises:
-        OSError: If the file cannot be written.
     """
     # The share in per cent: its decimals are few, and with many rows each has only a small share.
     shown = [{**row, "share": 100 * row["share"]} for row in rows]
@@ -135,9 +129,6 @@ def write_comparison_page(
             of its tokens among `tokens`, or None.
         tokens: Of a response each, as JSON: texts, ids, log-probabilities and entropies. They are most of the page, and
             a line is read only when it is shown.
-
-    Raises:
-        OSError: If the file cannot be written.
     """
     parts = {
         "data": _json({"runs": runs, "settings": settings, "prompts": prompts}),
@@ -157,9 +148,6 @@ def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float
         step: The step, in optimizer steps.
         page: Its page's file name, relative to `folder`.
         summary: Averages, by name.
-
-    Raises:
-        OSError: If the file cannot be read or written.
     """
     index = folder / _INDEX
     before = index.read_bytes() if index.exists() else b""
