@@ -2,10 +2,9 @@
 
 import pickle
 
-import lightning as L
 import pytest
 import torch
-from support.fits import ROWS, Recorder, fit, make_data, make_trainer, sgd
+from support.fits import ROWS, fit, make_data, sgd
 from support.models import tiny_config, tiny_model
 
 from lightning_sft import SFTModule
@@ -43,30 +42,6 @@ def test_weights_can_be_given_to_a_module_that_has_no_model_yet(lora):
     started_from.load_state_dict(trained.state_dict(), strict=False)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(started_from(ids).logits, trained(ids).logits)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    def module():
-        config = tiny_config(attention_dropout=0.2)
-        return SFTModule(config, optimizer=lambda p: torch.optim.AdamW(p, lr=0.01), warmup_steps=2)
-
-    straight, straight_log, _ = fit(tmp_path, module(), max_epochs=4)
-    data = make_data(num_workers=1)
-    trainer = make_trainer(tmp_path, callbacks=[first_log := Recorder()], max_epochs=4)
-
-    class StopAt5(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == 5:
-                trainer.save_checkpoint(tmp_path / "five.ckpt", weights_only=False)
-                trainer.should_stop = True
-
-    trainer.callbacks.append(StopAt5())
-    trainer.fit(module(), data)
-    resumed, resumed_log, _ = fit(tmp_path, module(), make_data(), max_epochs=4, ckpt_path=tmp_path / "five.ckpt")
-    assert first_log.losses + resumed_log.losses == straight_log.losses
-    assert first_log.rows + resumed_log.rows == straight_log.rows
-    for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
