@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.plugins import AsyncCheckpointIO, BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_sft.errors import SettingsError, counted
@@ -44,6 +44,12 @@ def check_trainer(trainer: L.Trainer) -> None:
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     check_strategy(type(trainer.strategy).__name__)
     check_before_setup(trainer)  # again, for subclasses with callbacks of their own
+    is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+    if is_sharded and isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+        raise SettingsError(
+            "`trainer.plugins` has `AsyncCheckpointIO`, but devices write the checkpoint of a sharded model together, "
+            "and wait for it. Leave it out."
+        )
     if trainer.strategy.root_device.type == "mps":
         raise SettingsError(
             "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.fits import make_data
 from support.models import tiny_config, tiny_model
@@ -73,6 +74,13 @@ def test_an_average_of_a_sharded_model_is_refused():
     )
     with pytest.raises(ValueError, match="`EMAWeightAveraging` copies the whole model, but the model is sharded"):
         module.configure_model()
+
+
+def test_checkpoints_of_a_sharded_model_in_a_thread_are_refused():
+    strategy = ModelParallelStrategy()
+    strategy.checkpoint_io = AsyncCheckpointIO()
+    with pytest.raises(ValueError, match="`AsyncCheckpointIO`, but devices write the checkpoint of a sharded model"):
+        check_trainer(SimpleNamespace(strategy=strategy, callbacks=[], state=SimpleNamespace(fn="fit")))
 
 
 def test_a_loader_for_another_number_of_devices_is_refused():
