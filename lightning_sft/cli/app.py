@@ -168,7 +168,7 @@ class SFTCLI(LightningCLI):
         config, trains = self.config, self.name == "fit"
         # Saved as found, the settings would have whatever is done with them later be done in that folder or place.
         self.save_config_kwargs["as_given"] = as_given = config.clone()
-        if config.init_from:
+        if config.init_from is not None:
             check_init_from(config, trains)
             as_given.init_from = None
         if config.ckpt_path == "last":

@@ -72,7 +72,7 @@ class SFTDataModule(L.LightningDataModule):
         row_transform: Function called with each row first; returns the row to use instead. Ready for rows of other
             programs are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
         row_filter: Function called with each row as it is read; rows for which it is false are left out.
-        text_field: Column with texts that are learnt as wholes. Default: `text`, in rows without prompt and output.
+        text_field: Column with texts that are learnt as wholes. Default: `text`, in rows with no prompt or output.
         as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
             assistant's turn, after a column `system`.
         chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.

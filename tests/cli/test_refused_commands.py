@@ -92,6 +92,10 @@ SETTINGS = {
         {"ckpt_path": ""},
         "`ckpt_path` is '', but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.",
     ),
+    "no checkpoint to begin with": (
+        {"init_from": ""},
+        "`init_from` is '', but there is no such file. Runs keep theirs in `<log_dir>/checkpoints`.",
+    ),
     "best checkpoint": (
         {"ckpt_path": "best"},
         "`ckpt_path` is 'best', but only the program that has trained knows which that is. Give its path, such as "

@@ -165,7 +165,7 @@ SETTINGS = {
     "two ways to name the columns of a prompt": Refusal(
         data(prompt_field="question", prompt_template="{prompt}"),
         "Both `prompt_template` and `prompt_field` are given, but the template names the columns of a prompt itself. "
-        "Leave one out.",
+        "Leave out the field, or set the template to null.",
     ),
     "prompts of an unknown stage": Refusal(
         lambda folder: SFTDataModule(character_tokenizer(), ROWS).prompts("eval"),

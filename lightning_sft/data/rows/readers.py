@@ -2,11 +2,12 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from lightning_sft.data.rows.files import FileKind
 from lightning_sft.errors import SettingsError, one_line, shorten
@@ -89,8 +90,7 @@ def _read_whole_json(file: "_TextFile") -> list[object] | None:
     """
     start = file.first_character()
     if start == "[":
-        rows: list[object] = _load_json("".join(file.text()))
-        return rows
+        return _read_list("".join(file.text()))
     lines = file.filled_lines()
     _, first = next(lines, (0, ""))
     if start != "{" or isinstance(first, UnreadableRow):
@@ -106,6 +106,22 @@ def _read_whole_json(file: "_TextFile") -> list[object] | None:
         return None
     data = value.get("data") if isinstance(value, dict) and not has_more else None
     return data if isinstance(data, list) and all(isinstance(row, dict) for row in data) else None
+
+
+def _read_list(text: str) -> list[object]:
+    """The rows of a list; each is read by itself if in one of them an object has a name twice."""
+    try:
+        rows: list[object] = _load_json(text)
+        return rows
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        json.loads(text)  # refuses what makes the whole list unreadable
+    rows, between, end = [], re.compile(r"[\s,]*"), text.index("[") + 1
+    while text[start := cast(re.Match[str], between.match(text, end)).end()] != "]":
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        rows.append(parse_json(text[start:end]))
+    return rows
 
 
 def _read_object_over_lines(file: "_TextFile") -> list[object] | None:

@@ -81,7 +81,7 @@ class RowFormat:
         if self.prompt_template is not None and self.prompt_field != RowFormat.prompt_field:
             raise SettingsError(
                 "Both `prompt_template` and `prompt_field` are given, but the template names the columns of a prompt "
-                "itself. Leave one out."
+                "itself. Leave out the field, or set the template to null."
             )
         others = [name for name in ("prompt_field", "output_field") if getattr(self, name) != getattr(RowFormat, name)]
         others += [name for name in ("prompt_template", "as_chat") if getattr(self, name)]

@@ -63,7 +63,7 @@ UNREADABLE = {
     "header alone": ("rows.csv", b"prompt,output\n", "it has no rows."),
     "list of nothing": ("rows.json", b" []", "it has no rows."),
     "JSON list with more behind it": ("rows.json", b'[{"prompt": "a"}]\n, {}]', "Extra data: line 2 column 1"),
-    "JSON list with a name twice": ("rows.json", b'[{"a": {"n": 1, "n": 2}}]', "an object has 'n' more than once"),
+    "JSON list with a name twice, not closed": ("rows.json", b'[{"n": 1, "n": 2}', "Expecting ',' delimiter: line 1"),
     "JSON object with a name twice": ("rows.json", b'{\n"data": [{"n": 1, "n": 1}]}', "an object has 'n' more than"),
     "JSON list without comma": ("rows.json", b'[{"prompt": "a"}\n{}]', "Expecting ',' delimiter: line 2 column 1"),
     "Latin-1 in JSON": (
@@ -117,3 +117,11 @@ def test_what_is_no_row_stands_at_its_place_among_those_that_are(tmp_path, probl
 def test_a_list_may_hold_what_is_no_row(tmp_path, content):
     path = write(tmp_path / "rows.json", content)
     assert list(read_file(path)) == [("row 1", {"n": 1}), ("row 2", UnreadableRow("expected a JSON object, got 5."))]
+
+
+def test_a_row_of_a_list_that_has_a_name_twice_stands_at_its_place(tmp_path):
+    path = write(tmp_path / "rows.json", ' [\n{"n": "]"} , {"a": [{"n": 1, "n": 2}]},\n5, {"n": 3}\n]\n')
+    (_, first), (location, second), (_, third), fourth = read_file(path)
+    assert (first, location, fourth) == ({"n": "]"}, "row 2", ("row 4", {"n": 3}))
+    assert second == UnreadableRow("cannot be read as JSON: an object has 'n' more than once.")
+    assert third == UnreadableRow("expected a JSON object, got 5.")
