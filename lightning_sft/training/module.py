@@ -42,7 +42,7 @@ from lightning_sft.training.schedule import Schedule, run_length, step_plateau_s
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
 from lightning_sft.training.trained_weights import hook_state
-from lightning_sft.training.trainer_checks import check_before_setup, check_loader
+from lightning_sft.training.trainer_checks import check_before_setup, check_loader, put_best_first
 
 
 class SFTModule(RotaryInFloat32, L.LightningModule):
@@ -149,6 +149,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Add no callbacks, but refuse those of the trainer that cannot be used, before any is set up."""
         check_before_setup(self.trainer)
+        put_best_first(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:

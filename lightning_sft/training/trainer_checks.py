@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     Callback,
+    Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -83,6 +84,12 @@ def check_before_setup(trainer: L.Trainer) -> None:
         _check_left_to_us(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
+
+
+def put_best_first(trainer: L.Trainer) -> None:
+    """Put Lightning's checkpoints before other callbacks that save: `ckpt_path="best"` asks the first of all."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.sort(key=lambda each: isinstance(each, Checkpoint) and not isinstance(each, ModelCheckpoint))
 
 
 def _check_left_to_us(trainer: L.Trainer) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from support.callbacks import ROWS, fit
 from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_model
 
-from lightning_sft import LastCheckpoint, SFTDataModule, SFTModule
+from lightning_sft import HuggingFaceExport, LastCheckpoint, SFTDataModule, SFTModule
 
 
 def test_the_last_checkpoint_is_the_last_step_even_where_nothing_validates(tmp_path):
@@ -34,6 +35,15 @@ def test_lightning_s_writer_in_a_thread_writes_beside_the_checkpoint_before(tmp_
     fit(tmp_path, [LastCheckpoint(every_n_steps=1)], data=data, max_steps=2, plugins=[AsyncCheckpointIO()])
     assert written == [(".last.ckpt.partial", None), (".last.ckpt.partial", 1)]
     assert torch.load(last)["global_step"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*Trainer configured with multiple .ModelCheckpoint. callbacks")
+def test_best_is_what_lightning_s_checkpoint_found_wherever_it_stands(tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
+    data = SFTDataModule(character_tokenizer(), ROWS, ROWS[:5], batch_size=4)
+    module, trainer = fit(tmp_path, [HuggingFaceExport(), LastCheckpoint(), best], data=data, max_epochs=1)
+    (found,) = trainer.validate(module, data, ckpt_path="best", verbose=False)
+    assert found["val/loss"] == pytest.approx(float(best.best_model_score))
 
 
 class Saved(L.Callback):
