@@ -14,7 +14,7 @@ IMPLEMENTATION = ("foreach", "fused")  # how a step is computed, not what
 
 
 def missing_state(optimizer: Optimizer) -> str | None:
-    """Whether a step of an optimizer that was restored from a checkpoint fails for a state that it lacks, and which."""
+    """The state that an optimizer needs for a step and that the checkpoint it was restored from lacks; None if none."""
     for group in optimizer.param_groups:
         known = [weight for weight in group["params"] if optimizer.state.get(weight)]
         if not known:

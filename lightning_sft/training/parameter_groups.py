@@ -45,8 +45,8 @@ class ParameterGroups:
     def make_optimizer(self, factory: OptimizerCallable, module: nn.Module) -> Optimizer:
         """The optimizer of all trained parameters, as the factory makes it of them or of groups.
 
-        Patterns see the names of parameters in `module.model`. One that matches no trained parameter is refused, and so
-        is an optimizer that lacks a setting, or computes the loss itself, as often as it likes.
+        Patterns see the names of parameters in `module.model`. A pattern that matches no trained parameter is refused,
+        and so is an optimizer without one of the settings, or one that computes loss and gradients by itself (LBFGS).
         """
         optimizer = self._make(factory, module)
         closure = inspect.signature(optimizer.step).parameters.get("closure")
