@@ -13,6 +13,8 @@ from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.tokens.texts import around, common_length
 from lightning_sft.errors import SettingsError
 
+_NO_WORDS = ("role", "id", "tool_call_id", "type")  # of a message and its calls
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -77,6 +79,8 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int, t
     if not whole.startswith(prompt):
         words_end = _find_words_end(template, conversation, index, prompt)
         prompt_start = max(words_end, common_length(template.write(conversation, index), prompt))
+        if words_end and prompt_start == len(prompt):  # no generation prompt: the end of the message before asks for it
+            prompt_start = words_end
         start = _outside_of_special_tokens(template, whole, common_length(prompt, whole))
         if start < prompt_start:
             start, shared = _find_start(template, conversation, index, prompt[prompt_start:], whole)
@@ -114,7 +118,8 @@ def _find_start(
 ) -> tuple[int, int]:
     """Where a turn begins, if the template writes earlier turns otherwise once this one is there.
 
-    That is after the generation prompt, or as much of it as is written, which stands last before the turn's own words.
+    That is after the generation prompt, or as much of it as is written, which stands last before the turn's own words;
+    where there is none, after what ends the message before the turn, such as Mistral's `[/INST]`.
     What follows must be the same whatever the message before the turn says, so that nothing of it is learnt.
 
     Returns:
@@ -159,15 +164,16 @@ def _find_end(
 
 
 def _reworded(message: Message) -> Message:
-    """The message with other words in it."""
-    return {key: value if key == "role" else _other_words(value) for key, value in message.items()}
+    """The message with other words in it, but the same ids of calls: templates may want them of a certain length."""
+    reworded: Message = _other_words(message)
+    return reworded
 
 
 def _other_words(value: Any) -> Any:
     if isinstance(value, str):
         return ("b" if value.lstrip().startswith("a") else "a") + value
     if isinstance(value, dict):
-        return {key: _other_words(item) for key, item in value.items()}
+        return {key: item if key in _NO_WORDS else _other_words(item) for key, item in value.items()}
     return [_other_words(item) for item in value] if isinstance(value, list) else value
 
 

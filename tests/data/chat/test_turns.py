@@ -9,6 +9,7 @@ from support.chat import (
     GEMMA,
     LONG,
     MARKED,
+    MISTRAL,
     SYSTEM,
     THINKING,
     THOUGHT,
@@ -168,6 +169,31 @@ def test_a_prompt_that_parts_is_found_whatever_the_message_before_says(question)
     (row,) = encode([{"messages": [*LONG[:2], user(question), assistant("6!")]}], chat_tokenizer(OPENED))
     assert responses(row, chat_tokenizer(OPENED)) == ["4.<|im_end|>", "6!<|im_end|>"]
     assert row["prompt"].endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n<think>\n")
+
+
+LAST_QUESTION = MISTRAL.replace("loop.index0 == 1", "loop.last").replace(  # Mistral 7B v0.3 and Nemo
+    " {{ m.content }}{{ eos_token }}",
+    "{% for c in m.tool_calls or [] %}{{ raise_exception('9 characters') if c.id | length != 9 }}[CALL]"
+    "{{ c.id + c.function.name }}{{ c.function.arguments | tojson }}{% endfor %} {{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}[RESULT]{{ m.tool_call_id }}{{ m.content }}[/RESULT]",
+)
+
+
+def test_where_only_the_last_question_shows_the_system_and_nothing_prompts_each_turn_is_learnt_after_it():
+    tokenizer = chat_tokenizer(LAST_QUESTION)
+    call = {"id": "abc123456", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    result = {"role": "tool", "tool_call_id": "abc123456", "content": "7"}
+    messages = [SYSTEM, *LONG, user("c"), assistant("", tool_calls=[call]), result, assistant("7")]
+    rows = encode([{"messages": messages}], tokenizer)
+    assert [responses(row, tokenizer) for row in rows] == [
+        [" 4.<eos>"],
+        [" 6!<eos>"],
+        ['[CALL]abc123456f{"a": 1} <eos>'],
+        [" 7<eos>"],
+    ]
+    for row, length in zip(rows, (2, 4, 6, 8), strict=True):
+        asked = tokenizer.apply_chat_template(messages[:length], add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][: row["num_prompt_tokens"]] == asked
 
 
 def test_an_empty_turn_begins_with_the_token_that_ends_it_where_the_prompt_begins_with_the_same_characters():
