@@ -48,9 +48,9 @@ def why_never_packed(model: PreTrainedModel) -> str | None:
     if attention == VARLEN or _is_flash(attention):
         return None
     if attention != "sdpa":
-        return f"{_name(model)} attends by `{attention}`"
+        return f"{_name(model)} uses `{attention}` attention"
     if not model._supports_flash_attn or not model._can_set_attn_implementation():
-        return f"{_name(model)} does not attend by plain causal attention"
+        return f"{_name(model)} does not use plain causal attention"
     return None
 
 
@@ -76,7 +76,7 @@ def _tried_out(model: PreTrainedModel, attention: str, probe: Probe) -> str | No
     if relative_difference(packed[1], behind_another) > same_kernel:
         return "lets packed documents see each other"
     if any(relative_difference(*each) > other_kernel for each in zip(packed, plain, strict=True)):
-        return "reads packed documents otherwise than each alone"
+        return "processes packed documents differently from separate ones"
     return None
 
 
@@ -119,10 +119,10 @@ class _Watch:
         found = next(((window, custom) for each, window, custom in self.masks if each is attention_mask), None)
         told = kwargs.get("sliding_window")
         if found is not None and found[1]:
-            self.why_not = "has masks of its own"
+            self.why_not = "builds its own attention masks"
         elif found is not None and found[0] != told:
             window = told if found[0] is None else found[0]
-            self.why_not = f"has a window of {window} tokens in its mask alone"
+            self.why_not = f"has a window of {window} tokens that only its mask applies"
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

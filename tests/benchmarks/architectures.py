@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.architectures import MODEL_TYPES
 from support.sweep import Verdict, examine_apart
 
+_STATES = {"agrees": "agree with the plain model", "refused": "are refused", "not built": "cannot be built"}
+
 
 def table(verdicts: list[Verdict]) -> str:
     """The table in Markdown, with a sum of it before."""
@@ -21,15 +23,15 @@ def table(verdicts: list[Verdict]) -> str:
     lines = [
         "# Every architecture",
         "",
-        "Written by `python tests/benchmarks/architectures.py --write tests/benchmarks/architectures.md`; what it "
-        "compares stands in",
-        "[README.md](README.md#architectures).",
+        "Written by `python tests/benchmarks/architectures.py --write tests/benchmarks/architectures.md`;",
+        "[README.md](README.md#architectures) says what is compared.",
         "",
         f"{len(verdicts)} types of `transformers` {transformers.__version__}: "
-        + ", ".join(f"{state} {number}" for state, number in states.most_common())
-        + f". Of those that agree {packed} are packed, and of {linear} the head is taken apart.",
+        + ", ".join(f"{number} {_STATES.get(state, state)}" for state, number in states.most_common())
+        + f". Of those that agree, {packed} are trained on packed rows, and {linear} have a linear head, whose logits "
+        "are never stored as a whole.",
         "",
-        "| type | state | layout | head | largest error | words |",
+        "| type | state | layout | head | largest error | why padded, refused or not built |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for verdict in verdicts:

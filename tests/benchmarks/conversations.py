@@ -27,10 +27,10 @@ from lightning_sft.errors import SettingsError
 
 _HEAD = """# Conversations under public chat templates
 
-What becomes of a row of each shape under the {num_templates} templates of `trl`, with `train_on_turns: all`: how many
-examples, or the field that the template does not write, for which the row is refused.
+The result for a row of each shape under the {num_templates} templates of `trl`, with `train_on_turns: all`: the number of
+examples that it becomes, or the field that the template leaves out, for which the row is refused. Notes:
 
-- `prompt`: the generation prompt holds more than is written before a turn; the response begins where they part.
+- `prompt`: the generation prompt holds more than the text before a turn; the response begins where the two differ.
 - `end`: no special token ends a turn, so EOS does.
 - `reasoning`: the template leaves out a part of the content, such as its reasoning.
 

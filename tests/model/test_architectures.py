@@ -18,18 +18,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of architectures that miss 
 FAMILIES = {
     "llama": ("llama", {}, None),
     "windows that are handed over": ("mistral", {"sliding_window": 8}, None),
-    "a window in the mask alone": ("phimoe", {"sliding_window": 4}, "has a window of 4 tokens in its mask alone"),
+    "a window in the mask alone": ("phimoe", {"sliding_window": 4}, "has a window of 4 tokens that only its mask applies"),
     "a window longer than what is tried": (
         "phimoe",
         {"sliding_window": 40},
-        "has a window of 40 tokens in its mask alone",
+        "has a window of 40 tokens that only its mask applies",
     ),
     "some layers with a window": (
         "qwen2_moe",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-        "has a window of 8 tokens in its mask alone",
+        "has a window of 8 tokens that only its mask applies",
     ),
-    "positions counted from padding_idx": ("roberta", {}, "reads packed documents otherwise than each alone"),
+    "positions counted from padding_idx": ("roberta", {}, "processes packed documents differently from separate ones"),
     "recurrent layers": ("jamba", {}, "lets packed documents see each other"),
     "convolutions": ("lfm2", {}, "lets packed documents see each other"),
     "state space": ("granitemoehybrid", {}, "lets packed documents see each other"),

@@ -206,11 +206,11 @@ def test_gradient_checkpointing_keeps_documents_apart_when_it_computes_again():
 @pytest.mark.parametrize(
     ("model_type", "settings", "words"),
     [
-        ("qwen2", {"attn_implementation": "eager"}, "Qwen2ForCausalLM attends by `eager`"),
-        ("bloom", {"attn_implementation": "eager", "n_head": 4}, "BloomForCausalLM attends by `eager`"),
-        ("gemma2", {"attn_implementation": "eager", "head_dim": 8}, "Gemma2ForCausalLM attends by `eager`"),
-        ("falcon", {}, "FalconForCausalLM does not attend by plain causal attention"),
-        ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "does not attend by plain causal attention"),
+        ("qwen2", {"attn_implementation": "eager"}, "Qwen2ForCausalLM uses `eager` attention"),
+        ("bloom", {"attn_implementation": "eager", "n_head": 4}, "BloomForCausalLM uses `eager` attention"),
+        ("gemma2", {"attn_implementation": "eager", "head_dim": 8}, "Gemma2ForCausalLM uses `eager` attention"),
+        ("falcon", {}, "FalconForCausalLM does not use plain causal attention"),
+        ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "does not use plain causal attention"),
         ("jamba", {"num_experts": 2}, "JambaForCausalLM lets packed documents see each other"),
     ],
 )

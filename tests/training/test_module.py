@@ -87,9 +87,9 @@ def test_by_default_rows_are_packed_where_the_model_can_take_it(tmp_path, caplog
     assert fit(tmp_path, max_steps=1)[1].layouts == {"packed"}
     eager = SFTModule(tiny_config(), optimizer=sgd, model_kwargs={"attn_implementation": "eager"})
     assert fit(tmp_path, eager, max_steps=1)[1].layouts == {"padded"}
-    assert "Batches are padded: LlamaForCausalLM attends by `eager`." in caplog.text
+    assert "Batches are padded: LlamaForCausalLM uses `eager` attention." in caplog.text
     with pytest.raises(
-        ValueError, match=r"`layout` is 'packed', but LlamaForCausalLM attends by `eager`\. Use 'padded'"
+        ValueError, match=r"`layout` is 'packed', but LlamaForCausalLM uses `eager` attention\. Use 'padded'"
     ):
         fit(tmp_path, SFTModule(eager.model), make_data(layout="packed"), max_steps=1)
 
