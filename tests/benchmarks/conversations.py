@@ -27,8 +27,8 @@ from lightning_sft.errors import SettingsError
 
 _HEAD = """# Conversations under public chat templates
 
-The result for a row of each shape under the {num_templates} templates of `trl`, with `train_on_turns: all`: the number of
-examples that it becomes, or the field that the template leaves out, for which the row is refused. Notes:
+The result for a row of each shape under the {num_templates} templates of `trl`, with `train_on_turns: all`: the number
+of examples that it becomes, or the field that the template leaves out, for which the row is refused. Notes:
 
 - `prompt`: the generation prompt holds more than the text before a turn; the response begins where the two differ.
 - `end`: no special token ends a turn, so EOS does.

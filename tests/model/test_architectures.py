@@ -18,7 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of architectures that miss 
 FAMILIES = {
     "llama": ("llama", {}, None),
     "windows that are handed over": ("mistral", {"sliding_window": 8}, None),
-    "a window in the mask alone": ("phimoe", {"sliding_window": 4}, "has a window of 4 tokens that only its mask applies"),
+    "a window in the mask alone": (
+        "phimoe",
+        {"sliding_window": 4},
+        "has a window of 4 tokens that only its mask applies",
+    ),
     "a window longer than what is tried": (
         "phimoe",
         {"sliding_window": 40},
