@@ -240,6 +240,22 @@ def test_columns_that_nothing_uses_are_named_once_for_each_argument_from_the_cac
         )
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"system_prompt": "a"},
+            "`system_prompt`. `row_transform` can rename `system_prompt` to `system`, which stands",
+        ),
+        ({"images": ["a.png"]}, "`images`. `row_filter` can leave out rows with more than text, since nothing else is"),
+    ],
+)
+def test_columns_beside_a_conversation_that_nothing_uses_are_named(more, words):
+    rows = [{"messages": LONG, "system": "a", "history": [], "input": "b"}, {"messages": LONG, **more}]
+    with pytest.warns(match=f"^train_data: nothing uses the column {words}"):
+        SFTDataModule(chat_tokenizer(CHATML), rows).setup("fit")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_settings_of_conversations_without_one_are_told(tmp_path, streaming):
     path = write_lines(tmp_path / "rows.jsonl", {"prompt": "a", "output": "b"})

@@ -119,7 +119,22 @@ class ChatTemplate:
         return self._apply(messages, conversation, return_assistant_tokens_mask=True)
 
     def fitted(self, conversation: Conversation) -> Conversation:
-        """The conversation with the arguments of tool calls as its template takes them: objects, or else JSON text.
+        """The conversation with results of tools, and the arguments of tool calls, as its template takes them."""
+        return self._with_fitted_arguments(self._with_named_results(conversation))
+
+    def _with_named_results(self, conversation: Conversation) -> Conversation:
+        """The conversation with the role that its template has for a tool's result: `tool`, or OLMo's `environment`."""
+        messages = conversation.messages
+        if not self._tokenizer.chat_template or not any(each["role"] == "tool" for each in messages):
+            return conversation
+        template = self._tokenizer.get_chat_template(tools=conversation.tools)
+        if _TOOL.search(template) or not _ENVIRONMENT.search(template):
+            return conversation
+        renamed = [{**each, "role": "environment"} if each["role"] == "tool" else each for each in messages]
+        return replace(conversation, messages=renamed)
+
+    def _with_fitted_arguments(self, conversation: Conversation) -> Conversation:
+        """The conversation with the arguments of tool calls as objects, or else as JSON text.
 
         Some templates join the arguments to other text, which fails for an object, or writes it as Python does.
         """
@@ -151,6 +166,7 @@ class ChatTemplate:
         return special_token_pattern(self._tokenizer)
 
 
+_ENVIRONMENT, _TOOL = (re.compile(f"['\"]{role}['\"]") for role in ("environment", "tool"))
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for it
 
 

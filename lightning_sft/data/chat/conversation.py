@@ -19,17 +19,24 @@ _ROLES = {
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "chatgpt": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "function_response": "tool",
     "observation": "tool",
+    "ipython": "tool",
+    "environment": "tool",
 }
 
 _TAKEN_VARIABLES = {"messages", "conversations", "tools", "chat_template", "add_generation_prompt"}
 _TAKEN_VARIABLES |= {"continue_final_message", "return_assistant_tokens_mask"}
 
-_SWITCHES = ("weight", "train", "trainable", "training", "loss", "loss_mask")
+_SWITCHES = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight")
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # `transformers` gives each of them by the other names too
+CALLS_AS_TEXT = "function_calls"  # of OLMo 3: the calls as its template writes them
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ def read_conversation(
         columns: The name of one column for all messages, or of two: one for a prompt, and one for what follows, which
             may be missing. Each holds a list of messages in OpenAI's spelling (`role`, `content`) or ShareGPT's
             (`from`, `value`), or such a list as JSON text. Of two, one may hold plain text. A turn of the assistant
-            is not learnt if its `weight`, `train`, `trainable`, `training`, `loss` or `loss_mask` is 0 or false.
+            is not learnt if its `weight`, `train`, `trainable`, `training`, `loss`, `loss_mask` or `loss_weight` is 0
+            or false.
         variables: For the template; the row's own `chat_template_kwargs` come first.
 
     Raises:
@@ -81,6 +89,13 @@ def read_conversation(
     check_variables(own)
     num_prompt_messages = len(parts[0]) if len(columns) == 2 else 0
     return Conversation([*chain(*parts)], num_prompt_messages, _read_tools(row), {**(variables or {}), **own})
+
+
+def is_asked(messages: object) -> bool:
+    """Whether these are messages of which the last one is not the assistant's."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    role = (last.get("role") or last.get("from")) if isinstance(last, Mapping) else None
+    return isinstance(role, str) and _ROLES.get(role, "assistant") != "assistant"
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
@@ -144,11 +159,18 @@ def _read_message(turn: str, message: object) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise SettingsError(f"{turn} has the role {shorten(role)}, expected one of {', '.join(_ROLES)}.")
     calls, content = _take_calls(turn, role, rest, content)
+    role = _ROLES[role]
+    if content is None and role == "assistant" and any(map(rest.get, (*REASONING, CALLS_AS_TEXT))):
+        content = ""
     if isinstance(content, list):  # a template that expects text would write such a list out as Python does
         content = "".join(_part_text(turn, part) for part in content)
     if not isinstance(content, str):
         raise SettingsError(f"{turn} ({role}) has the content {shorten(content)}, expected a string.")
-    role = _ROLES[role]
+    if rest.get("train_detail"):
+        raise SettingsError(
+            f"{turn} ({role}) has the `train_detail` {shorten(rest['train_detail'])}, but a turn is learnt as a whole "
+            "or not at all. Remove it, or set `train` to false for a turn that is not to be learnt."
+        )
     is_learnt = _take_switches(f"{turn} ({role})", role, rest)
     return {"role": role, "content": content, **calls, **rest, **({} if is_learnt else {"weight": 0})}
 

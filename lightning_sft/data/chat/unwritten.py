@@ -8,12 +8,11 @@ from itertools import chain
 from typing import Any
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
-from lightning_sft.data.chat.conversation import Conversation, Message
+from lightning_sft.data.chat.conversation import CALLS_AS_TEXT, REASONING, Conversation, Message
 from lightning_sft.data.chat.turns import Turn, short_conversation
 from lightning_sft.errors import SettingsError, shorten
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # `transformers` gives each of them by the other names too
-_MARK_OF_REASONING = "</?think>"
+_MARK_OFREASONING = "</?think>"
 _NUM_TELLING = 8  # a text of so many characters hardly stands in another field of the turn by chance
 
 
@@ -96,8 +95,8 @@ def _texts_of_content(template: ChatTemplate, turn: Turn, message: Message) -> I
     Marks are those of reasoning, and special tokens: by these a template may divide the content, and leave a part out.
     """
     content = message["content"]
-    says_more = bool(message.get("tool_calls") or any(map(message.get, _REASONING)))
-    marks = re.compile(f"{_MARK_OF_REASONING}|{template.special_tokens.pattern}")
+    says_more = any(map(message.get, ("tool_calls", CALLS_AS_TEXT, *REASONING)))
+    marks = re.compile(f"{_MARK_OFREASONING}|{template.special_tokens.pattern}")
     spans = [] if _holds(turn.response, content) else [mark.span() for mark in marks.finditer(content)]
     bounds = [0, *chain(*spans), len(content)]
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
@@ -110,10 +109,12 @@ def _texts_of_content(template: ChatTemplate, turn: Turn, message: Message) -> I
 
 def _fields(message: Message) -> Iterator[Field]:
     """What a turn says beside its content."""
-    reasoning = next((name for name in _REASONING if message.get(name)), None)
+    reasoning = next((name for name in REASONING if message.get(name)), None)
     if reasoning is not None:
-        without = {name: f"other {message[name]}" for name in _REASONING if message.get(name)}
+        without = {name: f"other {message[name]}" for name in REASONING if message.get(name)}
         yield Field(reasoning, message[reasoning], {**message, **without}, _is_telling(message[reasoning]))
+    if isinstance(text := message.get(CALLS_AS_TEXT), str) and text.strip():
+        yield Field(CALLS_AS_TEXT, text, {**message, CALLS_AS_TEXT: f"other {text}"}, _is_telling(text))
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         function = call.get("function", call)

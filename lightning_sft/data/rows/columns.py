@@ -5,15 +5,23 @@ from typing import Any
 
 CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that hold one
 TEXTS = ("prompt", "output", "completion")  # columns of a row that is no text as a whole
-_PROMPTS = ("question", "query", "instruction", "problem", "input", "source")  # what people call a prompt,
-_OUTPUTS = ("output", "completion", "response", "answer", "solution", "target")  # and an output
+_PROMPTS = ("question", "query", "instruction", "problem", "input", "inputs", "source")  # what people call a prompt,
+_OUTPUTS = ("output", "completion", "response", "answer", "solution", "target", "targets")  # and an output
 _TOKENS = "`input_ids` comes before it: remove that by a `row_transform`, and the text is tokenised here"
 _ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
-EASILY_MISSED = {  # columns beside a prompt that people mean to be used, and what would use them
+_SYSTEM = "`row_transform` can rename `system_prompt` to `system`, which stands before the first turn of a conversation"
+_PICTURES = "`row_filter` can leave out rows with more than text, since nothing else is learnt"
+MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what would use them
+    "system_prompt": _SYSTEM,
+    **dict.fromkeys(("image", "images", "videos", "audios"), _PICTURES),
+}
+EASILY_MISSED = {  # and beside a prompt
     "system": "`as_chat: true` writes `system`, prompt and output with the chat template",
     "history": _ALPACA,
     "input": _ALPACA,
+    **MISSED_IN_CONVERSATIONS,
 }
+_OF_TEXTS = ("system", "history", "input")
 _BESIDE_TOKENS = (*CONVERSATIONS, *TEXTS, "text")  # columns that a row of tokens need not have, but may
 
 
@@ -25,7 +33,8 @@ def unused_beside_tokens(row: Mapping[str, Any]) -> tuple[str, ...]:
 def unused_in_words(columns: Sequence[str]) -> str:
     """What a user is told of columns that nothing uses."""
     ways = dict.fromkeys(EASILY_MISSED.get(column, _TOKENS) for column in columns)
-    ways_out = "; ".join(ways if _TOKENS in ways else [*ways, "`prompt_template` can name any column"])
+    is_text = any(column in _OF_TEXTS for column in columns)
+    ways_out = "; ".join([*ways, "`prompt_template` can name any column"] if is_text else ways)
     return (
         f"nothing uses the column{'s' if columns[1:] else ''} {', '.join(f'`{name}`' for name in columns)}. {ways_out}."
     )
@@ -36,10 +45,12 @@ def way_out(row: Mapping[str, Any], missing: Mapping[str, str]) -> str:
 
     `missing` has for each column that the row lacks the argument that names it.
     """
+    has_prompt = "prompt" not in missing
     for column, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and {"role", "from"} & set(value[0]):
+            if not has_prompt and len(missing) == 1:
+                return f" `{column}` has messages: set `prompt_field` to `{column}`."
             return f" `{column}` has messages: let a `row_transform` return them as `messages`."
-    has_prompt = "prompt" not in missing
     if not has_prompt and "instruction" in row and {"output", "input"} & set(row):
         return " Set `row_transform` to `lightning_sft.alpaca_row`."
     if not has_prompt and {"query", "response"} <= set(row):

@@ -1,15 +1,22 @@
 """The format of rows: which columns are the prompt, the output and the ground truth, or a conversation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lightning_sft.checks import check_callable, check_choice, check_type
 from lightning_sft.data.chat.chat_encoding import TrainOnTurns
-from lightning_sft.data.chat.conversation import Conversation, check_variables, read_conversation
+from lightning_sft.data.chat.conversation import Conversation, check_variables, is_asked, read_conversation
 from lightning_sft.data.rows.bad_rows import FilteredRowError
-from lightning_sft.data.rows.columns import CONVERSATIONS, EASILY_MISSED, TEXTS, unused_beside_tokens, way_out
+from lightning_sft.data.rows.columns import (
+    CONVERSATIONS,
+    EASILY_MISSED,
+    MISSED_IN_CONVERSATIONS,
+    TEXTS,
+    unused_beside_tokens,
+    way_out,
+)
 from lightning_sft.data.rows.prompt_template import read_prompt_template, template_columns
 from lightning_sft.data.rows.readers import UnreadableRow
 from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TextRow, TokenPrompt, TokenRow
@@ -107,7 +114,7 @@ class RowFormat:
             return TokenRow(read_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
         self._refuse_preferences(row)
         if (conversation := self._conversation(row)) is not None:
-            return ChatRow(conversation, self._ground_truth(row))
+            return ChatRow(conversation, self._ground_truth(row), self._unused_columns(row, MISSED_IN_CONVERSATIONS))
         if (text := self._whole_text(row)) is not None:
             return TextRow(text, self._ground_truth(row))
         prompt, output = self._prompt(row), self._text(row, self._output_column(row), "output_field")
@@ -126,7 +133,7 @@ class RowFormat:
         if self._has_tokens(row):
             return TokenPrompt(read_prompt_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
         if (conversation := self._conversation(row)) is not None:
-            return ChatRow(conversation, self._ground_truth(row))
+            return ChatRow(conversation, self._ground_truth(row), self._unused_columns(row, MISSED_IN_CONVERSATIONS))
         if (text := self._whole_text(row)) is not None:
             return PlainPrompt(text, self._ground_truth(row))
         prompt, ground_truth = self._prompt(row), self._ground_truth(row)
@@ -198,20 +205,20 @@ class RowFormat:
 
     def _refuse_preferences(self, row: Row) -> None:
         has_preferences = row.get("chosen") is not None and row.get("rejected") is not None
-        outputs = (*CONVERSATIONS, self.output_field, "completion")
-        if has_preferences and all(row.get(column) is None for column in outputs):
+        outputs = [row.get(column) for column in (*CONVERSATIONS, self.output_field, "completion")]
+        if has_preferences and all(output is None or is_asked(output) for output in outputs):
             raise SettingsError(
                 "the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. Here one output is "
                 "learnt. To learn the chosen one alone, set `row_transform` to `lightning_sft.chosen_row`."
             )
 
-    def _unused_columns(self, row: Row) -> tuple[str, ...]:
+    def _unused_columns(self, row: Row, easily_missed: Collection[str] = tuple(EASILY_MISSED)) -> tuple[str, ...]:
         if self.row_transform is not None:  # which has seen them
             return ()
         template = self.prompt_template
         of_prompt = (self.prompt_field,) if template is None else template_columns(template)
         used = {*of_prompt, self.output_field, self.ground_truth_field, *(("system",) if self.as_chat else ())}
-        return tuple(column for column in EASILY_MISSED if row.get(column) and column not in used)
+        return tuple(column for column in easily_missed if row.get(column) and column not in used)
 
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:

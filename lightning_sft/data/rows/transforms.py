@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_sft.data.chat.conversation import is_asked
+from lightning_sft.data.rows.columns import CONVERSATIONS
 from lightning_sft.errors import SettingsError, shorten
-
-_ASKING_ROLES = ("system", "developer", "user", "human")
 
 
 def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Take the chosen one of two answers, and leave the rejected one; a `row_transform` of the datamodule.
 
     Args:
-        row: With `chosen`: a text or messages that answer the row's `prompt`, or messages that begin with the question.
+        row: With `chosen`: a text, a message or messages that answer the row's `prompt`, or its `messages`
+            (`conversations`, `conversation`); or messages that begin with the question.
 
     Returns:
         The row without `chosen` and `rejected`, and with `output`, or with `messages` if the question is in them.
@@ -56,10 +57,14 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
     if chosen is None:
         raise SettingsError(f"no value for `chosen`. The row has {shorten(sorted(map(str, row)), 200)}.")
     rest = {column: value for column, value in row.items() if column not in ("chosen", "rejected")}
-    first = chosen[0] if isinstance(chosen, list) and chosen else None
-    if isinstance(first, Mapping) and (first.get("role") or first.get("from")) in _ASKING_ROLES:
-        return {**rest, "messages": chosen}
-    return {**rest, "output": chosen}
+    answer = [chosen] if isinstance(chosen, Mapping) else chosen
+    if isinstance(answer, list) and is_asked(answer[:1]):
+        return {**rest, "messages": answer}
+    asked = next((column for column in CONVERSATIONS if is_asked(row.get(column))), None)
+    if asked is None:
+        return {**rest, "output": answer}
+    answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    return {**{column: value for column, value in rest.items() if column != asked}, "messages": [*row[asked], *answer]}
 
 
 def is_rewarded(row: Mapping[str, Any]) -> bool:

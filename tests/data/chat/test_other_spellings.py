@@ -21,7 +21,13 @@ from support.chat import (
 
 @pytest.mark.parametrize(
     ("asks", "answers", "reports"),
-    [("human", "gpt", "observation"), ("user", "model", "function_response"), ("user", "bot", "function")],
+    [
+        ("human", "gpt", "observation"),
+        ("user", "model", "function_response"),
+        ("user", "bot", "function"),
+        ("human", "ai", "ipython"),
+        ("human", "chatgpt", "environment"),
+    ],
 )
 def test_each_name_of_a_role_means_the_same(asks, answers, reports):
     tokenizer = chat_tokenizer(QWEN)
@@ -71,6 +77,34 @@ def test_calls_and_tools_in_older_spellings_are_written_like_todays(spelling):
         assert responses(row, tokenizer) == responses(expected, tokenizer) == [CALLED, "It is 3.<|im_end|>"]
 
 
+OLMO = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.function_calls if m.function_calls }}")
+
+
+@pytest.mark.parametrize("role", ["tool", "environment"])
+def test_calls_as_text_and_results_of_the_environment_are_written_as_olmos_template_has_them(role):
+    environment = OLMO.replace("{{ m.role }}", "{{ {'environment': 'Env', 'user': 'U'}[m.role] or m.role }}")
+    row = {"messages": [user("a"), assistant(None, function_calls="f(a=1)"), {"role": role, "content": "3"}, LONG[1]]}
+    for template, name in ((OLMO, "tool"), (environment, "Env"), (f"{environment}{{{{ '' if 'tool' }}}}", "tool")):
+        tokenizer = chat_tokenizer(template)
+        (learnt,) = encode([row], tokenizer)
+        assert responses(learnt, tokenizer) == ["f(a=1)<|im_end|>", "4.<|im_end|>"]
+        assert f"<|im_start|>{name}\n3<|im_end|>" in learnt["prompt"]
+    with pytest.raises(ValueError, match=r"turn 2 \(assistant\) has the `function_calls` 'f\(a=1\)', which the chat"):
+        encode([row], chat_tokenizer(CHATML))
+
+
+def test_a_part_of_a_turn_is_not_left_out():
+    row = {
+        "messages": [user("a"), assistant("bcd", train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])]
+    }
+    with pytest.raises(
+        ValueError, match=r"row 1 .*turn 2 \(assistant\) has the `train_detail` .* as a whole or not at"
+    ):
+        encode([row], chat_tokenizer(CHATML))
+    row["messages"][1]["train_detail"] = []
+    assert len(encode([row], chat_tokenizer(CHATML))) == 1
+
+
 def test_no_row_of_a_table_gets_the_arguments_of_another_ones_older_call():
     def row(name, **arguments):
         call = {"name": name, "arguments": arguments}
@@ -84,7 +118,7 @@ def test_no_row_of_a_table_gets_the_arguments_of_another_ones_older_call():
     assert encode(datasets.Dataset.from_list(rows), tokenizer)["input_ids"] == expected
 
 
-@pytest.mark.parametrize("switch", ["weight", "train", "trainable", "training", "loss", "loss_mask"])
+@pytest.mark.parametrize("switch", ["weight", "train", "trainable", "training", "loss_mask", "loss_weight"])
 def test_a_turn_is_left_out_by_any_switch_which_no_template_sees(switch):
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }} {{ m.keys() | join }}"))
     for on, off in ((1, 0), (True, False), (None, 0.0)):

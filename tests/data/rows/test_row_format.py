@@ -198,6 +198,14 @@ def test_as_chat_names_a_column_that_is_not_there():
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "b"),
         ({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}, "b"),
         ({"chosen": LONG[:2], "rejected": LONG[:2]}, "4."),
+        (
+            {
+                "conversations": [{"from": "human", "value": "a"}],
+                "chosen": {"from": "gpt", "value": "b"},
+                "rejected": {},
+            },
+            "b",
+        ),
     ],
 )
 def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(row, answer):
@@ -208,7 +216,7 @@ def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(
     )
     (learnt,) = encode([row], tokenizer, row_transform=chosen_row).dataset
     assert learnt["output"] == answer
-    assert encode([row | {"messages": LONG}], tokenizer).dataset["output"][:] == ["6!"]
+    assert encode([row | {"messages": LONG, "conversations": None}], tokenizer).dataset["output"][:] == ["6!"]
     assert RowFormat().render_prompt({"prompt": "a", "chosen": "b", "rejected": "c"}) == PlainPrompt("a", None)
 
 

@@ -123,6 +123,12 @@ HINTS = {
         {},
         " `dialog` has messages: let a `row_transform` return them as `messages`.",
     ),
+    "messages and output": (
+        {"input": [{"role": "user", "content": "a"}], "output": "b"},
+        {},
+        " `input` has messages: set `prompt_field` to `input`.",
+    ),
+    "inputs": ({"inputs": "a", "targets": "b"}, {}, " Set `prompt_field` to `inputs` and `output_field` to `targets`."),
     "nothing known": ({"a": "b"}, {}, ""),
     "answer alone": ({"answer": "b"}, {}, ""),
     "another prompt": ({"q": "a", "answer": "b"}, {"prompt_field": "q"}, " Set `output_field` to `answer`."),

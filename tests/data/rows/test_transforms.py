@@ -24,6 +24,9 @@ HISTORY = [["2+2?", "4."]]
         (query_row, {"query": "3+3?", "response": "6!", "system": "Be brief.", "history": HISTORY}, [SYSTEM, *LONG]),
         (chosen_row, {"chosen": LONG, "rejected": LONG[:3]}, LONG),
         (chosen_row, {"prompt": "2+2?", "chosen": LONG[:2], "rejected": LONG[:1]}, LONG[:2]),
+        (chosen_row, {"conversations": LONG[:1], "chosen": LONG[1], "rejected": LONG[1]}, LONG[:2]),
+        (chosen_row, {"messages": LONG[:1], "chosen": "4.", "rejected": "5."}, LONG[:2]),
+        (chosen_row, {"messages": LONG[:2], "chosen": LONG, "rejected": LONG}, LONG),
     ],
 )
 def test_a_row_becomes_a_conversation_and_keeps_what_else_it_has(transform, row, expected):
