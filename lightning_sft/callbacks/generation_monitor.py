@@ -61,7 +61,7 @@ class GenerationMonitor(L.Callback):
             called with model, requests and sampling; see `log_generations`. The model scores what it writes.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If a number is too small.
     """
 

@@ -34,7 +34,7 @@ class HuggingFaceExport(Checkpoint):
             for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If `dtype` is no dtype, or the folder holds something other than an earlier export.
     """
 

@@ -35,75 +35,75 @@ class SFTDataModule(L.LightningDataModule):
 
     A batch of `train_dataloader` is an `OptimizerStep`, everything that one optimizer step needs on this device: its
     `microbatches`, each with `input_ids`, `labels` and `response_mask`, padded or packed; and the step's `totals` over
-    all microbatches and devices. Validation and test batches are the same, in the order of the file. A notebook shows a
-    batch with its tokens coloured by the mask.
+    all microbatches and devices. Validation and test batches are the same, in the order of the file. A notebook
+    displays a batch with its tokens coloured by the mask.
 
-    An epoch of the trainer is an epoch of the data, but when a run ends and validates is counted in optimizer steps.
+    An epoch of the trainer is an epoch of the data; the end of a run and validations are counted in optimizer steps.
 
     Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
-    `completion`), are written by the tokenizer's chat template, with the row's `tools` and `chat_template_kwargs` if it
-    has them. A column `system` beside them is their first turn. The response is the assistant's turns, each with the
-    token that ends it, but for those whose `weight`, `train`, `trainable`, `training`, `loss` or `loss_mask` is 0.
-    Before each turn stands what the template writes when a model is asked for it; a row in which one text cannot show
-    this for all turns becomes an example for each.
+    `completion`), are formatted with the tokenizer's chat template, together with the row's `tools` and
+    `chat_template_kwargs` if it has them. A column `system` beside them is their first turn. The response is the
+    assistant's turns, each with the token that ends it, except for those whose `weight`, `train`, `trainable`,
+    `training`, `loss` or `loss_mask` is 0. Each turn follows exactly the text that the template writes when a model is
+    asked for this turn; a row in which a single text cannot show this for all turns becomes one example per turn.
 
-    Of a row with `text` alone, all is learnt, after BOS. One with `input_ids` is tokenised already and used as it is,
-    without another EOS: each token is learnt that all of its `labels` (-100 or the id itself), `response_mask`,
-    `completion_mask` and `assistant_masks` mark, or all are if it has none of these.
+    All of a row with only a `text` is learnt, after BOS. A row with `input_ids` is already tokenised and gets no other
+    EOS: a token is learnt if it is marked in all of `labels` (-100 or the id itself), `response_mask`,
+    `completion_mask` and `assistant_masks` that the row has; if it has none of these, every token is.
 
     Args:
-        tokenizer: Name, path or object; on the command line it is the model's unless given.
+        tokenizer: Name, path or object; on the command line the default is the model's.
         train_data: A JSONL, JSON, CSV, TSV or Parquet file (all but Parquet also with `.gz`, `.bz2`, `.xz` or `.zst`),
-            by path or by an address that `fsspec` opens, or a glob pattern; a hub data set (`name`, `name:config` or
-            `name:config:split`; `name@revision:...` for a commit, branch or tag), or a folder (`folder::split`), of
-            files or as `save_to_disk` has written it; or a list of these; in Python also of dictionaries, or a
-            `datasets.Dataset`. Or `{source: weight}`: how many times an epoch goes through each source's rows. Of `n`
-            rows it takes `round(n * weight)`, from where the epoch before stopped, so that none is taken twice before
-            the others are taken once; the rows of all sources are shuffled together.
+            given by path, by a URL that `fsspec` can open, or by a glob pattern; a hub data set (`name`, `name:config`
+            or `name:config:split`; `name@revision:...` for a commit, branch or tag), or a folder (`folder::split`) that
+            contains files or was written by `save_to_disk`; or a list of these; in Python also a list of dictionaries,
+            or a `datasets.Dataset`. Or `{source: weight}`: how many times an epoch goes through each source's rows. Of
+            `n` rows an epoch takes `round(n * weight)`, beginning where the previous epoch stopped, so that no row is
+            used twice before all have been used once; the rows of all sources are shuffled together.
         val_data: Files or data sets with the validation rows, given like `train_data`, but without weights.
         test_data: The rows that `test` evaluates, given like `val_data`.
         predict_data: The rows whose prompts `predict` continues. They need no output. Default: the validation rows.
-        val_fraction: Without `val_data`: this fraction of the training rows, drawn by `seed`, is for validation. Each
-            of them counts once, whatever its source's weight; the weights are of the other rows.
+        val_fraction: Without `val_data`: this fraction of the training rows, drawn by `seed`, is used for validation,
+            each row once, whatever its source's weight, which applies to the others.
         prompt_field: Column with the text before the response.
         output_field: Column with the response. A row without the default column uses `completion`.
         ground_truth_field: Column with the reference answer, for rewards. Without the default column: the output.
-        prompt_template: Text with `{column}` in it, or a file with such a text. Literal braces are doubled.
-        row_transform: Function called with each row first; returns the row to use instead. Ready for rows of other
-            programs are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
-        row_filter: Function called with each row as it is read; rows for which it is false are left out.
-        text_field: Column with texts that are learnt as wholes. Default: `text`, in rows with no prompt or output.
-        as_chat: Write the prompt and output of rows without messages with the chat template, too: as a user's and an
-            assistant's turn, after a column `system`.
-        chat_template: For rows with messages, instead of the tokenizer's own: its text or a file.
-        chat_template_kwargs: More that the chat template can use, by name.
-        train_on_turns: Which of the assistant's turns in a row are the response: `all`, or the `last`.
-        batch_size: Sequences per optimizer step, over all devices; each example of a conversation is one.
-        gradient_accumulation_steps: How many microbatches each device splits its part of an optimizer step into. Their
-            gradients are added up. By default there is one, unless `max_tokens_per_microbatch` is given.
-        max_tokens_per_microbatch: Split each step by memory instead, into as many microbatches as it takes for none to
-            have more tokens than this, padding included.
-        layout: `packed`: the sequences of a microbatch in one row, each attending to itself alone; `padded`: one row
-            for each. The results are the same. By default packed where the model can take it.
-        max_length: The most tokens of prompt and response together, EOS included. No limit if None.
-        too_long: What happens to longer rows: `error`; `drop` them; `truncate` the end, losing the EOS.
-        append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that does already
-            gets no second one. Turns of messages end as the chat template has it, or in EOS if in no special token.
-        bad_rows: What happens to malformed rows, and to those that the chat template refuses: `error`; `drop` leaves
-            them out, counts them by what is wrong with them, and shows the first of each kind.
-        seed: Of the order of the rows and of the validation split.
-        streaming: Read and tokenise the training rows while training, not all of them before it: for data too large to
-            prepare, in files or data sets given by name. How many rows there are is not known: `trainer.max_steps` says
-            how long the run is, and where the data ends it begins again. Every process reads all rows and tokenises its
-            share of them. A run that continues reads a file of text from its start and skips what it has had; Parquet
-            files and data sets go on where they stopped.
+        prompt_template: Text with `{column}` in it, or a file with such a text. Write literal braces twice.
+        row_transform: Function that is first called with each row and returns the row to use instead. Ready for common
+            formats are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
+        row_filter: Function called with each row as it is read; rows for which it returns false are skipped.
+        text_field: Column with texts of which every token is learnt. Default: `text`, in rows with no prompt or output.
+        as_chat: Also format prompt and output with the chat template, as turns of user and assistant, after a turn from
+            the column `system`.
+        chat_template: Chat template to use instead of the tokenizer's: its text or a file.
+        chat_template_kwargs: Further variables for the chat template, by name.
+        train_on_turns: Which of the assistant's turns in a row are learnt: `all`, or only the `last`.
+        batch_size: Sequences per optimizer step, over all devices; each example of a conversation counts as one.
+        gradient_accumulation_steps: Number of microbatches into which each device splits its part of an optimizer step.
+            Their gradients are added up. Default: one, unless `max_tokens_per_microbatch` is given.
+        max_tokens_per_microbatch: Limit the memory instead: split each step into as many microbatches as it takes for
+            none to have more tokens than this, padding included.
+        layout: `packed`: the sequences of a microbatch in one row, each attending only to itself; `padded`: one row per
+            sequence. The results are the same. Default: packed if the model supports it.
+        max_length: Maximum number of tokens of prompt and response together, EOS included. None: no limit.
+        too_long: What to do with longer rows: `error`; `drop` them; `truncate` the end, which loses the EOS.
+        append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that already does
+            gets no second one. Turns of messages end as in the chat template, or in EOS if no special token ends them.
+        bad_rows: What to do with malformed rows, and with those that the chat template refuses: `error`; `drop` skips
+            them, counts them by kind of error, and shows the first of each kind.
+        seed: Seed of the order of the rows and of the validation split.
+        streaming: Read and tokenise the training rows during training, not before it: for data too large to prepare, in
+            files or data sets given by name. As the number of rows is not known, `trainer.max_steps` gives the length
+            of the run, and the data begins again where it ends. Every process reads all rows and tokenises its share of
+            them. A run that continues reads a text file from its start and skips the rows already used; Parquet files
+            and data sets continue where they stopped.
         shuffle_buffer: With `streaming`, rows are read and shuffled in blocks of this many; 1 keeps their order.
-        num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which tokenises, too.
-        num_proc: Processes that tokenise. By default one for each 20,000 rows, at most 8 and at most one for each core.
+        num_workers: Processes that collate batches ahead of time; with `streaming` at most 1, which also tokenises.
+        num_proc: Processes that tokenise. Default: one per 20,000 rows, at most 8 and at most one per core.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
-        SettingsError: If an argument is out of range or two exclude each other. Rows are checked before training.
+        SettingsTypeError: If an argument has the wrong type.
+        SettingsError: If an argument is out of range, or two exclude each other. Rows are checked before training.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class SFTDataModule(L.LightningDataModule):
     # -- hooks, in the order in which Lightning calls them -----------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Tokenise on one process of each machine; the others then find the result in the cache."""
+        """Tokenise in one process of each machine; the others then read the result from the cache."""
         stage = self.trainer.state.fn if self.trainer else None
         self._load_rows("fit" if stage is None else stage.value)
 
@@ -186,7 +186,7 @@ class SFTDataModule(L.LightningDataModule):
             self._run.check(state_dict.get("run", {}))
 
     def train_dataloader(self) -> StepLoader | EpochLoader:
-        """Each `OptimizerStep` of the present epoch that is still to come; of a stream without a trainer, endlessly."""
+        """The remaining `OptimizerStep`s of the current epoch; for a stream without a trainer, without end."""
         if self._run is None:
             return self.training_rows.loader(None, None, self._loader_options())
         return self._run.by_epochs(self.training_rows.loader(self._run.epoch, self._run, self._loader_options()))
@@ -201,11 +201,11 @@ class SFTDataModule(L.LightningDataModule):
         return cast(PreparedRows, self.rows_of("test")).in_order(self._loader_options())
 
     def predict_dataloader(self) -> PromptLoader:
-        """Lists of `Prompt`, `batch_size` of them for each device: the same lists on every device."""
+        """Lists of `batch_size` `Prompt`s per device, the same lists on every device."""
         return PromptLoader(self.prompts("predict"), self.rule.batch_size * self._loader_options().world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run's place in its data depends on, besides its number of optimizer steps."""
+        """What a run's position in its data depends on, besides its number of optimizer steps."""
         rows, run = self._rows.train, self.run_state | {"metrics": logged_metrics(self.trainer)}
         return {} if rows is None else rows.state(self.trainer.global_step if self.trainer else 0) | {"run": run}
 
@@ -226,11 +226,11 @@ class SFTDataModule(L.LightningDataModule):
 
     @property
     def training_rows(self) -> TrainingRows:
-        """The training rows; they are read if they are not yet."""
+        """The training rows; read when first asked for."""
         return self.rows_of("train")
 
     def rows_of(self, split: str) -> TrainingRows:
-        """The rows of a split; they are read if they are not yet.
+        """The rows of a split; read when first asked for.
 
         Args:
             split: `train`, `val` or `test`.
@@ -240,7 +240,7 @@ class SFTDataModule(L.LightningDataModule):
         return cast(TrainingRows, getattr(self._rows, split))
 
     def prompts(self, stage: str, num_prompts: int | None = None) -> list[Prompt]:
-        """The first prompts of a stage; its rows are read if they are not yet.
+        """The first prompts of a stage; its rows are read when first asked for.
 
         Those of `fit` are the validation rows, or the training rows where there are none.
 
@@ -274,7 +274,7 @@ class SFTDataModule(L.LightningDataModule):
         return {"data": self._rows.facts(), "settings": settings, "prompt_template": self._row_format.prompt_template}
 
     def layout_for(self, module: object) -> Layout:
-        """The layout that the user wants, or else packed where the module takes that.
+        """The layout that the user has chosen, or else packed if the module supports it.
 
         Args:
             module: Whose `why_not_packed` is the reason why it does not; empty if it does.

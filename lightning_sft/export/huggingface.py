@@ -56,7 +56,7 @@ def export_model(
             for `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If there is no such dtype, the folder holds something else or cannot be written, or there are no
             adapters to be written alone.
     """

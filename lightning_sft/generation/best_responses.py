@@ -61,7 +61,7 @@ def best_responses(
         EOS, train with `append_eos=False`.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         MissingFileError: If there is no such file.
         SettingsError: If a file cannot be read or holds something else; or no response has a reward.
     """

@@ -27,7 +27,7 @@ class Sampling:
         seed: Of the samples; training never sees it. The same seed draws the same responses on any number of devices.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If a number is out of range or has no effect, or a stop string is empty.
     """
 

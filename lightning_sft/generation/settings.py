@@ -24,7 +24,7 @@ class GenerationSettings:
         generator: Generates the responses in the model's place. None: the model does.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If a number is too small.
     """
 

@@ -21,7 +21,7 @@ class ActivationCheckpointing:
         activation_offloading: Keep these inputs in main memory.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If the number is below 1, or there are no inputs to keep elsewhere.
     """
 

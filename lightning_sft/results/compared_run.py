@@ -52,7 +52,7 @@ def read_compared_runs(
         step: The optimizer step whose responses are taken from folders. None: the last of each.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         MissingFileError: If there is no such folder or file.
         SettingsError: If there are less than two, one twice, or one that cannot be read.
     """

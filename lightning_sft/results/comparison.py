@@ -68,7 +68,7 @@ def compare_runs(
         step: The optimizer step whose responses are compared, of all folders. Default: the last of each.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         MissingFileError: If there is no such folder or file.
         SettingsError: If there are less than two runs, one twice, or one that cannot be read, or the page cannot be
             written.

@@ -48,48 +48,48 @@ from lightning_sft.training.trainer_checks import check_before_setup, check_load
 class SFTModule(RotaryInFloat32, L.LightningModule):
     """Fine-tunes a causal language model on the responses of prompt/output pairs.
 
-    A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients
-    of its microbatches, clips, and steps optimizer and schedule. The loss is normalised by the totals of the whole
-    step, so it does not depend on how the step is split over microbatches and devices. The loss of routing that a
-    mixture of experts has under `output_router_logits` is part of it; several microbatches then take one more pass.
+    A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients of
+    its microbatches, clips them, and steps optimizer and schedule. The loss is normalised by the totals of the whole
+    step, so it does not depend on how the step is split over microbatches and devices. It includes the router loss of a
+    mixture of experts under `output_router_logits`; several microbatches then need one more forward pass.
 
     Args:
-        model: Name or path of a pretrained model, or of adapters by `peft`; or the settings of a configuration with
-            `model_type`, such as `{model_type: qwen2, vocab_size: 512, hidden_size: 128}`, to train from scratch; or a
-            model, which may have adapters by `peft`.
-        loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`:
-            summed over each response, divided by `normalize_constant`, averaged over the step's sequences.
-        normalize_constant: Divides the loss under `sequence`.
-        loss_type: What a token adds to the loss: `nll`: `-log p`, or `dft`: `-p * log p`, with `p` a constant factor
-            (Dynamic Fine-Tuning). `val/loss` is the negative log-likelihood whichever it is.
-        label_smoothing: Share of the target spread over the vocabulary. Capped logits are then kept in memory.
+        model: Name or path of a pretrained model, or of `peft` adapters; or a configuration with `model_type`, such as
+            `{model_type: qwen2, vocab_size: 512, hidden_size: 128}`, to train from random weights; in Python also a
+            model, with or without `peft` adapters.
+        loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`: the
+            sum over each response, divided by `normalize_constant` and averaged over the step's sequences.
+        normalize_constant: Divides the loss if `loss_normalization` is `sequence`.
+        loss_type: The loss of a token: `nll` is `-log p`, `dft` is `-p * log p`, with `p` as a factor without gradient
+            (Dynamic Fine-Tuning). `val/loss` is the negative log-likelihood in both cases.
+        label_smoothing: Share of the target that is spread over the vocabulary. Capped logits are then kept in memory.
         neftune_noise_alpha: Strength of noise on the embeddings (NEFTune), such as 5. None: no noise.
-        max_grad_norm: Gradients are scaled down to this total norm. None: no clipping.
-        optimizer: Any torch optimizer, by class path, and its arguments. Default: AdamW without weight decay, 1e-5.
-        parameter_groups: Settings of the optimizer for some parameters, such as `[{pattern: 'bias$|norm|ln_',
-            weight_decay: 0.0}]`: those in whose names the pattern, a regular expression, is found, and none before it.
-        freeze: Patterns of names of parameters that are not trained, such as `[embed_tokens, 'layers.[0-3][.]']`.
-        lr_scheduler: Schedule by the name that `transformers` gives it, such as `cosine`, `linear` or `constant`.
-        warmup_steps: Optimizer steps over which the learning rate rises; below 1: a fraction of the run.
+        max_grad_norm: Gradients are clipped to this total norm. None: no clipping.
+        optimizer: Any torch optimizer, by class path, with its arguments. Default: AdamW, rate 1e-5, no weight decay.
+        parameter_groups: Optimizer settings for some parameters, such as `[{pattern: 'bias$|norm|ln_', weight_decay:
+            0.0}]`: for those whose names match the pattern, a regular expression, and no earlier pattern.
+        freeze: Patterns for the names of parameters that are not trained, such as `[embed_tokens, 'layers.[0-3][.]']`.
+        lr_scheduler: Name of a schedule in `transformers`, such as `cosine`, `linear` or `constant`.
+        warmup_steps: Optimizer steps over which the learning rate rises; if below 1, a fraction of the run.
         lr_scheduler_kwargs: Further arguments of the schedule.
-        gradient_checkpointing: Recompute activations in backward, in a third more time; a number: of each n-th block.
-        activation_offloading: Keep the inputs that `gradient_checkpointing` needs in main memory; slower still.
-        compile: Compile the model's blocks for training and validation: slower first steps, faster ones after.
-        nonfinite: What happens to an optimizer step whose loss or gradient norm is not a finite number. `error`: the
-            run stops and names the step's rows; nothing of it is saved. `skip`: weights, optimizer and schedule stay
-            as they are, and `train/skipped_steps` counts it; the device is waited for in every step.
+        gradient_checkpointing: Recompute activations in backward, a third more time; a number n: every n-th block's.
+        activation_offloading: Keep the block inputs that `gradient_checkpointing` needs in CPU memory; slower still.
+        compile: Compile the model's blocks for training and validation: the first steps are slower, later ones faster.
+        nonfinite: What to do with an optimizer step whose loss or gradient norm is not finite. `error`: the run stops
+            and names the step's rows; nothing of this step is saved. `skip`: weights, optimizer and schedule stay as
+            they are, and `train/skipped_steps` counts the step; the host then waits for the device in every step.
         sync_every_microbatch: Exchange gradients after each microbatch rather than once per optimizer step. Default:
-            only where the model is sharded, since whole gradients need memory there.
-        num_replicas: If the model is sharded: into how many groups of devices that each hold all of it (HSDP).
-        lora: Train adapters beside frozen weights: arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`,
-            by default for every linear layer but the head; or `path`: a folder of adapters to go on from. Under
-            `bf16-mixed` adapters are float32, and frozen weights stay in the dtype that they are stored in.
-        model_kwargs: Passed to `from_pretrained` or `from_config`, such as `attn_implementation`.
-        seed: Of weights trained from scratch, and of dropout, which is drawn anew from (seed, step, device) in each
-            step. On the command line it is the seed of the data.
+            only if the model is sharded, since it then saves the memory of unsharded gradients.
+        num_replicas: For sharded models: the number of groups of devices that each hold the whole model (HSDP).
+        lora: Train adapters beside frozen weights. Arguments of `peft.LoraConfig`, such as `{r: 16, lora_alpha: 32}`,
+            by default for every linear layer but the head; or `path`: a folder of adapters to train further. Under
+            `bf16-mixed` adapters are float32, and frozen weights stay in the dtype in which they are stored.
+        model_kwargs: Arguments for `from_pretrained` or `from_config`, such as `attn_implementation`.
+        seed: Seed of random initial weights, and of dropout, which is drawn from (seed, step, device) in each step. On
+            the command line it is the seed of the data.
 
     Raises:
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If an argument is out of range.
     """
 
@@ -194,7 +194,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         return self.global_step if self.trainer.state.fn == "fit" else self.guard.num_steps
 
     def training_step(self, batch: OptimizerStep, batch_idx: int) -> None:
-        """One optimizer step over the batch's microbatches, whose gradients take the place of any that there are."""
+        """One optimizer step over the batch's microbatches, whose gradients replace any existing ones."""
         seed_dropout(self.builder.seed, self.global_step, self.global_rank)
         optimizer = cast(Optimizer, self.optimizers())
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)

@@ -52,7 +52,7 @@ class RowFormat:
 
     Raises:
         MissingFileError: If the template has no `{column}` and is no file either.
-        SettingsTypeError: If an argument is of another type.
+        SettingsTypeError: If an argument has the wrong type.
         SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text; or if arguments
             name the columns of a prompt twice, or one of whole texts beside them.
     """
