@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 class SettingsError(ValueError):
-    """Something that the user has given does not work, and the message says what to give instead.
+    """A setting or input of the user does not work; the message says what to use instead.
 
-    The command line shows the message in one line. Any other exception is a mistake of this package, or of a function
-    that the user wrote, and keeps its traceback.
+    The command line shows the message in one line. Any other exception is a bug in this package, or in a function that
+    the user wrote, and keeps its traceback.
     """
 
 
 class SettingsTypeError(SettingsError, TypeError):
-    """An argument is of another type than expected."""
+    """An argument has the wrong type."""
 
 
 class MissingFileError(SettingsError, FileNotFoundError):

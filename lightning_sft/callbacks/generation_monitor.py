@@ -29,36 +29,37 @@ _PROMPTS_AT_ONCE = 1024  # between two writes to the file
 
 
 class GenerationMonitor(L.Callback):
-    """Generates for a fixed set of prompts before training, every so many steps, and at each validation.
+    """Generates responses to a fixed set of prompts before training, every n steps, and at each validation.
 
-    The prompts are the first validation rows (training rows where there are none). Logged each time: `val/reward`,
-    `val/answer_reward`, `val/format_reward`, `val/response_length`, `val/response_length_correct`,
-    `val/response_length_incorrect` (tokens), `val/response_entropy` (nats), `val/reward_failures`, with several
-    samples `val/pass_at_<k>`, and what it takes: `val/generation_seconds`, and `val/generation_share` of the time
-    since training began. TensorBoard also gets a table and histograms, a terminal a small table. In
-    `<log_dir>/generations` are `step_<N>.jsonl`, one line for each response; `step_<N>.html`, a page to read them on;
-    and `index.html`, which walks through the steps. Model, tokenizer and random state are left as they were found.
+    The prompts are the first validation rows (training rows if there are none). The metrics logged each time are
+    `val/reward`, `val/answer_reward`, `val/format_reward`, `val/response_length`, `val/response_length_correct`,
+    `val/response_length_incorrect` (tokens), `val/response_entropy` (nats), `val/reward_failures`, with several samples
+    `val/pass_at_<k>`, and the cost: `val/generation_seconds`, and `val/generation_share` of the time since training
+    began. TensorBoard also gets a table and histograms, the terminal a small table. The folder `<log_dir>/generations`
+    gets `step_<N>.jsonl`, one line per response; `step_<N>.html`, a page to read them; and `index.html`, which shows
+    all steps. Model, tokenizer and random state are left as they were.
 
     `test` uses the rows that it evaluates, all by default, and also logs `test/num_responses`, `test/num_correct`, and
     the bounds of a 95 % bootstrap interval, `test/answer_reward_low` and `test/answer_reward_high`. `predict` appends
-    the records of all prompts to `predict_path`; interrupted, it goes on where it stopped.
+    the records of all prompts to `predict_path`; after an interruption it continues where it stopped.
 
     Args:
-        reward_fn: Function by import path, called with response and ground truth; returns `format_reward`,
-            `answer_reward` and `reward`.
-        num_prompts: Prompts generated for each time, over all devices.
-        every_n_steps: Also generate every so many optimizer steps, besides each validation.
+        reward_fn: Function (on the command line, its import path) called with response and ground truth; returns
+            `format_reward`, `answer_reward` and `reward`.
+        num_prompts: Number of prompts to answer each time, over all devices.
+        every_n_steps: Also generate every n optimizer steps, besides each validation.
         sampling: How responses are drawn: greedy unless `temperature` is set.
-        max_tokens_per_batch: Prompts of similar length share a batch of at most this many tokens, those that may be
-            generated included, on each device: it bounds the memory. Default: on CUDA as many as have their keys and
-            values, and the logits of a pass, in a sixteenth of the device's memory; elsewhere, and for models that are
-            sharded or keep a state of each sequence, 32,768.
-        num_rows_shown: Rows of the table in TensorBoard; the files hold all.
-        reward_seconds: The most that `reward_fn` may take for one response, which then counts as 0. None: no limit.
-        predict_path: File that `predict` writes. Default: in the folder `predictions` of `default_root_dir`, by a name
-            that depends on prompts, weights, rewards, sampling and generator.
-        generator: Function by import path that writes the responses in the model's place, such as an inference engine,
-            called with model, requests and sampling; see `log_generations`. The model scores what it writes.
+        max_tokens_per_batch: Limits the memory: prompts of similar length share a batch of at most this many tokens on
+            each device, including those still to be generated. Default: on CUDA as many as have their keys and values,
+            and the logits of a forward pass, in a sixteenth of the device's memory; elsewhere, and for models that are
+            sharded or have a recurrent state per sequence, 32,768.
+        num_rows_shown: Rows of the table in TensorBoard; the files have all.
+        reward_seconds: Time limit of `reward_fn` for one response, which counts as 0 beyond it. None: no limit.
+        predict_path: File that `predict` writes. Default: a file in the folder `predictions` of `default_root_dir`,
+            whose name depends on prompts, weights, rewards, sampling and generator.
+        generator: Function (on the command line, its import path) that generates the responses instead of the model,
+            such as an inference engine: called with model, requests and sampling; see `log_generations`. The model
+            scores them.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.
@@ -104,7 +105,7 @@ class GenerationMonitor(L.Callback):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What the model says before it learns anything."""
+        """Generate before the first step."""
         self._training_began, self._seconds_in_training = time.perf_counter(), 0.0
         if trainer.global_step == 0:
             self._generate_and_report(trainer, pl_module, "fit")
@@ -112,12 +113,12 @@ class GenerationMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Every `every_n_steps` optimizer steps."""
+        """Generate every `every_n_steps` optimizer steps."""
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             self._generate_and_report(trainer, pl_module, "fit")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """At each validation; not again if this step has just been shown."""
+        """Generate at each validation, unless this step already has generations."""
         if trainer.sanity_checking:
             return
         fitting = trainer.state.fn == "fit"
@@ -129,23 +130,23 @@ class GenerationMonitor(L.Callback):
                 pl_module.log(f"val/{name}", value, name == "answer_reward", logger, sync_dist=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Over the test rows that are evaluated."""
+        """Generate for the test rows that are evaluated."""
         for name, value in self._generate_and_report(trainer, pl_module, "test").items():
             if not math.isnan(value):
                 pl_module.log(f"test/{name}", value, sync_dist=True)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the module what makes its predictions."""
+        """Give the module the function that makes its predictions."""
         module, prompts = _module(pl_module), _datamodule(trainer).prompts("predict")
         generate = partial(self._generate, trainer, module)
         module.generator = self._predictions.start(trainer, module, prompts, generate)
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the batch's records."""
+        """Store the batch's records."""
         self._predictions.on_predict_batch_end(*args, **kwargs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the records are."""
+        """Print where the records are."""
         _module(pl_module).generator = None
         self._predictions.on_predict_end(trainer, pl_module)
 

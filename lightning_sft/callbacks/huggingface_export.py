@@ -23,15 +23,15 @@ from lightning_sft.training.run_folder import run_folder
 class HuggingFaceExport(Checkpoint):
     """At the end of training, writes the model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    It holds safetensors, configuration, tokenizer with chat template, generation configuration and a model card. From
-    any checkpoint, such as the best, `lightning-sft export` writes the same.
+    The folder holds safetensors, configuration, tokenizer with chat template, generation configuration and a model
+    card. `lightning-sft export` writes the same from any checkpoint, such as the best.
 
     Args:
-        folder: Where; a relative path begins in the run's folder, `<log_dir>`. None: nothing is written.
-        dtype: To convert weights to. Default: as they are: float32 unless the run said otherwise, also under
-            `bf16-mixed`.
-        merge_lora: Add adapters (`SFTModule`'s `lora`) to the weights they belong to. False: write them alone, a folder
-            for `peft.PeftModel.from_pretrained(base_model, folder)`.
+        folder: Where to write; a relative path begins in the run's folder, `<log_dir>`. None: nothing is written.
+        dtype: Dtype of the exported weights. Default: that of training: float32 unless the run says otherwise, also
+            under `bf16-mixed`.
+        merge_lora: Merge adapters (`SFTModule`'s `lora`) into the weights. False: write only the adapters, a folder for
+            `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.
@@ -49,13 +49,13 @@ class HuggingFaceExport(Checkpoint):
         self.merge_lora = merge_lora
 
     def exported_to(self, trainer: L.Trainer) -> Path | None:
-        """The folder of a run's export; every process has to ask.
+        """The folder of a run's export; every process has to call this.
 
         Args:
             trainer: The run's trainer.
 
         Returns:
-            The folder, or None where nothing is exported.
+            The folder, or None if nothing is exported.
         """
         root = run_folder(trainer)
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ class HuggingFaceExport(Checkpoint):
         return root / Path(self.folder).expanduser()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder with something else in it, or adapters that there are none of, before anything is loaded."""
+        """Refuse a folder with other content, or an export of adapters without any, before anything is loaded."""
         if stage != "fit" or self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self.merge_lora:
@@ -72,7 +72,7 @@ class HuggingFaceExport(Checkpoint):
             self._check_folder(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse it here, where no logger says at once in which folder a run is."""
+        """Refuse the folder here if no logger names the run's folder before."""
         self._check_folder(trainer)
 
     def _check_folder(self, trainer: L.Trainer) -> None:
@@ -88,7 +88,7 @@ class HuggingFaceExport(Checkpoint):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export the weights that the run ends with."""
+        """Export the final weights of the run."""
         folder = self.exported_to(trainer)
         if folder is None:
             return

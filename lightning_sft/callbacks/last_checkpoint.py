@@ -21,17 +21,18 @@ from lightning_sft.training.run_folder import run_folder
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `<log_dir>/checkpoints/last.ckpt` at each validation, at the end, every so many steps, and before it stops.
+    """Saves `<log_dir>/checkpoints/last.ckpt` at each validation, at the end, every n steps, and on a stop signal.
 
-    SIGTERM and Ctrl-C are obeyed at the end of the optimizer step, on all devices at the same one: the run is saved and
-    the process exits with 128 plus the signal's number. A second Ctrl-C stops it at once. SLURM's signal to requeue is
-    handed to Lightning there too. A checkpoint takes the place of the one before only once it is complete. Where
-    Lightning saves a sharded model to a folder, `last.ckpt` is a link to that.
+    SIGTERM and Ctrl-C take effect at the end of the optimizer step, the same one on all devices: the run is saved and
+    the process exits with 128 plus the signal's number. A second Ctrl-C stops it at once. SLURM's requeue signal is
+    also passed to Lightning there. A checkpoint replaces the previous one only once it is complete. If Lightning saves
+    a sharded model to a folder, `last.ckpt` is a link to that folder.
 
-    Lightning's `ModelCheckpoint(monitor=..., save_last=True)` keeps the best as the last, and misses the final step.
+    Lightning's `ModelCheckpoint(monitor=..., save_last=True)` saves the best model as the last, and misses the final
+    step.
 
     Args:
-        every_n_steps: Also save every so many optimizer steps.
+        every_n_steps: Also save every n optimizer steps.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -43,7 +44,7 @@ class LastCheckpoint(Checkpoint):
         self._asked: HostCopy | None = None  # the signal that any device had received at the step before
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """A new run has saved nothing yet. Refuse a second one, which would not give the signals back."""
+        """Prepare for a new run. Refuse a second `LastCheckpoint`, which would not restore the signal handlers."""
         if sum(isinstance(each, LastCheckpoint) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise SettingsError(
                 "There are two `LastCheckpoint`s, which would write the same file and take signals from one another. "
@@ -55,9 +56,9 @@ class LastCheckpoint(Checkpoint):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over from Lightning's handlers, which would save and exit in the middle of a step.
+        """Replace Lightning's signal handlers, which would save and exit in the middle of a step.
 
-        What was not saved to the end, as when a run was killed, is removed.
+        Incomplete checkpoints are removed, such as those of a run that was killed.
         """
         numbers = {signal.SIGTERM, signal.SIGINT}
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -74,7 +75,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every `every_n_steps` optimizer steps; stop if a signal says so."""
+        """Save every `every_n_steps` optimizer steps; stop if a signal has arrived."""
         is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # Where a validation follows, the run is saved after that, with what callbacks make of it.
         if is_due and not _validation_follows(trainer, batch_idx):
@@ -88,17 +89,17 @@ class LastCheckpoint(Checkpoint):
             self._obey_signals(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save where the run ends: later Lightning's `WeightAveraging` replaces the weights by their average."""
+        """Save at the end of the run: later Lightning's `WeightAveraging` replaces the weights by their average."""
         if ends_here(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save a run that has trained nothing, and give the signals back."""
+        """Save a run that has trained nothing, and restore the signal handlers."""
         self._save(trainer)
         self._release(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._release(trainer)
 
     # -- how -----------------------------------------------------------------------------------------------------

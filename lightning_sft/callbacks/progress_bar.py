@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's bar, counting the optimizer steps of the whole run."""
+    """Lightning's progress bar, over the optimizer steps of the whole run."""
 
     @property
     def total_train_batches(self) -> int | float:
@@ -17,7 +17,7 @@ class StepProgressBar(RichProgressBar):
         return max_steps if max_steps >= 0 else math.inf
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the bar with the first epoch; it goes on through the others."""
+        """Begin the bar with the first epoch; it continues through the others."""
         if self.train_progress_bar_id is None:
             super().on_train_epoch_start(trainer, pl_module)
 
@@ -31,7 +31,7 @@ class StepProgressBar(RichProgressBar):
         return "Training"
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The metrics by short names, without the version number, which says nothing here."""
+        """The metrics by short names, without the version number."""
         metrics = {
             name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
         }

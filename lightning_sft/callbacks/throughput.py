@@ -17,23 +17,23 @@ from lightning_sft.model.precision import Precision
 
 
 class TokenThroughput(L.Callback):
-    """Logs how fast a run trains, averaged from one logging step to the next.
+    """Logs the speed of training, averaged from one logging step to the next.
 
-    - `train/tokens_per_second`: of prompts and responses, without padding, over all devices.
-    - `train/response_tokens_per_second`: of those, the ones that count in the loss.
-    - `train/peak_memory_gib`: on CUDA the most that this process held on its device since it was last logged;
-      elsewhere the most main memory that the process has held so far.
-    - `train/mfu`, model FLOP utilisation: the useful arithmetic divided by what all devices could do at most. Useful
-      are the forward and backward passes of every token through the body, of every response token through the head, and
-      of causal attention. Padding is not, nor what is computed a second time to save memory. It is not logged for
-      mixtures of experts.
+    - `train/tokens_per_second`: tokens of prompts and responses, without padding, over all devices.
+    - `train/response_tokens_per_second`: those of them that count in the loss.
+    - `train/peak_memory_gib`: on CUDA the peak memory of this process on its device since it was last logged;
+      elsewhere the peak main memory of the process so far.
+    - `train/mfu`, model FLOP utilisation: the necessary FLOP/s divided by the peak of all devices. Necessary are the
+      forward and backward passes of every token through the body, of every response token through the head, and of
+      causal attention, but not padding or what is computed a second time to save memory. It is not logged for mixtures
+      of experts.
 
-    The time is that of the optimizer steps alone, on CUDA by the device's own clock; the device is waited for only at
+    Only the time of optimizer steps is measured, on CUDA by the device's own clock; the host waits for it only at
     logging steps. Put it before callbacks that do long work after a step.
 
     Args:
-        peak_flops: Multiplications and additions per second that one device could do at most. Default: what is known
-            of CUDA devices, though not of the newest. Without it there is no `train/mfu`.
+        peak_flops: Peak FLOP/s (multiplications and additions per second) of one device. Default: known for many CUDA
+            devices, though not for the newest. Without it there is no `train/mfu`.
 
     Raises:
         SettingsError: If `peak_flops` is not positive.
@@ -45,7 +45,7 @@ class TokenThroughput(L.Callback):
         self._peak_flops = peak_flops
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find out what the devices could do."""
+        """Find out the peak FLOP/s of the devices."""
         device = pl_module.device
         if self._peak_flops is None and device.type == "cuda":
             self._peak_flops = known_peak_flops(device, Precision.of(trainer.precision).compute_dtype)

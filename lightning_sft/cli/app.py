@@ -57,12 +57,12 @@ _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
 )
 _CKPT_PATH_HELP = (
-    "Checkpoint to start from. `last`: the newest complete one of the runs with these settings; `fit` begins a run "
-    "where there is none."
+    "Checkpoint to start from. `last`: the newest complete one of the runs with these settings; without one, `fit` "
+    "begins a new run."
 )
 _RUNS_HELP = (
-    "At least two: the folder of a run, or a file of records, as `predict` writes it or as a run's folder "
-    "`generations` has one for each step. The others are compared with the first, such as the base model."
+    "At least two, each the folder of a run or a file of records: one that `predict` wrote, or one from a run's folder "
+    "`generations`. The others are compared with the first, such as the base model."
 )
 _WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true."
 
@@ -105,7 +105,7 @@ class SFTCLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the seed."""
         words = (
-            "Of all that is random, and of the data unless `data.seed` is given and not 0. True: any seed. False: none."
+            "Seed of everything random, including the data unless `data.seed` is not 0. True: any seed. False: none."
         )
         words = words if self.command.parts else SUPPRESS
         parser.add_argument("--seed_everything", type=bool | int, default=self.seed_everything_default, help=words)

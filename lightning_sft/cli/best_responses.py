@@ -8,18 +8,17 @@ from lightning_sft.generation.best_responses import choose_responses
 
 
 def best_responses(records: str | list[str], output: str, per_prompt: int = 1, min_reward: float = 1.0) -> None:
-    """Write the best responses in files of `predict` as rows to train on: expert iteration, rejection sampling.
+    """Write the best responses from files of `predict` as training rows: expert iteration, rejection sampling.
 
-    Of each prompt those with the highest reward are chosen, of equal ones those that come first, and none twice.
-    Responses that were cut off are left out. Each ends in the token that ended it: where a chat template ends turns in
-    another token than EOS, train on the rows with `--data.append_eos false`.
+    For each prompt the responses with the highest reward are chosen, the first ones among equals, without duplicates
+    and without truncated responses. Each ends in the token that ended it: if a chat template ends turns with another
+    token than EOS, train on the rows with `--data.append_eos false`.
 
     Args:
-        records: A file that `predict` has written, a glob pattern, or a list of these.
-        output: The file of rows, for `--data.train_data`: JSON lines with `prompt`, `output`, `ground_truth` and
-            `reward`.
-        per_prompt: The most responses to one prompt.
-        min_reward: The least reward of a response.
+        records: A file that `predict` wrote, a glob pattern, or a list of these.
+        output: File to write, for `--data.train_data`: JSON lines with `prompt`, `output`, `ground_truth` and `reward`.
+        per_prompt: Maximum number of responses per prompt.
+        min_reward: Minimum reward of a response.
 
     Raises:
         MissingFileError: If there is no such file.

@@ -32,7 +32,7 @@ def fit(
     weights_only: bool | None,
     init_from: str | None = None,
 ) -> None:
-    """Train, and say where everything is.
+    """Train, and print where the results are.
 
     Args:
         trainer: The trainer.
@@ -40,8 +40,8 @@ def fit(
         datamodule: The data.
         ckpt_path: Checkpoint to continue from.
         weights_only: Whether to refuse a checkpoint that could run code.
-        init_from: Checkpoint whose weights a new run begins with. Its optimizer, schedule, place in the data and step
-            number are not taken over.
+        init_from: Checkpoint whose weights a new run begins with. Its optimizer, schedule, position in the data and
+            step number are not used.
     """
     if init_from is not None:
         model.initial_weights = InitialWeights(Path(init_from), weights_only is not False)
@@ -86,17 +86,17 @@ def inspect(
     num_rows: int = 1000,
     folder: str | None = None,
 ) -> None:
-    """Score each row under the model, and write a page with the hardest first, and all as JSON lines.
+    """Compute the loss of each row, and write a page with the highest loss first and JSON lines with all rows.
 
     Args:
         trainer: The trainer.
         model: The model.
         datamodule: The data.
-        ckpt_path: Checkpoint whose weights to score with; without one the model as it is before training.
+        ckpt_path: Checkpoint whose weights to score with. Default: the model as it is before training.
         weights_only: Whether to refuse a checkpoint that could run code.
-        split: Whose rows: `train`, `val` or `test`.
-        num_rows: Rows on the page: those with the highest loss.
-        folder: Where page and lines are written. Default: `inspection` in the folder of the checkpoint's run, or in
+        split: Which rows: `train`, `val` or `test`.
+        num_rows: Number of rows on the page: those with the highest loss.
+        folder: Where to write both. Default: `inspection` in the folder of the checkpoint's run, or in
             `trainer.default_root_dir`.
     """
     found = inspect_rows(trainer, model, datamodule, split, num_rows, folder, ckpt_path, weights_only)
@@ -132,7 +132,7 @@ def estimate(
         datamodule: The data.
         trainer_settings: Those of the run's trainer, as they are written.
         peak_flops: Of a device.
-        mfu: Share of the devices' arithmetic (`--throughput.peak_flops`) that is assumed to be put to use.
+        mfu: Model FLOP utilisation to assume: the fraction of `--throughput.peak_flops` that training reaches.
     """
     from lightning_sft.planning.estimate import estimate_run
 
@@ -147,15 +147,15 @@ def find_lr(
     max_lr: float = 1e-1,
     num_steps: int = 100,
 ) -> None:
-    """Print the loss while the learning rate rises, and a rate to begin with; nothing is saved.
+    """Print the loss while the learning rate rises, and suggest a rate; nothing is saved.
 
     Args:
         model: The model.
         datamodule: The data.
         trainer_options: Arguments of the run's trainer.
         min_lr: Rate of the first optimizer step.
-        max_lr: Rate of the last one, unless the loss is twice its lowest before.
-        num_steps: Optimizer steps.
+        max_lr: Rate of the last one, unless the loss rises to twice its lowest value before.
+        num_steps: Number of optimizer steps.
     """
     from lightning_sft.planning import learning_rates
 
@@ -170,14 +170,14 @@ def find_batch_size(
     memory_gib: float | None = None,
     margin: float = 0.1,
 ) -> None:
-    """Print the most tokens in a microbatch that there is memory for, found by trying; nothing is saved.
+    """Print the largest number of tokens per microbatch that fits into memory, found by trying; nothing is saved.
 
     Args:
         model: The model.
         datamodule: The data.
         trainer_options: Arguments of the run's trainer.
-        memory_gib: Memory that the process may take of its CUDA device, in GiB. Default: all that is free.
-        margin: Share of the tokens to leave out, for what tries do not show.
+        memory_gib: Memory of the CUDA device that the process may use, in GiB. Default: all that is free.
+        margin: Fraction of the tokens to leave out, for memory that the tries do not show.
     """
     from lightning_sft.planning import batch_sizes
 
@@ -188,13 +188,13 @@ def find_batch_size(
 def compare(
     runs: list[str], output: str = "comparison.html", names: list[str] | None = None, step: int | None = None
 ) -> None:
-    """Put runs beside one another on a page: their curves, and what each answers to the same prompts.
+    """Compare runs on a page: their curves, and their answers to the same prompts.
 
     Args:
         runs: At least two: folders of runs, or files of records.
-        output: The page, a file ending in .html; it takes the place of an earlier one.
-        names: What to call the runs, such as `[base, tuned]`. Default: as much of their paths as tells them apart.
-        step: The optimizer step whose responses are compared, of all folders. Default: the last of each.
+        output: File of the page, ending in .html; an existing page is replaced.
+        names: Names of the runs, such as `[base, tuned]`. Default: the parts of their paths in which they differ.
+        step: Optimizer step of each folder whose responses are compared. Default: the last of each.
     """
     from lightning_sft.results.comparison import compare_runs
 

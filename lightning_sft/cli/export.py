@@ -29,11 +29,11 @@ def export(
 
     Args:
         ckpt_path: A checkpoint; or `last`: the newest one below `runs`.
-        output: The folder: missing, empty, or an earlier export, which is replaced.
-        tokenizer: Name, path or object. Default: what the run's config.yaml says, in the folder above the checkpoint's.
-        dtype: To convert weights to. Default: as they are.
-        merge_lora: Add adapters to the weights they belong to. False: write the adapters alone.
-        weights_only: Refuse what could run code. Default: true.
+        output: Folder to write: missing, empty, or an earlier export, which is replaced.
+        tokenizer: Name, path or object. Default: as in the run's config.yaml, in the folder above the checkpoint's.
+        dtype: Dtype of the exported weights. Default: that of the checkpoint.
+        merge_lora: Merge adapters into the weights. False: write only the adapters.
+        weights_only: Refuse a checkpoint that could run code. Default: true.
 
     Raises:
         MissingFileError: If there is no such checkpoint.

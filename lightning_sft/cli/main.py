@@ -6,18 +6,18 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 SUMMARIES = {  # of the commands, for the overview and for each command's own help
-    "fit": "Train a model; without arguments the quickstart.",
+    "fit": "Train a model; without arguments, run the quickstart.",
     "validate": "Evaluate a checkpoint on the validation rows.",
     "test": "Evaluate a checkpoint on the test rows, and answer all of their prompts.",
-    "predict": "Write responses to prompts into a file.",
-    "inspect": "Score each row under a model, and write a page with the hardest first.",
+    "predict": "Write responses to prompts to a file.",
+    "inspect": "Compute the loss of each row, and write a page with the highest loss first.",
     "preview": "Show some training rows as the model will see them, and statistics of the data.",
-    "estimate": "Say what memory and time `fit` would need.",
-    "find_lr": "Try rising learning rates, and suggest one to begin with.",
-    "find_batch_size": "Try how many tokens of a microbatch fit into memory.",
-    "compare": "Put runs, or steps of one, beside one another on a page.",
-    "best_responses": "Write the best of a model's own responses as rows to train on.",
-    "export": "Write a checkpoint's model to a folder that `from_pretrained` loads.",
+    "estimate": "Estimate the memory and time that `fit` would need.",
+    "find_lr": "Try rising learning rates, and suggest one.",
+    "find_batch_size": "Try how many tokens per microbatch fit into memory.",
+    "compare": "Compare runs, or steps of one run, on a page.",
+    "best_responses": "Write a model's best responses as rows to train on.",
+    "export": "Export a checkpoint's model to a folder that `from_pretrained` loads.",
 }
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     elif not words or words[0] in ("--help", "-h"):
         print(overview())
     elif words[0] not in SUMMARIES:
-        print(f"lightning-sft: error: `{words[0]}` is no command; see `lightning-sft --help`.", file=sys.stderr)
+        print(f"lightning-sft: error: `{words[0]}` is not a command; see `lightning-sft --help`.", file=sys.stderr)
         sys.exit(2)
     else:
         run = _imported()

@@ -22,22 +22,22 @@ _TOKEN = r" ?[^ .,?]+|[.,?]"  # a word with the space before it, or a mark: join
 
 
 def word_problems(num_rows: int = 20_000, seed: int = 0, split: Split = "train") -> Dataset:
-    """Generate two-step word problems with worked solutions, in the manner of the `r1_zero` prompt.
+    """Generate two-step word problems with worked solutions, in the format of the `r1_zero` prompt.
 
-    The two splits share no solution and therefore no prompt: a checksum of the solution alone decides to which
-    split it belongs, whatever the seeds. One solution in ten is for validation.
+    The two splits share no solution and therefore no prompt: a checksum of the solution alone decides the split,
+    whatever the seeds. One solution in ten is for validation.
 
     Args:
-        num_rows: Problems to generate. In a large data set some come twice.
+        num_rows: Number of problems. A large data set contains some of them twice.
         seed: The same seed gives the same rows on every machine.
-        split: Which side of the division of all problems to draw from.
+        split: Split of all problems to draw from.
 
     Returns:
         The columns `prompt`, which ends in `<think>`; `output`, which ends in `<answer> 14 </answer>`; and
         `ground_truth`, such as `"14"`.
 
     Raises:
-        SettingsTypeError: If `num_rows` or `seed` is no whole number.
+        SettingsTypeError: If `num_rows` or `seed` is not a whole number.
         SettingsError: If `num_rows` is below 1, or `split` has another value.
     """
     return draw_rows(_draw_problem, num_rows, seed, split)
@@ -46,9 +46,9 @@ def word_problems(num_rows: int = 20_000, seed: int = 0, split: Split = "train")
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer whose tokens are the words and numbers of `word_problems`.
 
-    A token carries the space before it, so that decoding is joining: `decode(encode(text)) == text`, for a response
-    on its own too. Its vocabulary is closed: `len(word_tokenizer())` is the `vocab_size` of a model for it, and
-    every other word becomes `<unk>`.
+    A token includes the space before it, so that decoding is concatenation: `decode(encode(text)) == text`, also for a
+    response alone. The vocabulary is closed: `len(word_tokenizer())` is the `vocab_size` of a model for it, and every
+    other word becomes `<unk>`.
     """
     # With braces in the place of what is filled in: all of that is listed too.
     texts = [_prompt(*["{}"] * 5), _output(*["{}"] * 7), *_GAINS, *_LOSSES, *_NAMES, *_THINGS, "+ -"]

@@ -10,8 +10,8 @@ from lightning_sft.errors import SettingsError
 def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
     r"""Turn a GSM8K answer into a response that continues `<think>`; a `row_transform` of the datamodule.
 
-    `"4 + 4 = <<4+4=8>>8\n#### 8"` becomes `" 4 + 4 = 8 </think> <answer> 8 </answer>"`: the calculator's marks go,
-    the final answer moves between the tags, without thousands separators.
+    `"4 + 4 = <<4+4=8>>8\n#### 8"` becomes `" 4 + 4 = 8 </think> <answer> 8 </answer>"`: the calculator annotations are
+    removed, and the final answer moves between the tags, without thousands separators.
 
     Args:
         row: With `question` and `answer`, as in `openai/gsm8k`.
@@ -20,7 +20,7 @@ def r1_zero_row(row: Mapping[str, Any]) -> dict[str, Any]:
         The row with `output` and `ground_truth` added.
 
     Raises:
-        SettingsError: If there is no text in `answer`, or no `#### <answer>` at its end.
+        SettingsError: If `answer` is not a text that ends in `#### <answer>`.
     """
     answer = row.get("answer")
     reasoning, mark, final = answer.rpartition("####") if isinstance(answer, str) else ("", "", "")

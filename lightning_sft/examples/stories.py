@@ -23,19 +23,19 @@ _QUESTIONS = (
 def story_questions(num_rows: int = 8_000, seed: int = 0, split: Split = "train") -> Dataset:
     """Generate questions about two-sentence stories, with answers in the format of the `r1_zero` prompt.
 
-    The words are those of TinyStories. As in `word_problems`, the two splits share nothing, however it is asked about.
+    The words are those of TinyStories. As in `word_problems`, the splits share no story, whatever is asked about it.
 
     Args:
         num_rows: Questions to generate.
         seed: The same seed gives the same rows on every machine.
-        split: Which side of the division of all questions to draw from.
+        split: Split of all questions to draw from.
 
     Returns:
         The columns `prompt`, which ends in `<think>`; `output`, which ends in `<answer> Lily </answer>`; and
         `ground_truth`, such as `"Lily"`.
 
     Raises:
-        SettingsTypeError: If `num_rows` or `seed` is no whole number.
+        SettingsTypeError: If `num_rows` or `seed` is not a whole number.
         SettingsError: If `num_rows` is below 1, or `split` has another value.
     """
     return draw_rows(_draw_question, num_rows, seed, split)

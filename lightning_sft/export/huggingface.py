@@ -39,21 +39,21 @@ def export_model(
     """Write a model to a folder that `AutoModelForCausalLM.from_pretrained` loads; its logits are the same to the bit.
 
     The folder holds safetensors, configuration, generation configuration, tokenizer with chat template, and a model
-    card. As what ends a response the configurations name, beside what `model` says, the tokenizer's EOS and the token
-    with which its chat template ends a turn. The folder appears once it is complete, in the place of an earlier export.
-    Nothing about `model` changes. Of a checkpoint:
-    `export_model(SFTModule.load_from_checkpoint(path).model, folder, tokenizer)`.
+    card. The configurations name all tokens that end a response: those of `model`, the tokenizer's EOS and the token
+    with which its chat template ends a turn. The folder appears once it is complete, and replaces an earlier export.
+    `model` is not changed. To export a checkpoint: `export_model(SFTModule.load_from_checkpoint(path).model, folder,
+    tokenizer)`.
 
     Args:
-        model: If it is sharded, every process has to call this. The first gathers the weights in main memory and
-            writes them.
+        model: The model. If it is sharded, every process has to call this; the first gathers the weights in CPU memory
+            and writes them.
         folder: Missing, empty, or an earlier export.
-        tokenizer: To go with the model.
+        tokenizer: The model's tokenizer.
         facts: What the model card says of the run.
-        dtype: To convert weights to. Default: as they are: float32 unless the run said otherwise, also under
-            `bf16-mixed`.
-        merge_lora: Add adapters to the weights they belong to, in float32. False: write the adapters alone, a folder
-            for `peft.PeftModel.from_pretrained(base_model, folder)`.
+        dtype: Dtype of the exported weights. Default: that of training: float32 unless the run says otherwise, also
+            under `bf16-mixed`.
+        merge_lora: Merge adapters into the weights, in float32. False: write only the adapters, a folder for
+            `peft.PeftModel.from_pretrained(base_model, folder)`.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.

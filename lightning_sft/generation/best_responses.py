@@ -45,20 +45,20 @@ class ChosenResponses:
 def best_responses(
     records: str | Path | Sequence[str] | Sequence[GenerationRecord], per_prompt: int = 1, min_reward: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Choose the responses that a model is to learn from its own: expert iteration (STaR, ReST), rejection sampling.
+    """Choose a model's best responses as rows to train it on: expert iteration (STaR, ReST), rejection sampling.
 
-    Of each prompt those with the highest reward are chosen, of equal ones those that come first, and none twice.
-    Responses that were cut off are left out. The same records give the same rows, on whatever devices they were made.
+    For each prompt the responses with the highest reward are chosen, the first ones among equals, without duplicates
+    and without truncated responses. The same records give the same rows, whatever devices wrote them.
 
     Args:
         records: What `predict` writes: a file, a glob pattern or a list of these; or what `log_generations` returns.
-        per_prompt: The most responses to one prompt.
-        min_reward: The least reward of a response.
+        per_prompt: Maximum number of responses per prompt.
+        min_reward: Minimum reward of a response.
 
     Returns:
         Rows for `train_data`, in the order of the prompts: `prompt`; `output`, the response with the token that ended
-        it; `ground_truth`; and `reward`. If a chat template wrote the prompts, and its turns end in another token than
-        EOS, train with `append_eos=False`.
+        it; `ground_truth`; and `reward`. If a chat template formatted the prompts, and ends turns with another token
+        than EOS, train with `append_eos=False`.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.

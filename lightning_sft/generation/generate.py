@@ -45,31 +45,31 @@ def log_generations(
     as_written: Sequence[bool] | None = None,
     distributed: bool = False,
 ) -> tuple[list[GenerationRecord], dict[str, float]]:
-    """Prompt the model and record, for each example, what came of it.
+    """Generate responses to prompts, score them, and record the results for each example.
 
     Model, tokenizer and random state are left exactly as they were.
 
     Args:
         model: A Hugging Face causal language model.
-        tokenizer: Its tokenizer; neither a pad token nor a padding side is needed.
+        tokenizer: Its tokenizer; it needs no pad token and no particular padding side.
         prompts: The texts to continue.
-        ground_truths: The reference answer of each prompt; None: the response is not scored.
-        reward_fn: Called with response and ground truth; returns `format_reward`, `answer_reward` and `reward`. One
-            that raises, takes too long, or returns something else, scores 0, and the record says why.
+        ground_truths: The reference answer of each prompt; None: the response gets no rewards.
+        reward_fn: Called with response and ground truth; returns `format_reward`, `answer_reward` and `reward`. If it
+            raises, takes too long, or returns something else, the rewards are 0, and the record says why.
         sampling: How responses are drawn; greedy by default.
-        max_tokens_per_batch: Prompts of similar length share a batch of at most this many tokens, those that may be
-            generated included, on each device: it bounds the memory. Default: on CUDA as many as have their keys and
-            values, and the logits of a pass, in a sixteenth of the device's memory; elsewhere, and for models that are
-            sharded or keep a state of each sequence, 32,768.
-        reward_seconds: The most that the reward function may take for one response. None: no limit.
-        path: Also write the records there, one JSON object a line.
-        generator: Writes the responses in the model's place, which then scores them: log-probabilities and entropies
-            are the model's. Called with the model, whose weights it may copy, a `ResponseRequest` for each response
-            that is wanted, and the sampling; returns a `Response` for each: token ids and a stop reason. On several
-            devices each asks its own for its share of the prompts.
-        first_index: Number of the first prompt, where these are part of more; samples depend on the numbers.
-        as_written: For each prompt, whether it is whole, such as one that a chat template wrote, so that the
-            tokenizer's own prefix (BOS) is not put before it.
+        max_tokens_per_batch: Limits the memory: prompts of similar length share a batch of at most this many tokens on
+            each device, including those still to be generated. Default: on CUDA as many as have their keys and values,
+            and the logits of a forward pass, in a sixteenth of the device's memory; elsewhere, and for models that are
+            sharded or have a recurrent state per sequence, 32,768.
+        reward_seconds: Time limit of the reward function for one response. None: no limit.
+        path: File to write the records to as well, one JSON object per line.
+        generator: Function that generates the responses instead of the model, which then computes their
+            log-probabilities and entropies. It is called with the model, whose weights it may copy, a `ResponseRequest`
+            for each response, and the sampling; it returns a `Response` for each: token ids and a stop reason. On
+            several devices each calls its own generator for its share of the prompts.
+        first_index: Number of the first prompt, if these are part of a longer list; samples depend on the numbers.
+        as_written: For each prompt, whether it is complete, such as one that a chat template formatted, so that the
+            tokenizer's own prefix (BOS) is not added.
         distributed: Share the prompts among all processes of the process group; each calls this function with all
             prompts, and gets all records. Only the first writes.
 
@@ -80,9 +80,9 @@ def log_generations(
         average over nothing is NaN.
 
     Raises:
-        SettingsTypeError: If an argument is of another type, or prompts are no list of strings.
-        SettingsError: If prompts and ground truths do not pair up, a number is too small, there can be no file at
-            `path`, or what `generator` returns are no responses.
+        SettingsTypeError: If an argument has the wrong type, or prompts are not a list of strings.
+        SettingsError: If the numbers of prompts and ground truths differ, a number is too small, `path` cannot be
+            written, or `generator` does not return responses.
 
     Source: Stanford CS336, assignment 5, "Logging generations".
     """

@@ -18,27 +18,27 @@ _TEXTS = ("prompt", "response", "stop_reason")
 
 @dataclass
 class GenerationRecord:
-    """One prompt and one response of the model to it.
+    """A prompt and one response of the model to it.
 
     Args:
         prompt: The text the model was given.
         response: The text it generated, without EOS.
         ground_truth: The reference answer, if there is one.
-        format_reward: Whether the response has the wanted form. None without ground truth.
-        answer_reward: Whether its answer is right. None without ground truth.
+        format_reward: Whether the response has the expected format. None without ground truth.
+        answer_reward: Whether its answer is correct. None without ground truth.
         reward: The total. None without ground truth.
         token_entropy: Mean entropy of the next-token distribution over the response, in nats.
         response_length: Tokens generated, EOS included.
-        stop_reason: `eos`, `stop` (a stop string), `length` (also where a prompt leaves the model no room), or
+        stop_reason: `eos`, `stop` (a stop string), `length` (also if the prompt leaves no room for a response), or
             `empty prompt` (without a single token there is nothing to continue).
-        reward_error: What the reward function raised, or that it took too long; its rewards then count as 0.
+        reward_error: The error of the reward function, or that it took too long; the rewards then count as 0.
         index: Number of the prompt, from 0.
         sample: Number of the response among those to the same prompt, from 0.
         token_ids: The response's tokens, EOS included, `response_length` of them.
-        tokens: Their texts. Joined they are the response, and EOS; of a character that is made of several tokens only
-            the last one has a text.
-        token_log_probs: Log-probability of each under the model, in nats, whatever the temperature it was drawn at.
-        token_entropies: Entropy of the distribution at each, in nats, likewise.
+        tokens: Their texts. Joined they are the response with EOS; if several tokens form one character, only the last
+            of them has a text.
+        token_log_probs: Log-probability of each token under the model, in nats, at temperature 1.
+        token_entropies: Entropy of the distribution at each token, in nats, at temperature 1.
     """
 
     prompt: str
@@ -60,7 +60,7 @@ class GenerationRecord:
 
     @property
     def is_correct(self) -> bool:
-        """Whether the answer earned anything."""
+        """Whether the answer's reward is positive."""
         return (self.answer_reward or 0.0) > 0
 
     def drop_tokens(self) -> None:
@@ -68,7 +68,7 @@ class GenerationRecord:
         self.token_ids, self.tokens, self.token_log_probs, self.token_entropies = [], [], [], []
 
     def to_json(self) -> dict[str, Any]:
-        """Its line in a file: values of single tokens to four decimals, None for what is no finite number."""
+        """The record's line in a file: values of single tokens to four decimals, None if not finite."""
         fields = {name: _finite(value) for name, value in vars(self).items()}
         for name in ("token_log_probs", "token_entropies"):
             fields[name] = [_finite(round(value, _DECIMALS)) for value in fields[name]]

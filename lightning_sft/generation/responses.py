@@ -30,14 +30,14 @@ StopReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class ResponseRequest:
-    """One response that is wanted.
+    """A request for one response.
 
     Args:
-        prompt: What is to be continued.
+        prompt: The prompt to continue.
         sample: Number of the response among those to the same prompt, from 0.
         prompt_ids: The prompt's token ids.
-        max_new_tokens: The most tokens that the response may have, EOS included. 0: there is no room for any.
-        seed: Of this response alone, for a generator that has a seed for each: below 2 to the power of 31.
+        max_new_tokens: Maximum number of tokens of the response, EOS included. 0: there is no room for any.
+        seed: Seed of this response, for a generator that has one for each: below 2 to the power of 31.
     """
 
     prompt: Prompt
@@ -49,12 +49,12 @@ class ResponseRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """What has been generated.
+    """A generated response.
 
     Args:
-        token_ids: Token ids, ending in EOS where the model stopped by itself.
+        token_ids: Token ids, ending in EOS if the model stopped by itself.
         stop_reason: `eos`, `stop` (a stop string) or `length`. `stop` from another generator may mean either of the
-            first two: which of them is read off the tokens.
+            first two: the tokens then tell which.
     """
 
     token_ids: Sequence[int]

@@ -18,13 +18,13 @@ class Sampling:
     """How responses are drawn.
 
     Args:
-        max_new_tokens: Most tokens of a response.
-        temperature: Divides the logits. 0: greedy, the most likely token is always taken.
+        max_new_tokens: Maximum number of tokens of a response.
+        temperature: Divides the logits. 0: greedy, always the most likely token.
         top_p: Sample from the most likely tokens that together have this probability.
-        top_k: Sample from this many most likely tokens; 0: from all.
-        stop_strings: A response ends after the first of these texts, as after EOS.
-        num_samples: Responses to each prompt; more than one needs a temperature.
-        seed: Of the samples; training never sees it. The same seed draws the same responses on any number of devices.
+        top_k: Sample from this many most likely tokens; 0: from all tokens.
+        stop_strings: A response ends after the first of these texts that appears, as it does after EOS.
+        num_samples: Responses per prompt; more than one needs a temperature.
+        seed: Seed of the samples, not of training. The same seed gives the same samples on any number of devices.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.

@@ -56,19 +56,19 @@ def inspect_rows(
     ckpt_path: str | None = None,
     weights_only: bool | None = None,
 ) -> Inspection:
-    """Score every row of a split once under the model, and write what it makes of them.
+    """Compute the loss of every row of a split under the model, and write all rows and a page with the highest losses.
 
-    The rows with the highest loss are more often than not those with wrong labels. Results are the same on any number
-    of devices. Memory does not grow with the number of rows, but for those on the page.
+    Rows with the highest loss often have wrong labels. Results are the same on any number of devices. Memory does not
+    grow with the number of rows, except for those on the page.
 
     Args:
-        trainer: Runs it. Its callbacks take part as in `validate`, but for a `GenerationMonitor`: nothing is generated.
+        trainer: Its callbacks run as in `validate`, except for a `GenerationMonitor`: nothing is generated.
         module: The model.
         datamodule: The data.
-        split: Whose rows: `train`, `val` or `test`.
-        num_rows: How many rows the page has: those with the highest loss. The JSON lines have all.
-        folder: Where page and lines are written. Default: `inspection` in the folder of the checkpoint's run, or in the
-            trainer's `default_root_dir`.
+        split: Which rows: `train`, `val` or `test`.
+        num_rows: Number of rows on the page: those with the highest loss. The JSON lines have all rows.
+        folder: Where to write both. Default: `inspection` in the folder of the checkpoint's run, or in the trainer's
+            `default_root_dir`.
         ckpt_path: Checkpoint whose weights to score with. Default: the module's own.
         weights_only: Whether to refuse a checkpoint that could run code.
 

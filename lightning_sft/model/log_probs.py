@@ -48,9 +48,9 @@ def get_response_log_probs(
 ) -> dict[str, Tensor]:
     """Log-probability of each label under the model: `log softmax(model(input_ids).logits)[label]`.
 
-    Without `response_mask` nothing is masked: prompt and padding positions are scored like all others. With it only
-    response positions go through the head, and all others are zero (False). The logits are never kept; a model whose
-    head cannot be taken apart is asked for its logits instead (see `score_responses`).
+    Without `response_mask` nothing is masked: prompt and padding positions are scored like all others. With it, only
+    response positions go through the head, and the results elsewhere are zero (False). The logits are never stored,
+    unless the model's head is not a linear layer: then the model computes them (see `score_responses`).
 
     Args:
         model: A Hugging Face causal language model, or any module whose output has `logits`.
@@ -58,8 +58,8 @@ def get_response_log_probs(
         labels: `(batch_size, sequence_length)`, the tokens that follow `input_ids`.
         return_token_entropy: Also return `token_entropy`.
         response_mask: `(batch_size, sequence_length)`; 1 or True where the label is a response token.
-        return_is_top1: Also return `is_top1`, whether the label is the model's first choice.
-        **model_kwargs: Passed to the model as they are: for a packed batch `position_ids`, `cu_seq_lens_q` and so on.
+        return_is_top1: Also return `is_top1`, whether the label is the most likely token.
+        **model_kwargs: Further arguments of the model, for a packed batch `position_ids`, `cu_seq_lens_q` and so on.
 
     Returns:
         `log_probs` in nats, `(batch_size, sequence_length)`, float32 or float64; if asked for, `token_entropy` and

@@ -79,23 +79,23 @@ def find_batch_size(
     margin: float = 0.1,
     **trainer_options: Any,
 ) -> BatchSizes:
-    """Find the largest `max_tokens_per_microbatch` by trying; and the largest `batch_size` that needs no split.
+    """Find the largest `max_tokens_per_microbatch` by trying, and the largest `batch_size` that needs no split.
 
-    Each try is an optimizer step on two microbatches of made-up rows, as long as the longest of the data, with every
-    token a response token: no step of the data with as many tokens in a microbatch takes more memory. Sizes double
-    until memory runs out, then the gap between what fits and what does not is halved until it is 5%. Afterwards module
-    and data are as before, except that the model is loaded.
+    Each try is an optimizer step on two microbatches of synthetic rows, as long as the longest row of the data, in
+    which every token is a response token: no step of the data with as many tokens in a microbatch takes more memory.
+    Sizes double until memory runs out, then the interval between what fits and what does not is halved until it is 5%.
+    Afterwards module and data are as before, except that the model is loaded.
 
     Args:
         module: The model, with the optimizer of the run.
-        datamodule: The data; its longest row counts, and its `layout`.
-        memory_gib: Memory that the process may take of its CUDA device, in GiB. Default: all that is free.
-        margin: Fraction of the tokens that is left out, for what the tries do not show: fragments of memory, and
+        datamodule: The data, of which the longest row and the `layout` matter.
+        memory_gib: Memory of the CUDA device that the process may use, in GiB. Default: all that is free.
+        margin: Fraction of the tokens to leave out, for memory that the tries do not show: fragmentation, and
             generations.
-        **trainer_options: Of the run's trainer, such as `precision`.
+        **trainer_options: Arguments of the run's trainer, such as `precision`.
 
     Raises:
-        SettingsTypeError: If an argument is no number.
+        SettingsTypeError: If an argument is not a number.
         SettingsError: If an argument is out of range, there is no CUDA device or more than one, or the memory is too
             small for the longest row.
     """

@@ -124,27 +124,26 @@ def find_lr(
 ) -> LearningRates:
     """Train for some steps while the learning rate rises exponentially, and record the loss.
 
-    The steps are those that a run with these settings begins with, but for their rate. They end early once the smoothed
-    loss is twice its lowest, or is not a finite number. Afterwards module and data are as before, except that the model
-    is loaded: a run then gives what it would have given without.
+    The steps are those that a run with these settings begins with, except for their rate. They end early once the
+    smoothed loss is twice its lowest value, or is not finite. Afterwards module and data are as before, except that the
+    model is loaded: a later run gives the same result as without this search.
 
     Args:
         module: The model, with the optimizer of the run.
         datamodule: The data.
         min_lr: Rate of the first step.
         max_lr: Rate of the last step.
-        num_steps: Optimizer steps.
-        **trainer_options: Of the run's trainer, such as `precision`, `devices` and `strategy`. Its callbacks and
-            loggers take no part.
+        num_steps: Number of optimizer steps.
+        **trainer_options: Arguments of the run's trainer, such as `precision`, `devices` and `strategy`. Its callbacks
+            and loggers are not used.
 
     Returns:
-        Rates, losses and a `suggestion`. A long run may want a lower rate, and so may one that must not make the model
-        forget what it knows.
+        Rates, losses and a `suggestion`. A lower rate may be better for a long run, or to keep the model from
+        forgetting what it knows.
 
     Raises:
         SettingsTypeError: If an argument is not a number.
-        SettingsError: If an argument is out of range, or the strategy starts processes of its own, whose results are
-            lost.
+        SettingsError: If an argument is out of range, or the strategy starts its own processes, whose results are lost.
     """
     check_type("min_lr", min_lr, Real, "a learning rate")
     check_type("max_lr", max_lr, Real, "a learning rate")

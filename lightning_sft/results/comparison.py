@@ -55,17 +55,17 @@ def compare_runs(
     names: Sequence[str] | None = None,
     step: int | None = None,
 ) -> Comparison:
-    """Put runs beside one another on a page: their curves, and what each answers to the same prompts.
+    """Compare runs on a page: their curves, and their answers to the same prompts.
 
-    Prompts are matched by their text. What the runs' rewards differ by is a mean over the prompts that both have a
-    reward for, each with all of its samples, with a 95% interval by the paired bootstrap; its seed is fixed.
+    Prompts are matched by their text. The difference in reward between two runs is a mean over the prompts for which
+    both have a reward, each with all of its samples, with a 95% interval by the paired bootstrap, whose seed is fixed.
 
     Args:
-        runs: At least two: the folder of a run, or a file of records, as `predict` writes it or as a run's folder
-            `generations` has one for each step. The others are compared with the first, such as the base model.
-        output: The page, a file ending in .html; it takes the place of an earlier one.
-        names: What to call the runs. Default: as much of their paths as tells them apart.
-        step: The optimizer step whose responses are compared, of all folders. Default: the last of each.
+        runs: At least two, each the folder of a run or a file of records: one that `predict` wrote, or one from a run's
+            folder `generations`. The others are compared with the first, such as the base model.
+        output: File of the page, ending in .html; an existing page is replaced.
+        names: Names of the runs. Default: the parts of their paths in which they differ.
+        step: Optimizer step of each folder whose responses are compared. Default: the last of each.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.

@@ -20,15 +20,15 @@ _NO_COLUMNS = ("token_ids", "tokens", "token_log_probs", "token_entropies")  # o
 
 
 def read_run(folder: str | Path) -> "FinishedRun":
-    """Read what a run has left in its folder, be it finished or still going on.
+    """Read the results in a run's folder; the run may still be going on.
 
     Args:
-        folder: Of the run, such as `runs/quickstart/version_0`; it has the logger's files, `generations` or both.
+        folder: The run's folder, such as `runs/quickstart/version_0`; it has the logger's files, `generations` or both.
 
     Raises:
-        SettingsTypeError: If `folder` is no path.
+        SettingsTypeError: If `folder` is not a path.
         MissingFileError: If there is no such folder.
-        SettingsError: If nothing in it is of a run.
+        SettingsError: If it contains nothing of a run.
     """
     check_type("folder", folder, (str, Path), "the folder of a run")
     path = Path(folder).expanduser()

@@ -29,19 +29,19 @@ def r1_zero_reward(response: str, ground_truth: str) -> dict[str, float]:
     r"""Reward of the r1_zero format, `reasoning </think> <answer> answer </answer>`; the prompt ended in `<think>`.
 
     Format. The last `<answer>` of the response directly follows a `</think>` and one space, and a `</answer>` comes
-    after it. Stricter than the course, which accepts the separator anywhere: a second answer after the first, or one
-    `<answer>` inside another, is a wrong format. Tags inside the reasoning are reasoning. An empty answer is of the
-    right format, but never right.
+    after it. This is stricter than the course, which accepts the separator anywhere: a second answer after the first,
+    or one `<answer>` inside another, is a wrong format. Tags inside the reasoning count as reasoning. An empty answer
+    has the right format, but is never correct.
 
-    Answer. What stands between the last `<answer>` and the next `</answer>`, or there in the last `\boxed{}`: listing
-    guesses gains nothing. Text after it is ignored, unless it opens another answer: stop the generation at `</answer>`.
+    Answer. The text between the last `<answer>` and the next `</answer>`, or the last `\boxed{}` in it: listing guesses
+    gains nothing. Text after it is ignored, unless it opens another answer: stop the generation at `</answer>`.
 
-    Equal answers. Whitespace, `$`, a final full stop, and a `\boxed{}`, `\fbox{}` or `\text{}` around the whole do not
-    count. Two plain numbers (`1,234`, `-.5`, `1e5`) are equal if their values
-    are, exactly. A ground truth of plain words is compared as text, ignoring case. math-verify decides the rest, read
-    as LaTeX. By its rules a percent sign is optional (`50%` is 50 and 0.5), and so are the units it knows (`14 hours`
-    and `14 cm` are 14, `14 dollars` is not); decimals count to the sixth place; and an expression need not be
-    evaluated: `7+7` is 14. For a task that asks to evaluate one, write a stricter function.
+    Equal answers. Whitespace, `$`, a final full stop, and a `\boxed{}`, `\fbox{}` or `\text{}` around the whole are
+    ignored. Two plain numbers (`1,234`, `-.5`, `1e5`) are equal if their values are, exactly. A ground truth of plain
+    words is compared as text, ignoring case. math-verify decides the rest, read as LaTeX. By its rules a percent sign
+    is optional (`50%` is 50 and 0.5), and so are the units it knows (`14 hours` and `14 cm` are 14, `14 dollars` is
+    not); decimals are compared to the sixth place; and an expression need not be evaluated: `7+7` is 14. For a task
+    that requires evaluation, write a stricter function.
 
     Args:
         response: What the model generated after the prompt.
@@ -66,11 +66,11 @@ def r1_zero_reward(response: str, ground_truth: str) -> dict[str, float]:
 def boxed_answer_reward(response: str, ground_truth: str) -> dict[str, float]:
     r"""Reward of an answer in a box, `... is $\boxed{14}$.`, as in the MATH data set; no other text is read.
 
-    Format. The last `\boxed{` or `\fbox{` to open is closed again. Braces inside it must be balanced, except `\{` and
-    `\}`; whitespace may stand before the first. A command without a brace, as in `\boxed 5`, is no box. A last box
-    that is cut off is a wrong format, whatever was boxed before. An empty box is of the right format, but never right.
+    Format. The last opening `\boxed{` or `\fbox{` is closed again. Braces inside it must be balanced, except `\{` and
+    `\}`; whitespace may precede the first. A command without a brace, as in `\boxed 5`, is not a box. A last box that
+    is cut off is a wrong format, whatever was boxed before. An empty box has the right format, but is never correct.
 
-    Answer. What stands in that box, so of boxes in each other the inner one; equal as `r1_zero_reward` says.
+    Answer. The content of that box, of nested boxes the inner one; compared as `r1_zero_reward` does.
 
     Args:
         response: What the model generated after the prompt.
@@ -92,26 +92,26 @@ def numeric_match_reward(response: str, ground_truth: str) -> dict[str, float]:
     r"""Reward of the last number in a response, `So 7 and 7 make 14.`, compared by its exact value.
 
     Numbers. `14`, `-.5`, `1,234.50`, `1e5` (at most nine digits of exponent), and a fraction of two of them without
-    spaces, `3/4`; in the digits of any script. Currency signs do not count, nor does a percent sign (`50%` is 50), nor
-    a unit of letters that follows directly (`14cm`, `14km/h`; so `2x` is 2, and `3rd` is 3). A sign counts only
-    directly before the number: `7 - 3` ends in 3.
+    spaces, `3/4`; in the digits of any script. Currency signs are ignored, as are a percent sign (`50%` is 50) and a
+    unit of letters that follows directly (`14cm`, `14km/h`; so `2x` is 2, and `3rd` is 3). A sign belongs to the number
+    only if directly before it: `7 - 3` ends in 3.
 
-    No numbers, so passed over: what is joined to a letter before it (`x2`, `H2O`, `GPT-4`) or to more digits in any
-    other way (`1.2.3`, `3-4`, `7+7`, `2^10`, `12:30`, `2024-01-02`, `1,23`, `1.000,5`); numbers in words, `inf`, `nan`,
-    `½`; and a fraction of zero, `1/0`. Roots, powers like `5²`, mixed numbers and LaTeX are not read, but for `{,}`
-    between thousands: the last number of `1 3/4` is 3/4, and of `\frac{3}{4}` it is 4. For these take
+    Not numbers, so skipped: what is joined to a letter before it (`x2`, `H2O`, `GPT-4`) or to more digits in any other
+    way (`1.2.3`, `3-4`, `7+7`, `2^10`, `12:30`, `2024-01-02`, `1,23`, `1.000,5`); numbers in words, `inf`, `nan`, `½`;
+    and a fraction with denominator zero, `1/0`. Roots, powers like `5²`, mixed numbers and LaTeX are not parsed, except
+    `{,}` between thousands: the last number of `1 3/4` is 3/4, and of `\frac{3}{4}` it is 4. For these use
     `boxed_answer_reward`.
 
     Args:
         response: What the model generated after the prompt.
-        ground_truth: One number; currency and percent signs, whitespace and full stops around it do not count.
+        ground_truth: One number; currency and percent signs, whitespace and full stops around it are ignored.
 
     Returns:
         `format_reward`, 1 if there is a number; `answer_reward`, 1 if it is also the right one; and `reward`, the
         second.
 
     Raises:
-        ValueError: `ground_truth` is anything but one number: no response could be right.
+        ValueError: If `ground_truth` is not exactly one number: no response could be correct.
     """
     expected = _fraction(_RATIO_ALONE.fullmatch(_plain(ground_truth)))
     if expected is None:

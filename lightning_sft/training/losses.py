@@ -23,9 +23,9 @@ def masked_normalize(
 
     Args:
         tensor: Any shape.
-        mask: The same shape; 1 or True counts.
-        normalize_constant: What the sum is divided by.
-        dim: The dimension summed over; all if None.
+        mask: The same shape; elements with 1 or True are summed.
+        normalize_constant: Divides the sum.
+        dim: Dimension to sum over; all if None.
 
     Returns:
         `tensor`'s shape without `dim`; a scalar if `dim` is None.
@@ -83,7 +83,7 @@ def sft_loss(
     loss_normalization: LossNormalization = "token",
     normalize_constant: float = 1.0,
 ) -> Tensor:
-    """What one microbatch contributes to an optimizer step's loss: summed over all microbatches and ranks, the loss.
+    """The share of one microbatch in an optimizer step's loss: its sum over all microbatches and ranks is the loss.
 
     The loss of the step is the negative log-likelihood of its response tokens, summed, and divided by
 
@@ -94,16 +94,16 @@ def sft_loss(
     Args:
         log_probs: `(batch_size, sequence_length)`, in nats.
         response_mask: The same shape; True where the label is a response token.
-        num_response_tokens: Of the whole step: all microbatches, all ranks.
-        num_sequences: Likewise.
-        loss_normalization: Which of the two.
-        normalize_constant: For `"sequence"` alone.
+        num_response_tokens: Number of response tokens in the whole step: all microbatches, all ranks.
+        num_sequences: Number of sequences in the whole step.
+        loss_normalization: `"token"` or `"sequence"`.
+        normalize_constant: Only for `"sequence"`.
 
     Returns:
         A scalar.
 
     Raises:
-        SettingsError: If `loss_normalization` is neither, or `normalize_constant` is not positive, or given beside
+        SettingsError: If `loss_normalization` is neither, or `normalize_constant` is not positive, or given with
             `"token"`.
     """
     scale = LossScale(loss_normalization, normalize_constant)
@@ -124,14 +124,14 @@ def sft_microbatch_train_step(
         policy_log_probs: `(batch_size, sequence_length)`, carrying gradients.
         response_mask: The same shape; 1 or True where the label is a response token.
         gradient_accumulation_steps: Microbatches per optimizer step.
-        normalize_constant: What each sequence's sum is divided by. None: 1.
+        normalize_constant: Divides each sequence's sum. None: 1.
 
     Returns:
         The loss that was backpropagated (a detached scalar), and metadata, scalars too: the same `loss`,
         `num_response_tokens`, and `mean_log_prob`, the mean over the response tokens in nats (NaN if there is none).
 
     Raises:
-        SettingsTypeError: If `gradient_accumulation_steps` is no whole number.
+        SettingsTypeError: If `gradient_accumulation_steps` is not a whole number.
         SettingsError: If it is below 1.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".

@@ -338,7 +338,7 @@ def test_an_unknown_command_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         program.main()
     assert exit_info.value.code == 2
-    assert capsys.readouterr().err == "lightning-sft: error: `train` is no command; see `lightning-sft --help`.\n"
+    assert capsys.readouterr().err == "lightning-sft: error: `train` is not a command; see `lightning-sft --help`.\n"
 
 
 def test_preview_shows_rows_and_needs_neither_weights_nor_devices_nor_a_checkpoint(inputs, capsys):

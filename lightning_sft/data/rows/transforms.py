@@ -9,11 +9,12 @@ from lightning_sft.errors import SettingsError, shorten
 
 
 def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a conversation of a row in the form of Alpaca or LLaMA-Factory; a `row_transform` of the datamodule.
+    """Convert a row in the format of Alpaca or LLaMA-Factory to a conversation; a `row_transform` of the datamodule.
 
     Args:
-        row: With `instruction`, and perhaps `input`, which goes on a line of its own below it; `output`, which a row
-            whose answer is to be generated may lack; `system`; and `history`, a list of `[question, answer]` before it.
+        row: Has `instruction`, and optionally `input`, which goes on its own line below it; `output`, which may be
+            missing if the answer is to be generated; `system`; and `history`, a list of `[question, answer]` pairs
+            before it.
 
     Returns:
         The row with `messages` in the place of these columns.
@@ -25,11 +26,11 @@ def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a conversation of a row with `query` and `response`; a `row_transform` of the datamodule.
+    """Convert a row with `query` and `response` to a conversation; a `row_transform` of the datamodule.
 
     Args:
-        row: With `query`; `response`, which a row whose answer is to be generated may lack; and perhaps `system`, and
-            `history`, a list of `[question, answer]` before it.
+        row: Has `query`; `response`, which may be missing if the answer is to be generated; and optionally `system`,
+            and `history`, a list of `[question, answer]` pairs before it.
 
     Returns:
         The row with `messages` in the place of these columns.
@@ -41,7 +42,7 @@ def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the chosen one of two answers, and leave the rejected one; a `row_transform` of the datamodule.
+    """Take the chosen answer of a preference row and drop the rejected one; a `row_transform` of the datamodule.
 
     Args:
         row: With `chosen`: a text, a message or messages that answer the row's `prompt`, or its `messages`
@@ -68,15 +69,15 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_rewarded(row: Mapping[str, Any]) -> bool:
-    """Whether a response that `predict` wrote has the full reward and was not cut off; a `row_filter`.
+    """Whether a response that `predict` wrote has the full reward and is not truncated; a `row_filter`.
 
-    Such rows are learnt with `output_field="response"`. `best_responses` chooses among several to a prompt.
+    Train on such rows with `output_field="response"`. `best_responses` chooses among several responses to a prompt.
 
     Args:
         row: A record, with `reward` and `stop_reason`.
 
     Returns:
-        Whether the reward is at least 1, and the response has ended by itself or in a stop string.
+        Whether the reward is at least 1, and the response ended by itself or with a stop string.
 
     Raises:
         SettingsError: If the row is no record.

@@ -174,23 +174,23 @@ def _streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 def tokenize_prompt_and_output(
     prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """Tokenise prompts and outputs apart, join each pair, right-pad, and mark the response.
+    """Tokenise prompts and outputs separately, join each pair, right-pad, and mark the response.
 
-    The prompt keeps the tokenizer's own prefix (such as BOS); the output gets no special token. The mask is True
-    where the *label* is a response token. Without any prompt token the first response token is no label: nothing
-    stands before it.
+    The prompt keeps the tokenizer's own prefix (such as BOS); the output gets no special token. The mask is True where
+    the *label* is a response token. After a prompt without tokens the first response token is no label.
 
     Args:
-        prompt_strs: The texts before.
-        output_strs: The texts after, one for each prompt.
+        prompt_strs: The prompts.
+        output_strs: The outputs, one for each prompt.
         tokenizer: Any Hugging Face tokenizer, with or without a pad token.
 
     Returns:
         `input_ids`, `labels` and `response_mask`, each `(batch_size, max(prompt_and_output_lens) - 1)`.
 
     Raises:
-        SettingsTypeError: If either is one string, or holds anything else than strings.
-        SettingsError: If there is no pair, the numbers of prompts and outputs differ, or a text holds a lone surrogate.
+        SettingsTypeError: If either is a single string, or contains anything but strings.
+        SettingsError: If there are no pairs, the numbers of prompts and outputs differ, or a text contains a lone
+            surrogate.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
