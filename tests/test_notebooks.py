@@ -199,7 +199,7 @@ def labels_are_the_inputs_shifted_by_one_and_the_mask_begins_after_think(run: Ru
 def the_model_is_that_of_the_quickstart_config(run: Run) -> None:
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]
     checkpoint = torch.load(run.logs / "checkpoints" / "last.ckpt", weights_only=True)
-    hyper_parameters, (optimizer,) = checkpoint["hyper_parameters"], checkpoint["optimizer_states"]
+    hyper_parameters, (optimizer,) = checkpoint["module_hyper_parameters"], checkpoint["optimizer_states"]
     assert {name: hyper_parameters["model"][name] for name in config["model"]} == config["model"]
     assert hyper_parameters["warmup_steps"] == config["warmup_steps"]
     arguments = config["optimizer"]["init_args"]

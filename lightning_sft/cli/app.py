@@ -137,9 +137,6 @@ class SFTCLI(LightningCLI):
         """Parse the command's words; Lightning's own method would warn that the program has arguments as well."""
         self.config = parser.parse_args(args)
 
-    def _parse_ckpt_path(self) -> None:
-        """Keep what the user says: Lightning would let the checkpoint's hyperparameters override it (#20801)."""
-
     # -- what is built ---------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:

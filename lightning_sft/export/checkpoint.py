@@ -14,6 +14,7 @@ from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
 from lightning_sft.training.checkpoint_weights import OF_MODEL, read_checkpoint
 from lightning_sft.training.run_facts import RunFacts
+from lightning_sft.training.stored_settings import HYPER_PARAMETERS
 
 
 def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTrainedModel, RunFacts]:
@@ -31,7 +32,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights_only)
-    hyper_parameters = checkpoint.get("hyper_parameters", {})
+    hyper_parameters = checkpoint.get(HYPER_PARAMETERS, {})
     settings, lora = hyper_parameters.get("model"), hyper_parameters.get("lora")
     if lora is not None:
         model = _load_base(path, hyper_parameters)

@@ -10,12 +10,7 @@ from torch import Tensor
 from lightning_sft.errors import SettingsError, and_more
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.training.objective import Objective
-
-# Arguments of `SFTModule` that a checkpoint holds: those that it can hold without pickling code.
-STORED_SETTINGS = (
-    *("loss_normalization", "normalize_constant", "loss_type", "label_smoothing", "neftune_noise_alpha"),
-    *("max_grad_norm", "lr_scheduler", "warmup_steps", "parameter_groups", "freeze", "lora", "seed"),
-)
+from lightning_sft.training.stored_settings import HYPER_PARAMETERS
 
 
 def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -> None:
@@ -56,7 +51,7 @@ def check_same_run(
     Of a run with adapters the checkpoint holds these alone, and the frozen weights are those of the model that is named
     now; `check_adapters` warns if that is another one.
     """
-    then = checkpoint.get("hyper_parameters", {})
+    then = checkpoint.get(HYPER_PARAMETERS, {})
     for name, now in objective.settings().items():
         if then.get(name, now) != now:
             raise SettingsError(

@@ -11,6 +11,7 @@ from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.training.checkpoint_files import check_checkpoint
 from lightning_sft.training.checkpoint_fit import check_adapters, check_weights
 from lightning_sft.training.sharded_files import read_weights
+from lightning_sft.training.stored_settings import HYPER_PARAMETERS
 from lightning_sft.training.trained_weights import trained_names
 
 OF_MODEL = "model."  # what the names of its weights begin with in a checkpoint
@@ -54,7 +55,7 @@ class InitialWeights:
     def give_to(self, model: PreTrainedModel, builder: ModelBuilder) -> None:
         """Put them into a whole model with its adapters, which `builder` has made."""
         checkpoint = read_checkpoint(self.path, self.weights_only, "init_from")
-        check_adapters(checkpoint.get("hyper_parameters", {}), builder)
+        check_adapters(checkpoint.get(HYPER_PARAMETERS, {}), builder)
         saved, own = checkpoint["state_dict"], {f"{OF_MODEL}{name}": each for name, each in model.state_dict().items()}
         if builder.lora is not None:  # frozen weights are in no checkpoint
             trained = {f"{OF_MODEL}{name}" for name in trained_names(model)}

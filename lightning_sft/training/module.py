@@ -26,7 +26,7 @@ from lightning_sft.model.rotary import RotaryInFloat32
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.model.token_loss import LossType, TokenLoss
 from lightning_sft.training.accumulation import accumulate_gradients, seed_dropout
-from lightning_sft.training.checkpoint_fit import STORED_SETTINGS, check_adapters, check_same_run, check_weights
+from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
 from lightning_sft.training.gradients import GradScaling, clip_gradients
@@ -41,6 +41,7 @@ from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule, run_length, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
+from lightning_sft.training.stored_settings import HYPER_PARAMETERS, store_settings
 from lightning_sft.training.trained_weights import hook_state
 from lightning_sft.training.trainer_checks import check_before_setup, check_loader, put_best_first
 
@@ -93,6 +94,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         SettingsError: If an argument is out of range.
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY = HYPER_PARAMETERS
     model: PreTrainedModel
     why_not_packed: str | None = "its model is not loaded yet"
     num_positions: int | None = None  # that the datamodule holds rows against
@@ -125,7 +127,8 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.settings = shown_settings(locals())
+        arguments = dict(locals())
+        self.settings = shown_settings(arguments)
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_integer("num_replicas", num_replicas, at_least=1)
         check_callable("optimizer", optimizer, "a function of the parameters")
@@ -139,7 +142,7 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         self.optimizer_factory, self.parameter_groups = optimizer, ParameterGroups(parameter_groups)
         self.checkpointing = ActivationCheckpointing(gradient_checkpointing, activation_offloading)
         self._compile, self._max_grad_norm, self.sync_every_microbatch = compile, max_grad_norm, sync_every_microbatch
-        self.save_hyperparameters(*STORED_SETTINGS, logger=False)  # `on_save_checkpoint` adds the model's configuration
+        store_settings(self, arguments)  # `on_save_checkpoint` adds the model's configuration
         self.automatic_optimization = False
         self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
         if isinstance(self.builder.source, PreTrainedModel):

@@ -91,7 +91,8 @@ class Schedule:
         Raises:
             SettingsError: If the schedule needs what is not there.
         """
-        if num_steps < 0 and (self.name not in _WITHOUT_LENGTH or 0 < self.warmup_steps < 1):
+        needs_length = self.name not in _WITHOUT_LENGTH or (self.name != "constant" and 0 < self.warmup_steps < 1)
+        if num_steps < 0 and needs_length:
             raise SettingsError(
                 f"`lr_scheduler` is {self.name!r} with `warmup_steps` = {self.warmup_steps}, but the run has no "
                 "length. Set `max_steps` or `max_epochs`, or choose `constant` or `constant_with_warmup` with a "

@@ -253,7 +253,7 @@ def test_a_checkpoint_without_a_tokenizer_or_a_model_is_refused(tmp_path, monkey
     export_command(monkeypatch, "--ckpt_path", last, *words)
     assert " Finn" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     checkpoint = torch.load(last)
-    del checkpoint["hyper_parameters"]
+    del checkpoint["module_hyper_parameters"]
     torch.save(checkpoint, last)
     with pytest.raises(SystemExit, match="says nothing of its model"):
         export_command(monkeypatch, "--ckpt_path", last, *words)

@@ -95,7 +95,7 @@ def test_adapters_of_an_unnamed_model_are_loaded_beside_that_model(tmp_path):
     with pytest.raises(ValueError, match="adapters of a model without a name"):
         load_checkpoint(path)
     checkpoint = torch.load(path)
-    checkpoint["hyper_parameters"]["model"] = "./moved"
+    checkpoint["module_hyper_parameters"]["model"] = "./moved"
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"adapters of the model './moved', which is not there. Load it by"):
         load_checkpoint(path)

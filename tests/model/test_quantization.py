@@ -99,6 +99,6 @@ def test_a_quantisation_given_as_an_object_does_not_end_up_in_the_checkpoint(tmp
     module = {"model": str(tmp_path / "base"), "lora": LORA, "model_kwargs": {"quantization_config": quantization}}
     train(tmp_path / "run", module=module, max_steps=1)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    saved = torch.load(path, weights_only=True)["hyper_parameters"]["model_kwargs"]
+    saved = torch.load(path, weights_only=True)["module_hyper_parameters"]["model_kwargs"]
     assert saved["quantization_config"]["load_in_4bit"] is True
     assert is_quantized(SFTModule.load_from_checkpoint(path).model)

@@ -65,7 +65,7 @@ def test_fast_dev_run_takes_one_step_and_validates(tmp_path):
 
 
 def test_max_time_ends_a_run_without_a_length(tmp_path):
-    module = SFTModule(tiny_config(), lr_scheduler="constant", warmup_steps=0)
+    module = SFTModule(tiny_config(), lr_scheduler="constant")
     trainer = fit(tmp_path, module, max_epochs=-1, max_time={"seconds": 1})[2]
     assert trainer.global_step > 0
 
