@@ -62,7 +62,7 @@ class PredictionWriter(BasePredictionWriter):
             raise found
         self._earlier = found
         if found.num_prompts and trainer.is_global_zero:
-            print(f"{path} has {found.num_prompts:,} of {len(prompts):,} prompts; going on with the next.")
+            print(f"{path} has {found.num_prompts:,} of {len(prompts):,} prompts; continuing with the next.")
         return partial(self._complete, generate)
 
     def _complete(self, generate: Generator, prompts: Sequence[Prompt]) -> list[GenerationRecord]:

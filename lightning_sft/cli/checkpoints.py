@@ -47,8 +47,8 @@ def config_of_newest_run() -> Path:
     config = newest.parent.parent / "config.yaml"
     if not config.is_file():
         raise MissingFileError(
-            f"the newest checkpoint below `runs`, {newest}, has no {config} beside it: its run was begun in Python, "
-            "and goes on there, by `trainer.fit(..., ckpt_path=...)`. Give a `--config` to start another."
+            f"the newest checkpoint below `runs`, {newest}, has no {config} beside it: its run was started in Python "
+            "and has to be continued there, with `trainer.fit(..., ckpt_path=...)`. Give a `--config` to start another."
         )
     return config
 
@@ -69,8 +69,8 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
         return
     if path == "best":
         raise SettingsError(
-            "`ckpt_path` is 'best', but only the program that has trained knows which that is. Give its path, such as "
-            "runs/quickstart/version_0/checkpoints/best.ckpt."
+            "`ckpt_path` is 'best', but only the program that trained the run knows which checkpoint that is. Give its "
+            "path, such as runs/quickstart/version_0/checkpoints/best.ckpt."
         )
     if config.weights_only is None:
         config.weights_only = True  # Lightning's default lets a checkpoint from the network run code
@@ -96,8 +96,8 @@ def check_init_from(config: Namespace, begins: bool) -> None:
         )
     if config.ckpt_path:
         raise SettingsError(
-            f"`init_from` is {config.init_from!r} and `ckpt_path` is {config.ckpt_path!r}: the one begins a new run, "
-            "the other continues one. Give one of them."
+            f"`init_from` is {config.init_from!r} and `ckpt_path` is {config.ckpt_path!r}: the first begins a new run, "
+            "the second continues one. Give only one of them."
         )
     if config.weights_only is not False:
         check_checkpoint(config.init_from, resume=False, argument="init_from")

@@ -61,8 +61,8 @@ class DataSettings:
         if self.streaming and (self.val_fraction or weights):
             given = f"`val_fraction` is {self.val_fraction}" if self.val_fraction else "`train_data` has weights"
             raise SettingsError(
-                f"{given}, but with `streaming` nobody knows how many training rows there are. Give `val_data` and a "
-                "list of sources, or leave out `streaming`."
+                f"{given}, but with `streaming` the number of training rows is not known. Give `val_data` and a list "
+                "of sources, or leave out `streaming`."
             )
 
     def of(self, split: str) -> Any:

@@ -42,7 +42,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     else:
         raise SettingsError(
-            f"`ckpt_path` is {str(path)!r}, which says nothing of its model: it is not of an `SFTModule`."
+            f"`ckpt_path` is {str(path)!r}, which does not describe its model: it was not written by an `SFTModule`."
         )
     if "generation_config" in checkpoint:
         model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])

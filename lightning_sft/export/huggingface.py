@@ -101,7 +101,7 @@ def check_adapters_alone(lora: Mapping[str, Any] | None) -> None:
     if changes_base(lora):
         raise SettingsError(
             f"`merge_lora` is false, but `lora.init_lora_weights` is {lora['init_lora_weights']!r}, which also changes "
-            "the base model's own weights: on top of the published ones the adapters would make another model. Leave "
+            "the base model's own weights: with the published weights the adapters would give another model. Leave "
             "`merge_lora` true."
         )
 

@@ -125,7 +125,7 @@ def _read(records: object) -> Iterator[Mapping[str, Any]]:
                 yield from _read_file(path)
         else:
             raise SettingsTypeError(
-                f"`records` has {shorten(item)} of type {type(item).__name__}, expected files or records alone."
+                f"`records` has {shorten(item)} of type {type(item).__name__}, expected only files or only records."
             )
 
 
@@ -138,7 +138,7 @@ def _read_file(path: str) -> Iterator[Mapping[str, Any]]:
         if isinstance(row, UnreadableRow):
             raise SettingsError(f"{location} of {path}: {row.problem}")
         if problem := problem_of(row, _NEEDED):
-            raise SettingsError(f"{location} of {path} is no record of `predict`: {problem}.")
+            raise SettingsError(f"{location} of {path} is not a record of `predict`: {problem}.")
         yield row
 
 

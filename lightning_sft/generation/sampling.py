@@ -62,8 +62,8 @@ class Sampling:
         for name in ("top_p", "top_k"):
             if self.temperature == 0 and (value := getattr(self, name)) != getattr(Sampling, name):
                 raise SettingsError(
-                    f"`{name}` is {value}, but `temperature` is 0, by which the most likely token is always taken. Set "
-                    f"a `temperature`, or leave `{name}` out."
+                    f"`{name}` is {value}, but `temperature` is 0, so the most likely token is always taken. Set a "
+                    f"`temperature`, or leave `{name}` out."
                 )
 
     def seed_of(self, index: int, sample: int) -> int:

@@ -123,7 +123,7 @@ class InspectedRows(L.LightningDataModule):
         """
         rows = self.data.rows_of(self.split)
         if not isinstance(rows, PreparedRows):
-            raise SettingsError("`streaming` is true, but rows are inspected in their order. Set it to false.")
+            raise SettingsError("`streaming` is true, but `inspect` reads the rows in their order. Set it to false.")
         return rows.unweighted()
 
     def val_dataloader(self) -> PlanLoader:

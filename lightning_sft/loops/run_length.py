@@ -109,13 +109,13 @@ def _check_length(trainer: L.Trainer) -> None:
     """Refuse a trainer that does not say how long a run over streamed rows is."""
     if trainer.max_steps < 0:
         raise SettingsError(
-            f"`trainer.max_steps` is {trainer.max_steps}, but `streaming` needs the number of optimizer steps: nobody "
-            "knows how long the data is."
+            f"`trainer.max_steps` is {trainer.max_steps}, but `streaming` needs the number of optimizer steps: the "
+            "length of the data is not known."
         )
     if isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches != 1.0:
         raise SettingsError(
-            f"`trainer.limit_train_batches` is {trainer.limit_train_batches}, but with `streaming` nobody knows how "
-            "long the data is. Give a whole number: the optimizer steps after which it starts over."
+            f"`trainer.limit_train_batches` is {trainer.limit_train_batches}, but with `streaming` the length of the "
+            "data is not known. Give a whole number: the optimizer steps after which it starts over."
         )
 
 

@@ -158,7 +158,7 @@ class EpochLoader:
 
     def __len__(self) -> int:
         if (num_steps := self._run.steps_per_epoch) is None:
-            raise TypeError("Nobody knows how many optimizer steps an epoch of this data has.")
+            raise TypeError("The number of optimizer steps in an epoch of this data is not known.")
         return num_steps
 
     def __iter__(self) -> Iterator[Any]:

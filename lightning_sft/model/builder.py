@@ -69,7 +69,7 @@ class ModelBuilder:
             if path is not None:
                 raise SettingsError(
                     f"`model` is {self.source!r}, a folder of adapters, and `lora.path` is {path!r}, another one. Give "
-                    "the model that they are on top of as `model`."
+                    "their base model as `model`."
                 )
             self._stored = StoredAdapters.read(self.source, given)
             self.source = self._stored.base

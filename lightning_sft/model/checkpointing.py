@@ -37,12 +37,12 @@ class ActivationCheckpointing:
             )
         if every is not False and every < 1:
             raise SettingsError(
-                f"`gradient_checkpointing` is {every}, expected true, false, or a number from 1 up: each n-th block."
+                f"`gradient_checkpointing` is {every}, expected true, false, or a number from 1 for every n-th block."
             )
         check_type("activation_offloading", self.activation_offloading, bool, "true or false")
         if self.activation_offloading and not every:
             raise SettingsError(
-                "`activation_offloading` keeps the inputs of blocks under `gradient_checkpointing` in main memory, but "
+                "`activation_offloading` keeps the inputs of blocks under `gradient_checkpointing` in CPU memory, but "
                 "that is false. Set it to true as well."
             )
 
@@ -59,7 +59,7 @@ class ActivationCheckpointing:
         try:
             enable({"use_reentrant": False}, **({"offload": True} if self.activation_offloading else {}))
         except ValueError as error:
-            raise SettingsError(f"`gradient_checkpointing` is not for this model: {error}") from error
+            raise SettingsError(f"`gradient_checkpointing` does not work with this model: {error}") from error
         if self.gradient_checkpointing > 1:
             self._keep_others(model)
 

@@ -29,7 +29,7 @@ def fused(function: _Function) -> _Function:
             each width there is code of its own, which on an H100 was four times as fast as code for any width.
     """
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        warnings.warn("There is no C compiler, which `torch.compile` needs: the head takes longer.", stacklevel=2)
+        warnings.warn("There is no C compiler, which `torch.compile` needs, so the head is slower.", stacklevel=2)
         return function
     # With few rows the compiler divides a row between several threads and says so, at great length.
     warnings.filterwarnings("ignore", r"\s*Online softmax is disabled on the fly")

@@ -43,8 +43,8 @@ def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any] | None) -
     adapters: Mapping[str, Any] = model.peft_config
     if list(adapters) != ["default"]:
         raise SettingsError(
-            f"`model` has the adapters {', '.join(adapters)}, but there can be one, of the name `default`. Load one "
-            "alone: `lora.path` takes its folder."
+            f"`model` has the adapters {', '.join(adapters)}, but only one is supported, named `default`. Load only "
+            "that: `lora.path` takes its folder."
         )
     config = config_of_lora(adapters["default"].to_dict(), _CAME)
     check_same_settings(given or {}, config, "the adapters of `model` are made")
@@ -73,19 +73,19 @@ def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> No
     ]
     if misfits:
         raise SettingsError(
-            f"`model` has adapters that its configuration does not make: {misfits[0]}. A checkpoint of them could not "
-            "be loaded again. Save them by `save_pretrained`, and train on from that folder (`lora.path`)."
+            f"`model` has adapters that do not match their configuration: {misfits[0]}. A checkpoint of them could not "
+            "be loaded again. Save them with `save_pretrained`, and continue from that folder (`lora.path`)."
         )
     trained = {name for name, weight in here.items() if weight.requires_grad}
     if not trained:
         raise SettingsError(
-            "`model` has adapters that are frozen. Load them by `is_trainable=True`, or give their "
-            "folder as `lora.path`."
+            "`model` has adapters that are frozen. Load them with `is_trainable=True`, or give their folder as "
+            "`lora.path`."
         )
     if beside := sorted(trained - own):
         raise SettingsError(
-            f"`model` has adapters, and `{beside[0]}` is to be trained beside them, which no checkpoint would find "
-            "again. Freeze it, or name its layer in `modules_to_save` of the adapters."
+            f"`model` has adapters, and `{beside[0]}` is to be trained beside them, which a checkpoint could not "
+            "restore. Freeze it, or name its layer in `modules_to_save` of the adapters."
         )
     if frozen := sorted(own - trained):
         raise SettingsError(

@@ -111,8 +111,8 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
             )
         raise SettingsError(
             f"`lora` would adapt one of {type(model).__name__}'s embeddings and head, which share their weights. Leave "
-            "both out of `target_modules`, or put one of them, by its full name, into `modules_to_save`: of "
-            "`model.embed_tokens` and `lm_head` that which this architecture does not tie to the other."
+            "both out of `target_modules`, or put one of them, by its full name, into `modules_to_save`: the one of "
+            "`model.embed_tokens` and `lm_head` that this architecture does not tie to the other."
         )
     without_bias = [name for name, each in model.named_modules() if _has_bias_for_none(each)]
     if without_bias:

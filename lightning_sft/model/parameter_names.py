@@ -17,7 +17,7 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise SettingsError(f"`{argument}` has {pattern!r}, which is no regular expression: {error}.") from error
+            raise SettingsError(f"`{argument}` has {pattern!r}, which is not a regular expression: {error}.") from error
 
 
 def matching(argument: str, pattern: str, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
@@ -33,7 +33,7 @@ def matching(argument: str, pattern: str, parameters: Iterable[tuple[str, Tensor
     if not found:
         names = [name for name, _ in known]
         raise SettingsError(
-            f"`{argument}` has {pattern!r}, which is in no name of a parameter. There are, for example, "
+            f"`{argument}` has {pattern!r}, which matches no name of a parameter. Names are, for example, "
             f"{', '.join(names[:3])} and {', '.join(names[-2:])}."
         )
     return list(found)

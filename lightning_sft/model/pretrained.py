@@ -64,7 +64,7 @@ def _config(source: dict[str, Any]) -> PreTrainedConfig:
     settings = dict(source)
     if settings.get("model_type") not in CONFIG_MAPPING:
         raise SettingsError(
-            f"`model` is to be built from {settings}, whose `model_type` is no architecture that this version of "
+            f"`model` is to be built from {settings}, whose `model_type` is not an architecture that this version of "
             "`transformers` knows. Give one, such as qwen2 or llama."
         )
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -92,7 +92,7 @@ def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:
     if misfits:
         raise SettingsError(
             f"`model` is {source!r}, whose weights {misfits[0]}{and_more(misfits)}: they are not those of its "
-            "config.json. To train such a model all the same, load it yourself and pass it as `model`."
+            "config.json. To train such a model anyway, load it yourself and pass it as `model`."
         )
     return cast(PreTrainedModel, model)
 

@@ -34,8 +34,8 @@ def router_coefficient(model: PreTrainedModel) -> float:
     theirs = recorder.own_loss()
     if not isinstance(theirs, Tensor) or not torch.allclose(sums.loss(sums), theirs.float(), rtol=1e-3):
         raise SettingsError(
-            f"`model` is {type(model).__name__} with `output_router_logits: true`, whose loss of routing is computed "
-            "in a way that is not known here. Set `output_router_logits` to false."
+            f"`model` is {type(model).__name__} with `output_router_logits: true`, whose router loss is not supported. "
+            "Set `output_router_logits` to false."
         )
     return coefficient
 
@@ -45,6 +45,6 @@ def _refuse_z_loss(model: PreTrainedModel) -> None:
     for name, value in vars(model.config.get_text_config(decoder=True)).items():
         if "z_loss_coef" in name and value:
             raise SettingsError(
-                f"`model` is {type(model).__name__} with `{name}` = {value}, a loss that is not computed here. Set it "
-                "to 0 in the model's configuration."
+                f"`model` is {type(model).__name__} with `{name}` = {value}, a loss that is not supported. Set it to 0 "
+                "in the model's configuration."
             )

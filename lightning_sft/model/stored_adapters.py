@@ -111,8 +111,8 @@ class StoredAdapters:
         changed = [name for name in before if name not in own and not torch.equal(before[name], after[name])]
         if changed:
             raise SettingsError(
-                f"{about} bring weights of their base model too, and other ones than it has: `{changed[0]}`"
-                f"{and_more(changed)}. Merge them, save the whole model and train that."
+                f"{about} also hold weights of their base model, and these differ from its own: "
+                f"`{changed[0]}`{and_more(changed)}. Merge them, save the whole model and train that."
             )
 
 
@@ -129,7 +129,7 @@ def _read_config(folder: Path) -> "LoraConfig":
     came = f"`lora.path` is {str(folder)!r}, "
     if not folder.is_dir():
         raise SettingsError(
-            f"{came}which is no folder. Give one that `peft` has written; of adapters on a hub the folder that "
+            f"{came}which is not a folder. Give one that `peft` has written; for adapters on a hub, the folder that "
             "`hf download NAME --local-dir FOLDER` makes."
         )
     if not is_adapter_folder(folder):

@@ -33,7 +33,7 @@ class TokenLoss:
         check_number("label_smoothing", self.label_smoothing, "at least 0 and below 1", lambda share: 0 <= share < 1)
         if self.kind == "dft" and self.label_smoothing:
             raise SettingsError(
-                f"`loss_type` is 'dft' and `label_smoothing` is {self.label_smoothing}, which do not go together: set "
+                f"`loss_type` is 'dft' and `label_smoothing` is {self.label_smoothing}, which cannot be combined: set "
                 "`label_smoothing` to 0, or `loss_type` to 'nll'."
             )
 

@@ -173,13 +173,12 @@ class _Search(Trial):
         if device.type != _DEVICE:
             raise SettingsError(
                 f"`accelerator` is {device.type}, where running out of memory would end this program: sizes are only "
-                "tried on a CUDA device. What a step of given settings takes, on any machine, is computed by "
-                "`lightning-sft estimate`."
+                "tried on a CUDA device. `lightning-sft estimate` computes the memory of a step on any machine."
             )
         if trainer.world_size > 1:
             raise SettingsError(
-                f"`devices` are {trainer.world_size}, but where memory runs out on one, the others would wait for it. "
-                "Set `devices` to 1 and `strategy` to auto; `ddp` then needs room for the gradients a second time."
+                f"`devices` are {trainer.world_size}, but if memory runs out on one, the others would wait for it. Set "
+                "`devices` to 1 and `strategy` to auto; `ddp` then needs room for the gradients a second time."
             )
         self.memory = self.memory or float(torch.cuda.mem_get_info(device)[0])
 

@@ -47,8 +47,8 @@ class Trial(L.Callback):
         """Refuse a trainer that the trial cannot run on."""
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise SettingsError(
-                "`strategy` trains in processes of its own, and what they find is lost when they end. Use one device, "
-                "or `ddp` in a script or on the command line."
+                "`strategy` trains in its own processes, and their results are lost when they end. Use one device, or "
+                "`ddp` in a script or on the command line."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -43,4 +43,4 @@ def _record(line: str, location: str) -> GenerationRecord:
             return GenerationRecord(**fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         problem = str(error)
-    raise SettingsError(f"{location} is no record of a generation: {problem}.")
+    raise SettingsError(f"{location} is not a record of a generation: {problem}.")

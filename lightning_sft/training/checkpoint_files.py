@@ -67,8 +67,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         _check_is_whole(str(path), "ckpt_path")
         if Path(path).is_dir():
             raise SettingsError(
-                f"`ckpt_path` is {str(path)!r}, the folder of a model that devices shared, but here each holds it "
-                "whole. Set `trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or "
+                f"`ckpt_path` is {str(path)!r}, the folder of a sharded model, but here each device holds the whole "
+                "model. Set `trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or "
                 "let `lightning-sft export` make a `model` of it."
             )
         return super().load_checkpoint(path, map_location, weights_only)
@@ -187,18 +187,18 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
         checkpoint = _look_into_folder(Path(path)) if os.path.isdir(path) else _look_into_file(path)
     except pickle.UnpicklingError as error:
         raise SettingsError(
-            f"{came}, which holds {_what(error)}, not tensors and plain values alone. Loading it could run code, so it "
+            f"{came}, which holds {_what(error)}, not only tensors and plain values. Loading it could run code, so it "
             "is not loaded. If you trust whoever made it, set `weights_only` to false."
         ) from None
     except Exception as error:
         raise SettingsError(f"{came}, which cannot be read: {one_line(error)} Take another one.") from error
     if not {"state_dict", "pytorch-lightning_version"} <= checkpoint:
         raise SettingsError(
-            f"{came}, which is no checkpoint of a run: it has no `state_dict` beside a Lightning version. "
-            "To start from weights, set `model` to a folder that `save_pretrained` made."
+            f"{came}, which is not a checkpoint of a run: it has no `state_dict` beside a Lightning version. To start "
+            "from weights, set `model` to a folder that `save_pretrained` made."
         )
     if resume and not {"loops", "optimizer_states"} <= checkpoint:
-        raise SettingsError(f"{came}, which has weights alone. To continue a training, take one with the optimizer.")
+        raise SettingsError(f"{came}, which has only weights. To continue training, use one with an optimizer state.")
 
 
 def _check_is_whole(path: str, argument: str) -> None:
@@ -213,8 +213,8 @@ def _check_is_whole(path: str, argument: str) -> None:
             )
     elif not zipfile.is_zipfile(path):
         raise SettingsError(
-            f"{came}, which is no whole checkpoint ({os.path.getsize(path)} bytes): it is cut short, or something "
-            "else. Take another one, such as the best."
+            f"{came}, which is not a complete checkpoint ({os.path.getsize(path)} bytes): it is truncated, or another "
+            "kind of file. Use another one, such as the best."
         )
 
 

@@ -21,8 +21,8 @@ def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -
     base = hyper_parameters.get("model")  # a name; or the model itself that `load_from_checkpoint` was given
     if builder.lora is not None and isinstance(base, str) and base != builder.base:
         rank_zero_warn(
-            f"The checkpoint's adapters are of the model {base!r}, but `model` is {builder.base!r} here. On top of "
-            "other weights they say nothing."
+            f"The checkpoint's adapters are of the model {base!r}, but `model` is {builder.base!r} here. With other "
+            "weights they have no meaning."
         )
 
 
@@ -55,8 +55,8 @@ def check_same_run(
     for name, now in objective.settings().items():
         if then.get(name, now) != now:
             raise SettingsError(
-                f"The checkpoint was made with `{name}` = {then[name]}, now it is {now}: the run would not go on with "
-                f"the same loss. Use {then[name]}, or begin a new run with its weights (`--init_from`)."
+                f"The checkpoint was made with `{name}` = {then[name]}, now it is {now}: the run would not continue "
+                f"with the same loss. Use {then[name]}, or begin a new run with its weights (`--init_from`)."
             )
     _check_same_parameters(then, patterns)
     earlier = checkpoint.get("model_card", {}).get("base_model")
@@ -75,7 +75,7 @@ def _check_same_parameters(settings: Mapping[str, Any], patterns: Mapping[str, S
         then = [each["pattern"] if isinstance(each, Mapping) else each for each in given]
         if then != list(now):
             raise SettingsError(
-                f"The checkpoint was made with the patterns {then} in `{name}`, now they are {list(now)}, but what the "
-                "optimizer knows of each parameter is in the checkpoint. Use the former, or begin a new run with its "
+                f"The checkpoint was made with the patterns {then} in `{name}`, now they are {list(now)}, but the "
+                "checkpoint holds the optimizer's state of each parameter. Use the former, or begin a new run with its "
                 "weights (`--init_from`)."
             )

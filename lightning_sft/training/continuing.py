@@ -124,8 +124,8 @@ def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, no
         elif before != rates:
             raise SettingsError(
                 f"The checkpoint was made with `lr` = {before[0]}, now it is {rates[0]}, but "
-                f"{type(scheduler).__name__} makes each learning rate of the one before. Use {before[0]}, or begin a "
-                "new run with its weights (`--init_from`)."
+                f"{type(scheduler).__name__} computes each learning rate from the one before. Use {before[0]}, or "
+                "begin a new run with its weights (`--init_from`)."
             )
         return
     scheduler.base_lrs[: len(rates)] = rates
@@ -181,8 +181,8 @@ class Continuation:
         """
         if len(optimizers) != 1:
             raise SettingsError(
-                f"`configure_optimizers` returns {len(optimizers)} optimizers, but an optimizer step is that of one. "
-                "Return one with several parameter groups, each of which may have a learning rate of its own."
+                f"`configure_optimizers` returns {len(optimizers)} optimizers, but only one is supported. Return one "
+                "with several parameter groups, each of which may have a learning rate of its own."
             )
         if isinstance(optimizers[0], _MockOptimizer):
             raise SettingsError("`configure_optimizers` returns no optimizer, so nothing would be trained. Return one.")

@@ -102,9 +102,9 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
     sizes = strategy.device_mesh["data_parallel"].size(), strategy.device_mesh["tensor_parallel"].size()
     if sizes != (strategy.num_nodes, strategy.num_processes):
         raise SettingsError(
-            f"`trainer.strategy` has `data_parallel_size` {sizes[0]} and `tensor_parallel_size` {sizes[1]}, but layers "
-            "are not divided here: all devices share the model. Leave both at 'auto'; `model.num_replicas` says how "
-            "many groups of devices each hold it whole."
+            f"`trainer.strategy` has `data_parallel_size` {sizes[0]} and `tensor_parallel_size` {sizes[1]}, but tensor "
+            "parallelism is not supported: the model is sharded over all devices. Leave both at 'auto'; "
+            "`model.num_replicas` says how many groups of devices each hold the whole model."
         )
 
 
@@ -143,8 +143,8 @@ def prepare_model(
     if find_linear_head(model) is None:
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         rank_zero_info(
-            f"Logits are kept: {type(model).__name__} makes them in a way that is not known here. Each response token "
-            f"of a microbatch takes some {3 * 4 * vocab_size / 1e6:.2g} MB for them and their gradients."
+            f"Logits are stored: {type(model).__name__} computes them in an unknown way. Each response token of a "
+            f"microbatch takes some {3 * 4 * vocab_size / 1e6:.2g} MB for them and their gradients."
         )
     if compiled:
         compile_blocks(model)

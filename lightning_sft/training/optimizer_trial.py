@@ -47,8 +47,8 @@ def check_takes_shards(optimizer: Optimizer) -> None:
     except Exception as error:
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise SettingsError(
-            f"`optimizer` is {kind}, which cannot train weights that the devices share: {one_line(error, 200)} Use "
-            "another one, such as torch.optim.AdamW, or `trainer.strategy` 'ddp'."
+            f"`optimizer` is {kind}, which cannot train sharded weights: {one_line(error, 200)} Use another one, such "
+            "as torch.optim.AdamW, or `trainer.strategy` 'ddp'."
         ) from error
 
 

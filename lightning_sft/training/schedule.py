@@ -151,7 +151,7 @@ def step_schedules(trainer: L.Trainer) -> None:
             if (in_epoch := steps_per_epoch(trainer)) is None:
                 raise SettingsError(
                     f"`configure_optimizers` returns {type(config.scheduler).__name__} with the interval 'epoch', but "
-                    "nobody knows how long an epoch of this data is. Set its `interval` to 'step'."
+                    "the length of an epoch of this data is not known. Set its `interval` to 'step'."
                 )
             every *= in_epoch
         if trainer.global_step % every == 0:

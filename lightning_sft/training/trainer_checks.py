@@ -53,12 +53,12 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
     if trainer.strategy.root_device.type == "mps":
         raise SettingsError(
-            "`trainer.accelerator` is MPS, which has no float64, and sums of losses are kept in that. Set it to 'cpu'."
+            "`trainer.accelerator` is MPS, which has no float64, in which sums of losses are kept. Set it to 'cpu'."
         )
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
         raise SettingsError(
-            "`trainer.plugins` has `BitsandbytesPrecision`, which makes every linear layer a quantised one, head and "
-            "adapters included. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
+            "`trainer.plugins` has `BitsandbytesPrecision`, which quantises every linear layer, including head and "
+            "adapters. Set `model.model_kwargs.quantization_config` instead, and `model.lora`."
         )
 
 
@@ -77,8 +77,8 @@ def check_before_setup(trainer: L.Trainer) -> None:
         return
     if getattr(getattr(trainer, "lightning_module", None), "_compiler_ctx", None) is not None:
         raise SettingsError(
-            "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does beside "
-            "running the model. Give it `compile=True` instead, which compiles the model's blocks."
+            "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does "
+            "besides running the model. Give it `compile=True` instead, which compiles the model's blocks."
         )
     if not getattr(getattr(trainer, "lightning_module", None), "automatic_optimization", True):
         _check_left_to_us(trainer)

@@ -213,7 +213,7 @@ def test_values_that_two_parts_share_are_given_once(inputs):
         ({"data.max_length": 4}, "exceed `max_length` = 4. Raise `max_length`, or set `too_long`"),
         (
             {"data.gradient_accumulation_steps": 2, "data.max_tokens_per_microbatch": 64},
-            "each alone decides the microbatches. Give one of them",
+            "both determine the microbatches. Give one of them",
         ),
         ({"model.model": "no/model"}, "`tokenizer` is 'no/model', which cannot be loaded"),
     ],
@@ -473,7 +473,7 @@ def test_a_run_does_not_begin_and_continue_at_once(inputs, monkeypatch):
     words = arguments(inputs, **{"init_from": "a.ckpt", "ckpt_path": "last"})
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
     with pytest.raises(
-        SystemExit, match=r"`init_from` is 'a\.ckpt' and `ckpt_path` is 'last': the one begins a new run"
+        SystemExit, match=r"`init_from` is 'a\.ckpt' and `ckpt_path` is 'last': the first begins a new run"
     ):
         main()
 

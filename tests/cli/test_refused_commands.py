@@ -98,8 +98,8 @@ SETTINGS = {
     ),
     "best checkpoint": (
         {"ckpt_path": "best"},
-        "`ckpt_path` is 'best', but only the program that has trained knows which that is. Give its path, such as "
-        "runs/quickstart/version_0/checkpoints/best.ckpt.",
+        "`ckpt_path` is 'best', but only the program that trained the run knows which checkpoint that is. Give its "
+        "path, such as runs/quickstart/version_0/checkpoints/best.ckpt.",
     ),
     "missing checkpoint": (
         {"ckpt_path": "{tmp}/none.ckpt"},

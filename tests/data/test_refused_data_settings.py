@@ -121,7 +121,7 @@ SETTINGS = {
     ),
     "two rules for microbatches": Refusal(
         data(gradient_accumulation_steps=2, max_tokens_per_microbatch=64),
-        "`gradient_accumulation_steps` is 2 and `max_tokens_per_microbatch` is 64, but each alone decides the "
+        "`gradient_accumulation_steps` is 2 and `max_tokens_per_microbatch` is 64, but both determine the "
         "microbatches. Give one of them.",
     ),
     "val_fraction of 1": Refusal(

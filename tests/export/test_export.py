@@ -255,7 +255,7 @@ def test_a_checkpoint_without_a_tokenizer_or_a_model_is_refused(tmp_path, monkey
     checkpoint = torch.load(last)
     del checkpoint["module_hyper_parameters"]
     torch.save(checkpoint, last)
-    with pytest.raises(SystemExit, match="says nothing of its model"):
+    with pytest.raises(SystemExit, match="does not describe its model"):
         export_command(monkeypatch, "--ckpt_path", last, *words)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="there is no complete checkpoint below `runs`"):

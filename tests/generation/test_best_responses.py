@@ -142,10 +142,10 @@ def test_the_command_writes_rows_and_says_what_became_of_the_others(tmp_path, ca
 def test_what_holds_no_records_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     for content, message in (
-        ('{"prompt": "a", "output": "b"}\n', r"line 1 of .* is no record of `predict`: no value for `response`\.$"),
+        ('{"prompt": "a", "output": "b"}\n', r"line 1 of .* is not a record of `predict`: no value for `response`\.$"),
         (
             '{"prompt": "a", "response": "b", "reward": "1", "stop_reason": "eos"}\n',
-            r"line 1 of .* is no record of `predict`: `reward` is '1', expected a number or null\.$",
+            r"line 1 of .* is not a record of `predict`: `reward` is '1', expected a number or null\.$",
         ),
         ("[1]\n", r"line 1 of .*: expected a JSON object, got \[1\]"),
     ):
@@ -162,7 +162,7 @@ def test_what_holds_no_records_is_refused(tmp_path):
         best_responses("user/set")
     with pytest.raises(SettingsTypeError, match="`records` is 3 of type int, expected a file, a pattern"):
         best_responses(3)
-    with pytest.raises(SettingsTypeError, match="`records` has 3 of type int, expected files or records alone"):
+    with pytest.raises(SettingsTypeError, match="`records` has 3 of type int, expected only files or only records"):
         best_responses([3])
     with pytest.raises(SettingsError, match="`per_prompt` is 0, expected at least 1"):
         best_responses(RECORDS, per_prompt=0)

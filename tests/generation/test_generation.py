@@ -288,7 +288,7 @@ def test_several_samples_and_what_narrows_the_choice_need_a_temperature():
     with pytest.raises(ValueError, match="`num_samples` is 4 and `temperature` is 0, which draws the same"):
         Sampling(num_samples=4)
     for name, value in (("top_p", 0.9), ("top_k", 5)):
-        with pytest.raises(ValueError, match=f"`{name}` is {value}, but `temperature` is 0, by which the most likely"):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}, but `temperature` is 0, so the most likely"):
             Sampling(**{name: value})
 
 

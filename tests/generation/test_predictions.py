@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, straight, torn, c
     batches = predict(tmp_path, path=path)
     assert path.read_bytes() == straight.read_bytes()
     assert [record.index for batch in batches for record in batch] == [i for i in range(7) for _ in range(2)]
-    assert "has 4 of 7 prompts; going on with the next" in capsys.readouterr().out
+    assert "has 4 of 7 prompts; continuing with the next" in capsys.readouterr().out
     predict(tmp_path, path=path)  # nothing is left to do
     assert path.read_bytes() == straight.read_bytes()
 

@@ -192,5 +192,5 @@ def test_a_run_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
 def test_streamed_rows_are_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, ROWS)))
-    with pytest.raises(ValueError, match="`streaming` is true, but rows are inspected in their order"):
+    with pytest.raises(ValueError, match="`streaming` is true, but `inspect` reads the rows in their order"):
         inspect(tmp_path, train_data=str(file), streaming=True)

@@ -153,7 +153,7 @@ def test_a_head_is_taken_apart_by_what_the_model_makes_of_it(kind):
 def test_where_logits_are_kept_this_is_said(caplog):
     with caplog.at_level("INFO"):
         check_first_step(tiny_architecture("dory"))
-    assert "Logits are kept: DoryForCausalLM makes them in a way that is not known here." in caplog.text
+    assert "Logits are stored: DoryForCausalLM computes them in an unknown way." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ MODELS = {
     ),
     "settings without a type": Refusal(
         module({"hidden_size": 8}),
-        "`model` is to be built from {'hidden_size': 8}, whose `model_type` is no architecture that this version of "
-        "`transformers` knows. Give one, such as qwen2 or llama.",
+        "`model` is to be built from {'hidden_size': 8}, whose `model_type` is not an architecture that this version "
+        "of `transformers` knows. Give one, such as qwen2 or llama.",
     ),
     "settings that contradict each other": Refusal(
         module(tiny_config(hidden_size=15)),
@@ -95,14 +95,14 @@ MODELS = {
     ),
     "folder with weights of other shapes": Refusal(
         model_folder(config__json={"hidden_size": 8}),
-        "`model` is '{tmp}/model', whose weights have `lm_head.weight` as (131, 16) instead of (131, 8), and 20 more: "
-        "they are not those of its config.json. To train such a model all the same, load it yourself and pass it as "
+        "`model` is '{tmp}/model', whose weights have `lm_head.weight` as (131, 16) instead of (131, 8), and 20 "
+        "more: they are not those of its config.json. To train such a model anyway, load it yourself and pass it as "
         "`model`.",
     ),
     "folder with a layer too few": Refusal(
         model_folder(config__json={"num_hidden_layers": 3}),
         "`model` is '{tmp}/model', whose weights lack `model.layers.2.input_layernorm.weight`, and 8 more: they are "
-        "not those of its config.json. To train such a model all the same, load it yourself and pass it as `model`.",
+        "not those of its config.json. To train such a model anyway, load it yourself and pass it as `model`.",
     ),
 }
 

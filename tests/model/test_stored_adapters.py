@@ -157,7 +157,7 @@ def test_what_is_no_folder_of_adapters_is_refused_at_once(tmp_path):
     write(tmp_path)
     base, folder = str(tmp_path / "base"), tmp_path / "adapters"
     for path, message in (
-        (str(tmp_path / "missing"), "which is no folder. .*`hf download NAME"),
+        (str(tmp_path / "missing"), "which is not a folder. .*`hf download NAME"),
         (base, "which has no adapter_config.json: it holds no adapters"),
         (3, "`lora.path` is 3 of type int, expected a folder"),
     ):
@@ -190,7 +190,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path
         (weights | {first: torch.ones(7, 64)}, r"do not fit LlamaForCausalLM: size mismatch for .*\[7, 64\]"),
         (
             weights | {embeddings: stored_embeddings + 1},
-            r"weights of their base model too, and other ones .*embed_tokens",
+            r"also hold weights of their base model, and these differ .*embed_tokens",
         ),
     ):
         save_file(stored, path)
@@ -259,16 +259,21 @@ def test_a_model_whose_adapters_could_not_be_loaded_again_is_refused_at_once(tmp
             SFTModule(model)
 
     config = LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM")
-    refused("has the adapters default, other, but there can be one", lambda model: model.add_adapter("other", config))
+    refused(
+        "has the adapters default, other, but only one is supported", lambda model: model.add_adapter("other", config)
+    )
     refused("are merged", lambda model: model.merge_adapter())
     refused("are switched off", lambda model: model.base_model.disable_adapter_layers())
-    refused("Load them by `is_trainable=True`", lambda model: model.requires_grad_(False))
+    refused("Load them with `is_trainable=True`", lambda model: model.requires_grad_(False))
     refused("`model.norm.weight` is to be trained beside", lambda model: model.model.model.norm.requires_grad_())
     first = "model.model.model.layers.0.self_attn.q_proj"
     refused("is frozen. Give", lambda model: model.get_submodule("base_" + first).lora_A.requires_grad_(False))
     refused("another scale", lambda model: model.get_submodule("base_" + first).set_scale("default", 2))
     more = {"q_proj", "v_proj"}
-    refused("does not make: `.*v_proj", lambda model: setattr(model.peft_config["default"], "target_modules", more))
+    refused(
+        "do not match their configuration: `.*v_proj",
+        lambda model: setattr(model.peft_config["default"], "target_modules", more),
+    )
     with pytest.raises(SettingsError, match=r"`lora\.r` is 8, but the adapters of `model` are made with 4"):
         SFTModule(write(tmp_path), lora={"r": 8})
     with pytest.raises(SettingsError, match=r"has adapters already, and `lora\.path` is"):

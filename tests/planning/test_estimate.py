@@ -104,7 +104,7 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
     assert "`quantization_config` is not considered: all weights are counted in full." in told
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
     with pytest.raises(
-        SystemExit, match=r"The data is not looked at: .*no such file: Without rows nothing bounds a microbatch. Set"
+        SystemExit, match=r"The data is not looked at: .*no such file: Without rows a microbatch has no size limit. Set"
     ):
         main()
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, "--mfu", "40"])

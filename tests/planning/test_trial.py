@@ -53,10 +53,10 @@ def test_a_run_after_finding_is_the_run_without(find, tmp_path, monkeypatch):
         (find_lr, {"min_lr": 1e-2, "max_lr": 1e-3}, "`min_lr` is 0.01 and `max_lr` 0.001, expected positive numbers"),
         (find_lr, {"min_lr": 0.0}, "`min_lr` is 0.0"),
         (find_lr, {"num_steps": 1}, "`num_steps` is 1, expected at least 2"),
-        (find_lr, {"strategy": "ddp_spawn", "devices": 2}, "what they find is lost when they end"),
+        (find_lr, {"strategy": "ddp_spawn", "devices": 2}, "their results are lost when they end"),
         (find_batch_size, {"margin": 1.0}, "`margin` is 1.0, expected a fraction"),
         (find_batch_size, {"memory_gib": 0}, "`memory_gib` is 0, expected a positive number"),
-        (find_batch_size, {"strategy": "ddp", "devices": 2}, "`devices` are 2, but where memory runs out on one"),
+        (find_batch_size, {"strategy": "ddp", "devices": 2}, "`devices` are 2, but if memory runs out on one"),
     ],
 )
 def test_what_cannot_be_found_is_refused(find, options, message, monkeypatch):

@@ -195,11 +195,11 @@ REFUSED = {
     ),
     "rows instead of records": Refusal(
         lambda folder: two(folder, write(folder / "b.jsonl", '{"prompt": "a", "output": "b"}\n')),
-        "line 1 of {tmp}/b.jsonl is no record of a generation: no value for `response`.",
+        "line 1 of {tmp}/b.jsonl is not a record of a generation: no value for `response`.",
     ),
     "a reward that is text": Refusal(
         lambda folder: two(folder, write(folder / "b.jsonl", line() + line(reward="1"))),
-        "line 2 of {tmp}/b.jsonl is no record of a generation: `reward` is '1', expected a number or null.",
+        "line 2 of {tmp}/b.jsonl is not a record of a generation: `reward` is '1', expected a number or null.",
     ),
     "output": Refusal(
         lambda folder: compare_runs(["x", "y"], "page.jsonl"),

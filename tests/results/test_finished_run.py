@@ -149,7 +149,7 @@ def test_a_line_that_is_still_being_written_is_left_out_and_another_one_is_named
     assert len(read_run(folder).records(4)) == 4
     with path.open("a") as file:
         file.write("\n")
-    with pytest.raises(SettingsError, match=r"^line 5 of .*step_4.jsonl is no record of a generation: "):
+    with pytest.raises(SettingsError, match=r"^line 5 of .*step_4.jsonl is not a record of a generation: "):
         read_run(folder).records(4)
 
 

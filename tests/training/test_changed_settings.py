@@ -239,7 +239,9 @@ def test_a_schedule_that_makes_each_rate_of_the_one_before_goes_on_in_proportion
 
     rates("end.ckpt", 0.01, 3)
     if kind == "CosineAnnealingLR" and lr != 0.01:  # whose lowest rate stays as it is
-        with pytest.raises(SettingsError, match=rf"`lr` = 0\.01, now it is 0\.03, but {kind} makes each learning rate"):
+        with pytest.raises(
+            SettingsError, match=rf"`lr` = 0\.01, now it is 0\.03, but {kind} computes each learning rate"
+        ):
             rates("other.ckpt", lr, 6, tmp_path / "end.ckpt")
         return
     assert rates("other.ckpt", lr, 6, tmp_path / "end.ckpt") == pytest.approx(rates("whole.ckpt", lr, 6)[3:])

@@ -71,7 +71,7 @@ def test_a_run_with_noise_continues_to_the_last_bit(tmp_path, whole_steps):
     [
         ({"loss_type": "focal"}, "`loss_type` is 'focal', expected one of nll, dft"),
         ({"label_smoothing": 1.0}, "`label_smoothing` is 1.0, expected at least 0 and below 1"),
-        ({"loss_type": "dft", "label_smoothing": 0.1}, "which do not go together"),
+        ({"loss_type": "dft", "label_smoothing": 0.1}, "which cannot be combined"),
     ],
 )
 def test_what_is_no_loss_is_refused(settings, message):

@@ -144,13 +144,13 @@ def test_a_tied_weight_is_found_by_each_of_its_names():
 
 
 REFUSED = {
-    r"`freeze` has '\(', which is no regular expression": {"freeze": ["("]},
-    "`freeze` has 'layer9', which is in no name of a parameter. There are, for example, model.embed_tokens.weight": {
+    r"`freeze` has '\(', which is not a regular expression": {"freeze": ["("]},
+    "`freeze` has 'layer9', which matches no name of a parameter. Names are, for example, model.embed_tokens.weight": {
         "freeze": ["layer9"]
     },
     r"`freeze` is \['.'\], which leaves nothing to train": {"freeze": ["."]},
     "`parameter_groups` has .*, expected a `pattern` of names and settings": {"parameter_groups": [{"lr": 0.1}]},
-    "`parameter_groups` has 'layer9', which is in no name": {"parameter_groups": [{"pattern": "layer9", "lr": 0.1}]},
+    "`parameter_groups` has 'layer9', which matches no name": {"parameter_groups": [{"pattern": "layer9", "lr": 0.1}]},
     "`parameter_groups` sets `weigth_decay`, which AdamW does not have. It has amsgrad, betas": {
         "parameter_groups": [{"pattern": "norm", "weigth_decay": 0.1}]
     },

@@ -79,17 +79,17 @@ FILES = {
     ),
     "empty": Refusal(
         checkpoint(WEIGHTS, lambda good: b""),
-        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (0 bytes): it is cut short, or something "
-        "else. Take another one, such as the best.",
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is not a complete checkpoint (0 bytes): it is truncated, or another "
+        "kind of file. Use another one, such as the best.",
     ),
     "truncated": Refusal(
         checkpoint(WEIGHTS, lambda good: good[:5000]),
-        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (5000 bytes): it is cut short, or something "
-        "else. Take another one, such as the best.",
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is not a complete checkpoint (5000 bytes): it is truncated, or "
+        "another kind of file. Use another one, such as the best.",
     ),
     "pickled alone": Refusal(
         checkpoint(WEIGHTS, lambda good: pickle.dumps({})),
-        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (...",
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is not a complete checkpoint (...",
     ),
     "with a hole": Refusal(
         checkpoint(WEIGHTS, lambda good: bytes(500) + good[500:]),
@@ -122,9 +122,9 @@ FILES = {
     ),
     "sharded, for a model that is not": Refusal(
         lambda folder: fit(tiny_config(), ckpt_path=str(sharded(folder)))(folder),
-        "`ckpt_path` is '{tmp}/sharded', the folder of a model that devices shared, but here each holds it whole. Set "
-        "`trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or let `lightning-sft "
-        "export` make a `model` of it.",
+        "`ckpt_path` is '{tmp}/sharded', the folder of a sharded model, but here each device holds the whole model. "
+        "Set `trainer.strategy` to `ModelParallelStrategy` (`--config fsdp`), also for one device; or let "
+        "`lightning-sft export` make a `model` of it.",
     ),
     "missing, from Python": Refusal(
         lambda folder: fit(tiny_config(), ckpt_path=f"{folder}/none.ckpt")(folder),
@@ -137,22 +137,23 @@ FILES = {
     ),
     "cut short, from Python": Refusal(
         lambda folder: fit(tiny_config(), ckpt_path=str(write(folder / "bad.ckpt", b"PK")))(folder),
-        "`ckpt_path` is '{tmp}/bad.ckpt', which is no whole checkpoint (2 bytes): it is cut short, or something else. "
-        "Take another one, such as the best.",
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is not a complete checkpoint (2 bytes): it is truncated, or another "
+        "kind of file. Use another one, such as the best.",
     ),
     "sharded, without an optimizer": Refusal(
         lambda folder: check_checkpoint(str(sharded(folder, optimizer_0={})), resume=True),
-        "`ckpt_path` is '{tmp}/sharded', which has weights alone. To continue a training, take one with the optimizer.",
+        "`ckpt_path` is '{tmp}/sharded', which has only weights. To continue training, use one with an optimizer "
+        "state.",
     ),
     "weights of a model": Refusal(
         checkpoint(tiny_model().state_dict()),
-        "`ckpt_path` is '{tmp}/bad.ckpt', which is no checkpoint of a run: it has no `state_dict` beside a Lightning "
-        "version. To start from weights, set `model` to a folder that `save_pretrained` made.",
+        "`ckpt_path` is '{tmp}/bad.ckpt', which is not a checkpoint of a run: it has no `state_dict` beside a "
+        "Lightning version. To start from weights, set `model` to a folder that `save_pretrained` made.",
     ),
     "without an optimizer": Refusal(
         checkpoint(WEIGHTS),
-        "`ckpt_path` is '{tmp}/bad.ckpt', which has weights alone. To continue a training, take one with the "
-        "optimizer.",
+        "`ckpt_path` is '{tmp}/bad.ckpt', which has only weights. To continue training, use one with an optimizer "
+        "state.",
     ),
 }
 
@@ -174,7 +175,7 @@ def test_a_checkpoint_that_holds_code_is_not_loaded(tmp_path, resume):
     with pytest.raises(SettingsError) as caught:
         check_checkpoint(str(tmp_path / "bad.ckpt"), resume)
     expected = (
-        "`ckpt_path` is '{tmp}/bad.ckpt', which holds `posix.mkdir`, not tensors and plain values alone. Loading it "
+        "`ckpt_path` is '{tmp}/bad.ckpt', which holds `posix.mkdir`, not only tensors and plain values. Loading it "
         "could run code, so it is not loaded. If you trust whoever made it, set `weights_only` to false."
     )
     assert_says(str(caught.value), expected, tmp_path)
@@ -190,7 +191,7 @@ def test_a_sharded_checkpoint_that_holds_code_anywhere_is_not_loaded(tmp_path, p
         metadata.planner_data = Payload(trace)
         (folder / place).write_bytes(pickle.dumps(metadata))
     for refuse in (lambda: check_checkpoint(str(folder), resume=True), lambda: read_checkpoint(folder)):
-        with pytest.raises(SettingsError, match=r"which holds `posix\.mkdir`, not tensors and plain values alone"):
+        with pytest.raises(SettingsError, match=r"which holds `posix\.mkdir`, not only tensors and plain values"):
             refuse()
     assert not trace.exists()
 

@@ -132,7 +132,7 @@ TRAINING = {
     ),
     "module compiled as a whole": Refusal(
         lambda folder: make_trainer(folder, max_epochs=1).fit(torch.compile(SFTModule(tiny_config())), make_data()),
-        "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does beside "
+        "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does besides "
         "running the model. Give it `compile=True` instead, which compiles the model's blocks.",
     ),
     "tokenizer of another model": Refusal(

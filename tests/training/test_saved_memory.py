@@ -109,12 +109,12 @@ def test_an_eight_bit_optimizer_trains_like_adamw_and_continues_to_the_last_bit(
 REFUSALS = {
     "a number below 1": Refusal(
         lambda folder: SFTModule(tiny_config(), gradient_checkpointing=0),
-        "`gradient_checkpointing` is 0, expected true, false, or a number from 1 up: each n-th block.",
+        "`gradient_checkpointing` is 0, expected true, false, or a number from 1 for every n-th block.",
     ),
     "offloading of nothing": Refusal(
         lambda folder: SFTModule(tiny_config(), activation_offloading=True),
-        "`activation_offloading` keeps the inputs of blocks under `gradient_checkpointing` in main memory, but that is "
-        "false. Set it to true as well.",
+        "`activation_offloading` keeps the inputs of blocks under `gradient_checkpointing` in CPU memory, but that "
+        "is false. Set it to true as well.",
     ),
     "a word": Refusal(
         lambda folder: SFTModule(tiny_config(), gradient_checkpointing="yes"),

@@ -166,12 +166,15 @@ def test_what_does_not_fit_the_devices_is_refused(tmp_path):
     sizes = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     cases = [
         (indivisible, {"strategy": "fsdp", "module": {"num_replicas": 2}}),
-        ("`data_parallel_size` 2 and `tensor_parallel_size` 1, but layers are not divided here", {"strategy": sizes}),
+        (
+            "`data_parallel_size` 2 and `tensor_parallel_size` 1, but tensor parallelism is not supported",
+            {"strategy": sizes},
+        ),
     ]
     static = {"strategy": DDPStrategy(static_graph=True), "data": {"gradient_accumulation_steps": 2}}
     cases.append(("`static_graph`, .* `model.sync_every_microbatch` to true", static))
     for optimizer in (torch.optim.Adafactor, *([AdamW8bit] if AdamW8bit else [])):
-        message = f"`optimizer` is .*{optimizer.__name__}, which cannot train weights that the devices share: "
+        message = f"`optimizer` is .*{optimizer.__name__}, which cannot train sharded weights: "
         cases.append((message, {"strategy": "fsdp", "module": {"optimizer": optimizer}}))
     assert Processes(refused, tmp_path, *cases, world_size=2).wait() == [0, 0]
     refused(tmp_path, ("`num_replicas` is 2, but the model is not sharded", {"module": {"num_replicas": 2}}))

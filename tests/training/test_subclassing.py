@@ -132,7 +132,7 @@ def test_a_callback_freezes_layers_of_a_model_that_is_given_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("configure", "message"),
     [
-        (lambda module: [sgd(module), sgd(module)], "returns 2 optimizers, but an optimizer step is that of one"),
+        (lambda module: [sgd(module), sgd(module)], "returns 2 optimizers, but only one is supported"),
         (lambda module: None, "returns no optimizer, so nothing would be trained"),
     ],
 )

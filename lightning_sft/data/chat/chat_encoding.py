@@ -136,12 +136,12 @@ class ChatEncoder:
             return learnt
         if answers and self._train_on_turns == "last":
             raise SettingsError(
-                f"turn {answers[0] + 1} (assistant), the last one, has the `weight` 0 (or `train` false, or the like), "
+                f"turn {answers[0] + 1} (assistant), the last one, has the `weight` 0 (or `train` false, or similar), "
                 'but `train_on_turns` is "last". Remove the turn, or set `train_on_turns` to "all".'
             )
         if answers:
             raise SettingsError(
-                "no turn of the assistant to learn from: each has the `weight` 0 (or `train` false, or the like). "
+                "no turn of the assistant to learn from: each has the `weight` 0 (or `train` false, or similar). "
                 "Remove the row."
             )
         if turns:
@@ -206,9 +206,9 @@ class ChatEncoder:
         eos_token_id: int | None = self._tokenizer.eos_token_id
         if eos_token_id is None:
             raise SettingsError(
-                "the chat template ends a turn that is learnt in no special token, and the tokenizer has no EOS that "
-                "could end it. Set `tokenizer.eos_token`, or pass `append_eos=False` (the model then never learns to "
-                "stop)."
+                "the chat template ends a turn that is learnt without a special token, and the tokenizer has no EOS "
+                "that could end it. Set `tokenizer.eos_token`, or pass `append_eos=False` (the model then never learns "
+                "to stop)."
             )
         return eos_token_id
 

@@ -106,8 +106,8 @@ def check_variables(variables: Mapping[str, Any]) -> None:
     """
     for name in sorted(_TAKEN_VARIABLES & set(variables)):
         raise SettingsError(
-            f"`chat_template_kwargs` has `{name}`, by which `transformers` is told how to call the template. Remove "
-            "it; messages and tools have columns of their own."
+            f"`chat_template_kwargs` has `{name}`, which tells `transformers` how to call the template. Remove it; "
+            "messages and tools have their own columns."
         )
 
 

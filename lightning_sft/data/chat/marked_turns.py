@@ -64,7 +64,7 @@ def learnt_text(
         of_turn = [(start, end) for start, end in of_turn if start < end]
         if not of_turn:
             raise SettingsError(
-                f"turn {turn.index + 1} (assistant): the chat template marks nothing of it by `{{% generation %}}`. "
+                f"turn {turn.index + 1} (assistant): the chat template marks no part of it with `{{% generation %}}`. "
                 "Give another `chat_template`, or give the turn the `weight` 0."
             )
         for start, end in of_turn:

@@ -134,9 +134,9 @@ def _find_start(
         if found >= 0 and reworded.endswith(whole[found:]):
             return found + shared, shared
     raise SettingsError(
-        f"turn {index + 1} (assistant): the chat template prompts for it with {generation_prompt!r}, but this does not "
-        f"stand before the turn: {around(whole, words_start)!r}. Give another `chat_template`, or give the turn the "
-        "`weight` 0."
+        f"turn {index + 1} (assistant): the chat template prompts for it with {generation_prompt!r}, but the text "
+        f"before the turn is different: {around(whole, words_start)!r}. Give another `chat_template`, or give the turn "
+        "the `weight` 0."
     )
 
 

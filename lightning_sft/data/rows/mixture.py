@@ -110,7 +110,7 @@ def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argumen
             )
         if not source.num_rows_per_epoch:
             raise SettingsError(
-                f"`{argument}[{source.name!r}]` is {source.weight:g}, which is none of its {source.num_rows} rows in "
-                f"an epoch. Raise it above {0.5 / source.num_rows:.2g}, or leave the source out."
+                f"`{argument}[{source.name!r}]` is {source.weight:g}, which takes none of its {source.num_rows} rows "
+                f"per epoch. Raise it above {0.5 / source.num_rows:.2g}, or leave the source out."
             )
     return sources

@@ -28,8 +28,8 @@ def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | I
             return saved.to_iterable_dataset() if streaming else saved
         if is_remote(name):
             raise SettingsError(
-                "an address is of a file, of a pattern, or of a folder that `save_to_disk` has written. A hub data set "
-                "has a name, such as `user/set`."
+                "a URL must lead to a file, a pattern of files, or a folder written by `save_to_disk`. A hub data set "
+                "is given by its name, such as `user/set`."
             )
         whole = os.path.expanduser(name)
         path, *options = [whole] if os.path.isdir(whole) else whole.split(":", 2)

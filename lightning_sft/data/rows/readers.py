@@ -133,7 +133,7 @@ def _read_object_over_lines(file: "_TextFile") -> list[object] | None:
     rows = value.get("data")
     if not isinstance(rows, list):
         raise SettingsError(
-            "it is one JSON object over several lines; expected an object a line, a list of objects, or an object "
+            "it is one JSON object over several lines; expected one object per line, a list of objects, or an object "
             f"with such a list as `data`. It has {shorten(sorted(value), 200)}."
         )
     return rows

@@ -208,8 +208,8 @@ class RowFormat:
         outputs = [row.get(column) for column in (*CONVERSATIONS, self.output_field, "completion")]
         if has_preferences and all(output is None or is_asked(output) for output in outputs):
             raise SettingsError(
-                "the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. Here one output is "
-                "learnt. To learn the chosen one alone, set `row_transform` to `lightning_sft.chosen_row`."
+                "the row has `chosen` and `rejected`, a preference between two outputs, but only one output can be "
+                "learnt. To learn the chosen one, set `row_transform` to `lightning_sft.chosen_row`."
             )
 
     def _unused_columns(self, row: Row, easily_missed: Collection[str] = tuple(EASILY_MISSED)) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class StepRule:
         if self.gradient_accumulation_steps is not None and self.max_tokens_per_microbatch is not None:
             raise SettingsError(
                 f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps} and `max_tokens_per_microbatch` "
-                f"is {self.max_tokens_per_microbatch}, but each alone decides the microbatches. Give one of them."
+                f"is {self.max_tokens_per_microbatch}, but both determine the microbatches. Give one of them."
             )
 
 
@@ -91,7 +91,7 @@ def largest_allowed_microbatch(rule: StepRule, max_length: int | None, world_siz
     budget = rule.max_tokens_per_microbatch
     if budget is None and max_length is None:
         raise SettingsError(
-            "Without rows nothing bounds a microbatch. Set `max_tokens_per_microbatch` or `max_length`."
+            "Without rows a microbatch has no size limit. Set `max_tokens_per_microbatch` or `max_length`."
         )
     limits = [limit for limit in (budget, None if max_length is None else max_length - 1) if limit is not None]
     length, num_microbatches = min(limits), rule.gradient_accumulation_steps or 1

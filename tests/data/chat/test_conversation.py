@@ -158,7 +158,7 @@ def test_empty_columns_of_a_table_are_no_tools_and_no_variables():
 
 @pytest.mark.parametrize("name", ["tools", "continue_final_message", "add_generation_prompt"])
 def test_what_says_how_the_template_is_called_is_nothing_for_it_to_use(name):
-    tokenizer, words = chat_tokenizer(CHATML), f"`chat_template_kwargs` has `{name}`, by which `transformers`"
+    tokenizer, words = chat_tokenizer(CHATML), f"`chat_template_kwargs` has `{name}`, which tells `transformers`"
     with pytest.raises(ValueError, match=f"row 1 of `train_data`: {words}"):
         encode([{"messages": LONG, "chat_template_kwargs": {name: True}}], tokenizer)
     with pytest.raises(ValueError, match=f"^{words}"):
@@ -220,7 +220,7 @@ BAD_MESSAGES = {
     ),
     "no weight anywhere": (
         [user("a"), assistant("b", weight=0), assistant("c", weight=0)],
-        "no turn of the assistant to learn from: each has the `weight` 0 (or `train` false, or the like).",
+        "no turn of the assistant to learn from: each has the `weight` 0 (or `train` false, or similar).",
     ),
     "the assistant first": ([assistant("a"), user("b")], "turn 1 (assistant) has nothing before it"),
     "a lone surrogate": (

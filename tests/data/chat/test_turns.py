@@ -63,8 +63,8 @@ def test_a_turn_of_weight_0_is_not_learnt():
     assert last["output"] == last["ground_truth"] == "6!"
     assert learnt([LONG[0], bad, LONG[2], good], CHATML, train_on_turns="last") == ["6!<|im_end|>"]
     words = (
-        "row 1 of `train_data`: turn 4 (assistant), the last one, has the `weight` 0 (or `train` false, or the "
-        'like), but `train_on_turns` is "last". Remove the turn, or set `train_on_turns` to "all".'
+        "row 1 of `train_data`: turn 4 (assistant), the last one, has the `weight` 0 (or `train` false, or "
+        'similar), but `train_on_turns` is "last". Remove the turn, or set `train_on_turns` to "all".'
     )
     with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         learnt([LONG[0], good, LONG[2], bad], CHATML, train_on_turns="last")
@@ -140,7 +140,7 @@ def test_of_the_space_after_a_turn_its_own_is_learnt_and_not_that_of_the_templat
 def test_a_turn_without_an_end_is_refused_if_the_tokenizer_has_no_eos():
     tokenizer = chat_tokenizer(OPEN["a line break"])
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"row 1 of .* no special token, and the tokenizer has no EOS"):
+    with pytest.raises(ValueError, match=r"row 1 of .* without a special token, and the tokenizer has no EOS"):
         encode([{"messages": LONG}], tokenizer)
 
 
@@ -242,7 +242,7 @@ REFUSED = {
     "a turn that is not after its prompt": (
         "{% if add_generation_prompt %}{% for m in messages %}{{ m.content }}{% endfor %}<|user|>"
         "{% else %}{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% endif %}",
-        "turn 2 (assistant): the chat template prompts for it with '<|user|>', but this does not stand before the turn",
+        "turn 2 (assistant): the chat template prompts for it with '<|user|>', but the text before the turn is",
     ),
 }
 

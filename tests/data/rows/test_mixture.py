@@ -146,7 +146,7 @@ def test_sources_that_meet_and_weights_that_give_nothing_are_refused(sources):
     for name in ("./a.jsonl", "*.jsonl"):
         with pytest.raises(ValueError, match=r"`train_data` has .*a.jsonl twice, in 'a.jsonl' and '.*'. Name it once"):
             prepared({"a.jsonl": 1, name: 2})
-    with pytest.raises(ValueError, match=r"`train_data\['b.jsonl'\]` is 0.1, which is none of its 5 rows in an epoch"):
+    with pytest.raises(ValueError, match=r"`train_data\['b.jsonl'\]` is 0.1, which takes none of its 5 rows per epoch"):
         prepared({"a.jsonl": 1, "b.jsonl": 0.1})
     (sources / "b.jsonl").write_text('{"prompt": "b0", "output": "xxxxxxxx"}\n')
     with pytest.raises(ValueError, match=r"`train_data` has no rows of 'b.jsonl' that can be trained on: all are too"):

@@ -99,7 +99,8 @@ FILES = {
     ),
     "JSON object over several lines": Refusal(
         file("a.json", json.dumps({"version": 1, "rows": ROWS}, indent=1)),
-        UNREADABLE + "a.json: it is one JSON object over several lines; expected an object a line, a list of objects, "
+        UNREADABLE
+        + "a.json: it is one JSON object over several lines; expected one object per line, a list of objects, "
         "or an object with such a list as `data`. It has ['rows', 'version'].",
     ),
     "missing file behind an address": Refusal(
@@ -122,8 +123,8 @@ FILES = {
     ),
     "address of no file": Refusal(
         data(train_data="memory://a/set"),
-        "`train_data` is 'memory://a/set': " + NEITHER + "an address is of a file, of a pattern, or of a folder that "
-        "`save_to_disk` has written. A hub data set has a name, such as `user/set`.",
+        "`train_data` is 'memory://a/set': " + NEITHER + "a URL must lead to a file, a pattern of files, or a "
+        "folder written by `save_to_disk`. A hub data set is given by its name, such as `user/set`.",
     ),
     "saved folder without the split": Refusal(
         lambda folder: data(train_data=f"{saved(folder)}::dev")(folder),

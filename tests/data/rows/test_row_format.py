@@ -211,8 +211,8 @@ def test_as_chat_names_a_column_that_is_not_there():
 def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(row, answer):
     tokenizer = chat_tokenizer(CHATML)
     assert refusal([row], tokenizer=tokenizer) == (
-        "row 1 of `train_data`: the row has `chosen` and `rejected`: two outputs, of which one is to be preferred. "
-        "Here one output is learnt. To learn the chosen one alone, set `row_transform` to `lightning_sft.chosen_row`."
+        "row 1 of `train_data`: the row has `chosen` and `rejected`, a preference between two outputs, but only one "
+        "output can be learnt. To learn the chosen one, set `row_transform` to `lightning_sft.chosen_row`."
     )
     (learnt,) = encode([row], tokenizer, row_transform=chosen_row).dataset
     assert learnt["output"] == answer

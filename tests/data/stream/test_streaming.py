@@ -200,8 +200,8 @@ def test_a_bad_row_is_named_when_it_is_read(tmp_path, num_workers):
     ("options", "message"),
     [
         ({"num_workers": 2}, "`num_workers` is 2, expected 0 or 1 with `streaming`"),
-        ({"val_fraction": 0.1}, "`val_fraction` is 0.1, but with `streaming` nobody knows"),
-        ({"train_data": {"a.jsonl": 2}}, "`train_data` has weights, but with `streaming` nobody knows"),
+        ({"val_fraction": 0.1}, "`val_fraction` is 0.1, but with `streaming` the number"),
+        ({"train_data": {"a.jsonl": 2}}, "`train_data` has weights, but with `streaming` the number"),
         ({"train_data": ROWS}, r"`train_data` is .* of type list; with `streaming` expected a file, a data set's name"),
         ({"train_data": "none.jsonl"}, "`train_data` is 'none.jsonl', but there is no such file"),
         ({"shuffle_buffer": 0}, "`shuffle_buffer` is 0, expected at least 1"),
@@ -226,7 +226,7 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
     data = {"train_data": write(tmp_path / "a.jsonl", ROWS), "streaming": True}
     with pytest.raises(ValueError, match=r"`trainer.max_steps` is -1, but `streaming` needs the number of optimizer"):
         train(tmp_path, data=data, max_steps=-1, max_epochs=2)
-    with pytest.raises(ValueError, match=r"`trainer.limit_train_batches` is 0.5, but with `streaming` nobody knows"):
+    with pytest.raises(ValueError, match=r"`trainer.limit_train_batches` is 0.5, but with `streaming` the length"):
         train(tmp_path, data=data, limit_train_batches=0.5)
 
 
