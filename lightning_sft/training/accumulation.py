@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -63,6 +64,8 @@ def accumulate_gradients(
     check_batch(step)
     # Generating leaves some of a sharded model's weights whole; clearing their gradients would not clear the shards'.
     reshard(model)
+    for call_hooks in (call._call_callback_hooks, call._call_lightning_module_hook):  # not so by manual optimization
+        call_hooks(module.trainer, "on_before_zero_grad", module.optimizers(use_pl_optimizer=False))
     module.zero_grad()  # also of parameters that a subclass's optimizer does not have
     sums = torch.zeros(3, dtype=torch.float64, device=module.device)
     num_devices = module.trainer.world_size

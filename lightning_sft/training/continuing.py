@@ -2,14 +2,19 @@
 
 Restored as it was saved, an optimizer would go on with the learning rate, the weight decay and all else of the run
 before, whatever is given now; and a schedule with the learning rate that ended the shorter run.
+
+A run continues from a checkpoint, or where an earlier `fit` of the same trainer has left it. Lightning then goes on
+with the trainer's counters, but makes optimizer and schedule anew: the schedule would begin with its warmup again.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
@@ -150,17 +155,45 @@ def _set_rates(scheduler: LRScheduler, rates: list[Any]) -> None:
     scheduler._last_lr = rates
 
 
+@dataclass(frozen=True)
+class _Left:
+    """Optimizer and schedules that an earlier `fit` has left."""
+
+    settings: OptimizerSettings
+    optimizer: Optimizer
+    schedules: Sequence[LRSchedulerConfig]
+
+    def give_to(self, optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> bool:
+        """Restore them, if these are of the same classes and train the same parameters; return whether it is so."""
+        if _kinds(self.optimizer, self.schedules) != _kinds(optimizer, schedules):
+            return False
+        optimizer.load_state_dict(self.optimizer.state_dict())
+        for config, earlier in zip(schedules, self.schedules, strict=True):
+            config.scheduler.load_state_dict(earlier.scheduler.state_dict())
+        return True
+
+
+def _kinds(optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> list[Any]:
+    """What has to be the same: the classes, and the very parameters of each group."""
+    parameters = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+    return [type(optimizer), parameters, *(type(config.scheduler) for config in schedules)]
+
+
 class Continuation:
-    """What the optimizer of a run is made with, beside what that of the checkpoint was that it continues."""
+    """What the optimizer of a run is made with, beside what that of the run was that it continues."""
 
     def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """A new run continues nothing yet."""
         self._continues = False
+        self._left: _Left | None = None
         self._then: OptimizerSettings | None = None
         self._now: OptimizerSettings | None = None
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """A new run continues nothing yet, unless the trainer has trained before; its optimizer is still there."""
+        optimizers, self._left = trainer.strategy.optimizers, None
+        if trainer.global_step > 0 and self._now is not None and optimizers:
+            self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
+        self._continues, self._then, self._now = False, None, None
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """The run continues from this checkpoint, whose optimizer is not restored yet."""
@@ -197,7 +230,17 @@ class Continuation:
         Raises:
             SettingsError: If that cannot be.
         """
-        if not self._continues or self._now is None:
+        left, self._left = self._left, None
+        if self._now is None:
+            return
+        if not self._continues and left is not None:
+            self._continues, self._then = left.give_to(optimizer, schedules), left.settings
+            if not self._continues:
+                rank_zero_info(
+                    "The trainer goes on after an earlier `fit`, but its optimizer, the parameters of that or its "
+                    "schedule are others now: optimizer and schedule begin anew."
+                )
+        if not self._continues:
             return
         if self._then is not None:
             apply_settings(optimizer, self._then, self._now)

@@ -86,9 +86,15 @@ class StepGuard:
 
         Raises:
             NonFiniteError: Under `error`.
+            SettingsError: If nobody has asked whether the gradients may be used.
         """
         step = self._latest
         assert step is not None, "`start_step` comes first"
+        if step.grad_norm is None:
+            raise SettingsError(
+                "`on_before_optimizer_step` of a subclass does not call `super().on_before_optimizer_step(optimizer)`, "
+                "which clips the gradients. Call it, before or after what is done there."
+            )
         self.num_steps = step.step
         if not stepped:
             step.grad_norm = None

@@ -159,8 +159,8 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         """A new run counts its optimizer steps from 0, and its callbacks say anew how predictions are made."""
         self.generator = None
         if stage == "fit":
-            self.guard.start_run()
-            self._continuation.begin()
+            self.guard.start_run(self.global_step, self.guard.num_skipped if self.global_step else 0)
+            self._continuation.begin(self.trainer)
 
     def configure_model(self) -> None:
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode."""

@@ -155,7 +155,7 @@ def step_schedules(trainer: L.Trainer) -> None:
                 )
             every *= in_epoch
         if trainer.global_step % every == 0:
-            config.scheduler.step()
+            trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
 
 
 def step_plateau_schedules(module: L.LightningModule) -> None:
@@ -174,7 +174,7 @@ def step_plateau_schedules(module: L.LightningModule) -> None:
             f"{', '.join(sorted(metrics))}."
         )
     for scheduler in plateaus:
-        scheduler.step(metrics[monitor])
+        module.lr_scheduler_step(scheduler, metrics[monitor])
 
 
 def _monitor(configured: Any) -> str:

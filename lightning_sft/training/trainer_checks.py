@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import AsyncCheckpointIO, BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_sft.errors import SettingsError, counted
 
@@ -33,6 +34,13 @@ _UNFIT: dict[type[Callback], str] = {
     "is to be trained from epoch N on.",
     ModelPruning: "its masks are in no checkpoint, so a run that continues would have forgotten them. Prune the "
     "weights of a run that has ended, with `torch.nn.utils.prune`.",
+}
+_HOOKS = {  # of automatic optimization, which Lightning does not call under manual optimization
+    "optimizer_step": "Do that in `training_step`, before or after `super().training_step(batch, batch_idx)`, or in "
+    "`on_before_optimizer_step`",
+    "optimizer_zero_grad": "Each optimizer step begins without gradients, of all parameters. Leave it out",
+    "configure_gradient_clipping": "Set `max_grad_norm` to none and clip in `on_before_optimizer_step`, after "
+    "`super().on_before_optimizer_step(optimizer)`",
 }
 _FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeFinder: "find_batch_size"}
 
@@ -82,6 +90,7 @@ def check_before_setup(trainer: L.Trainer) -> None:
         )
     if not getattr(getattr(trainer, "lightning_module", None), "automatic_optimization", True):
         _check_left_to_us(trainer)
+        _check_hooks(trainer.lightning_module)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
 
@@ -106,6 +115,17 @@ def _check_left_to_us(trainer: L.Trainer) -> None:
             f"`trainer.{name}` is {getattr(given, 'value', given)}, but `SFTModule` clips gradients itself, by their "
             "total norm over all devices. Use its `max_grad_norm`."
         )
+
+
+def _check_hooks(module: L.LightningModule) -> None:
+    """Refuse hooks of a subclass that would never be called."""
+    for name, way_out in _HOOKS.items():
+        if is_overridden(name, module, L.LightningModule):
+            raise SettingsError(
+                f"`{type(module).__name__}.{name}` would never be called: `training_step` takes the optimizer steps "
+                f"itself (manual optimization). {way_out}; or set `automatic_optimization`, with a `training_step` of "
+                "your own that returns the loss."
+            )
 
 
 def check_loader(trainer: L.Trainer) -> None:

@@ -91,6 +91,52 @@ def test_a_metric_that_is_not_there_is_named(tmp_path):
         rates_of(tmp_path, configure)
 
 
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("optimizer_step", r"`Own.optimizer_step` would never be called.* Do that in `training_step`, before or after"),
+        ("optimizer_zero_grad", "`Own.optimizer_zero_grad` would never be called.* Leave it out"),
+        (
+            "configure_gradient_clipping",
+            "`Own.configure_gradient_clipping` would never be called.* Set `max_grad_norm`",
+        ),
+        ("on_before_optimizer_step", r"does not call `super\(\).on_before_optimizer_step\(optimizer\)`"),
+    ],
+)
+def test_a_hook_in_which_something_would_be_left_out_is_refused(tmp_path, hook, message):
+    own = type("Own", (SFTModule,), {hook: lambda self, *args, **kwargs: None})
+    with pytest.raises(SettingsError, match=message):
+        fit(tmp_path, own(tiny_config()), max_steps=2)
+
+
+def test_hooks_around_an_optimizer_step_are_called_once_in_each(tmp_path):
+    events = []
+
+    class Own(SFTModule):
+        def on_before_zero_grad(self, optimizer):
+            events.append(("zero", self.global_step, all(each.grad is not None for each in self.parameters())))
+
+        def lr_scheduler_step(self, scheduler, metric):
+            events.append(("schedule", self.global_step, metric))
+            super().lr_scheduler_step(scheduler, metric)
+
+        def configure_optimizers(self):
+            optimizer = sgd(self)
+            plateau = {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "val/loss"}
+            return [optimizer], [{"scheduler": StepLR(optimizer, 1), "interval": "step"}, plateau]
+
+    class Watch(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            events.append(("callback", type(optimizer), trainer.global_step))
+
+    data = make_data(gradient_accumulation_steps=2, **VALIDATED)
+    trainer = fit(tmp_path, Own(tiny_config()), data, [Watch()], max_steps=2, val_check_interval=2)[2]
+    first, second = (
+        [("callback", torch.optim.SGD, i), ("zero", i, i > 0), ("schedule", i + 1, None)] for i in range(2)
+    )
+    assert events == [*first, *second, ("schedule", 2, trainer.callback_metrics["val/loss"])]
+
+
 def test_parameter_groups_have_rates_of_their_own(tmp_path):
     def configure(module):
         first, *others = module.parameters()

@@ -1,0 +1,80 @@
+"""A second `fit` of the same trainer goes on as from a checkpoint: after an interruption, or for more epochs."""
+
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from support.fits import ROWS, make_data, make_trainer
+from support.models import tiny_config
+
+from lightning_sft import SFTModule
+
+adamw = partial(torch.optim.AdamW, lr=0.01)
+
+
+class Rates(L.Callback):
+    """The learning rate of each step; the run is interrupted once, in the hook after step `stop`."""
+
+    def __init__(self, stop=None):
+        self.rates, self.stop = [], stop
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.rates.append(trainer.callback_metrics["train/learning_rate"].item())
+        if trainer.global_step == self.stop:
+            self.stop = None
+            raise InterruptedError
+
+
+def begin(folder, max_epochs, stop=None, **module):
+    rates = Rates(stop)
+    options = {"optimizer": adamw, "lr_scheduler": "linear", "warmup_steps": 2} | module
+    module = SFTModule(tiny_config(attention_dropout=0.2), **options)
+    return make_trainer(folder, max_epochs=max_epochs, callbacks=[rates]), module, rates.rates
+
+
+def is_same(one, other):
+    return all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of three steps, and at its end
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path, stop):
+    data = make_data(val_data=ROWS[:5])
+    trainer, straight, expected = begin(tmp_path, 3)
+    trainer.fit(straight, data)
+    trainer, module, rates = begin(tmp_path, 3, stop)
+    with pytest.raises(InterruptedError):
+        trainer.fit(module, data)
+    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    assert rates == expected
+    assert is_same(module, straight)
+
+
+def test_more_epochs_are_those_of_a_run_that_continues_from_its_checkpoint(tmp_path):
+    trainer, module, rates = begin(tmp_path, 1)
+    trainer.fit(module, make_data())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, make_data())
+
+    trainer, continued, expected = begin(tmp_path, 2)
+    trainer.fit(continued, make_data(), ckpt_path=tmp_path / "first.ckpt")
+    assert rates == [0.0, 0.005, 0.01, *expected]
+    assert expected == pytest.approx([0.0075, 0.005, 0.0025])
+    assert is_same(module, continued)
+
+
+def test_an_optimizer_of_other_parameters_begins_anew_and_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    trainer, module, rates = begin(tmp_path, 1, lr_scheduler="constant", warmup_steps=0)
+    module.configure_model()
+    module.model.lm_head.requires_grad_(False)
+    trainer.fit(module, make_data())
+    assert "begin anew" not in caplog.text
+    module.model.lm_head.requires_grad_(True)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, make_data())
+    assert "goes on after an earlier `fit`, but its optimizer, the parameters of that" in caplog.text
+    assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 3
+    assert rates == [0.01] * 6
