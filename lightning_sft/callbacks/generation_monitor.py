@@ -46,7 +46,8 @@ class GenerationMonitor(L.Callback):
     Args:
         reward_fn: Function (on the command line, its import path) called with response and ground truth; returns
             `format_reward`, `answer_reward` and `reward`.
-        num_prompts: Number of prompts to answer each time, over all devices.
+        num_prompts: Number of prompts to answer each time, over all devices; 0: nothing is generated in training and
+            validation, but still by `test` and `predict`.
         every_n_steps: Also generate every n optimizer steps, besides each validation.
         sampling: How responses are drawn: greedy unless `temperature` is set.
         max_tokens_per_batch: Limits the memory: prompts of similar length share a batch of at most this many tokens on
@@ -78,8 +79,12 @@ class GenerationMonitor(L.Callback):
         predict_path: str | Path | None = None,
         generator: ResponseGenerator | None = None,
     ) -> None:
-        check_integer("num_prompts", num_prompts, at_least=1)
+        check_integer("num_prompts", num_prompts, at_least=0)
         check_integer("every_n_steps", every_n_steps, at_least=1, optional=True)
+        if num_prompts == 0 and every_n_steps is not None:
+            raise SettingsError(
+                f"`num_prompts` is 0, so nothing is generated, but `every_n_steps` is {every_n_steps}. Leave one out."
+            )
         check_integer("num_rows_shown", num_rows_shown, at_least=0)
         if predict_path is not None:
             check_type("predict_path", predict_path, (str, Path), "the path of a file")
@@ -154,6 +159,8 @@ class GenerationMonitor(L.Callback):
 
     def _generate_and_report(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> dict[str, float]:
         """Generate over all devices, show and keep the records, and return what they add up to."""
+        if self.num_prompts == 0 and stage != "test":
+            return {}
         module, start = _module(pl_module), time.perf_counter()
         step = module.num_steps_taken
         if self._latest_step == step:

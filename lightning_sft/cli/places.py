@@ -37,7 +37,9 @@ def tell_places(trainer: L.Trainer) -> None:
     folder = run_folder(trainer)
     if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    places = {"Run": folder, "Generations": folder / "generations" / "index.html"}
+    places, generations = {"Run": folder}, folder / "generations" / "index.html"
+    if generations.is_file():  # not where `generation.num_prompts` is 0
+        places["Generations"] = generations
     for callback in trainer.checkpoint_callbacks:
         places |= _place_of(callback, folder)
     lines = [f"{name + ':':<17}{path_from_here(path)}" for name, path in places.items()]

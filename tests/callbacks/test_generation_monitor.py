@@ -35,6 +35,16 @@ def test_training_with_and_without_the_monitor_gives_identical_weights(tmp_path)
     assert modes == [{True}, {True}]
 
 
+def test_without_prompts_only_test_generates(tmp_path):
+    data = SFTDataModule(character_tokenizer(), ROWS, ROWS[:5], test_data=ROWS[:2])
+    module, trainer = fit(tmp_path, [make_monitor(num_prompts=0)], data=data, max_steps=1)
+    assert "val/loss" in trainer.callback_metrics
+    assert "val/reward" not in trainer.callback_metrics
+    assert not list(tmp_path.rglob("generations"))
+    (metrics,) = trainer.test(module, data, verbose=False)
+    assert metrics["test/num_responses"] == 2
+
+
 def test_each_generation_writes_its_lines_table_and_scalars(tmp_path):
     _, trainer = fit(tmp_path, [make_monitor(every_n_steps=2)], TensorBoardLogger(tmp_path))
     folder = tmp_path / "lightning_logs" / "version_0"
@@ -156,7 +166,7 @@ def test_a_monitor_without_an_sft_module_says_so(tmp_path):
         trainer.validate(BoringModel(), SFTDataModule(character_tokenizer(), ROWS, ROWS[:5]))
 
 
-@pytest.mark.parametrize("name", ["num_prompts", "every_n_steps", "max_tokens_per_batch"])
+@pytest.mark.parametrize("name", ["every_n_steps", "max_tokens_per_batch"])
 def test_bad_numbers_are_named(name):
     with pytest.raises(ValueError, match=f"`{name}` is 0, expected at least 1"):
         GenerationMonitor(**{name: 0})

@@ -11,8 +11,12 @@ from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 from lightning_sft.errors import SettingsTypeError
 
 REFUSED = {
-    "num_prompts of 0": Refusal(
-        lambda folder: GenerationMonitor(num_prompts=0), "`num_prompts` is 0, expected at least 1."
+    "num_prompts below 0": Refusal(
+        lambda folder: GenerationMonitor(num_prompts=-1), "`num_prompts` is -1, expected at least 0."
+    ),
+    "steps to generate at, for no prompts": Refusal(
+        lambda folder: GenerationMonitor(num_prompts=0, every_n_steps=5),
+        "`num_prompts` is 0, so nothing is generated, but `every_n_steps` is 5. Leave one out.",
     ),
     "every_n_steps of a half": Refusal(
         lambda folder: GenerationMonitor(every_n_steps=0.5),

@@ -17,7 +17,8 @@ def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
             before it.
 
     Returns:
-        The row with `messages` in the place of these columns.
+        The row with `messages` in the place of these columns. A row of another file that has messages already stays
+        as it is.
 
     Raises:
         SettingsError: If there is no instruction, or a value is of another type.
@@ -33,7 +34,8 @@ def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
             and `history`, a list of `[question, answer]` pairs before it.
 
     Returns:
-        The row with `messages` in the place of these columns.
+        The row with `messages` in the place of these columns. A row of another file that has messages already stays
+        as it is.
 
     Raises:
         SettingsError: If there is no query, or a value is of another type.
@@ -49,12 +51,15 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
             (`conversations`, `conversation`); or messages that begin with the question.
 
     Returns:
-        The row without `chosen` and `rejected`, and with `output`, or with `messages` if the question is in them.
+        The row without `chosen` and `rejected`, and with `output`, or with `messages` if the question is in them. A row
+        of another file that has messages and no preferences stays as it is.
 
     Raises:
         SettingsError: If there is no chosen answer.
     """
     chosen = row.get("chosen")
+    if chosen is None and _is_conversation(row):
+        return dict(row)
     if chosen is None:
         raise SettingsError(f"no value for `chosen`. The row has {shorten(sorted(map(str, row)), 200)}.")
     rest = {column: value for column, value in row.items() if column not in ("chosen", "rejected")}
@@ -88,7 +93,9 @@ def is_rewarded(row: Mapping[str, Any]) -> bool:
 
 
 def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str) -> dict[str, Any]:
-    """The row with `messages` in the place of the columns that they are made of."""
+    """The row with `messages` in the place of the columns that they are made of; a conversation stays as it is."""
+    if row.get(questions[0]) is None and _is_conversation(row):
+        return dict(row)
     if row.get(questions[0]) is None:
         raise SettingsError(f"no value for `{questions[0]}`. The row has {shorten(sorted(map(str, row)), 200)}.")
     texts = [_text(f"`{column}`", row.get(column) or "") for column in ("system", *questions)]
@@ -104,6 +111,11 @@ def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str)
         messages.append({"role": "assistant", "content": row[answer]})
     used = {*questions, answer, "system", "history"}
     return {**{column: value for column, value in row.items() if column not in used}, "messages": messages}
+
+
+def _is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether a row, perhaps of another file, has messages already."""
+    return any(row.get(column) is not None for column in CONVERSATIONS)
 
 
 def _text(name: str, value: object) -> str:

@@ -60,6 +60,12 @@ def test_a_transform_s_rows_prompt_a_model_with_or_without_an_answer():
     assert [prompt.ground_truth for prompt in (first, *others)] == ["b", None, None]
 
 
+@pytest.mark.parametrize("transform", [alpaca_row, query_row, chosen_row])
+def test_a_conversation_of_another_file_stays_as_it_is(transform):
+    row = {"instruction": None, "query": None, "chosen": None, "conversations": LONG, "tools": []}
+    assert transform(row) == row
+
+
 @pytest.mark.parametrize(
     ("transform", "row", "words"),
     [
