@@ -1,4 +1,4 @@
-"""`TokenThroughput`: tokens per second, peak memory, and how much of the devices' arithmetic is put to use."""
+"""`TokenThroughput`: tokens per second, peak memory, and model FLOP utilisation."""
 
 import sys
 import time
@@ -23,10 +23,10 @@ class TokenThroughput(L.Callback):
     - `train/response_tokens_per_second`: those of them that count in the loss.
     - `train/peak_memory_gib`: on CUDA the peak memory of this process on its device since it was last logged;
       elsewhere the peak main memory of the process so far.
-    - `train/mfu`, model FLOP utilisation: the necessary FLOP/s divided by the peak of all devices. Necessary are the
-      forward and backward passes of every token through the body, of every response token through the head, and of
-      causal attention, but not padding or what is computed a second time to save memory. It is not logged for mixtures
-      of experts.
+    - `train/mfu`, model FLOP utilisation: the model FLOP/s divided by the peak FLOP/s of all devices. Model FLOPs are
+      those of the forward and backward passes of every token through the body, of every response token through the
+      head, and of causal attention, without padding and without what is recomputed to save memory. It is not logged for
+      mixtures of experts.
 
     Only the time of optimizer steps is measured, on CUDA by the device's own clock; the host waits for it only at
     logging steps. Put it before callbacks that do long work after a step.

@@ -30,7 +30,7 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
             f"`ckpt_path` is 'last', but there is no complete checkpoint below {path_from_here(folder)}."
         )
     if path is None:
-        rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from its beginning.")
+        rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from the beginning.")
     elif continues:
         settings.continue_in(path.parent.parent)
 

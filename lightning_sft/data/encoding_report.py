@@ -55,8 +55,8 @@ class EncodingReport:
         """Why there are more examples than rows."""
         return (
             f"{counted(self.num_rows, 'row')} became {counted(self.num_examples, 'example')}, one for each turn, since "
-            "the chat template writes a turn in another way once others follow, or ends it in no special token. Each "
-            'is learnt as a model is asked for it. `train_on_turns: "last"` learns the last turns alone.'
+            "the chat template writes a turn differently once others follow, or ends it without a special token. Each "
+            'is learnt in the context of inference. `train_on_turns: "last"` learns only the last turns.'
         )
 
 

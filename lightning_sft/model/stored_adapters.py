@@ -104,7 +104,7 @@ class StoredAdapters:
             raise SettingsError(f"{about} do not fit {type(model).__name__}: {reason}.") from error
         own = adapter_names(model)
         misfits = [f"`{name}` is missing there" for name in sorted(own.intersection(result.missing_keys))]
-        misfits += [f"`{name}` is there alone" for name in result.unexpected_keys]
+        misfits += [f"`{name}` exists only there" for name in result.unexpected_keys]
         if misfits:
             raise SettingsError(f"{about} do not fit {type(model).__name__}: {misfits[0]}{and_more(misfits)}.")
         after = model.state_dict()

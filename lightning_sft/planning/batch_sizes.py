@@ -60,10 +60,10 @@ class BatchSizes:
         return "\n".join(
             [
                 *lines,
-                f"{self.most_tokens:,} tokens are the most that fit into {self.memory / 2**30:.2f} GiB. "
-                f"{self.margin:.0%} fewer leave room for what else a run needs. The longest row has {self.longest:,}.",
+                f"{self.most_tokens:,} tokens at most fit into {self.memory / 2**30:.2f} GiB. "
+                f"{self.margin:.0%} fewer leave room for other needs of a run. The longest row has {self.longest:,}.",
                 f"--data.max_tokens_per_microbatch {self.max_tokens_per_microbatch}",
-                "This bounds the memory, so any `batch_size` fits: larger steps are split. "
+                "This limits the memory, so any `batch_size` fits: larger steps are split. "
                 + ("All of the data fits" if all_rows else f"Up to {self.batch_size:,} rows, even the longest, fit")
                 + " into one microbatch, without a split.",
             ]

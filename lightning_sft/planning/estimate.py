@@ -25,8 +25,8 @@ from lightning_sft.training.state_memory import binary, parameter_counts
 
 _STEPS_LOOKED_AT = 1000
 _UNCOUNTED = (
-    "Not counted: the CUDA context, what the allocator cannot use, what kernels need inside, generation, and what "
-    "`compile` saves."
+    "Not counted: the CUDA context, allocator fragmentation, the workspace of kernels, generation, and what `compile` "
+    "saves."
 )
 
 
@@ -94,7 +94,7 @@ def estimate_run(
         module: With its settings, and no model yet.
         datamodule: The data; where it cannot be read here, its settings alone are used.
         trainer: Settings of the trainer.
-        mfu: Fraction of the devices' arithmetic that is assumed to be put to use.
+        mfu: Fraction of `peak_flops` that training is assumed to reach.
         peak_flops: Multiplications and additions per second that one device could do at most. Default: what Lightning
             knows of this machine's CUDA device, if that is what the run is for.
     """
@@ -136,14 +136,14 @@ def estimate_run(
     if (totals := work.totals) is not None and (
         flops := training_flops(model, totals.num_tokens, totals.num_response_tokens, totals.num_attended)
     ) is not None:
-        run["useful arithmetic"] = f"{flops:.3g} FLOPs"
+        run["model FLOPs"] = f"{flops:.3g} FLOPs"
         if peak_flops is None and settings.on_cuda and torch.cuda.is_available():
             peak_flops = known_peak_flops(torch.device("cuda"), settings.precision.compute_dtype)
         if peak_flops:
             time = _duration(flops / (peak_flops * settings.num_devices * mfu))
-            run["time"] = f"{time}, if {mfu:.0%} of {peak_flops:.3g} FLOP/s on each device is put to use"
+            run["time"] = f"{time}, if each device reaches {mfu:.0%} of {peak_flops:.3g} FLOP/s"
         else:
-            notes.append("For a time give the device's FLOP/s as `--throughput.peak_flops`.")
+            notes.append("To estimate the time, give the device's FLOP/s as `--throughput.peak_flops`.")
     counts = parameter_counts(model.parameters())
     if "quantization_config" in (module.builder.model_kwargs or {}):
         notes.append("`quantization_config` is not considered: all weights are counted in full.")
@@ -173,7 +173,7 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
     try:
         plan = datamodule.training_rows.plan(settings.num_devices)
     except (SettingsError, OSError) as error:
-        reason = f"The data is not looked at: {one_line(error, 200)}"
+        reason = f"The data is not read: {one_line(error, 200)}"
         with located(reason.rstrip(".")):
             largest = largest_allowed_microbatch(datamodule.rule, datamodule.encoding.max_length, settings.num_devices)
         note = f"{reason} Every token counts as one of a response."
@@ -185,7 +185,7 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
         "optimizer steps": f"{num_steps:,}" if of_run else f"{num_steps:,} in an epoch",
         "tokens": f"{totals.num_tokens:,}, {totals.num_response_tokens:,} of them of responses",
     }
-    note = "Of streamed data the first rows alone are looked at; longer ones may follow."
+    note = "Of streamed data only the first rows are read; longer ones may follow."
     largest = plan.largest_microbatch(min(num_steps, _STEPS_LOOKED_AT), layout)
     return _Work(largest, totals, lines, [note] if datamodule.streaming else [])
 

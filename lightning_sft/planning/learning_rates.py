@@ -59,7 +59,7 @@ class LearningRates:
     def __str__(self) -> str:
         smoothed = self.smoothed
         if not smoothed:
-            return "No optimizer step left a loss that is a finite number. Lower `min_lr`, or look at the data."
+            return "No optimizer step had a finite loss. Lower `min_lr`, or look at the data."
         lowest, worst = smoothed.index(min(smoothed)), max(smoothed)
         every = -(-len(smoothed) // _LINES)
         shown = {*range(0, len(smoothed), every), lowest, len(smoothed) - 1}

@@ -187,7 +187,7 @@ def _read_mlflow(folder: Path) -> list[tuple[int, str, float]]:
 
 
 def _why_no_metrics(folder: Path) -> str:
-    way_out = "Give the run a `CSVLogger` or a `TensorBoardLogger`, beside others if need be."
+    way_out = "Give the run a `CSVLogger` or a `TensorBoardLogger`, in addition to others if needed."
     if any((folder.parent.parent / "wandb").glob(f"*-{folder.name}")):
         return f"Weights & Biases has them in its own files: `wandb sync` sends, `wandb.Api` reads them. {way_out}"
     return f"It had no logger, or one that keeps them elsewhere. {way_out}"

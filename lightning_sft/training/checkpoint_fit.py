@@ -35,7 +35,7 @@ def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], strict
     ]
     if strict:
         misfits += [f"`{name}` is missing there" for name in own if name not in saved]
-        misfits += [f"`{name}` is there alone" for name in saved if name not in own]
+        misfits += [f"`{name}` exists only there" for name in saved if name not in own]
     if misfits:
         raise SettingsError(
             f"The checkpoint is of another model: {misfits[0]}{and_more(misfits)}. "

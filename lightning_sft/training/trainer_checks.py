@@ -27,13 +27,13 @@ _ACCUMULATE = (
 )
 _UNFIT: dict[type[Callback], str] = {
     GradientAccumulationScheduler: f"a batch is a whole optimizer step. Use {_ACCUMULATE}.",
-    StochasticWeightAveraging: "it puts a schedule of its own in the place of the run's. Use Lightning's "
+    StochasticWeightAveraging: "it replaces the run's schedule with its own. Use Lightning's "
     "`WeightAveraging` or `EMAWeightAveraging`, which leave the schedule alone and continue from a checkpoint.",
     BaseFinetuning: "what it unfreezes is not in the optimizer's schedule, and is frozen again when a run continues. "
-    "In a callback of your own call `requires_grad_(trainer.current_epoch >= N)` in `on_train_batch_start`, for what "
-    "is to be trained from epoch N on.",
-    ModelPruning: "its masks are in no checkpoint, so a run that continues would have forgotten them. Prune the "
-    "weights of a run that has ended, with `torch.nn.utils.prune`.",
+    "In your own callback call `requires_grad_(trainer.current_epoch >= N)` in `on_train_batch_start`, for the "
+    "parameters to be trained from epoch N on.",
+    ModelPruning: "its masks are not in a checkpoint, so a run that continues would lose them. Prune the weights "
+    "after the run, with `torch.nn.utils.prune`.",
 }
 _HOOKS = {  # of automatic optimization, which Lightning does not call under manual optimization
     "optimizer_step": "Do that in `training_step`, before or after `super().training_step(batch, batch_idx)`, or in "

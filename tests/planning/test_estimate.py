@@ -87,8 +87,8 @@ def test_the_command_needs_no_weights_and_no_devices(words, capsys):
         "gathered weights",
         "optimizer steps 8 ",
         f"tokens {2 * sum(inputs):,}, {2 * 6 * 13} of them of responses",
-        f"useful arithmetic {flops:.3g} FLOPs",
-        f"time {flops / (1e6 * 8 * 0.4):.0f} s, if 40% of 1e+06 FLOP/s on each device",
+        f"model FLOPs {flops:.3g} FLOPs",
+        f"time {flops / (1e6 * 8 * 0.4):.0f} s, if each device reaches 40% of 1e+06 FLOP/s",
         "For 8 CUDA devices, bf16-mixed.",
     ):
         assert text in told
@@ -99,12 +99,12 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
     in_4_bits = ["--model.model_kwargs", '{"quantization_config": {"load_in_4bit": true}}']
     run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60", *in_4_bits])
     told = " ".join(capsys.readouterr().out.split())
-    assert "The data is not looked at: `train_data` is 'none.jsonl', but there is no such file" in told
+    assert "The data is not read: `train_data` is 'none.jsonl', but there is no such file" in told
     assert "largest microbatch 58 tokens, 58 of responses, 2 sequences, packed" in told
     assert "`quantization_config` is not considered: all weights are counted in full." in told
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
     with pytest.raises(
-        SystemExit, match=r"The data is not looked at: .*no such file: Without rows a microbatch has no size limit. Set"
+        SystemExit, match=r"The data is not read: .*no such file: Without rows a microbatch has no size limit. Set"
     ):
         main()
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words, "--mfu", "40"])

@@ -166,9 +166,9 @@ REFUSED = {
     ),
     "neither generations nor metrics": Refusal(
         lambda folder: two(folder, write(folder / "b/config.yaml", "a: 1").parent),
-        "`runs`: '{tmp}/b' has neither generations nor metrics. b has no generations. {tmp}/b has no metrics that can "
-        "be read. It had no logger, or one that keeps them elsewhere. Give the run a `CSVLogger` or a "
-        "`TensorBoardLogger`, beside others if need be.",
+        "`runs`: '{tmp}/b' has neither generations nor metrics. b has no generations. {tmp}/b has no metrics that "
+        "can be read. It had no logger, or one that keeps them elsewhere. Give the run a `CSVLogger` or a "
+        "`TensorBoardLogger`, in addition to others if needed.",
     ),
     "step that a folder lacks": Refusal(
         lambda folder: two(folder, run_folder(folder / "b", step_5=[record("a", 1.0)]), step=4),

@@ -232,7 +232,8 @@ OTHER_MODEL = "The checkpoint is of another model: `model.model."
         ),
         (
             {"model": tiny_config(num_hidden_layers=1)},
-            OTHER_MODEL + "layers.1.self_attn.q_proj.weight` is there alone, and 8 more. Set `model` to the one that "
+            OTHER_MODEL
+            + "layers.1.self_attn.q_proj.weight` exists only there, and 8 more. Set `model` to the one that "
             "it was trained from.",
         ),
         (

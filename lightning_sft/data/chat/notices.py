@@ -59,14 +59,13 @@ class Notice:
 
 
 _WAY_OUT = (
-    "give the rows what is missing (`reasoning_content`), or `chat_template_kwargs` that prompt without it (for many "
-    "models `enable_thinking: false`)."
+    "add what is missing to the rows (`reasoning_content`), or set `chat_template_kwargs` that prompt without it (for "
+    "many models `enable_thinking: false`)."
 )
 _SENTENCES: Mapping[NoticeKind, str] = {
     "prompt": (
-        "in {rows} the chat template prompts a model with more than it writes before the turn. It prompts with "
-        "{example}. The response begins where the two part. To learn it after the whole prompt, "
-        f"{_WAY_OUT}"
+        "in {rows} the chat template's generation prompt holds more than the text before the turn. It prompts with "
+        f"{{example}}. The response begins where the two differ. To learn it after the whole prompt, {_WAY_OUT}"
     ),
     "token": (
         "in {rows} one token holds the end of the generation prompt and the beginning of the turn: {example}. The "
@@ -74,15 +73,15 @@ _SENTENCES: Mapping[NoticeKind, str] = {
         f"the whole prompt, remove the space with which it begins; or where the prompt opens the reasoning, {_WAY_OUT}"
     ),
     "end": (
-        "in {rows} the chat template ends a turn that is learnt in no special token, but in {example}. The turn ends "
-        "in the tokenizer's EOS, so that the model learns to stop; `append_eos: false` leaves that out."
+        "in {rows} the chat template ends a turn that is learnt without a special token, with {example}. The "
+        "tokenizer's EOS ends the turn instead, so that the model learns to stop; `append_eos: false` leaves that out."
     ),
     "reasoning": (
         "in {rows} the chat template leaves out a part of the content of a turn that is learnt, such as its reasoning: "
-        "{example}. It is not learnt. If it is to be, give a `chat_template` that writes it."
+        "{example}. It is not learnt. To learn it, give a `chat_template` that writes it."
     ),
     "call": (
-        "in {rows} the chat template leaves a tool call out of what it marks by `{{% generation %}}`, such as that of "
-        "{example}. It is not learnt. If it is to be, give a `chat_template` that marks the calls, too."
+        "in {rows} the chat template leaves a tool call out of what it marks with `{{% generation %}}`, such as that "
+        "of {example}. It is not learnt. To learn it, give a `chat_template` that marks the calls, too."
     ),
 }

@@ -109,7 +109,7 @@ def _check_labels(labels: Sequence[int], ids: Sequence[int]) -> None:
     for position, (label, token_id) in enumerate(zip(labels, ids, strict=False)):
         if label not in (IGNORED_LABEL, token_id):
             is_shifted = all(each in (IGNORED_LABEL, after) for each, after in zip(labels, ids[1:], strict=False))
-            reason = " The labels are shifted by one: put them back, as `transformers` has them." if is_shifted else ""
+            reason = " The labels are shifted by one: undo the shift, as for `transformers`." if is_shifted else ""
             raise SettingsError(
                 f"`labels` has {label} at position {position}, expected {IGNORED_LABEL} or the id there, {token_id}."
                 f"{reason}"

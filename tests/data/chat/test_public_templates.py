@@ -19,7 +19,7 @@ from lightning_sft.data.chat.conversation import read_conversation
 from lightning_sft.data.steps.step_loader import LoaderOptions
 from lightning_sft.errors import SettingsError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(prompts a model with more|leaves out a part of the content)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(generation prompt holds more|leaves out a part of the content)")
 
 PARTED = {  # shapes whose generation prompt holds more than is written before a turn
     "deepseek": "<think>, which is opened for the model and never written",

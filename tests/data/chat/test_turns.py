@@ -150,7 +150,9 @@ OPENED = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 def test_where_the_prompt_holds_more_than_is_written_the_response_begins_where_they_part():
     rows = [{"messages": LONG}, {"prompt": "a", "output": "b"}, {"messages": LONG[:2]}]
     data = SFTDataModule(chat_tokenizer(OPENED), rows, batch_size=1)
-    with pytest.warns(UserWarning, match="train_data: in 2 of 3 rows the chat template prompts .*") as caught:
+    with pytest.warns(
+        UserWarning, match="train_data: in 2 of 3 rows the chat template's generation prompt .*"
+    ) as caught:
         data.setup("fit")
     (words,) = [str(warning.message) for warning in caught]
     assert r"It prompts with 'im_start|>assistant\n<think>\n', but before this turn 'im_start|>assistant\n4." in words

@@ -127,7 +127,7 @@ def test_a_call_that_a_template_writes_but_does_not_mark_is_said():
         assert responses(encoded.dataset[0], tokenizer)[0].startswith("I add.<call>mul") != bool(expected)
     (counted,) = encoded_rows(rows, chat_tokenizer(chatml.replace("ANSWER", around_content))).report.notices
     words = (
-        "in 1 of 2 rows the chat template leaves a tool call out of what it marks by `{% generation %}`, such as that"
+        "in 1 of 2 rows the chat template leaves a tool call out of what it marks with `{% generation %}`, such as that"
     )
     assert counted.notice.is_warning
     assert f"{words} of `mul`" in counted.in_words(2)

@@ -99,7 +99,7 @@ def test_prompts_are_the_texts_before_the_last_tokens_that_are_learnt():
 
 def test_tokens_come_before_text_unless_a_column_is_named_and_that_is_told(caplog):
     row = {"input_ids": IDS, "prompt": "a", "output": "b", "text": "c"}
-    with pytest.warns(match="nothing uses the columns `output`, `prompt`, `text`. `input_ids` comes before it"):
+    with pytest.warns(match="nothing uses the columns `output`, `prompt`, `text`. `input_ids` is used instead"):
         assert marked([row]) == [(IDS, [1, 2, 3, 4])]
     for options in ({"prompt_field": "text"}, {"output_field": "text"}, {"text_field": "text"}):
         assert all(ids != IDS for ids, _ in marked([row], **options))
@@ -128,8 +128,8 @@ REFUSED = {
     ),
     "shifted labels": (
         {"labels": [NO, 99, 100, 101, NO]},
-        "`labels` has 99 at position 1, expected -100 or the id there, 98. The labels are shifted by one: put them "
-        "back, as `transformers` has them.",
+        "`labels` has 99 at position 1, expected -100 or the id there, 98. The labels are shifted by one: undo the "
+        "shift, as for `transformers`.",
     ),
     "nothing learnt": (
         {"labels": [NO] * 5, "completion_mask": [1] * 5},
