@@ -6,39 +6,48 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.signals import DeferredSignals
-from lightning_sft.checks import check_integer
+from lightning_sft.checks import check_integer, check_type
 from lightning_sft.errors import SettingsError
-from lightning_sft.loops.trainer_state import ends_here, exchange_no_signals, exchange_signals_again
+from lightning_sft.loops.trainer_state import (
+    ends_here,
+    exchange_no_signals,
+    exchange_signals_again,
+    requeue_signal,
+)
 from lightning_sft.training.checkpoint_files import put_folder_behind_link, remove_partial, take_place, use_own_files
 from lightning_sft.training.host_copy import HostCopy
-from lightning_sft.training.run_folder import run_folder
+from lightning_sft.training.run_folder import run_folder, writes_files
+from lightning_sft.training.slurm_job import requeue_slurm_job, write_slurm_job
 
 
 class LastCheckpoint(Checkpoint):
     """Saves `<log_dir>/checkpoints/last.ckpt` at each validation, at the end, every n steps, and on a stop signal.
 
     SIGTERM and Ctrl-C take effect at the end of the optimizer step, the same one on all devices: the run is saved and
-    the process exits with 128 plus the signal's number. A second Ctrl-C stops it at once. SLURM's requeue signal is
-    also passed to Lightning there. A checkpoint replaces the previous one only once it is complete. If Lightning saves
-    a sharded model to a folder, `last.ckpt` is a link to that folder.
+    the process exits with 128 plus the signal's number. A second Ctrl-C stops it at once. SLURM's requeue signal takes
+    effect there too. A checkpoint replaces the previous one only once it is complete. If Lightning saves a sharded
+    model to a folder, `last.ckpt` is a link to that folder.
 
     Lightning's `ModelCheckpoint(monitor=..., save_last=True)` saves the best model as the last, and misses the final
     step.
 
     Args:
         every_n_steps: Also save every n optimizer steps.
+        requeue: At SLURM's requeue signal, save `last.ckpt`, requeue the job and stop; whoever is started again must
+            continue from that file, as `lightning-sft fit` does. False: pass the signal to Lightning, which saves
+            `hpc_ckpt_<N>.ckpt` in `default_root_dir`, requeues the job, and loads that file when it is started again.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None, requeue: bool = False) -> None:
         super().__init__()
         check_integer("every_n_steps", every_n_steps, at_least=1, optional=True)
-        self.every_n_steps = every_n_steps
+        check_type("requeue", requeue, bool, "true or false")
+        self.every_n_steps, self.requeue = every_n_steps, requeue
         self._saved_step: int | None = None
         self._signals = DeferredSignals()
         self._asked: HostCopy | None = None  # the signal that any device had received at the step before
@@ -60,17 +69,16 @@ class LastCheckpoint(Checkpoint):
 
         Incomplete checkpoints are removed, such as those of a run that was killed.
         """
-        numbers = {signal.SIGTERM, signal.SIGINT}
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            numbers.add(environment.requeue_signal or signal.SIGUSR1)
+        requeue = requeue_signal(trainer)
         self._asked = None
-        self._signals.catch(numbers)
+        self._signals.catch({signal.SIGTERM, signal.SIGINT} | ({requeue} if requeue else set()))
         if exchange_no_signals(trainer):
             self._signals.received = signal.SIGTERM
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             remove_partial(folder)
+        if requeue and self.requeue and writes_files(trainer):
+            write_slurm_job(folder.parent)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,8 +107,11 @@ class LastCheckpoint(Checkpoint):
         self._release(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers."""
-        self._release(trainer)
+        """Restore the signal handlers; while a signal is being obeyed, leave that to Lightning, at the very end."""
+        if isinstance(exception, SystemExit):  # another signal, handled by Lightning, would disturb the end
+            exchange_signals_again(trainer)
+        else:
+            self._release(trainer)
 
     # -- how -----------------------------------------------------------------------------------------------------
 
@@ -125,11 +136,16 @@ class LastCheckpoint(Checkpoint):
         number = self._agreed_signal(trainer)
         if number is None:
             return
-        if number not in (signal.SIGTERM, signal.SIGINT):
+        is_to_requeue = number not in (signal.SIGTERM, signal.SIGINT)
+        if is_to_requeue:
             self._asked = None
+        if is_to_requeue and not self.requeue:
             self._signals.hand_on(number)
             return
         self._save(trainer)
+        if is_to_requeue and not trainer.strategy.broadcast(trainer.is_global_zero and requeue_slurm_job()):
+            self._signals.received = None
+            return
         rank_zero_info(f"{number.name}: stopped after optimizer step {trainer.global_step}, which is saved.")
         raise SystemExit(128 + number)
 

@@ -19,7 +19,15 @@ from lightning_sft.callbacks import (
     StepProgressBar,
     TokenThroughput,
 )
-from lightning_sft.cli.checkpoints import check_ckpt_path, check_init_from, config_of_newest_run, find_last_checkpoint
+from lightning_sft.cli.checkpoints import (
+    check_ckpt_path,
+    check_init_from,
+    check_no_other_job,
+    config_of_newest_run,
+    find_last_checkpoint,
+    find_own_checkpoint,
+)
+from lightning_sft.cli.claimed_folders import ClaimedFolders
 from lightning_sft.cli.commands import COMMANDS
 from lightning_sft.cli.main import SUMMARIES
 from lightning_sft.cli.parser import ConfigByName, SFTArgumentParser, packaged_configs
@@ -51,6 +59,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "enable_version_counter": False,
         "save_on_train_epoch_end": False,  # at validation, when there is a loss to compare
     },
+    "last_checkpoint": {"requeue": True},  # the command continues from what it saves
 }
 _OWN_SETTINGS = (  # the trainer's name, its default, and our name
     ("gradient_clip_val", None, "model.max_grad_norm"),
@@ -70,8 +79,8 @@ _WEIGHTS_ONLY_HELP = "Refuse a checkpoint that could run code. Default: true."
 class SFTCLI(LightningCLI):
     """LightningCLI for one command: only the parts of a configuration that it uses are looked at and built."""
 
-    def __init__(self, name: str, words: list[str]) -> None:
-        self.name, self.command = name, COMMANDS[name]
+    def __init__(self, name: str, words: list[str], claimed: ClaimedFolders) -> None:
+        self.name, self.command, self._claimed = name, COMMANDS[name], claimed
         self._parameters = inspect.signature(self.command.function).parameters
         places = "RUN RUN... " if self.command.words else ""
         super().__init__(
@@ -165,17 +174,22 @@ class SFTCLI(LightningCLI):
         config, trains = self.config, self.name == "fit"
         # Saved as found, the settings would have whatever is done with them later be done in that folder or place.
         self.save_config_kwargs["as_given"] = as_given = config.clone()
+        found = trains and find_own_checkpoint(config)
         if config.init_from is not None:
             check_init_from(config, trains)
-            as_given.init_from = None
-        if config.ckpt_path == "last":
+        as_given.init_from = None
+        if as_given.ckpt_path == "last":
             as_given.ckpt_path = as_given.weights_only = None
-            find_last_checkpoint(config, trains)
+            if not found:
+                find_last_checkpoint(config, trains)
+        check_no_other_job(config)
         check_ckpt_path(config, trains)
         if self.name == "inspect":
             config.trainer.logger = False  # what it finds is on the page
         elif self.name != "predict" and not config.trainer.fast_dev_run:
-            RunSettings(config).choose_folder(config.ckpt_path, trains)
+            settings = RunSettings(config)
+            settings.choose_folder(config.ckpt_path, trains)
+            settings.claim_folders(self._claimed)
 
     def instantiate_classes(self) -> None:
         """Build the parts that the command uses, and a trainer of them if it asks for one."""
@@ -238,9 +252,13 @@ class SFTCLI(LightningCLI):
 
 def run_command(words: list[str]) -> SFTCLI:
     """Run a command; return what it was run with: `model`, `datamodule`, `trainer` and `config`."""
-    cli = SFTCLI(words[0], words[1:])
-    cli.run()
-    return cli
+    claimed = ClaimedFolders()
+    try:
+        cli = SFTCLI(words[0], words[1:], claimed)
+        cli.run()
+        return cli
+    finally:
+        claimed.remove_unused()
 
 
 def main() -> None:

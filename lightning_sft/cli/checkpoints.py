@@ -3,11 +3,34 @@
 from pathlib import Path
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.cli.run_settings import RunSettings
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
+from lightning_sft.training.slurm_job import is_of_this_step, is_restarted
+
+
+def find_own_checkpoint(config: Namespace) -> bool:
+    """Let a job that SLURM has started again go on with its own run, whatever that was told to begin from.
+
+    Args:
+        config: Settings of `fit`; `ckpt_path`, `init_from` and the logger's version are changed in it.
+
+    Returns:
+        Whether there is such a run.
+    """
+    if not is_restarted():
+        return False
+    settings = RunSettings(config)
+    path = settings.newest_checkpoint(is_of_this_step)
+    if path is None:
+        return False
+    rank_zero_info(f"SLURM has started this job again: its run goes on from {path_from_here(path)}.")
+    config.ckpt_path, config.init_from = str(path), None
+    settings.continue_in(path.parent.parent)
+    return True
 
 
 def find_last_checkpoint(config: Namespace, continues: bool) -> None:
@@ -51,6 +74,21 @@ def config_of_newest_run() -> Path:
             "and has to be continued there, with `trainer.fit(..., ckpt_path=...)`. Give a `--config` to start another."
         )
     return config
+
+
+def check_no_other_job(config: Namespace) -> None:
+    """Refuse what Lightning would start from unasked under SLURM.
+
+    Raises:
+        SettingsError: If `default_root_dir` has a checkpoint by which Lightning requeues jobs, of whatever job that is.
+    """
+    if config.ckpt_path is not None or SLURMEnvironment.job_id() is None or is_restarted():
+        return
+    if path := next(RunSettings(config).root.glob("hpc_ckpt_*.ckpt"), None):
+        raise SettingsError(
+            f"There is {path_from_here(path)}, which Lightning starts from under SLURM, whatever run it is of. Move it "
+            "away, or set `trainer.default_root_dir` to another folder; give it as `ckpt_path` to start from it."
+        )
 
 
 def check_ckpt_path(config: Namespace, continues: bool) -> None:

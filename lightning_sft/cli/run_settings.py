@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_sft.cli.claimed_folders import ClaimedFolders
 from lightning_sft.cli.further_loggers import read_further_loggers
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import newest_checkpoint
@@ -37,6 +38,7 @@ class LoggerArguments:
         return options.get(self.name, "lightning_logs") or self.if_unnamed
 
 
+_NUMBERED = ("TensorBoardLogger", "CSVLogger")  # whose runs are `version_0`, `version_1`, ...
 _OF_LOGGERS = {
     "TensorBoardLogger": LoggerArguments(),
     "CSVLogger": LoggerArguments(),
@@ -101,9 +103,9 @@ class RunSettings:
         folder = self.root / (options.get("dir") or options.get("save_dir") or "")
         return folder if self._kind == "MLFlowLogger" else folder / arguments.folder_name(options)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The last checkpoint of that run which saved one most recently."""
-        return newest_checkpoint(self.folder, self._is_of_experiment)
+    def newest_checkpoint(self, fits: Callable[[Path], bool] = lambda run: True) -> Path | None:
+        """The last checkpoint of that run which saved one most recently, of those that fit."""
+        return newest_checkpoint(self.folder, lambda run: fits(run) and self._is_of_experiment(run))
 
     def _is_of_experiment(self, run: Path) -> bool:
         """Whether a run's folder is one of these; MLflow names those of an experiment by a number."""
@@ -177,6 +179,22 @@ class RunSettings:
                 f"`{arguments.version}` of the logger is {version!r}, but {path_from_here(folder)} holds another run. "
                 "Leave it out, and the run gets a folder of its own; or continue that run: `--ckpt_path last`."
             )
+
+    def claim_folders(self, claimed: ClaimedFolders) -> None:
+        """Choose the numbers of a run's folders and make these, before the data is read."""
+        trainer = self._config.trainer
+        if trainer.logger in (None, True) and not trainer.get("barebones"):
+            trainer.logger = self._first
+        for logger in self._loggers():
+            kind, options = (
+                str(getattr(logger, "class_path", "")).rpartition(".")[2],
+                getattr(logger, "init_args", None),
+            )
+            if kind not in _NUMBERED or options is None or options.get("version") is not None:
+                continue
+            folder = options.get("save_dir") or ""
+            if "://" not in str(folder):
+                options.version = claimed.claim(self.root / folder / _OF_LOGGERS[kind].folder_name(options))
 
 
 def _begin_table(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """What others ask of a trainer's loops, or set in them."""
 
+import signal
+
 import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 
 def leave_inference_mode(trainer: L.Trainer) -> None:
@@ -39,3 +42,11 @@ def exchange_no_signals(trainer: L.Trainer) -> bool:
 def exchange_signals_again(trainer: L.Trainer) -> None:
     """Undo `exchange_no_signals`, if it was called."""
     vars(trainer.fit_loop.epoch_loop).pop("_broadcast_sigterm_tensor", None)
+
+
+def requeue_signal(trainer: L.Trainer) -> signal.Signals | None:
+    """The signal by which SLURM asks for the job to be requeued, if Lightning is to obey it."""
+    environment = trainer._accelerator_connector.cluster_environment  # the strategy of a single device has none
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal or signal.SIGUSR1
+    return None

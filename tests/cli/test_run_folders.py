@@ -11,6 +11,7 @@ import yaml
 from support.models import save_tiny_model
 
 from lightning_sft.cli.app import run_command
+from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError
 
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 4)} for i in range(8)]
@@ -179,3 +180,67 @@ def test_a_version_that_is_another_run_s_is_refused(work):
     run_command(words(work, **(settings | {"trainer.max_steps": 2}), ckpt_path=run / "checkpoints" / "last.ckpt"))
     shutil.rmtree("logs")
     run_command(words(work, **settings))
+
+
+@pytest.mark.parametrize("name", ["Lightning's default", "TensorBoard", "CSV"])
+def test_runs_that_begin_together_have_folders_of_their_own(work, monkeypatch, name):
+    """The second begins and ends while the first reads its data; it used to find the same number for its folder."""
+    settings, folder, _ = LOGGERS[name]
+    command, begun = words(work, **settings, **{"trainer.max_steps": 2}), []
+    prepare = SFTDataModule.prepare_data
+
+    def prepare_slowly(self):
+        begun.append(self)
+        if len(begun) == 1:
+            run_command([*command, "--trainer.max_steps", "1"])
+        prepare(self)
+
+    monkeypatch.setattr(SFTDataModule, "prepare_data", prepare_slowly)
+    run_command(command)
+    assert runs_in(folder) == {Path.cwd() / folder / f"version_{i}": 2 - i for i in (0, 1)}
+
+
+@pytest.mark.parametrize("wrong", [{"model.lr_scheduler": "x"}, {"data.train_data": "missing.jsonl"}])
+def test_a_command_that_is_refused_leaves_no_folder(work, wrong):
+    with pytest.raises(SettingsError):
+        run_command(words(work, **wrong))
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.fixture
+def in_job(monkeypatch):
+    """Let this be a process of a job, as `srun` starts it."""
+    for name, value in {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "localhost"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+
+    def begin(job, step=0, restarts=None):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        if restarts is not None:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+
+    return begin
+
+
+def test_a_job_that_slurm_starts_again_goes_on_with_its_own_run(work, in_job):
+    """Neither with the newest one nor with what it began from, and not with that of another step of its script."""
+    runs = [Path.cwd() / f"lightning_logs/version_{i}" for i in range(4)]
+    for number, (job, step) in enumerate([(12, 0), (12, 1), (13, 0)]):
+        in_job(job, step)
+        run_command(words(work, **{"trainer.max_steps": number + 1}))
+    for beginning in ({"init_from": runs[2] / "checkpoints" / "last.ckpt"}, {"ckpt_path": "last"}):
+        in_job(12, 1, restarts=1)
+        run_command(words(work, **beginning, **{"trainer.max_steps": 5}))
+        assert runs_in("lightning_logs") == {runs[0]: 1, runs[1]: 5, runs[2]: 3}
+    in_job(14, restarts=1)  # it had saved nothing
+    run_command(words(work, **{"trainer.max_steps": 1}))
+    assert runs_in("lightning_logs") == {runs[0]: 1, runs[1]: 5, runs[2]: 3, runs[3]: 1}
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_of_another_job_is_not_started_from_unasked(work, in_job, command):
+    in_job(12)
+    Path("hpc_ckpt_1.ckpt").touch()
+    with pytest.raises(SettingsError, match=r"There is hpc_ckpt_1\.ckpt, which Lightning starts from under SLURM"):
+        run_command(words(work, command))

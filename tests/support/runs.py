@@ -96,6 +96,7 @@ def train(
     dtype: str = "float32",
     strategy: str = "auto",
     every_n_steps: int | None = None,
+    requeue: bool = False,
     generate: bool = False,
     callbacks: list[L.Callback] | None = None,
     init_from: Path | None = None,
@@ -124,7 +125,7 @@ def train(
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "callbacks": [log, first, *monitor, LastCheckpoint(every_n_steps), *(callbacks or ())],
+            "callbacks": [log, first, *monitor, LastCheckpoint(every_n_steps, requeue), *(callbacks or ())],
         }
         | trainer_options
     )

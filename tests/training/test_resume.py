@@ -225,32 +225,63 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, strategy)
     assert [line["step"] for line in read_log(tmp_path / "steps_0.jsonl")] == list(range(1, NUM_STEPS + 1))
 
 
-def test_slurms_signal_to_requeue_is_handed_on_between_two_steps(tmp_path):
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """As a process that `srun` has started, whose `scontrol` writes its words into a file."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    variables = {"JOB_NAME": "train", "JOB_ID": "12", "STEP_ID": "0", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    for name, value in (variables | {"NODEID": "0", "NODELIST": "localhost"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return tmp_path
+
+
+class Requeue(L.Callback):
+    """Sends SLURM's signal in the middle of the third step."""
+
+    def __init__(self):
+        self.inside = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.inside = True
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.inside = False
+
+
+def test_slurms_signal_to_requeue_is_handed_on_between_two_steps(slurm, monkeypatch):
     """Lightning's handler would save in the middle of a step, and twice if it were left in charge."""
-    from lightning.fabric.plugins.environments import SLURMEnvironment
-
-    seen = []
-
-    class Requeue(L.Callback):
-        def on_fit_start(self, trainer, pl_module):
-            trainer.strategy.cluster_environment = SLURMEnvironment(auto_requeue=True)
-            signal.signal(signal.SIGUSR1, lambda number, frame: seen.append((trainer.global_step, self.inside)))
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.inside = True
-            if batch_idx == 2:
-                os.kill(os.getpid(), signal.SIGUSR1)
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            self.inside = False
-
-    before = signal.getsignal(signal.SIGUSR1)
-    try:
-        train(tmp_path, callbacks=[Requeue()], max_steps=5)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    seen, requeue = [], Requeue()
+    handler = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector._slurm_sigusr_handler_fn"
+    monkeypatch.setattr(handler, lambda connector, *_: seen.append((connector.trainer.global_step, requeue.inside)))
+    train(slurm, callbacks=[requeue], max_steps=5)
     assert seen == [(3, False)]
-    assert len(read_log(tmp_path / "steps_0.jsonl")) == 5
+    assert len(read_log(slurm / "steps_0.jsonl")) == 5
+
+
+@pytest.mark.parametrize(("array", "name"), [({}, "12"), ({"JOB_ID": "10", "TASK_ID": "2"}, "10_2")])
+def test_a_job_is_requeued_once_its_run_is_saved(slurm, monkeypatch, array, name):
+    for variable, value in array.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_{variable}", value)
+    with pytest.raises(SystemExit) as end:
+        train(slurm, callbacks=[Requeue()], requeue=True, max_steps=5)
+    assert end.value.code == 128 + signal.SIGUSR1
+    assert (slurm / "asked").read_text() == f"requeue {name}\n"
+    assert torch.load(slurm / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert not list(slurm.rglob("hpc_ckpt*"))
+    assert (slurm / "slurm_job.txt").read_text() == "12.0\n"
+
+
+def test_a_run_goes_on_where_slurm_does_not_requeue_its_job(slurm):
+    (slurm / "bin" / "scontrol").write_text("#!/bin/sh\necho Job is not allowed >&2; exit 1\n")
+    with pytest.warns(UserWarning, match="does not start job 12 again: Job is not allowed"):
+        train(slurm, callbacks=[Requeue()], requeue=True, max_steps=5)
+    assert len(read_log(slurm / "steps_0.jsonl")) == 5
 
 
 def test_a_run_may_move_to_another_number_of_processes(tmp_path):
