@@ -17,14 +17,14 @@ _NEEDED = ("prompt", "response", "reward", "stop_reason")
 
 @dataclass(frozen=True)
 class ChosenResponses:
-    """Responses that are to be learnt.
+    """Responses chosen as training rows.
 
     Attributes:
-        rows: With `prompt`, `output`, `ground_truth` and `reward`: rows for `train_data`.
-        num_records: The records that they were chosen from.
-        num_rewarded: How many of these have enough reward and have ended.
-        num_different: How many of these differ in prompt or response.
-        num_prompts: How many different prompts the records have.
+        rows: Rows for `train_data`, with `prompt`, `output`, `ground_truth` and `reward`.
+        num_records: Number of records that they were chosen from.
+        num_rewarded: Number of these with enough reward that are not truncated.
+        num_different: Number of these that differ in prompt or response.
+        num_prompts: Number of different prompts in the records.
     """
 
     rows: list[dict[str, Any]]

@@ -32,13 +32,12 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_rows` has found and written.
+    """The result of `inspect_rows`.
 
     Attributes:
-        page: The rows with the highest loss, to read in a browser.
-        rows: All rows, a `ScoredRow` as a JSON object a line.
-        summary: `loss`, `perplexity`, `token_accuracy` and `token_entropy` over all tokens that are learnt, and
-            `num_rows`.
+        page: File with the rows of highest loss, to read in a browser.
+        rows: File with all rows, one `ScoredRow` as a JSON object per line.
+        summary: `loss`, `perplexity`, `token_accuracy` and `token_entropy` over all learnt tokens, and `num_rows`.
     """
 
     page: Path

@@ -30,16 +30,16 @@ _TOLERANCE = 0.05  # between the largest size that worked and the smallest that 
 
 @dataclass(frozen=True, repr=False)
 class BatchSizes:
-    """What a device has the memory for; `print` it.
+    """The batch sizes that fit into a device's memory; `print` shows them.
 
     Args:
-        max_tokens_per_microbatch: What to set it to: `most_tokens` less the margin, and at least the longest row.
-        batch_size: Rows of this data, even the longest, that fit into one microbatch of so many tokens.
-        most_tokens: The most tokens in a microbatch that fitted.
-        tried: Each number of tokens that was tried, with the peak in bytes, or None where memory ran out.
-        memory: Bytes that a run may take.
+        max_tokens_per_microbatch: The suggested setting: `most_tokens` less the margin, and at least the longest row.
+        batch_size: Number of rows of this data, even the longest, that fit into one microbatch of this many tokens.
+        most_tokens: The largest number of tokens per microbatch that fitted.
+        tried: Each number of tokens that was tried, with the peak memory in bytes, or None if memory ran out.
+        memory: Bytes that a run may use.
         longest: Tokens of the longest row, as the model sees it.
-        num_rows: Of the data; None if it is streamed, and only its first rows were looked at.
+        num_rows: Number of rows in the data; None if it is streamed, so that only its first rows were read.
         margin: Fraction of the tokens that is left out.
     """
 

@@ -34,11 +34,11 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, repr=False)
 class LearningRates:
-    """The losses of a learning-rate range test; `print` it.
+    """The losses of a learning-rate range test; `print` shows them.
 
     Args:
         lrs: The learning rate of each optimizer step, rising.
-        losses: The loss of the step after it, which is the first that shows what the step did.
+        losses: The loss of the following step, which is the first that shows the effect of the step.
     """
 
     lrs: list[float]

@@ -17,17 +17,17 @@ _TOLD = ("reward", "answer_reward", "response_length", "response_entropy")  # of
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_runs` has found and written. `print` shows it.
+    """The result of `compare_runs`; `print` shows it.
 
     Attributes:
-        page: Curves, and the responses of all runs beside one another, to read in a browser.
-        names: What each run is called.
-        summaries: Of each run's responses: rewards, lengths and entropy, as the summary of `log_generations` has them;
-            empty for a run without responses.
-        differences: By how much the reward of each run but the first is above that of the first.
-        num_prompts: Prompts that at least one run was asked.
-        num_common: Prompts that all runs were asked.
-        notes: What of a run could not be read, in words.
+        page: File with curves and the responses of all runs side by side, to read in a browser.
+        names: The name of each run.
+        summaries: Averages over each run's responses: rewards, lengths and entropy, as in the summary of
+            `log_generations`; empty for a run without responses.
+        differences: The reward of each run but the first, minus that of the first.
+        num_prompts: Number of prompts that at least one run has answered.
+        num_common: Number of prompts that all runs have answered.
+        notes: Messages on what could not be read of a run.
     """
 
     page: Path

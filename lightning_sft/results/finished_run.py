@@ -44,7 +44,7 @@ def read_run(folder: str | Path) -> "FinishedRun":
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run has left in its folder; made by `read_run`. Each part is read when it is first asked for."""
+    """The results in a run's folder, from `read_run`. Each part is read when first asked for."""
 
     folder: Path
 

@@ -14,12 +14,12 @@ from lightning_sft.errors import counted
 
 @dataclass(eq=False)
 class OptimizerStep:
-    """What an item of `train_dataloader` is. A notebook shows its rows, each token coloured by the mask.
+    """An item of `train_dataloader`. A notebook displays its rows, with each token coloured by the mask.
 
     Attributes:
-        microbatches: Of this device; their gradients add up.
-        totals: Over all devices.
-        tokenizer: Turns ids into text where the step is shown. Copies and files have none, and show ids.
+        microbatches: The microbatches of this device; their gradients are added up.
+        totals: Numbers of sequences and tokens in the step over all devices.
+        tokenizer: Decodes ids where the step is displayed. Copies and files have none, and show ids.
     """
 
     microbatches: list[Microbatch]

@@ -44,12 +44,12 @@ class StepRule:
 
 @dataclass  # not frozen, like all that a batch is made of: under `bf16-true` Lightning copies it field by field
 class StepTotals:
-    """What sequences hold together: those of an optimizer step over all ranks, or those of many steps.
+    """Totals over sequences: those of an optimizer step over all ranks, or those of many steps.
 
     Attributes:
-        num_sequences: How many there are.
-        num_tokens: Inputs of the model, prompts and responses, without padding.
-        num_response_tokens: Labels that count in the loss.
+        num_sequences: Number of sequences.
+        num_tokens: Number of model inputs, prompts and responses, without padding.
+        num_response_tokens: Number of labels that count in the loss.
         num_attended: Pairs of a token and one that it attends to, itself included, in causal attention over each
             sequence.
     """

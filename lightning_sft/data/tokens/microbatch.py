@@ -12,12 +12,12 @@ Layout = Literal["packed", "padded"]
 
 @dataclass(eq=False)
 class Packing:
-    """What keeps sequences apart that stand in one row.
+    """What separates the sequences of a packed row.
 
     Attributes:
         position_ids: Counted from 0 in each sequence, `(1, num_tokens)`.
         cu_seq_lens: Where sequences begin and end in the row, `(num_sequences + 1,)`, int32.
-        max_length: Of the longest sequence.
+        max_length: Length of the longest sequence.
     """
 
     position_ids: Tensor
@@ -37,10 +37,10 @@ class Microbatch:
         input_ids: Token ids.
         labels: Token ids.
         response_mask: True where the label counts in the loss.
-        response_positions: Where that is, in the flattened mask, `(num_response_tokens,)`.
+        response_positions: Positions of these labels in the flattened mask, `(num_response_tokens,)`.
         locations: Where each sequence comes from, such as `line 3`.
         lengths: Inputs of each sequence.
-        packing: What keeps the sequences apart; None if they are padded.
+        packing: What separates the sequences; None if they are padded.
     """
 
     input_ids: Tensor
