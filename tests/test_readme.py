@@ -57,6 +57,17 @@ def test_a_command_of_the_readmes_is_accepted(command, monkeypatch, tmp_path):
     assert not exit_info.value.code
 
 
+def test_settings_that_have_other_names_elsewhere_exist_here(capsys):
+    text = (ROOT / "configs/README.md").read_text(encoding="utf-8").partition("names of other trainers\n")[2]
+    here = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = {name for cell in here for name in re.findall(r"`([a-z_]+\.[a-z_.]+|ckpt_path)", cell)}
+    assert len(names) > 20
+    with pytest.raises(SystemExit):
+        run_command(["fit", "--help"])
+    shown = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
+    assert names - shown == {"model.optimizer.lr", "model.lora.path"}  # arguments of what these settings hold
+
+
 def test_the_readme_is_short_and_begins_with_what_sets_everything_up():
     assert len(README.splitlines()) <= 150
     assert "pip install -e . && lightning-sft fit --config configs/quickstart.yaml" in README
