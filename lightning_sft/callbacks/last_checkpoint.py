@@ -38,9 +38,9 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         every_n_steps: Also save every n optimizer steps.
-        requeue: At SLURM's requeue signal, save `last.ckpt`, requeue the job and stop; whoever is started again must
-            continue from that file, as `lightning-sft fit` does. False: pass the signal to Lightning, which saves
-            `hpc_ckpt_<N>.ckpt` in `default_root_dir`, requeues the job, and loads that file when it is started again.
+        requeue: At SLURM's requeue signal, save `last.ckpt`, requeue the job and stop; the restarted job must continue
+            from that file, as `lightning-sft fit` does. False: pass the signal to Lightning, which saves
+            `hpc_ckpt_<N>.ckpt` in `default_root_dir`, requeues the job, and loads that file when it is restarted.
     """
 
     def __init__(self, every_n_steps: int | None = None, requeue: bool = False) -> None:

@@ -27,7 +27,7 @@ def find_own_checkpoint(config: Namespace) -> bool:
     path = settings.newest_checkpoint(is_of_this_step)
     if path is None:
         return False
-    rank_zero_info(f"SLURM has started this job again: its run goes on from {path_from_here(path)}.")
+    rank_zero_info(f"SLURM has restarted this job: its run continues from {path_from_here(path)}.")
     config.ckpt_path, config.init_from = str(path), None
     settings.continue_in(path.parent.parent)
     return True
@@ -86,7 +86,7 @@ def check_no_other_job(config: Namespace) -> None:
         return
     if path := next(RunSettings(config).root.glob("hpc_ckpt_*.ckpt"), None):
         raise SettingsError(
-            f"There is {path_from_here(path)}, which Lightning starts from under SLURM, whatever run it is of. Move it "
+            f"There is {path_from_here(path)}, which Lightning loads under SLURM, whatever run it belongs to. Move it "
             "away, or set `trainer.default_root_dir` to another folder; give it as `ckpt_path` to start from it."
         )
 

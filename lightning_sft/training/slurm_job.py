@@ -33,7 +33,7 @@ def requeue_slurm_job() -> bool:
         subprocess.run(["scontrol", "requeue", name], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         why = (getattr(error, "stderr", "") or str(error)).strip()
-        warnings.warn(f"SLURM does not start job {name} again: {why}. The run is saved, and goes on.", stacklevel=2)
+        warnings.warn(f"SLURM does not restart job {name}: {why}. The run is saved and continues.", stacklevel=2)
         return False
     return True
 

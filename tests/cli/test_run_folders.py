@@ -242,5 +242,5 @@ def test_a_job_that_slurm_starts_again_goes_on_with_its_own_run(work, in_job):
 def test_a_checkpoint_of_another_job_is_not_started_from_unasked(work, in_job, command):
     in_job(12)
     Path("hpc_ckpt_1.ckpt").touch()
-    with pytest.raises(SettingsError, match=r"There is hpc_ckpt_1\.ckpt, which Lightning starts from under SLURM"):
+    with pytest.raises(SettingsError, match=r"There is hpc_ckpt_1\.ckpt, which Lightning loads under SLURM"):
         run_command(words(work, command))

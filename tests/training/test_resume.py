@@ -279,7 +279,7 @@ def test_a_job_is_requeued_once_its_run_is_saved(slurm, monkeypatch, array, name
 
 def test_a_run_goes_on_where_slurm_does_not_requeue_its_job(slurm):
     (slurm / "bin" / "scontrol").write_text("#!/bin/sh\necho Job is not allowed >&2; exit 1\n")
-    with pytest.warns(UserWarning, match="does not start job 12 again: Job is not allowed"):
+    with pytest.warns(UserWarning, match="does not restart job 12: Job is not allowed"):
         train(slurm, callbacks=[Requeue()], requeue=True, max_steps=5)
     assert len(read_log(slurm / "steps_0.jsonl")) == 5
 
