@@ -13,7 +13,7 @@ from lightning_sft.data.chat.marked_turns import learnt_text, unlearnt_call
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.chat.token_counter import CountedText, TokenCounter
 from lightning_sft.data.chat.turns import Turn, check_has_context
-from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written
+from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written, unwritten_message
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.texts import around, check_is_text
 from lightning_sft.errors import SettingsError, counted
@@ -91,6 +91,16 @@ class ChatEncoder:
         turns = write_turns(self._template, conversation, indices, text)
         left_out = [check_is_written(self._template, conversation, turn) for turn in turns]
         check_tools_are_written(self._template, conversation, text)
+        *first, last = self._examples(conversation, turns, left_out, text)
+        lost = unwritten_message(self._template, conversation, turns, text)
+        if lost is not None:
+            last = replace(last, notices=[*last.notices, Notice.of_context(lost["role"], lost["content"])])
+        return [*first, last]
+
+    def _examples(
+        self, conversation: Conversation, turns: Sequence[Turn], left_out: Sequence[str], text: str
+    ) -> list[WrittenExample]:
+        """The whole conversation as an example, or one for each turn."""
         if all(turn.is_closed and text.startswith(turn.text) for turn in turns):
             return [self._example(conversation, turns, left_out, text)]
         examples = [

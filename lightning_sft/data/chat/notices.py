@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning_sft.data.tokens.texts import around
 
-NoticeKind = Literal["prompt", "token", "end", "reasoning", "call"]
+NoticeKind = Literal["prompt", "token", "end", "reasoning", "call", "context"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Notice:
     Attributes:
         kind: What it is about: a generation prompt that is not written before the turn; a token that holds the end of
             the prompt and the beginning of the turn; a turn that ends in no special token; a part of the content,
-            such as its reasoning, that the template leaves out; or a tool call that it writes, but does not mark.
+            such as its reasoning, that the template leaves out; a tool call that it writes, but does not mark; or a
+            message before the turn that it leaves out.
         example: The texts by which it can be told.
     """
 
@@ -57,6 +58,11 @@ class Notice:
         """The template writes a call of this function, but not into what it marks."""
         return cls("call", f"`{name}`")
 
+    @classmethod
+    def of_context(cls, role: str, content: str) -> "Notice":
+        """The template does not write this message."""
+        return cls("context", f"{content[:40]!r} ({role})")
+
 
 _WAY_OUT = (
     "add what is missing to the rows (`reasoning_content`), or set `chat_template_kwargs` that prompt without it (for "
@@ -83,5 +89,9 @@ _SENTENCES: Mapping[NoticeKind, str] = {
     "call": (
         "in {rows} the chat template leaves a tool call out of what it marks with `{{% generation %}}`, such as that "
         "of {example}. It is not learnt. To learn it, give a `chat_template` that marks the calls, too."
+    ),
+    "context": (
+        "in {rows} the chat template leaves out a message before a turn that is learnt: {example}. The model learns to "
+        "answer without it. To show it to the model, give a `chat_template` that writes it."
     ),
 }

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -76,6 +77,26 @@ def check_tools_are_written(template: ChatTemplate, conversation: Conversation, 
             f"`tools` is {shorten(conversation.tools)}, but the chat template does not write tools, so that the model "
             "would learn to call what it does not see. Give a `chat_template` that writes them, or leave out `tools`."
         )
+
+
+def unwritten_message(
+    template: ChatTemplate, conversation: Conversation, turns: Sequence[Turn], text: str
+) -> Message | None:
+    """The first message of the system or a tool, before a turn that is learnt, that the template writes nowhere.
+
+    It may be written otherwise than it stands there. Then other words in it change the `text` of the conversation.
+    """
+    texts = [text, *(turn.text for turn in turns)]
+    for index, message in enumerate(conversation.messages[: turns[-1].index]):
+        content = message["content"].strip()
+        if message["role"] in ("user", "assistant") or not content or any(content in each for each in texts):
+            continue
+        messages = list(conversation.messages)
+        messages[index] = {**message, "content": f"{content} other"}
+        with suppress(SettingsError):  # it looks at the content
+            if template.write(replace(conversation, messages=messages)) == text:
+                return message
+    return None
 
 
 def _matters(template: ChatTemplate, conversation: Conversation, index: int, other: Message) -> bool:

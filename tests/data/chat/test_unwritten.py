@@ -5,6 +5,7 @@ from support.chat import (
     CHATML,
     LONG,
     QWEN,
+    SYSTEM,
     TOOL,
     WITH_TOOLS,
     assistant,
@@ -131,3 +132,15 @@ def test_a_call_that_a_template_writes_but_does_not_mark_is_said():
     )
     assert counted.notice.is_warning
     assert f"{words} of `mul`" in counted.in_words(2)
+
+
+def test_a_message_of_a_tool_or_the_system_that_a_template_leaves_out_is_said():
+    messages = [SYSTEM, user("1+2?"), assistant("<add>"), {"role": "tool", "content": "It is three"}, assistant("3")]
+    chatml = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role not in LEFT_OUT %}")
+    for left_out, example in (("tool", "'It is three' (tool)"), ("system", "'Be brief.' (system)")):
+        tokenizer = chat_tokenizer(chatml.replace("LEFT_OUT", repr([left_out])))
+        (counted,) = encoded_rows([{"messages": messages}, {"messages": LONG}], tokenizer).report.notices
+        words = f"in 1 of 2 rows the chat template leaves out a message before a turn that is learnt: {example}. The"
+        assert counted.in_words(2).startswith(words)
+    upper = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' else m.content | upper }}")
+    assert not encoded_rows([{"messages": messages}], chat_tokenizer(upper)).report.notices
