@@ -136,7 +136,7 @@ def estimate_run(
     if (totals := work.totals) is not None and (
         flops := training_flops(model, totals.num_tokens, totals.num_response_tokens, totals.num_attended)
     ) is not None:
-        run["model FLOPs"] = f"{flops:.3g} FLOPs"
+        run["model FLOPs"] = f"{flops:.3g}"
         if peak_flops is None and settings.on_cuda and torch.cuda.is_available():
             peak_flops = known_peak_flops(torch.device("cuda"), settings.precision.compute_dtype)
         if peak_flops:
@@ -176,14 +176,14 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
         reason = f"The data is not read: {one_line(error, 200)}"
         with located(reason.rstrip(".")):
             largest = largest_allowed_microbatch(datamodule.rule, datamodule.encoding.max_length, settings.num_devices)
-        note = f"{reason} Every token counts as one of a response."
+        note = f"{reason} Every token counts as a response token."
         return _Work(largest, notes=[note])
     of_run = settings.num_steps(plan.steps_per_epoch)
     num_steps = of_run or plan.steps_per_epoch
     totals = plan.totals().times(num_steps / plan.steps_per_epoch)
     lines = {
         "optimizer steps": f"{num_steps:,}" if of_run else f"{num_steps:,} in an epoch",
-        "tokens": f"{totals.num_tokens:,}, {totals.num_response_tokens:,} of them of responses",
+        "tokens": f"{totals.num_tokens:,}, {totals.num_response_tokens:,} of them in responses",
     }
     note = "Of streamed data only the first rows are read; longer ones may follow."
     largest = plan.largest_microbatch(min(num_steps, _STEPS_LOOKED_AT), layout)
@@ -193,7 +193,7 @@ def _work(datamodule: SFTDataModule, settings: TrainerSettings, layout: Layout) 
 def _in_words(shape: MicrobatchShape, layout: Layout) -> str:
     lengths, num_responses = shape.lengths, sum(shape.num_response_tokens)
     num_tokens = len(lengths) * max(lengths) if layout == "padded" else sum(lengths)
-    return f"{num_tokens:,} tokens, {num_responses:,} of responses, {counted(len(lengths), 'sequence')}, {layout}"
+    return f"{num_tokens:,} tokens, {num_responses:,} in responses, {counted(len(lengths), 'sequence')}, {layout}"
 
 
 def _duration(seconds: float) -> str:

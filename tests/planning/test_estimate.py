@@ -86,8 +86,8 @@ def test_the_command_needs_no_weights_and_no_devices(words, capsys):
         f"{sum(weight.numel() for weight in model.parameters()):,} parameters, all of them trained",
         "gathered weights",
         "optimizer steps 8 ",
-        f"tokens {2 * sum(inputs):,}, {2 * 6 * 13} of them of responses",
-        f"model FLOPs {flops:.3g} FLOPs",
+        f"tokens {2 * sum(inputs):,}, {2 * 6 * 13} of them in responses",
+        f"model FLOPs {flops:.3g}",
         f"time {flops / (1e6 * 8 * 0.4):.0f} s, if each device reaches 40% of 1e+06 FLOP/s",
         "For 8 CUDA devices, bf16-mixed.",
     ):
@@ -100,7 +100,7 @@ def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeyp
     run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60", *in_4_bits])
     told = " ".join(capsys.readouterr().out.split())
     assert "The data is not read: `train_data` is 'none.jsonl', but there is no such file" in told
-    assert "largest microbatch 58 tokens, 58 of responses, 2 sequences, packed" in told
+    assert "largest microbatch 58 tokens, 58 in responses, 2 sequences, packed" in told
     assert "`quantization_config` is not considered: all weights are counted in full." in told
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
     with pytest.raises(
