@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lightning_sft.checks import check_integer, check_number, check_type
@@ -52,10 +53,11 @@ class DataSettings:
             )
         for split in ("val", "test", "predict"):
             if isinstance(data := self.of(split), Mapping):
-                read_weights(data, f"{split}_data")  # refuses a `DatasetDict` in its own words
+                if not all(isinstance(value, str | Path) for value in data.values()):  # no files by their names
+                    read_weights(data, f"{split}_data")  # refuses a `DatasetDict` in its own words
                 raise SettingsTypeError(
                     f"`{split}_data` is {shorten(data)}, but weights are for `train_data` alone. "
-                    "Give a list of the sources."
+                    "Give a list of the sources, which are evaluated together."
                 )
         weights = self.weights  # read here, so that wrong ones are refused at once
         if self.streaming and (self.val_fraction or weights):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from lightning_sft.data.cache import cache_error, cache_folder, code_hash, is_of_cache
@@ -86,9 +86,11 @@ def open_sources(data: Data, argument: str) -> list[Source]:
         rows = [_json_row(f"row {number}", dict(row)) for number, row in enumerate(data, 1)]
         sources = [Source(f"`{argument}`", Dataset.from_list(rows, _JSON_FEATURES), is_json=True)]
     else:
+        is_streamed = isinstance(data, IterableDataset)
+        way_out = " To stream its rows, give its files or its name, and set `streaming` to true." if is_streamed else ""
         raise SettingsTypeError(
             f"`{argument}` is {shorten(data)} of type {type(data).__name__}; expected a file, a data set's name, "
-            "a list of these, a `datasets.Dataset`, or a list of dictionaries."
+            f"a list of these, a `datasets.Dataset`, or a list of dictionaries.{way_out}"
         )
     if not sources or not all(len(source.rows) for source in sources):
         raise SettingsError(f"`{argument}` has no rows; expected at least one.")

@@ -332,7 +332,19 @@ SOURCES = {
     ),
     "weights of validation rows": Refusal(
         data(val_data={"a.jsonl": 2}),
-        "`val_data` is {'a.jsonl': 2}, but weights are for `train_data` alone. Give a list of the sources.",
+        "`val_data` is {'a.jsonl': 2}, but weights are for `train_data` alone. Give a list of the sources, which are "
+        "evaluated together.",
+        SettingsTypeError,
+    ),
+    "names of validation rows": Refusal(
+        data(val_data={"easy": "a.jsonl"}),
+        "`val_data` is {'easy': 'a.jsonl'}, but weights are for `train_data` alone. Give a list of the sources, which "
+        "are evaluated together.",
+        SettingsTypeError,
+    ),
+    "rows that are streamed already": Refusal(
+        data(train_data=Dataset.from_list(ROWS).to_iterable_dataset()),
+        f"`train_data` is ... of type IterableDataset; {KINDS} To stream its rows, give its files or its name, and set `streaming` to true.",
         SettingsTypeError,
     ),
 }
