@@ -344,7 +344,8 @@ SOURCES = {
     ),
     "rows that are streamed already": Refusal(
         data(train_data=Dataset.from_list(ROWS).to_iterable_dataset()),
-        f"`train_data` is ... of type IterableDataset; {KINDS} To stream its rows, give its files or its name, and set `streaming` to true.",
+        f"`train_data` is ... of type IterableDataset; {KINDS} To stream its rows, give its files or its name, "
+        "and set `streaming` to true.",
         SettingsTypeError,
     ),
 }
