@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -179,11 +180,28 @@ def _kinds(optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> list
     return [type(optimizer), parameters, *(type(config.scheduler) for config in schedules)]
 
 
+def _check_same_step(step: int | None) -> None:
+    """Refuse processes that would wait for one another forever, since their machines have different checkpoints."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    steps: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    for rank, other in enumerate(steps):
+        if other != steps[0]:
+            first, second = (f"step {each}" if each is not None else "no checkpoint" for each in (steps[0], other))
+            raise SettingsError(
+                f"Process 0 continues from {first}, but process {rank} from {second}. All machines have to find the "
+                "same `ckpt_path`: keep runs in a folder that they share, or copy the checkpoint to the same path on "
+                "each."
+            )
+
+
 class Continuation:
     """What the optimizer of a run is made with, beside what that of the run was that it continues."""
 
     def __init__(self) -> None:
         self._continues = False
+        self._step: int | None = None  # of the checkpoint
         self._left: _Left | None = None
         self._then: OptimizerSettings | None = None
         self._now: OptimizerSettings | None = None
@@ -193,11 +211,11 @@ class Continuation:
         optimizers, self._left = trainer.strategy.optimizers, None
         if trainer.global_step > 0 and self._now is not None and optimizers:
             self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
-        self._continues, self._then, self._now = False, None, None
+        self._continues, self._step, self._then, self._now = False, None, None, None
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """The run continues from this checkpoint, whose optimizer is not restored yet."""
-        self._continues = True
+        self._continues, self._step = True, checkpoint.get("global_step")
         if (values := checkpoint.get(_KEY)) is not None:
             self._then = OptimizerSettings(**values)
 
@@ -210,7 +228,8 @@ class Continuation:
         """Note what the optimizer is made with, before it is restored.
 
         Raises:
-            SettingsError: If there is not one, it is not that of the checkpoint, or it cannot train a sharded model.
+            SettingsError: If there is not one, it is not that of the checkpoint, or it cannot train a sharded model; or
+                if processes continue from different steps.
         """
         if len(optimizers) != 1:
             raise SettingsError(
@@ -223,6 +242,7 @@ class Continuation:
         if self._then is not None:
             check_optimizer(self._then, self._now)
         check_takes_shards(optimizers[0])
+        _check_same_step(self._step)
 
     def apply(self, optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> None:
         """Let everything that was changed take effect on what has been restored.

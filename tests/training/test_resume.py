@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.processes import Processes
 from support.runs import ROWS, read_log, train
+
+from lightning_sft.errors import SettingsError
 
 # 43 rows in steps of 8 are 6 steps an epoch: validations, checkpoints and generations fall everywhere in it.
 NUM_STEPS = 16
@@ -223,6 +226,28 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path, strategy)
     assert len(first) == len(second) < NUM_STEPS
     assert Processes(train, tmp_path, world_size=2, **settings).wait() == [0, 0]
     assert [line["step"] for line in read_log(tmp_path / "steps_0.jsonl")] == list(range(1, NUM_STEPS + 1))
+
+
+def train_on_own_disk(folder, **settings):
+    disk = folder / f"disk_{os.environ['RANK']}"
+    try:
+        train(disk, **settings)
+    except SettingsError as error:
+        (disk / "refused").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("steps", "start"), [(0, "step 2, but process 1 from no checkpoint"), (1, "step 2, .* step 1")]
+)
+def test_machines_that_do_not_find_the_same_checkpoint_are_refused(tmp_path, steps, start):
+    """They used to wait for one another."""
+    for rank, max_steps in enumerate((2, steps)):
+        if max_steps:
+            train(tmp_path / f"disk_{rank}", **SETTINGS | {"max_steps": max_steps})
+    settings = SETTINGS | {"strategy": "ddp", "world_size": 2}
+    assert Processes(train_on_own_disk, tmp_path, **settings).wait() == [0, 0]
+    for rank in (0, 1):
+        assert re.search(f"{start}.*in a folder that they share", (tmp_path / f"disk_{rank}" / "refused").read_text())
 
 
 @pytest.fixture
