@@ -186,7 +186,7 @@ class SFTDataModule(L.LightningDataModule):
             self._run.check(state_dict.get("run", {}))
 
     def train_dataloader(self) -> StepLoader | EpochLoader:
-        """The remaining `OptimizerStep`s of the current epoch; for a stream without a trainer, without end."""
+        """The epoch's remaining `OptimizerStep`s; without a trainer each pass is the next epoch, a stream endless."""
         if self._run is None:
             return self.training_rows.loader(None, None, self._loader_options())
         return self._run.by_epochs(self.training_rows.loader(self._run.epoch, self._run, self._loader_options()))

@@ -17,7 +17,7 @@ from lightning_sft.data.rows.sources import full_location
 from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
-from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepDataset, StepNumbers
+from lightning_sft.data.steps.step_loader import EpochByEpoch, LoaderOptions, PlanLoader, StepDataset, StepNumbers
 from lightning_sft.data.tokens.example import check_length
 from lightning_sft.errors import located
 from lightning_sft.loops.progress import EpochPosition
@@ -118,7 +118,7 @@ class PreparedRows:
         self._check_lengths(options.num_positions)
         plan = self.plan(options.world_size, epoch)
         dataset = StepDataset(self.rows, plan, options)
-        return PlanLoader(dataset, range(plan.steps_per_epoch) if steps is None else steps, options)
+        return PlanLoader(dataset, EpochByEpoch(plan.steps_per_epoch) if steps is None else steps, options)
 
     def _check_lengths(self, num_positions: int | None) -> None:
         num_tokens = read_numbers(self.rows, "num_tokens")
@@ -132,7 +132,8 @@ class PreparedRows:
 
     def in_order(self, options: LoaderOptions) -> PlanLoader:
         """Iterates over all rows once, in the order of the data."""
-        return self.loader(Epoch(self.count_steps(), shuffle=False), None, options)
+        num_steps = self.count_steps()
+        return self.loader(Epoch(num_steps, shuffle=False), range(num_steps), options)
 
     def lengths(self) -> list[int]:
         """Tokens of the rows as the model sees them, the longest first."""

@@ -54,7 +54,8 @@ class TrainingRows(Protocol):
 
         Args:
             epoch: What an epoch takes of the data. None: all, shuffled.
-            steps: The numbers of the steps. None: of one epoch, or of a stream without an end.
+            steps: The numbers of the steps. None: of an epoch, each pass over all of it being the next; or of a stream
+                without an end.
             options: How steps are made.
         """
 

@@ -2,11 +2,13 @@
 
 import json
 
+import lightning as L
 import pytest
 import torch
-from support.models import character_tokenizer
+from support.fits import make_trainer
+from support.models import character_tokenizer, tiny_config
 
-from lightning_sft import SFTDataModule
+from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.rows.prompts import Prompt
 
 ROWS = [{"prompt": f"{i:02d}", "output": "x" * (1 + i % 5), "ground_truth": str(i)} for i in range(20)]
@@ -66,12 +68,26 @@ def test_workers_change_nothing():
                 assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_without_a_trainer_every_pass_is_the_first_epoch():
-    loader = prepared().train_dataloader()
+def test_without_a_trainer_every_whole_pass_is_the_next_epoch(tmp_path):
+    data = prepared(val_data=ROWS[:6])
+    loader, validation = data.train_dataloader(), data.val_dataloader()
     next(iter(loader))
     passes = [[row for batch in loader for row in rows_of(batch)] for _ in range(2)]
-    assert passes[0] == passes[1]
-    assert len(passes[0]) == 20
+    assert passes[0] == [row for batch in prepared().train_dataloader() for row in rows_of(batch)]
+    assert passes[0] != passes[1]
+    assert sorted(passes[0]) == sorted(passes[1])
+    orders = [[row for batch in validation for row in rows_of(batch)] for _ in range(2)]
+    assert orders[0] == orders[1]
+
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.extend(rows_of(batch))
+
+    loader = prepared().train_dataloader()
+    make_trainer(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(SFTModule(tiny_config()), loader, validation)
+    assert seen == passes[0] + passes[1]
 
 
 def test_the_order_follows_from_the_seed():

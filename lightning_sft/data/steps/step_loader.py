@@ -26,6 +26,28 @@ class StepNumbers(Sized, Iterable[int], Protocol):
     """Numbers of optimizer steps over the whole run, from 0, such as a `range`."""
 
 
+class EpochByEpoch:
+    """The steps of the first epoch and, each time that the last of an epoch has been asked for, those of the next one.
+
+    Args:
+        steps_per_epoch: How many there are in each epoch.
+    """
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self._steps_per_epoch = steps_per_epoch
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._steps_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        first = self._epoch * self._steps_per_epoch
+        for step in range(first, first + self._steps_per_epoch):
+            # Before the last one is handed out: Lightning does not ask whether there is another.
+            self._epoch += step + 1 == first + self._steps_per_epoch
+            yield step
+
+
 @dataclass(frozen=True)
 class LoaderOptions:
     """How optimizer steps are made for one device.
