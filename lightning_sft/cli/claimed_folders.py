@@ -5,8 +5,6 @@ import os
 import re
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 
 class ClaimedFolders:
     """The numbered folders of a run, one for each of its loggers that numbers them.
@@ -52,6 +50,10 @@ class ClaimedFolders:
 
 
 def _is_first_process() -> bool:
-    """Before there is a trainer: launchers set these, Lightning's own and `torchrun` the number of the machine."""
+    """Before there is a trainer: launchers set these, Lightning's own and `torchrun` the number of the machine.
+
+    They are read now: Lightning reads them when it is imported, which a process that is forked from another was not.
+    """
+    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
     machine = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return getattr(rank_zero_only, "rank", 0) == 0 and machine == "0"
+    return next((rank for rank in ranks if rank is not None), "0") == machine == "0"

@@ -11,6 +11,7 @@ import yaml
 from support.models import save_tiny_model
 
 from lightning_sft.cli.app import run_command
+from lightning_sft.cli.claimed_folders import ClaimedFolders
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError
 
@@ -198,6 +199,15 @@ def test_runs_that_begin_together_have_folders_of_their_own(work, monkeypatch, n
     monkeypatch.setattr(SFTDataModule, "prepare_data", prepare_slowly)
     run_command(command)
     assert runs_in(folder) == {Path.cwd() / folder / f"version_{i}": 2 - i for i in (0, 1)}
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK"])
+def test_only_the_first_process_makes_a_folder_also_if_it_was_forked_from_another(tmp_path, monkeypatch, variable):
+    """One that imported Lightning, which reads these variables once, before they were set."""
+    monkeypatch.setenv(variable, "1")
+    assert ClaimedFolders().claim(tmp_path) is None
+    monkeypatch.setenv(variable, "0")
+    assert ClaimedFolders().claim(tmp_path) == 0
 
 
 @pytest.mark.parametrize("wrong", [{"model.lr_scheduler": "x"}, {"data.train_data": "missing.jsonl"}])
