@@ -257,8 +257,8 @@ class Continuation:
             self._continues, self._then = left.give_to(optimizer, schedules), left.settings
             if not self._continues:
                 rank_zero_info(
-                    "The trainer goes on after an earlier `fit`, but its optimizer, the parameters of that or its "
-                    "schedule are others now: optimizer and schedule begin anew."
+                    "The trainer continues after an earlier `fit`, but with another optimizer, other parameters or "
+                    "another schedule: optimizer and schedule begin anew."
                 )
         if not self._continues:
             return

@@ -38,7 +38,7 @@ _UNFIT: dict[type[Callback], str] = {
 _HOOKS = {  # of automatic optimization, which Lightning does not call under manual optimization
     "optimizer_step": "Do that in `training_step`, before or after `super().training_step(batch, batch_idx)`, or in "
     "`on_before_optimizer_step`",
-    "optimizer_zero_grad": "Each optimizer step begins without gradients, of all parameters. Leave it out",
+    "optimizer_zero_grad": "Each optimizer step begins with no gradients. Leave it out",
     "configure_gradient_clipping": "Set `max_grad_norm` to none and clip in `on_before_optimizer_step`, after "
     "`super().on_before_optimizer_step(optimizer)`",
 }
