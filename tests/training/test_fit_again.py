@@ -75,6 +75,6 @@ def test_an_optimizer_of_other_parameters_begins_anew_and_says_so(tmp_path, capl
     module.model.lm_head.requires_grad_(True)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, make_data())
-    assert "goes on after an earlier `fit`, but its optimizer, the parameters of that" in caplog.text
+    assert "continues after an earlier `fit`, but with another optimizer, other parameters" in caplog.text
     assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 3
     assert rates == [0.01] * 6
