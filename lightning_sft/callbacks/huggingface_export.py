@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import cast
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_sft.checks import check_type
 from lightning_sft.errors import SettingsError
@@ -20,7 +19,7 @@ from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.run_folder import run_folder
 
 
-class HuggingFaceExport(Checkpoint):
+class HuggingFaceExport(L.Callback):
     """At the end of training, writes the model to a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     The folder holds safetensors, configuration, tokenizer with chat template, generation configuration and a model
@@ -64,6 +63,7 @@ class HuggingFaceExport(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder with other content, or an export of adapters without any, before anything is loaded."""
+        _put_last(self, trainer)
         if stage != "fit" or self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self.merge_lora:
@@ -97,3 +97,13 @@ class HuggingFaceExport(Checkpoint):
             cast(SFTModule, pl_module).model, folder, tokenizer, run_facts(trainer), self.dtype, self.merge_lora
         )
         trainer.strategy.barrier("HuggingFaceExport")
+
+
+def _put_last(callback: L.Callback, trainer: L.Trainer) -> None:
+    """Put a callback after those that change the weights at the end, such as averages.
+
+    Lightning would do so with a `Checkpoint`, but then make none of its own, and refuse `enable_checkpointing=False`.
+    The list is replaced, for Lightning is going through it.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = [*(each for each in callbacks if each is not callback), callback]  # type: ignore[attr-defined]

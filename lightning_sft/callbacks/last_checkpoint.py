@@ -34,13 +34,17 @@ class LastCheckpoint(Checkpoint):
     model to a folder, `last.ckpt` is a link to that folder.
 
     Lightning's `ModelCheckpoint(monitor=..., save_last=True)` saves the best model as the last, and misses the final
-    step.
+    step. `trainer.fit(..., ckpt_path="last")` finds the files of that callback alone: give it the path of `last.ckpt`.
 
     Args:
         every_n_steps: Also save every n optimizer steps.
         requeue: At SLURM's requeue signal, save `last.ckpt`, requeue the job and stop; the restarted job must continue
             from that file, as `lightning-sft fit` does. False: pass the signal to Lightning, which saves
             `hpc_ckpt_<N>.ckpt` in `default_root_dir`, requeues the job, and loads that file when it is restarted.
+
+    Attributes:
+        best_model_path: The file of the latest `fit`, empty if there is none. Without a `ModelCheckpoint` this is what
+            `trainer.test(datamodule=...)` evaluates.
     """
 
     def __init__(self, every_n_steps: int | None = None, requeue: bool = False) -> None:
@@ -49,6 +53,7 @@ class LastCheckpoint(Checkpoint):
         check_type("requeue", requeue, bool, "true or false")
         self.every_n_steps, self.requeue = every_n_steps, requeue
         self._saved_step: int | None = None
+        self.best_model_path = ""  # Lightning asks for this name, and sets it after a `fit` in other processes
         self._signals = DeferredSignals()
         self._asked: HostCopy | None = None  # the signal that any device had received at the step before
 
@@ -60,6 +65,8 @@ class LastCheckpoint(Checkpoint):
                 "Keep one of them; on the command line `last_checkpoint` is one."
             )
         self._saved_step = None
+        if stage == "fit":
+            self.best_model_path = ""
         use_own_files(trainer)
 
     # -- when ----------------------------------------------------------------------------------------------------
@@ -156,7 +163,7 @@ class LastCheckpoint(Checkpoint):
         path = self._folder(trainer) / "last.ckpt"
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
-        self._saved_step = trainer.global_step
+        self._saved_step, self.best_model_path = trainer.global_step, str(path)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.save_checkpoint(path, weights_only=False)
             return

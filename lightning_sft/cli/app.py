@@ -220,9 +220,10 @@ class SFTCLI(LightningCLI):
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
         config = {**self.config_init.trainer, **kwargs}
         callbacks = [self.config_init[key] for key in self.parser.callback_keys]
-        for switch, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+        saving = (Checkpoint, HuggingFaceExport)
+        for switch, kinds in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", saving)):
             if config.get(switch) is False or config.get("barebones"):
-                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+                callbacks = [callback for callback in callbacks if not isinstance(callback, kinds)]
         # Before the user's, which may put a model's own weights back that generations are to be made without.
         given = config.get("callbacks") or []
         config["callbacks"] = callbacks + (given if isinstance(given, list) else [given])

@@ -46,6 +46,15 @@ def test_best_is_what_lightning_s_checkpoint_found_wherever_it_stands(tmp_path):
     assert found["val/loss"] == pytest.approx(float(best.best_model_score))
 
 
+def test_best_is_the_last_where_no_other_checkpoint_is_kept(tmp_path):
+    """Which is what Lightning evaluates where it is given no module."""
+    data = SFTDataModule(character_tokenizer(), ROWS, ROWS[:5], batch_size=4)
+    trainer = fit(tmp_path, [LastCheckpoint()], data=data, max_steps=3)[1]
+    assert trainer.checkpoint_callback.best_model_path == str(tmp_path / "checkpoints" / "last.ckpt")
+    (found,) = trainer.validate(datamodule=data, ckpt_path="best", verbose=False)
+    assert found["step"] == 3
+
+
 class Saved(L.Callback):
     def __init__(self):
         self.steps = []

@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support import chat
+from support.fits import make_data, make_trainer
 from support.models import character_tokenizer, tiny_config
 from support.processes import Processes
 from support.runs import ROWS, train
@@ -87,6 +88,15 @@ def test_weights_are_converted_on_request(tmp_path):
     assert model.dtype == torch.float32
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")  # tied: once
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_with_an_export_lightning_keeps_its_own_checkpoint_or_none_if_told_so(tmp_path):
+    for has_checkpoint in (True, False):
+        folder = tmp_path / str(has_checkpoint)
+        options = {"callbacks": [HuggingFaceExport()], "max_steps": 1, "enable_checkpointing": has_checkpoint}
+        make_trainer(folder, **options).fit(SFTModule(tiny_config()), make_data())
+        assert (folder / "huggingface" / "config.json").is_file()
+        assert len(list(folder.rglob("*.ckpt"))) == has_checkpoint
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
