@@ -13,7 +13,7 @@ from lightning_sft.data.chat.conversation import CALLS_AS_TEXT, REASONING, Conve
 from lightning_sft.data.chat.turns import Turn, short_conversation
 from lightning_sft.errors import SettingsError, shorten
 
-_MARK_OFREASONING = "</?think>"
+_MARK_OF_REASONING = "</?think>"
 _NUM_TELLING = 8  # a text of so many characters hardly stands in another field of the turn by chance
 
 
@@ -117,7 +117,7 @@ def _texts_of_content(template: ChatTemplate, turn: Turn, message: Message) -> I
     """
     content = message["content"]
     says_more = any(map(message.get, ("tool_calls", CALLS_AS_TEXT, *REASONING)))
-    marks = re.compile(f"{_MARK_OFREASONING}|{template.special_tokens.pattern}")
+    marks = re.compile(f"{_MARK_OF_REASONING}|{template.special_tokens.pattern}")
     spans = [] if _holds(turn.response, content) else [mark.span() for mark in marks.finditer(content)]
     bounds = [0, *chain(*spans), len(content)]
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
