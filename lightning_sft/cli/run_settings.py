@@ -186,10 +186,8 @@ class RunSettings:
         if trainer.logger in (None, True) and not trainer.get("barebones"):
             trainer.logger = self._first
         for logger in self._loggers():
-            kind, options = (
-                str(getattr(logger, "class_path", "")).rpartition(".")[2],
-                getattr(logger, "init_args", None),
-            )
+            kind = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+            options = getattr(logger, "init_args", None)
             if kind not in _NUMBERED or options is None or options.get("version") is not None:
                 continue
             folder = options.get("save_dir") or ""
