@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.head import Head
-from lightning_sft.model.lora import trained_layer
 from lightning_sft.model.probing import CALL_ERRORS
 from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform
@@ -44,8 +44,8 @@ class _Rule:
     vocab_size: int | None = None
 
 
-# What was found of a model is kept as long as the model is, since finding it takes a forward pass.
-_RULES: WeakKeyDictionary[PreTrainedModel, _Rule | None] = WeakKeyDictionary()
+# What was found of a model is kept, since finding it takes a forward pass, until something else wraps or hooks it.
+_RULES: WeakKeyDictionary[PreTrainedModel, tuple[object, _Rule | None]] = WeakKeyDictionary()
 
 
 def find_linear_head(model: nn.Module, transform: LogitTransform | None = None) -> LinearHead | None:
@@ -61,15 +61,24 @@ def find_linear_head(model: nn.Module, transform: LogitTransform | None = None) 
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    layer = trained_layer(model.get_output_embeddings())
+    layer = _layer_in_use(model.get_output_embeddings())
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
         return None
     if transform is not None:
         return LinearHead(layer, transform)
-    if model not in _RULES:
-        _RULES[model] = _tried_out(model, layer)
-    rule = _RULES[model]
+    around = (id(vars(model).get("forward")), tuple(model._forward_hooks), tuple(layer._forward_hooks))
+    if model not in _RULES or _RULES[model][0] != around:
+        _RULES[model] = around, _tried_out(model, layer)
+    rule = _RULES[model][1]
     return None if rule is None else LinearHead(layer, rule.transform, rule.vocab_size)
+
+
+def _layer_in_use(layer: Any) -> Any:
+    """The layer itself, or what runs in its place where adapters bring a copy of it (`modules_to_save`)."""
+    if not hasattr(layer, "modules_to_save"):
+        return layer
+    adapters = [] if layer.disable_adapters else layer.active_adapters
+    return layer.modules_to_save[adapters[0]] if adapters else layer.original_module
 
 
 def configured_transform(model: PreTrainedModel) -> LogitTransform:
@@ -88,7 +97,7 @@ def _tried_out(model: PreTrainedModel, layer: nn.Linear) -> _Rule | None:
         made.append(torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output))
         return made[-1]
 
-    hook = layer.register_forward_hook(made_up)
+    hook = layer.register_forward_hook(made_up, prepend=True)  # other hooks may change what the head returns
     try:
         with (
             torch.compiler.set_stance("force_eager"),

@@ -217,10 +217,16 @@ def _with_loss(
 
 def _response_logits(model: nn.Module, input_ids: Tensor, response_positions: Tensor, **model_kwargs: Any) -> Tensor:
     """Logits at the response positions, `(num_response_tokens, vocab_size)`, from the model's own forward."""
-    width = input_ids.shape[1]
+    width = num_columns = input_ids.shape[1]
     rows, columns = response_positions // width, response_positions % width
     if "logits_to_keep" in inspect.signature(model.forward).parameters and len(columns):
         kept, columns = columns.unique(return_inverse=True)
-        model_kwargs["logits_to_keep"] = kept
+        model_kwargs["logits_to_keep"], num_columns = kept, len(kept)
     logits: Tensor = model(input_ids, **model_kwargs).logits
+    if logits.shape[1] != num_columns:
+        raise SettingsError(
+            f"The model gives {logits.shape[1]} columns of logits, expected {num_columns}, one for each token that is "
+            "asked for. Where it puts tokens of its own before the others, as prompt tuning does, give a module that "
+            "leaves their logits out."
+        )
     return logits[rows, columns]

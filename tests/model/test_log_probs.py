@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapters import run_get_response_log_probs
+from peft import LoraConfig, inject_adapter_in_model
 from support.models import tiny_model
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -227,8 +228,9 @@ def test_a_head_taken_apart_gives_the_scores_and_gradients_of_the_models_own_log
     naive = naive_log_probs(model, input_ids, labels)
     entropy = compute_entropy(model(input_ids).logits)
     sizes = set()
-    scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask)  # tries the head out
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: sizes.add(output.shape[-1]))
+    get_response_log_probs(model, input_ids, labels)  # tries the head out
+    sizes.clear()
     scores = get_response_log_probs(model, input_ids, labels, True, response_mask=mask)
     loss = score_responses(model, input_ids, labels, mask.flatten().nonzero()[:, 0], normalize_constant=4.0).loss
     assert sizes == {1}  # no logits
@@ -281,6 +283,58 @@ def test_a_head_that_does_more_is_not_taken_apart(kind):
     none.backward()
     assert none.item() == 0  # and still part of the graph
     assert model.model.embed_tokens.weight.grad.abs().sum() == 0
+
+
+def cooled(output):
+    """Logits or an output with them, at another temperature."""
+    if isinstance(output, Tensor):
+        return output / 0.7
+    output.logits = output.logits / 0.7
+    return output
+
+
+def wrap_forward(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: cooled(forward(*args, **kwargs))
+
+
+COOLED = {
+    "hook of the head": lambda model: model.lm_head.register_forward_hook(lambda _, inputs, output: cooled(output)),
+    "hook of the model": lambda model: model.register_forward_hook(lambda _, inputs, output: cooled(output)),
+    "wrapped forward": wrap_forward,
+}
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("place", COOLED)
+def test_what_a_hook_or_a_wrapper_does_to_the_logits_counts_whenever_it_is_added(place, used_before):
+    model, input_ids, labels = llama_and_ids()
+    if used_before:
+        get_response_log_probs(model, input_ids, labels)
+    COOLED[place](model)
+    given = get_response_log_probs(model, input_ids, labels)["log_probs"]
+    torch.testing.assert_close(given.double(), naive_log_probs(model, input_ids, labels))
+
+
+def test_of_a_head_that_adapters_have_a_copy_of_the_one_in_use_is_scored():
+    """As where the model before reinforcement learning is that without its adapters."""
+    model, input_ids, labels = llama_and_ids()
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    inject_adapter_in_model(config, model, adapter_name="policy")
+    nn.init.normal_(model.lm_head.modules_to_save["policy"].weight)
+    given = [get_response_log_probs(model, input_ids, labels)["log_probs"]]
+    expected = [naive_log_probs(model, input_ids, labels)]
+    model.lm_head.enable_adapters(False)
+    given.append(get_response_log_probs(model, input_ids, labels)["log_probs"])
+    expected.append(naive_log_probs(model, input_ids, labels))
+    torch.testing.assert_close(torch.stack(given).double(), torch.stack(expected))
+
+
+def test_logits_that_do_not_match_the_tokens_are_refused():
+    """Those of prompt tuning stand behind as many of its own."""
+    ids = torch.zeros((1, 2), dtype=torch.int64)
+    with pytest.raises(SettingsError, match=r"gives 3 columns of logits, expected 2, .* as prompt tuning does, give"):
+        get_response_log_probs(Recorded(torch.zeros(1, 3, 5)), ids, ids)
 
 
 def test_trying_a_head_out_draws_nothing_and_happens_once():
