@@ -11,7 +11,7 @@ from lightning_sft.checks import check_type
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.texts import check_is_text
 from lightning_sft.data.tokens.tokenization import encode_prompts
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, SettingsTypeError
 from lightning_sft.generation.responses import ResponseRequest
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.modes import evaluating
@@ -31,6 +31,11 @@ def make_requests(
         subject, expected = f"ground_truths[{prompt.index}]", "a string, or none if the response is not to be scored"
         check_type(subject, prompt.ground_truth, str, expected, optional=True)
         check_is_text(f"`{subject}`", prompt.ground_truth or "")
+    if not callable(getattr(model, "get_input_embeddings", None)):
+        raise SettingsTypeError(
+            f"`model` is of type {type(model).__name__}, expected a causal language model of `transformers`. Give what "
+            "the wrapper holds, such as its `module`."
+        )
     texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
     encoded = encode_prompts(texts, tokenizer, as_written=as_written)
     num_embeddings, highest = len(_embeddings(model)), max((max(ids) for ids in encoded if ids), default=0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from support.models import character_tokenizer, tiny_model
 from support.refusals import Refusal, assert_says, each, write
+from torch.nn import DataParallel
 
 from lightning_sft import Sampling, log_generations
 from lightning_sft.errors import SettingsTypeError
@@ -53,6 +54,12 @@ REFUSED = {
     "half a character as ground truth": Refusal(
         lambda folder: generate(ground_truths=["\ud800"]),
         "`ground_truths[0]` holds a lone surrogate, which is not text: '\\ud800'.",
+    ),
+    "a model in a wrapper": Refusal(
+        lambda folder: log_generations(DataParallel(tiny_model()), character_tokenizer(), ["a"], ["b"]),
+        "`model` is of type DataParallel, expected a causal language model of `transformers`. Give what the wrapper "
+        "holds, such as its `module`.",
+        SettingsTypeError,
     ),
     "a tokenizer of another model": Refusal(
         lambda folder: log_generations(tiny_model(vocab_size=100), character_tokenizer(), ["az"], ["b"]),

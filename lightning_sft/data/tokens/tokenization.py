@@ -47,7 +47,7 @@ def encode_prompts(
         SettingsTypeError: If `prompt_strs` is one string, or holds anything else than strings.
         SettingsError: If a prompt is not text: a lone surrogate cannot be encoded.
     """
-    if not prompt_strs:
+    if len(prompt_strs) == 0:  # columns of a table are neither true nor false
         return []
     encoded = _encode(prompt_strs, tokenizer, "prompt")
     prefix = prompt_prefix(tokenizer)
@@ -96,7 +96,7 @@ def encode_examples(
             f"`prompt_strs` and `output_strs` must pair up, but there are {len(prompt_strs)} prompts "
             f"and {len(output_strs)} outputs."
         )
-    if not output_strs:
+    if len(output_strs) == 0:
         return []
     eos = _eos(tokenizer, append_eos)
     prompts = encode_prompts(prompt_strs, tokenizer)

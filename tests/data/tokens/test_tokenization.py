@@ -2,6 +2,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from adapters import run_tokenize_prompt_and_output
@@ -195,6 +196,15 @@ def test_tokenize_prompt_and_output_gives_labels_that_can_be_written_without_cha
 def test_tokenize_prompt_and_output_names_both_numbers_if_texts_do_not_pair_up():
     with pytest.raises(ValueError, match=r"`prompt_strs` and `output_strs` must pair up.* 2 prompts and 1 outputs"):
         tokenize_prompt_and_output(["a", "b"], ["x"], character_tokenizer())
+
+
+def test_tokenize_prompt_and_output_takes_columns_of_a_table():
+    """Whose truth is not that of a list; those of pandas are counted by an index of their own."""
+    expected = run_tokenize_prompt_and_output(["ab", "c"], ["d", "ef"], character_tokenizer())
+    table = pd.DataFrame({"prompt": ["ab", "c"], "output": ["d", "ef"]}, index=[5, 7])
+    given = run_tokenize_prompt_and_output(table.prompt, table.output, character_tokenizer())
+    for name in expected:
+        assert torch.equal(given[name], expected[name])
 
 
 def test_tokenize_prompt_and_output_refuses_to_make_a_batch_of_nothing():
