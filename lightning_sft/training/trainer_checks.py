@@ -1,5 +1,6 @@
 """Strategies, precisions and callbacks of Lightning that `SFTModule` cannot be trained with."""
 
+import inspect
 import warnings
 
 import lightning as L
@@ -42,6 +43,10 @@ _HOOKS = {  # of automatic optimization, which Lightning does not call under man
     "configure_gradient_clipping": "Set `max_grad_norm` to none and clip in `on_before_optimizer_step`, after "
     "`super().on_before_optimizer_step(optimizer)`",
 }
+_EXTENDED = (  # Lightning's own do nothing, so that few call them; those of `SFTModule` do
+    *("setup", "configure_callbacks", "on_fit_start", "on_train_start", "on_validation_start", "on_train_end"),
+    *("on_save_checkpoint", "on_load_checkpoint"),
+)
 _FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeFinder: "find_batch_size"}
 
 
@@ -83,14 +88,16 @@ def check_before_setup(trainer: L.Trainer) -> None:
     """Refuse to train with callbacks that cannot be used, before any of them does anything, or a compiled module."""
     if trainer.state.fn != "fit":
         return
-    if getattr(getattr(trainer, "lightning_module", None), "_compiler_ctx", None) is not None:
+    module = getattr(trainer, "lightning_module", None)
+    if getattr(module, "_compiler_ctx", None) is not None:
         raise SettingsError(
             "The module was compiled as a whole (`torch.compile(module)`), with all that an optimizer step does "
             "besides running the model. Give it `compile=True` instead, which compiles the model's blocks."
         )
-    if not getattr(getattr(trainer, "lightning_module", None), "automatic_optimization", True):
+    if not getattr(module, "automatic_optimization", True):
         _check_left_to_us(trainer)
         _check_hooks(trainer.lightning_module)
+    _check_super_is_called(type(module))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
 
@@ -126,6 +133,20 @@ def _check_hooks(module: L.LightningModule) -> None:
                 f"itself (manual optimization). {way_out}; or set `automatic_optimization`, with a `training_step` of "
                 "your own that returns the loss."
             )
+
+
+def _check_super_is_called(kind: type) -> None:
+    """Refuse hooks of a subclass that leave out what those of `SFTModule` do, such as where a run continues."""
+    mro = kind.__mro__
+    own = next((place for place, each in enumerate(mro) if each.__module__.startswith(f"{__package__}.")), 0)
+    for each in mro[:own]:
+        for name in _EXTENDED:
+            code = getattr(inspect.unwrap(vars(each).get(name, len)), "__code__", None)
+            if code is not None and name not in code.co_names:  # a call has the name of what it calls
+                raise SettingsError(
+                    f"`{each.__name__}.{name}` does not call `super().{name}`, in which `SFTModule` has something to "
+                    "do. Call it, with the same arguments, before or after what is done there."
+                )
 
 
 def check_loader(trainer: L.Trainer) -> None:

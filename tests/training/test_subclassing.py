@@ -101,10 +101,12 @@ def test_a_metric_that_is_not_there_is_named(tmp_path):
             "`Own.configure_gradient_clipping` would never be called.* Set `max_grad_norm`",
         ),
         ("on_before_optimizer_step", r"does not call `super\(\).on_before_optimizer_step\(optimizer\)`"),
+        ("on_train_start", r"`Own.on_train_start` does not call `super\(\).on_train_start`, in which .* Call it"),
+        ("configure_callbacks", r"`Own.configure_callbacks` does not call `super\(\).configure_callbacks`"),
     ],
 )
 def test_a_hook_in_which_something_would_be_left_out_is_refused(tmp_path, hook, message):
-    own = type("Own", (SFTModule,), {hook: lambda self, *args, **kwargs: None})
+    own = type("Own", (SFTModule,), {hook: lambda self, *args, **kwargs: []})
     with pytest.raises(SettingsError, match=message):
         fit(tmp_path, own(tiny_config()), max_steps=2)
 
