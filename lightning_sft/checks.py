@@ -51,6 +51,12 @@ def check_number(
         raise SettingsError(f"`{argument}` is {value}, expected {expected}.")
 
 
+def check_local(argument: str, value: object) -> None:
+    """Refuse an address, such as `s3://bucket/folder`, as the path of what is to be written."""
+    if isinstance(value, str) and "://" in value:
+        raise SettingsError(f"`{argument}` is {value!r}, but nothing is written to an address. Give a local path.")
+
+
 def check_choice(argument: str, value: object, choices: object, *, optional: bool = False) -> None:
     """Refuse what is none of the words of the `Literal` that `choices` is."""
     words = get_args(choices)

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightning_sft.callbacks.prediction_writer import PredictionWriter
-from lightning_sft.checks import check_integer, check_type
+from lightning_sft.checks import check_integer, check_local, check_type
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.errors import SettingsError
@@ -88,6 +88,7 @@ class GenerationMonitor(L.Callback):
         check_integer("num_rows_shown", num_rows_shown, at_least=0)
         if predict_path is not None:
             check_type("predict_path", predict_path, (str, Path), "the path of a file")
+            check_local("predict_path", predict_path)
         self.settings = GenerationSettings(reward_fn, sampling, max_tokens_per_batch, reward_seconds, generator)
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps

@@ -5,7 +5,7 @@ from typing import cast
 
 import lightning as L
 
-from lightning_sft.checks import check_type
+from lightning_sft.checks import check_local, check_type
 from lightning_sft.errors import SettingsError
 from lightning_sft.export.huggingface import (
     ExportDtype,
@@ -42,6 +42,7 @@ class HuggingFaceExport(L.Callback):
     ) -> None:
         super().__init__()
         check_type("folder", folder, (str, Path), "the path of a folder", optional=True)
+        check_local("folder", folder)
         check_export_settings(dtype, merge_lora)
         self.folder = folder
         self.dtype = dtype

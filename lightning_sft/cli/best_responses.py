@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lightning_sft.checks import check_local
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.generation.best_responses import choose_responses
 
@@ -25,6 +26,7 @@ def best_responses(records: str | list[str], output: str, per_prompt: int = 1, m
         SettingsError: If a file cannot be read or holds something else; no response has a reward, or enough of it; or
             the output cannot be written or would take the place of records.
     """
+    check_local("output", output)
     path = Path(output).expanduser()
     if path.suffix != ".jsonl":
         raise SettingsError(f"`output` is {output!r}; expected a file ending in .jsonl.")

@@ -6,6 +6,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.checks import check_local
 from lightning_sft.data.chat.chat_template import read_chat_template, with_chat_template
 from lightning_sft.data.tokens.tokenizer import load_tokenizer
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
@@ -42,6 +43,7 @@ def export(
     path = newest_checkpoint(Path("runs")) if ckpt_path == "last" else Path(ckpt_path).expanduser()
     if path is None:
         raise MissingFileError("`ckpt_path` is 'last', but there is no complete checkpoint below `runs`.")
+    check_local("output", output)
     folder = Path(output).expanduser()
     check_export_folder(folder)
     model, facts = load_checkpoint(path, weights_only is not False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.checks import check_choice, check_type
+from lightning_sft.checks import check_choice, check_local, check_type
 from lightning_sft.errors import SettingsError, why_not_written
 from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
@@ -61,6 +61,7 @@ def export_model(
             adapters to be written alone.
     """
     check_type("folder", folder, (str, Path), "the path of a folder")
+    check_local("folder", folder)
     check_export_settings(dtype, merge_lora)
     folder = Path(folder).expanduser().absolute()
     if not merge_lora:

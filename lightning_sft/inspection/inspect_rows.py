@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.callbacks.generation_monitor import GenerationMonitor
-from lightning_sft.checks import check_choice, check_integer
+from lightning_sft.checks import check_choice, check_integer, check_local
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.prepared_rows import PreparedRows
 from lightning_sft.data.rows.sources import full_location
@@ -76,6 +76,7 @@ def inspect_rows(
     """
     check_choice("split", split, Split)
     check_integer("num_rows", num_rows, at_least=1)
+    check_local("folder", folder)
     if trainer.limit_val_batches == 0:
         raise SettingsError("`trainer.limit_val_batches` is 0, so that no row would be scored. Leave it out.")
     rows = InspectedRows(datamodule, split)

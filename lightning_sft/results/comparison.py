@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_sft.checks import check_type
+from lightning_sft.checks import check_local, check_type
 from lightning_sft.errors import SettingsError, counted, path_from_here
 from lightning_sft.generation.records import summarize
 from lightning_sft.results.compared_prompts import RewardDifference, match_prompts, reward_difference
@@ -74,6 +74,7 @@ def compare_runs(
             written.
     """
     check_type("output", output, (str, Path), "a file ending in .html")
+    check_local("output", output)
     path = Path(output).expanduser()
     if path.suffix != ".html":
         raise SettingsError(f"`output` is {str(output)!r}, expected a file ending in .html.")

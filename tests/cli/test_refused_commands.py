@@ -10,7 +10,10 @@ from support.models import save_tiny_model
 from support.refusals import assert_says, in_folder, write
 from support.untrusted import Payload, trace_of_payload
 
+from lightning_sft import GenerationMonitor, HuggingFaceExport, compare_runs, export_model, inspect_rows
 from lightning_sft.cli.app import main
+from lightning_sft.cli.best_responses import best_responses
+from lightning_sft.cli.export import export
 
 HELP = " Settings are explained by `lightning-sft fit --help`."
 USUAL = {
@@ -162,3 +165,21 @@ def test_weights_only_is_on_unless_the_user_says_otherwise(command, tmp_path, mo
     assert command({"ckpt_path": "{tmp}/bad.ckpt", "weights_only": "false"}) is None  # the user's word
     assert command({"ckpt_path": "https://example.org/good.ckpt"}) is None  # Lightning would take code from there
     assert seen == [True, False, False, True]
+
+
+WRITERS = {
+    "predict_path": lambda where: GenerationMonitor(predict_path=where),
+    "folder": lambda where: HuggingFaceExport(folder=where),
+    "folder of export_model": lambda where: export_model(None, where),
+    "folder of inspect_rows": lambda where: inspect_rows(L.Trainer(logger=False), None, None, folder=where),
+    "output of export": lambda where: export("last.ckpt", where),
+    "output of best_responses": lambda where: best_responses("records.jsonl", where),
+    "output of compare": lambda where: compare_runs(["one", "two"], where),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_address_is_no_place_to_write_to(writer):
+    argument = writer.split()[0]
+    with pytest.raises(ValueError, match=f"^`{argument}` is 's3://bucket/rows.jsonl', but nothing is written to an"):
+        WRITERS[writer]("s3://bucket/rows.jsonl")
