@@ -35,10 +35,10 @@ class SFTDataModule(L.LightningDataModule):
 
     A batch of `train_dataloader` is an `OptimizerStep`, everything that one optimizer step needs on this device: its
     `microbatches`, each with `input_ids`, `labels` and `response_mask`, padded or packed; and the step's `totals` over
-    all microbatches and devices. Validation and test batches are the same, in the order of the file. A notebook
-    displays a batch with its tokens coloured by the mask.
-
-    An epoch of the trainer is an epoch of the data; the end of a run and validations are counted in optimizer steps.
+    all microbatches and devices. Packed sequences are kept apart by `microbatch.model_inputs()`, further arguments of
+    the model. Validation and test batches are the same, in the order of the file. A notebook displays a batch with its
+    tokens coloured by the mask. An epoch of the trainer is an epoch of the data; the end of a run and validations are
+    counted in optimizer steps.
 
     Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
     `completion`), are formatted with the tokenizer's chat template, together with the row's `tools` and

@@ -239,12 +239,13 @@ def test_what_a_subclass_clears_away_at_the_end_is_cleared_away_there_alone(tmp_
     assert torn_down == [2]
 
 
-@pytest.mark.parametrize("automatic", [False, True])
-def test_a_training_step_may_be_written_anew(tmp_path, automatic):
+@pytest.mark.parametrize(("automatic", "layout"), [(False, "packed"), (True, "padded")])
+def test_a_training_step_may_be_written_anew(tmp_path, automatic, layout):
     class Naive(SFTModule):
         def training_step(self, batch, batch_idx):
             (microbatch,) = batch.microbatches
-            log_probs = get_response_log_probs(self.model, microbatch.input_ids, microbatch.labels)["log_probs"]
+            tokens, inputs = (microbatch.input_ids, microbatch.labels), microbatch.model_inputs()
+            log_probs = get_response_log_probs(self.model, *tokens, **inputs)["log_probs"]
             loss = -log_probs[microbatch.response_mask].sum() / batch.totals.num_response_tokens
             if automatic:
                 return loss
@@ -260,6 +261,6 @@ def test_a_training_step_may_be_written_anew(tmp_path, automatic):
     own = Naive(tiny_config())
     own.automatic_optimization = automatic
     for module in (given, own):
-        make_trainer(tmp_path, max_steps=3).fit(module, make_data(layout="padded"))
+        make_trainer(tmp_path, max_steps=3).fit(module, make_data(layout=layout))
     for name, weight in given.model.named_parameters():
         torch.testing.assert_close(own.model.get_parameter(name), weight)
