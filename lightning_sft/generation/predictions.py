@@ -1,11 +1,13 @@
 """The file that `predict` writes: each response once, whatever interrupts it."""
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import xor
 from pathlib import Path
 
@@ -99,16 +101,27 @@ class PredictionFile:
 def prediction_run(model: nn.Module, prompts: Iterable[Prompt], settings: GenerationSettings) -> str:
     """Twelve hexadecimal digits that change with whatever responses and rewards depend on.
 
-    These are the model's weights, the prompts' texts and ground truths, the sampling, and the names of the reward
-    function and of a generator. All processes of a sharded model call this.
+    These are the model's weights, the prompts' texts and ground truths, the sampling, and the names and the source of
+    the reward function and of a generator. All processes of a sharded model call this.
     """
     hasher = hashlib.blake2b(digest_size=6)
-    functions = (settings.reward_fn, settings.generator)
-    names = [getattr(each, name, "") for each in functions for name in ("__module__", "__qualname__")]
-    hasher.update(json.dumps([asdict(settings.sampling), names, _hash_weights(model)]).encode())
+    functions = [_described(each) for each in (settings.reward_fn, settings.generator)]
+    hasher.update(json.dumps([asdict(settings.sampling), functions, _hash_weights(model)]).encode())
     for prompt in prompts:
         hasher.update(json.dumps([prompt.text, prompt.ground_truth]).encode())
     return hasher.hexdigest()
+
+
+def _described(function: object) -> list[str]:
+    """What tells a function from another one, also of the same name, which a notebook may define again."""
+    given = []
+    while isinstance(function, partial):
+        given.append(repr((function.args, function.keywords)))
+        function = function.func
+    kind = function if inspect.isroutine(function) else type(function)
+    with suppress(OSError, TypeError, SyntaxError):  # of what is written in C, or was typed into a shell
+        given.append(inspect.getsource(kind))
+    return [kind.__module__, kind.__qualname__, *given]
 
 
 def _hash_weights(model: nn.Module) -> list[int]:

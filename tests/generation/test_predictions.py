@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import lightning as L
 import pytest
@@ -13,7 +14,8 @@ from support.runs import SHARDED, longer_length
 from lightning_sft import GenerationMonitor, Sampling, SettingsError, SFTDataModule, SFTModule, log_generations
 from lightning_sft.callbacks import generation_monitor
 from lightning_sft.generation.generate import generate_records
-from lightning_sft.generation.predictions import PredictionFile
+from lightning_sft.generation.predictions import PredictionFile, prediction_run
+from lightning_sft.generation.settings import GenerationSettings
 
 ROWS = [{"prompt": f"p{i}" + "q" * (i % 3), "ground_truth": f"g{i}"} for i in range(7)]
 
@@ -134,6 +136,24 @@ def test_without_a_path_each_run_has_a_file_of_its_own(tmp_path, straight):
     files = list((tmp_path / "predictions").iterdir())
     assert len(files) == 2
     assert straight.read_bytes() in [file.read_bytes() for file in files]
+
+
+def test_a_reward_function_that_is_written_anew_is_another_run():
+    """As in a notebook, under the same name, and with other arguments."""
+
+    def reward_fn(response, ground_truth, *, least=0):
+        return dict.fromkeys(("format_reward", "answer_reward", "reward"), float(len(response) > least))
+
+    first = reward_fn
+
+    def reward_fn(response, ground_truth, *, least=0):
+        return dict.fromkeys(("format_reward", "answer_reward", "reward"), 1.0)
+
+    functions = [first, reward_fn, partial(first, least=1), partial(first, least=2)]
+    model = tiny_model()
+    twice = [[prediction_run(model, [], GenerationSettings(each, Sampling())) for each in functions] for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert len(set(twice[0])) == 4
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_generated(tmp_path):
