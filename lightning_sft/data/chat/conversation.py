@@ -165,7 +165,8 @@ def _read_message(turn: str, message: object) -> Message:
     if isinstance(content, list):  # a template that expects text would write such a list out as Python does
         content = "".join(_part_text(turn, part) for part in content)
     if not isinstance(content, str):
-        raise SettingsError(f"{turn} ({role}) has the content {shorten(content)}, expected a string.")
+        way_out = " Write the object as JSON text." if isinstance(content, Mapping) else ""
+        raise SettingsError(f"{turn} ({role}) has the content {shorten(content)}, expected a string.{way_out}")
     if rest.get("train_detail"):
         raise SettingsError(
             f"{turn} ({role}) has the `train_detail` {shorten(rest['train_detail'])}, but a turn is learnt as a whole "

@@ -179,6 +179,10 @@ BAD_MESSAGES = {
     ),
     "no role": ([{"content": "b"}], "turn 1 has the role None"),
     "a number": ([user(3)], "turn 1 (user) has the content 3, expected a string."),
+    "an object": (
+        [user("a"), {"role": "tool", "content": {"b": 1}}, assistant("c")],
+        "turn 2 (tool) has the content {'b': 1}, expected a string. Write the object as JSON text.",
+    ),
     "no content": ([user("a"), assistant(None)], "turn 2 (assistant) has the content None"),
     "tool calls that are none": ([user("a"), assistant(None, tool_calls="null")], "turn 2 (assistant) has the content"),
     "an image": (
