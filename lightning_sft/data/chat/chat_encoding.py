@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -241,10 +241,9 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         (written,) = encoder.write(Conversation(messages))
-        (encoded,) = encoder.encode([written])
     except SettingsError:  # no template, or one for other conversations: nothing was learnt with it
         return None
-    if not written.turns[-1].is_closed:
+    (turn,) = written.turns
+    if not turn.is_closed:
         return None
-    example = encoded.example
-    return int(example.input_ids[min([*example.excluded_spans, len(example.input_ids)]) - 1])
+    return cast(int, tokenizer.convert_tokens_to_ids(turn.text[turn.content_end :]))

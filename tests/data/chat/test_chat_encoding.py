@@ -172,7 +172,10 @@ def test_a_template_may_be_in_a_file(tmp_path):
     assert data.tokenizer.chat_template == CHATML
 
 
-@pytest.mark.parametrize("template", [None, LLAMA3])
+MARKED_BEYOND_THE_END = LLAMA3.replace("{% endfor %}", "{% generation %}{{ '\n' }}{% endgeneration %}{% endfor %}", 1)
+
+
+@pytest.mark.parametrize("template", [None, LLAMA3, MARKED_BEYOND_THE_END])
 def test_the_token_that_ends_a_turn_is_known_for_generation(template):
     tokenizer = chat_tokenizer(template)
     expected = tokenizer.convert_tokens_to_ids("<|eot_id|>") if template else None
