@@ -189,7 +189,8 @@ class ChatEncoder:
             turn = turns.get(start)
             before = text.alike(written.text[:start] if turn is None else turn.prompt)
             if turn is not None and not before.is_whole:
-                if before.num_tokens < text.alike(turn.prompt[: turn.words_end]).num_tokens:
+                words = text.alike(turn.prompt[: turn.words_end])
+                if before.num_tokens < words.num_tokens + (not words.is_whole):
                     raise SettingsError(
                         f"turn {turn.index + 1} (assistant) begins within a token, in "
                         f"{around(turn.text, turn.start)!r}. Give another `chat_template`."

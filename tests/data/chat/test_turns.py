@@ -228,6 +228,16 @@ def test_a_conversation_that_the_assistant_begins_is_learnt_from_the_second_answ
     assert "turn 1 (assistant) has nothing before it" in refusal([assistant("Hello.")], CHATML)
 
 
+def test_a_token_that_ends_a_question_and_begins_the_turn_is_refused():
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{{ '\n' if m.role == 'assistant' }}{{ m.content }}"
+        "{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}"
+    )
+    tokenizer.add_tokens(["?\n"])
+    with pytest.raises(ValueError, match=r"turn 2 \(assistant\) begins within a token, in '2\+2\?\\n4.<"):
+        encode([{"messages": LONG}], tokenizer)
+
+
 REFUSED = {
     "an error of its own": (
         GEMMA,
