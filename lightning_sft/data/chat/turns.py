@@ -120,14 +120,16 @@ def _find_start(
 
     That is after the generation prompt, or as much of it as is written, which stands last before the turn's own words;
     where there is none, after what ends the message before the turn, such as Mistral's `[/INST]`.
-    What follows must be the same whatever the message before the turn says, so that nothing of it is learnt.
+    What follows must be the same whatever the messages before the turn say, so that nothing of them is learnt.
 
     Returns:
         Where the turn begins in the whole text; and how many characters of the generation prompt stand before it.
     """
     before, turn = conversation.messages[:index], conversation.messages[index]
     words_start = common_length(whole, template.write(replace(conversation, messages=[*before, _reworded(turn)])))
-    reworded = template.write(replace(conversation, messages=[*before[:-1], _reworded(before[-1]), turn]))
+    empty = [{key: value for key, value in message.items() if not value} for message in before]  # and stays so
+    reworded_before = [{**_reworded(message), **rest} for message, rest in zip(before, empty, strict=True)]
+    reworded = template.write(replace(conversation, messages=[*reworded_before, turn]))
     marker = template.special_tokens.match(generation_prompt)
     for shared in range(len(generation_prompt), marker.end() - 1 if marker else len(generation_prompt) - 1, -1):
         found = whole.rfind(generation_prompt[:shared], 0, words_start) if shared else -1

@@ -228,6 +228,16 @@ def test_a_conversation_that_the_assistant_begins_is_learnt_from_the_second_answ
     assert "turn 1 (assistant) has nothing before it" in refusal([assistant("Hello.")], CHATML)
 
 
+def test_of_an_earlier_answer_with_which_a_turn_is_written_together_nothing_is_learnt():
+    template = (  # as Gemma 4: messages of one role are one, and a tool's result without a call is left out
+        "{% set ns = namespace(last='') %}{% for m in messages if m.role != 'tool' %}{% if m.role != ns.last %}"
+        "{{ '<|im_end|>\n' if ns.last }}<|im_start|>{{ m.role }}\n{% endif %}{{ m.content }}{% set ns.last = m.role %}"
+        "{% endfor %}<|im_end|>\n{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [LONG[0], assistant("4.", weight=0), {"role": "tool", "content": "8"}, assistant("6!")]
+    assert "turn 4 (assistant): the chat template prompts for it with" in refusal(messages, template)
+
+
 def test_a_token_that_ends_a_question_and_begins_the_turn_is_refused():
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{{ '\n' if m.role == 'assistant' }}{{ m.content }}"
