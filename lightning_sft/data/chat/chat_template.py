@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lightning_sft.checks import check_type
 from lightning_sft.data.chat.conversation import Conversation, Message
 from lightning_sft.data.chat.token_counter import special_token_pattern
-from lightning_sft.data.tokens.texts import read_template_file
+from lightning_sft.data.tokens.texts import common_length, read_template_file
 from lightning_sft.errors import SettingsError, one_line
 
 
@@ -111,6 +111,27 @@ class ChatTemplate:
                 return takes_parts
         return False
 
+    @cached_property
+    def prompts_always(self) -> bool:
+        """Whether the template writes a prompt for the assistant at the end of every text, as those of Command A do.
+
+        What it writes after an answer then goes on otherwise if a question follows, and stands after a question, too.
+        """
+        question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}
+        conversation = Conversation([question, answer, question])
+        try:
+            asked, answered, whole = (self.write(conversation, num_messages) for num_messages in (1, 2, 3))
+            prompt = self.write(conversation, 1, add_generation_prompt=True)
+        except SettingsError:
+            return False
+        rest = answered[self.outside_of_special_tokens(answered, common_length(answered, whole)) :]
+        return bool(rest.strip()) and asked.endswith(rest) and prompt.startswith(asked)
+
+    @property
+    def eos_token(self) -> str | None:
+        """The tokenizer's EOS, as templates write it."""
+        return self._special_tokens.get("eos_token")
+
     def write_marked(self, conversation: Conversation, num_messages: int | None = None) -> MarkedText | None:
         """What `write` returns, with what the template marks in it; None if the template has no marks."""
         if not _MARK.search(self._tokenizer.get_chat_template(tools=conversation.tools)):
@@ -164,6 +185,11 @@ class ChatTemplate:
     def special_tokens(self) -> re.Pattern[str]:
         """Matches the special tokens of the tokenizer in a text."""
         return special_token_pattern(self._tokenizer)
+
+    def outside_of_special_tokens(self, text: str, position: int) -> int:
+        """The position, or where the special token begins that it is within: two may begin with the same characters."""
+        tokens = self.special_tokens.finditer(text)
+        return next((token.start() for token in tokens if token.start() < position < token.end()), position)
 
 
 _ENVIRONMENT, _TOOL = (re.compile(f"['\"]{role}['\"]") for role in ("environment", "tool"))

@@ -81,7 +81,7 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int, t
         prompt_start = max(words_end, common_length(template.write(conversation, index), prompt))
         if words_end and prompt_start == len(prompt):  # no generation prompt: the end of the message before asks for it
             prompt_start = words_end
-        start = _outside_of_special_tokens(template, whole, common_length(prompt, whole))
+        start = template.outside_of_special_tokens(whole, common_length(prompt, whole))
         if start < prompt_start:
             start, shared = _find_start(template, conversation, index, prompt[prompt_start:], whole)
             context = prompt[: prompt_start + shared]
@@ -105,12 +105,6 @@ def _find_words_end(template: ChatTemplate, conversation: Conversation, index: i
     messages = [*before, {**last, "content": last["content"] + more}]
     other = template.write(replace(conversation, messages=messages), add_generation_prompt=True)
     return len(prompt) - common_length(prompt[::-1], other[::-1])
-
-
-def _outside_of_special_tokens(template: ChatTemplate, text: str, position: int) -> int:
-    """The position, or where the special token begins that it is within: two may begin with the same characters."""
-    tokens = template.special_tokens.finditer(text)
-    return next((token.start() for token in tokens if token.start() < position < token.end()), position)
 
 
 def _find_start(
@@ -146,6 +140,8 @@ def _find_end(
     template: ChatTemplate, conversation: Conversation, index: int, whole: str, start: int
 ) -> tuple[int, int]:
     """Start and end of the token that ends the turn; both the end of the turn's words if no special token does."""
+    if template.prompts_always:
+        return _find_eos(template, conversation, index, whole, start)
     tokens = [match.span() for match in template.special_tokens.finditer(whole, start)]
     turn = conversation.messages[index]
     if not tokens or whole[tokens[-1][1] :].strip():
@@ -163,6 +159,23 @@ def _find_end(
         return closing[0] + len(whole) - len(with_words), closing[1] + len(whole) - len(with_words)
     limit = common_length(whole, template.write(conversation, index + 1, add_generation_prompt=True))
     return next((token for token in reversed(tokens) if token[1] <= limit), tokens[-1])
+
+
+def _find_eos(
+    template: ChatTemplate, conversation: Conversation, index: int, whole: str, start: int
+) -> tuple[int, int]:
+    """Start and end of the EOS of a turn after which the template prompts for another."""
+    eos = template.eos_token
+    content_end = whole.rfind(eos, start) if eos else -1
+    end = content_end + len(eos or "")
+    if content_end < 0 or not template.write(conversation, index).endswith(whole[end:]):
+        raise SettingsError(
+            f"turn {index + 1} (assistant): the chat template always writes its generation prompt, also after the "
+            f"turn, and no EOS ({eos!r}) before that, so that the turn's end cannot be told: {whole[start:][-40:]!r}. "
+            "Give a `chat_template` that writes the prompt only if `add_generation_prompt` is true, or set "
+            "`tokenizer.eos_token` to the token that ends a turn."
+        )
+    return content_end, end
 
 
 def _reworded(message: Message) -> Message:

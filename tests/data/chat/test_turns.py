@@ -25,6 +25,7 @@ from support.chat import (
 from support.rows import encode as encoded_rows
 
 from lightning_sft import SFTDataModule
+from lightning_sft.data.chat.chat_encoding import end_of_turn_id
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -228,6 +229,23 @@ def test_a_conversation_that_the_assistant_begins_is_learnt_from_the_second_answ
     assert "turn 1 (assistant) has nothing before it" in refusal([assistant("Hello.")], CHATML)
 
 
+PROMPTS_ALWAYS = CHATML.replace("add_generation_prompt", "true")
+PROMPTS_ALWAYS_BUT_FOR_THE_LAST_TOKEN = (
+    PROMPTS_ALWAYS.replace("{{ m.content", "{{ '<|end|>' if m.role == 'assistant' }}{{ m.content")
+    + "{{ '<|end|>' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize("template", [PROMPTS_ALWAYS, PROMPTS_ALWAYS_BUT_FOR_THE_LAST_TOKEN])
+def test_where_a_template_prompts_after_an_answer_too_the_turn_ends_in_eos(template):
+    tokenizer = chat_tokenizer(template)
+    tokenizer.eos_token = "<|im_end|>"
+    (row,) = encode([{"messages": LONG}], tokenizer)
+    assert responses(row, tokenizer) == ["4.<|im_end|>", "6!<|im_end|>"]
+    assert row["input_ids"] == tokenizer.apply_chat_template(LONG)["input_ids"]
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+
+
 def test_of_an_earlier_answer_with_which_a_turn_is_written_together_nothing_is_learnt():
     template = (  # as Gemma 4: messages of one role are one, and a tool's result without a call is left out
         "{% set ns = namespace(last='') %}{% for m in messages if m.role != 'tool' %}{% if m.role != ns.last %}"
@@ -249,6 +267,11 @@ def test_a_token_that_ends_a_question_and_begins_the_turn_is_refused():
 
 
 REFUSED = {
+    "a prompt after an answer, too, and no EOS": (
+        PROMPTS_ALWAYS,
+        "turn 2 (assistant): the chat template always writes its generation prompt, also after the turn, and no EOS "
+        "('<eos>') before that, so that the turn's end cannot be told: ",
+    ),
     "an error of its own": (
         GEMMA,
         "row 1 of `train_data`: the chat template refuses the first 5 messages: TemplateError: roles must alternate",
