@@ -2,17 +2,20 @@
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Literal, overload
 
-from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, ReadInstruction, concatenate_datasets, load_dataset_builder
 from datasets import config as datasets_config
 from datasets import load_from_disk as load_saved
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.cache.cache import Cache
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_sft.data.rows.files import SUFFIXES, is_remote
 from lightning_sft.errors import SettingsError, one_line, shorten
+from lightning_sft.hub import commit_of, split_revision
 
 
 @overload
@@ -34,10 +37,14 @@ def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | I
         whole = os.path.expanduser(name)
         path, *options = [whole] if os.path.isdir(whole) else whole.split(":", 2)
         config, split = [*options, None, None][:2]
-        revision = None
-        if "@" in path and not os.path.exists(path):
-            path, _, revision = path.rpartition("@")
-        return load_dataset(path, config or None, split=split or "train", revision=revision, streaming=streaming)
+        path, revision = split_revision(path)
+        builder = load_dataset_builder(path, config or None, revision=revision)
+        if isinstance(builder, Cache):
+            builder = _cached(builder, path, revision)
+        if streaming:
+            return builder.as_streaming_dataset(split or "train")
+        builder.download_and_prepare()
+        return builder.as_dataset(split or "train")
     except Exception as error:
         words = one_line(error.__cause__ or error)
         words = words if isinstance(error, SettingsError) else f"{type(error).__name__}: {words}"
@@ -45,6 +52,23 @@ def load_named(name: str, argument: str, streaming: bool = False) -> Dataset | I
             f"`{argument}` is {name!r}: neither a file ({', '.join(SUFFIXES)}) nor a data set that can be loaded: "
             f"{words}"
         ) from error
+
+
+def _cached(builder: Cache, path: str, revision: str | None) -> Cache:
+    """What is in the cache of the revision that is asked for.
+
+    If the hub cannot be reached, `datasets` takes whatever it has cached of the data set last, whichever revision it is
+    of.
+    """
+    commit = commit_of(path, revision, "dataset")
+    if builder.hash == commit or (revision is None and commit is None):
+        return builder
+    if commit is None or not Path(builder.cache_dir).with_name(commit).is_dir():
+        raise SettingsError(
+            f"the hub cannot be reached, and the cache has commit {builder.hash} of it, not "
+            f"{revision or 'the latest'}. To use that, give the name as '{path}@{builder.hash}'."
+        )
+    return Cache(repo_id=path, dataset_name=builder.dataset_name, config_name=builder.config.name, hash=commit)
 
 
 def _saved_folder(name: str) -> tuple[str, str | None] | None:

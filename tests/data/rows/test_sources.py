@@ -4,7 +4,7 @@ from datetime import date
 
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo, SplitDict, SplitInfo
 from support.models import character_tokenizer
 from support.rows import (
     DATA,
@@ -22,7 +22,8 @@ from support.rows import (
     write_parquet,
 )
 
-from lightning_sft import SFTDataModule
+from lightning_sft import SettingsError, SFTDataModule
+from lightning_sft.data.rows.named_sets import load_named
 from lightning_sft.data.rows.readers import read_file
 from lightning_sft.data.rows.sources import open_sources
 
@@ -135,13 +136,48 @@ def test_the_rows_of_several_sources_stand_one_after_another(tmp_path):
 def test_a_hub_name_has_configuration_split_and_revision(name, expected, monkeypatch):
     asked = []
 
-    def load(path, config, *, split, revision, streaming):
-        asked.append((path, config, split, revision))
-        return Dataset.from_list([{"prompt": "a", "output": "b"}])
+    class Builder:
+        def download_and_prepare(self):
+            pass
 
-    monkeypatch.setattr("lightning_sft.data.rows.named_sets.load_dataset", load)
+        def as_dataset(self, split):
+            asked.insert(2, split)
+            return Dataset.from_list([{"prompt": "a", "output": "b"}])
+
+    def load(path, config, *, revision):
+        asked.extend([path, config, revision])
+        return Builder()
+
+    monkeypatch.setattr("lightning_sft.data.rows.named_sets.load_dataset_builder", load)
     open_sources(name, "train_data")
-    assert asked == [expected]
+    assert tuple(asked) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_a_hub_the_cache_gives_the_revision_that_is_asked_for(tmp_path, monkeypatch, streaming):
+    """Left alone, `datasets` gives whichever was used last."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    first, second = "1" * 40, "2" * 40
+    for commit in (first, second):
+        folder = tmp_path / "user___set" / "default" / "0.0.0" / commit
+        rows = Dataset.from_list([{"prompt": commit, "output": "b"}])
+        rows.save_to_disk(folder)
+        (folder / "data-00000-of-00001.arrow").rename(folder / "set-train.arrow")
+        splits = SplitDict.from_split_dict([SplitInfo("train", num_examples=1)], dataset_name="set")
+        info = DatasetInfo("", features=rows.features, splits=splits, config_name="default", version="0.0.0")
+        info.write_to_directory(folder)
+    refs = tmp_path / "hub" / "datasets--user--set" / "refs"
+    refs.mkdir(parents=True)
+    for branch, commit in (("main", first), ("v2", second)):
+        (refs / branch).write_text(commit)
+
+    def prompt(name):
+        return next(iter(load_named(name, "train_data", streaming=streaming)))["prompt"]
+
+    assert [prompt(f"user/set{at}") for at in ("", "@v2", f"@{first}")] == [first, second, first]
+    with pytest.raises(SettingsError, match=f"the cache has commit {second} of it, not v3. To use that, give the name"):
+        prompt("user/set@v3")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "*.jsonl", "**/rows[0-9]*"])
