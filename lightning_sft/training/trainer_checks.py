@@ -54,6 +54,8 @@ def check_trainer(trainer: L.Trainer) -> None:
     """Refuse strategies, precisions and plugins that would fail later, or have no effect without saying so."""
     # Lightning would warn that it does not step a schedule by a metric; `step_plateau_schedules` does.
     warnings.filterwarnings("ignore", "The lr scheduler dict contains the key")
+    # It is to save the weights that an optimizer step has left; Lightning would advise to keep those before it.
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
     # Steps are counted, and logged, over epochs.
     warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     check_strategy(type(trainer.strategy).__name__)

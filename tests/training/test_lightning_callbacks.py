@@ -31,7 +31,6 @@ def test_early_stopping_ends_the_run_at_the_step_expected(tmp_path):
 
 
 # Lightning would have weights from before the step; ours are those of the step that the file is named by.
-@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 def test_model_checkpoint_counts_optimizer_steps_and_keeps_the_best(tmp_path):
     every_third = ModelCheckpoint(tmp_path / "third", "{step}", every_n_train_steps=3, save_top_k=-1)
     best = ModelCheckpoint(tmp_path / "best", "{step}", monitor="val/loss", save_top_k=2, mode="max")

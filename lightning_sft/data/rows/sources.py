@@ -74,9 +74,14 @@ def open_sources(data: Data, argument: str) -> list[Source]:
     Raises:
         MissingFileError: If a file is missing or a pattern matches none.
         SettingsTypeError: If `data` is none of these.
-        SettingsError: If a source has no rows or cannot be read.
+        SettingsError: If a source has no rows or cannot be read, or a data set has a transform of its own.
     """
     if isinstance(data, Dataset):
+        if data.format["type"] == "custom":  # which only whoever indexes the data set would see
+            raise SettingsError(
+                f"`{argument}` is a data set with a transform (`with_transform`), which would not be applied. Give it "
+                "as `row_transform`, or apply it by `map`."
+            )
         sources = [Source(f"`{argument}`", data.with_format(None))]
     elif isinstance(data, str | Path):
         sources = _open_name(str(data), argument)

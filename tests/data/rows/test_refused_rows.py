@@ -342,6 +342,11 @@ SOURCES = {
         "are evaluated together.",
         SettingsTypeError,
     ),
+    "a data set that transforms its rows": Refusal(
+        data(train_data=Dataset.from_list(ROWS).with_transform(dict)),
+        "`train_data` is a data set with a transform (`with_transform`), which would not be applied. Give it as "
+        "`row_transform`, or apply it by `map`.",
+    ),
     "rows that are streamed already": Refusal(
         data(train_data=Dataset.from_list(ROWS).to_iterable_dataset()),
         f"`train_data` is ... of type IterableDataset; {KINDS} To stream its rows, give its files or its name, "
