@@ -130,10 +130,10 @@ def _texts_of_content(template: ChatTemplate, turn: Turn, message: Message) -> I
 
 def _fields(message: Message) -> Iterator[Field]:
     """What a turn says beside its content."""
-    reasoning = next((name for name in REASONING if message.get(name)), None)
-    if reasoning is not None:
-        without = {name: f"other {message[name]}" for name in REASONING if message.get(name)}
-        yield Field(reasoning, message[reasoning], {**message, **without}, _is_telling(message[reasoning]))
+    names = [name for name in REASONING if message.get(name)]
+    for name in names:  # a template that knows one of them may be told the same by another
+        without = {each: f"other {message[each]}" for each in names if message[each] == message[name]}
+        yield Field(name, message[name], {**message, **without}, _is_telling(message[name]))
     if isinstance(text := message.get(CALLS_AS_TEXT), str) and text.strip():
         yield Field(CALLS_AS_TEXT, text, {**message, CALLS_AS_TEXT: f"other {text}"}, _is_telling(text))
     calls = message.get("tool_calls") or []

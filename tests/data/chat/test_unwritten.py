@@ -144,3 +144,11 @@ def test_a_message_of_a_tool_or_the_system_that_a_template_leaves_out_is_said():
         assert counted.in_words(2).startswith(words)
     upper = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' else m.content | upper }}")
     assert not encoded_rows([{"messages": messages}], chat_tokenizer(upper)).report.notices
+
+
+def test_of_reasoning_by_two_names_a_template_writes_one():
+    template = CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    turn = assistant("6!", reasoning_content="3 and 3")
+    (row,) = encode([{"messages": [LONG[0], {**turn, "reasoning": "3 and 3"}]}], chat_tokenizer(template))
+    assert responses(row, chat_tokenizer(template)) == ["3 and 36!<|im_end|>"]
+    assert "has the `reasoning` 'twice 3'" in refusal([LONG[0], {**turn, "reasoning": "twice 3"}], template)
