@@ -1,6 +1,7 @@
 """The program `lightning-sft`: `--version` and the overview of commands are answered before imports that take long."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -32,12 +33,23 @@ def main() -> None:
         print(f"lightning-sft: error: `{words[0]}` is not a command; see `lightning-sft --help`.", file=sys.stderr)
         sys.exit(2)
     else:
+        _let_threads_sleep()
         run = _imported()
         try:
             run()
         finally:
             if "triton" in sys.modules:  # which lists at the exit, on the terminal, what has not been freed by then
                 gc.unfreeze()
+
+
+def _let_threads_sleep() -> None:
+    """Let OpenMP's threads sleep after they have waited for one another for a thousand turns of a loop.
+
+    By default they go on for 300,000 turns and keep cores busy that the thread they wait for could use, or another
+    program: beside one, a step takes several times as long. The variable is read when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _imported() -> Callable[[], None]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 HELPERS = [
@@ -81,3 +82,20 @@ def test_nothing_is_imported_that_is_not_used(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--model.loss_normalization" in done.stdout
     assert "leaked" not in done.stderr  # as triton would say of what is not freed at the exit
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_threads_are_told_to_sleep_before_torch_is_imported_unless_the_user_has_decided(given, count):
+    """By default they keep a core busy on which another program, or the thread that they wait for, could run."""
+    program = """\
+import os, sys
+from lightning_sft.cli import main
+main._imported = lambda: lambda: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+sys.argv[1:] = ["fit"]
+main.main()
+"""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], env=env | given, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [count, "False"], done.stderr
