@@ -192,8 +192,9 @@ class ChatEncoder:
                 words = text.alike(turn.prompt[: turn.words_end])
                 if before.num_tokens < words.num_tokens + (not words.is_whole):
                     raise SettingsError(
-                        f"turn {turn.index + 1} (assistant) begins within a token, in "
-                        f"{around(turn.text, turn.start)!r}. Give another `chat_template`."
+                        f"turn {turn.index + 1} (assistant) begins within a token that ends the message before it, in "
+                        f"{around(turn.text, turn.start)!r}. Give a `chat_template` that writes more between them, and "
+                        "does so if `add_generation_prompt` is true."
                     )
                 if turn.text.startswith(turn.prompt):
                     notices.append(Notice.of_token(turn.text, turn.start))

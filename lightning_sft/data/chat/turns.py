@@ -29,8 +29,8 @@ class Turn:
         content_end: Where the token that ends the turn begins; the end of the text if there is none.
         moved: How many characters later the turn stands in the text than in what the template writes, since what it
             writes before the turn is shorter than the prompt (or longer, if this is negative).
-        words_end: The last place in the prompt where the words of the message before the turn can end; 0 if they are
-            written otherwise.
+        words_end: The last place in the prompt where the words of the message before the turn can end; 0 if there are
+            none, or they are written otherwise.
     """
 
     index: int
@@ -75,7 +75,7 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int, t
     whole = text if text is not None and is_last else template.write(conversation, index + 1)
     context, start = prompt, len(prompt)
     words = conversation.messages[index - 1]["content"].strip()
-    words_end = prompt.rfind(words) + len(words) if words in prompt else 0
+    words_end = prompt.rfind(words) + len(words) if words and words in prompt else 0
     if not whole.startswith(prompt):
         words_end = _find_words_end(template, conversation, index, prompt)
         prompt_start = max(words_end, common_length(template.write(conversation, index), prompt))

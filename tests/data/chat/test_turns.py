@@ -206,14 +206,16 @@ def test_an_empty_turn_begins_with_the_token_that_ends_it_where_the_prompt_begin
     assert [counted.notice.kind for counted in rows.report.notices] == ["prompt"]
 
 
-def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it():
+@pytest.mark.parametrize("question", ["3+3?", ""])
+def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it(question):
+    messages = [*LONG[:2], user(question), LONG[3]]
     header = "{% if add_generation_prompt %}assistant:{% endif %}"
     tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}" + header)
     tokenizer.add_tokens([":6"])
-    (row,) = encode([{"messages": LONG}], tokenizer)
-    assert row["input_ids"] == tokenizer.apply_chat_template(LONG)["input_ids"]
+    (row,) = encode([{"messages": messages}], tokenizer)
+    assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
     assert responses(row, tokenizer) == ["4.<|im_end|>", ":6!<|im_end|>"]
-    (counted,) = encoded_rows([{"messages": LONG}], tokenizer).report.notices
+    (counted,) = encoded_rows([{"messages": messages}], tokenizer).report.notices
     words = "in 1 of 1 rows one token holds the end of the generation prompt and the beginning of the turn: "
     assert counted.in_words(1).startswith(f"{words}'<|im_end|>assistant:6!<|im_end|>'. The response begins with it")
 
@@ -262,7 +264,8 @@ def test_a_token_that_ends_a_question_and_begins_the_turn_is_refused():
         "{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}"
     )
     tokenizer.add_tokens(["?\n"])
-    with pytest.raises(ValueError, match=r"turn 2 \(assistant\) begins within a token, in '2\+2\?\\n4.<"):
+    words = r"turn 2 \(assistant\) begins within a token that ends the message before it, in '2\+2\?\\n4.<"
+    with pytest.raises(ValueError, match=words):
         encode([{"messages": LONG}], tokenizer)
 
 
