@@ -154,7 +154,8 @@ class SFTCLI(LightningCLI):
         if "data" in parts:
             model = config.model.get("model")
             if config.data.tokenizer is None and isinstance(model, str):
-                config.data.tokenizer = tokenizer_beside(model)
+                revision = (config.model.get("model_kwargs") or {}).get("revision")
+                config.data.tokenizer = tokenizer_beside(model, revision)
             if config.seed_everything and not config.data.seed:  # it may be False
                 config.data.seed = config.seed_everything
         if "model" in parts:

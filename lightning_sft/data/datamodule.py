@@ -52,7 +52,7 @@ class SFTDataModule(L.LightningDataModule):
     `completion_mask` and `assistant_masks` that the row has; if it has none of these, every token is.
 
     Args:
-        tokenizer: Name, path or object; on the command line the default is the model's.
+        tokenizer: Name (or `name@revision`), path or object; on the command line the default is the model's.
         train_data: A JSONL, JSON, CSV, TSV or Parquet file (all but Parquet also with `.gz`, `.bz2`, `.xz` or `.zst`),
             given by path, by a URL that `fsspec` can open, or by a glob pattern; a hub data set (`name`, `name:config`
             or `name:config:split`; `name@revision:...` for a commit, branch or tag), or a folder (`folder::split`) that

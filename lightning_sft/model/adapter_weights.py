@@ -75,5 +75,6 @@ def save_adapter(model: Any, weights: Mapping[str, Tensor], folder: Path) -> Non
     """Write a folder that `peft.PeftModel.from_pretrained` loads on top of the base model."""
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    config.revision = getattr(model.config, "_commit_hash", None)  # of the base model
     config.save_pretrained(folder)
     save_file(dict(weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.checks import check_integer, check_type
 from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.hub import split_revision
 from lightning_sft.model.given_adapters import has_foreign_adapters, settings_of_given, without_wrapper
 from lightning_sft.model.lora import add_lora, check_settings, has_lora, keep_adapters, lora_config
 from lightning_sft.model.parameter_names import check_patterns, freeze
@@ -24,13 +25,15 @@ class ModelBuilder:
 
     Attributes:
         source: Name or folder of a pretrained model; or the settings of a configuration with `model_type`; or a model.
-            A folder of adapters stands for the model that they are on top of, and for `lora.path`.
-        model_kwargs: For `from_pretrained` or `from_config`. Beside a model there may be none but its `dtype`, as a
-            checkpoint has it.
+            A folder of adapters stands for the model that they are on top of, and for `lora.path`. A name may have a
+            revision, `name@revision`, which goes to `model_kwargs`.
+        model_kwargs: For `from_pretrained` or `from_config`. Beside a model there may be none but its `dtype` and
+            `revision`, as a checkpoint has them.
         lora: Settings of adapters, as for `add_lora`; `path`: the folder of adapters to begin with. Whatever was given,
             it then holds the settings by which `add_lora` makes them. None: no adapters.
         seed: Of weights that are drawn, those of adapters included.
         freeze: Patterns of names of parameters that are not trained. None: all are, or all adapters.
+        commit: Of the model that was built, if it came from a hub.
 
     Raises:
         SettingsError: If one of them cannot be used.
@@ -41,18 +44,23 @@ class ModelBuilder:
     lora: dict[str, Any] | None = None
     seed: int = 0
     freeze: list[str] | None = None
+    commit: str | None = field(default=None, init=False)
     _stored: StoredAdapters | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        revision = None
         if isinstance(self.source, str | Path):
-            self.source = os.path.expanduser(str(self.source))
+            self.source, revision = split_revision(os.path.expanduser(str(self.source)))
         self.source = without_wrapper(self.source)
         check_type("model", self.source, (str, dict, PreTrainedModel), "a name, a path, settings or a model")
         check_type("model_kwargs", self.model_kwargs, dict, "a mapping of arguments", optional=True)
         check_type("lora", self.lora, dict, "a mapping of arguments", optional=True)
         check_integer("seed", self.seed, at_least=0)
         check_patterns("freeze", self.freeze)
-        if isinstance(self.source, PreTrainedModel) and (unused := set(self.model_kwargs or {}) - {"dtype"}):
+        if revision is not None:
+            self.model_kwargs = (self.model_kwargs or {}) | {"revision": revision}
+        unused = set(self.model_kwargs or {}) - {"dtype", "revision"}
+        if isinstance(self.source, PreTrainedModel) and unused:
             raise SettingsError(
                 f"`model_kwargs` has `{min(unused)}`, but `model` is a model, and they are arguments of loading or "
                 "building one. Leave them out, or set `model_kwargs=None` if a checkpoint has them."
@@ -72,7 +80,9 @@ class ModelBuilder:
                     "their base model as `model`."
                 )
             self._stored = StoredAdapters.read(self.source, given)
-            self.source = self._stored.base
+            self.source, revision = split_revision(self._stored.base)
+            if revision is not None:
+                self.model_kwargs = {"revision": revision} | (self.model_kwargs or {})
         elif path is not None:
             self._stored = StoredAdapters.read(path, given)
         if isinstance(self.source, PreTrainedModel) and has_foreign_adapters(self.source):
@@ -113,6 +123,7 @@ class ModelBuilder:
 
         The model is changed in place, and returned. Settings or patterns that do not fit it are refused.
         """
+        self.commit = getattr(model.config, "_commit_hash", None)
         if has_foreign_adapters(model):
             if self.lora is None:
                 raise SettingsError(
@@ -133,11 +144,13 @@ class ModelBuilder:
         """The arguments of `SFTModule`, plain values, by which a checkpoint's weights find the model that was built.
 
         Without adapters the checkpoint holds all weights, and the model's configuration is enough. With adapters it
-        holds them alone, so the model that they are on top of is named, and `lora` has their settings in full.
+        holds them alone, so the model that they are on top of is named, with its commit on the hub, and `lora` has
+        their settings in full.
         """
         if self.lora is None:
             return {"model": model.config.to_dict()}
         kwargs = (self.model_kwargs or {}) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        kwargs |= {} if self.commit is None else {"revision": self.commit}
         plain = {  # of an object such as `BitsAndBytesConfig` its settings
             name: json.loads(value.to_json_string()) if hasattr(value, "to_json_string") else value
             for name, value in kwargs.items()

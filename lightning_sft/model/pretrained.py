@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError, and_more, is_missing_path, one_line, shorten
+from lightning_sft.hub import commit_of
 
 # Arguments of `from_pretrained` that its configuration must not take over; the other ones, such as `revision` or
 # `subfolder`, say where it is, or change a setting of it.
@@ -94,6 +95,8 @@ def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:
             f"`model` is {source!r}, whose weights {misfits[0]}{and_more(misfits)}: they are not those of its "
             "config.json. To train such a model anyway, load it yourself and pass it as `model`."
         )
+    found = commit_of(source, options.get("revision"), "model", options.get("cache_dir"))
+    model.config._commit_hash = found or getattr(model.config, "_commit_hash", None)  # which older versions set
     return cast(PreTrainedModel, model)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.checks import check_type
 from lightning_sft.errors import SettingsError, and_more, is_missing_path, one_line, shorten
+from lightning_sft.hub import split_revision
 from lightning_sft.model.lora import adapter_names, changes_base, import_peft, lora_config, settings_of
 
 if TYPE_CHECKING:
@@ -29,15 +30,18 @@ def is_adapter_folder(path: str | Path) -> bool:
     return Path(path, _CONFIG).is_file()
 
 
-def tokenizer_beside(source: str) -> str:
+def tokenizer_beside(source: str, revision: str | None = None) -> str:
     """Where the tokenizer of a model is: with it; of a folder of adapters without one, with their base model.
 
-    `source` is the name or folder of a model, or a folder of adapters.
+    Args:
+        source: The name or folder of a model, or a folder of adapters.
+        revision: Of the model on the hub, if its name does not say it.
     """
     source = os.path.expanduser(source)
-    if not is_adapter_folder(source) or Path(source, "tokenizer_config.json").is_file():
-        return source
-    return StoredAdapters.read(source, {}).base
+    if not is_adapter_folder(source):
+        is_alone = revision is not None and not os.path.exists(source) and split_revision(source)[1] is None
+        return f"{source}@{revision}" if is_alone else source
+    return source if Path(source, "tokenizer_config.json").is_file() else StoredAdapters.read(source, {}).base
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class StoredAdapters:
 
     @property
     def base(self) -> str:
-        """Name or path of the model that they were trained on top of; refused if there is none."""
+        """Name, perhaps with a revision, or path of the model that they were trained on; refused if there is none."""
         name = self.config.base_model_name_or_path
         way_out = "Give it as `model`, and the adapters' folder as `lora.path`."
         if not name:
@@ -82,7 +86,8 @@ class StoredAdapters:
             raise SettingsError(
                 f"The adapters in {str(self.folder)!r} were trained on top of {name!r}, which is not there. {way_out}"
             )
-        return name
+        revision = self.config.revision
+        return name if revision is None or os.path.exists(name) else f"{name}@{revision}"
 
     def give_to(self, model: PreTrainedModel) -> None:
         """Put their weights into a model with adapters of the same settings, in place."""

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sft.errors import SettingsError, and_more
+from lightning_sft.hub import is_commit
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.stored_settings import HYPER_PARAMETERS
@@ -23,6 +24,13 @@ def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -
         rank_zero_warn(
             f"The checkpoint's adapters are of the model {base!r}, but `model` is {builder.base!r} here. With other "
             "weights they have no meaning."
+        )
+        return
+    commit = (hyper_parameters.get("model_kwargs") or {}).get("revision")
+    if isinstance(base, str) and is_commit(commit) and is_commit(builder.commit) and commit != builder.commit:
+        rank_zero_warn(
+            f"The checkpoint's adapters are of commit {commit} of {base!r}, but `model` is its commit {builder.commit} "
+            f"here. If its weights have changed, they have no meaning. Set `model` to '{base}@{commit}'."
         )
 
 

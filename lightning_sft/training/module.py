@@ -55,9 +55,9 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
     mixture of experts under `output_router_logits`; several microbatches then need one more forward pass.
 
     Args:
-        model: Name or path of a pretrained model, or of `peft` adapters; or a configuration with `model_type`, such as
-            `{model_type: qwen2, vocab_size: 512, hidden_size: 128}`, to train from random weights; in Python also a
-            model, with or without `peft` adapters.
+        model: Path or name (`name@revision` for a commit, branch or tag) of a pretrained model; a folder of `peft`
+            adapters; or a configuration with `model_type`, such as `{model_type: qwen2, vocab_size: 512, hidden_size:
+            128}`, to train from random weights; in Python also a model, with or without `peft` adapters.
         loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`: the
             sum over each response, divided by `normalize_constant` and averaged over the step's sequences.
         normalize_constant: Divides the loss if `loss_normalization` is `sequence`.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.hub import FIRST, SECOND, CachedModel
 from support.models import tiny_config, tiny_model
 
 from lightning_sft import SettingsError, SFTModule
@@ -78,3 +79,41 @@ def test_a_model_without_values_is_that_which_the_arguments_name(tmp_path):
 def test_arguments_that_a_model_which_is_there_would_not_heed_are_refused():
     with pytest.raises(SettingsError, match="`model_kwargs` has `attn_implementation`, but `model` is a model"):
         SFTModule(tiny_model(), model_kwargs={"attn_implementation": "eager"})
+
+
+def test_a_name_may_have_a_revision(tmp_path, monkeypatch):
+    hub, weights = CachedModel(tmp_path, monkeypatch), []
+    for branch, commit in (("main", FIRST), ("feature/two", SECOND)):
+        (tmp_path / "models--user--model" / "refs" / branch).parent.mkdir(exist_ok=True)
+        hub.move(branch, commit)
+        model = build_model(tiny_config(), {}, seed=len(weights))
+        weights.append(model.lm_head.weight)
+        hub.add(commit, model)
+    for name, kwargs, expected in (
+        ("user/model", None, 0),
+        ("user/model@feature/two", None, 1),
+        (f"user/model@{FIRST}", None, 0),
+        ("user/model", {"revision": "feature/two"}, 1),
+    ):
+        builder = ModelBuilder(name, kwargs, lora={"r": 2})
+        model = builder.build()
+        assert torch.equal(model.lm_head.weight, weights[expected])
+        stored = builder.arguments_for(model)
+        assert (stored["model"], stored["model_kwargs"]["revision"]) == ("user/model", (FIRST, SECOND)[expected])
+
+
+@pytest.mark.parametrize("name", ["user/model@v1.0", "user/model"])
+def test_a_tokenizer_is_of_the_revision_of_its_model(name):
+    assert tokenizer_beside(name, revision="v1.0") == "user/model@v1.0"
+
+
+def test_a_path_has_no_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "other@2"):
+        tiny_model().save_pretrained(folder)
+    assert [ModelBuilder(name).source for name in ("other@2", "model@2", "./model@2")] == [
+        "other@2",
+        "model@2",
+        "./model@2",
+    ]
+    assert tokenizer_beside("model", revision="v1.0") == "model"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support.lora import LORA, build, logits
+from support.hub import FIRST, SECOND, CachedModel
+from support.lora import LORA, build, disturb, logits
 from support.processes import Processes
 from support.runs import ROWS, StopAt, train
 from torch.distributed.checkpoint import FileSystemReader
@@ -90,3 +91,19 @@ def test_adapters_on_top_of_a_model_of_another_name_are_warned_of(tmp_path):
     train(tmp_path, module={"model": str(tmp_path / "base"), "lora": LORA}, max_steps=2)  # says nothing
     with pytest.warns(UserWarning, match=r"adapters are of the model '.*base', but `model` is '.*instruct' here"):
         train(tmp_path, module={"model": str(tmp_path / "instruct"), "lora": LORA}, max_steps=3)
+
+
+def test_adapters_stay_with_the_commit_of_their_base_when_its_branch_moves_on(tmp_path, monkeypatch):
+    hub = CachedModel(tmp_path / "hub", monkeypatch)
+    first, second = build("tied"), disturb(build("tied"))
+    hub.add(FIRST, first)
+    hub.add(SECOND, second)
+    hub.move("main", FIRST)
+    options = {"module": {"model": "user/model", "lora": LORA}}
+    train(tmp_path, **options, max_steps=1)
+    hub.move("main", SECOND)
+    restored = SFTModule.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").model
+    assert torch.equal(restored.lm_head.weight, first.lm_head.weight)
+    train(tmp_path, module=options["module"] | {"model": f"user/model@{FIRST}"}, max_steps=2)  # says nothing
+    with pytest.warns(UserWarning, match=f"of commit {FIRST} of 'user/model', but `model` is its commit {SECOND}"):
+        train(tmp_path, **options, max_steps=3)

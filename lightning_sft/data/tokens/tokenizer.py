@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_type
 from lightning_sft.errors import SettingsError, is_missing_path, one_line
+from lightning_sft.hub import split_revision
 
 
 def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
@@ -23,15 +24,17 @@ def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by name or folder.
+    """Load a tokenizer by name, perhaps with a revision (`name@revision`), or by folder.
 
     Raises:
         SettingsError: If there is no such tokenizer, or it brings code of its own.
     """
+    repository, revision = split_revision(name)
+    options = {} if revision is None else {"revision": revision}
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(repository, trust_remote_code=False, **options)
     except Exception as error:
-        reason = "there is no such folder." if is_missing_path(name) else one_line(error)
+        reason = "there is no such folder." if is_missing_path(repository) else one_line(error)
         if "trust_remote_code" in str(error):
             reason = (
                 "it brings Python code of its own. If you trust it, load it with `AutoTokenizer.from_pretrained("

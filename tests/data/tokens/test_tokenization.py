@@ -8,10 +8,11 @@ import torch
 from adapters import run_tokenize_prompt_and_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.hub import FIRST, SECOND, CachedModel
 from support.models import character_tokenizer
 from tokenizers import processors
 from torch import Tensor
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.collation import collate_packed, collate_padded
 from lightning_sft.data.tokens.example import Example
@@ -23,6 +24,7 @@ from lightning_sft.data.tokens.tokenization import (
     token_texts,
     tokenize_prompt_and_output,
 )
+from lightning_sft.data.tokens.tokenizer import load_tokenizer
 
 EOS, BOS, PAD = 128, 129, 130  # of the character tokenizer
 A, B, C, D, X, Y, Z = map(ord, "abcdxyz")
@@ -398,3 +400,14 @@ def test_the_pieces_of_any_tokens_are_what_decoding_them_gives(shared_data, fold
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     check()
+
+
+def test_the_name_of_a_tokenizer_may_have_a_revision(tmp_path, monkeypatch):
+    hub = CachedModel(tmp_path, monkeypatch)
+    for branch, commit in (("main", FIRST), ("v2", SECOND)):
+        tokenizer = character_tokenizer()
+        tokenizer.chat_template = branch
+        hub.add(commit, tokenizer, AutoConfig.for_model("qwen2"))
+        hub.move(branch, commit)
+    templates = [load_tokenizer(f"user/model{at}").chat_template for at in ("", "@v2", f"@{FIRST}")]
+    assert templates == ["main", "v2", "main"]
