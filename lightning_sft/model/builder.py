@@ -58,6 +58,11 @@ class ModelBuilder:
         check_integer("seed", self.seed, at_least=0)
         check_patterns("freeze", self.freeze)
         if revision is not None:
+            if (other := (self.model_kwargs or {}).get("revision", revision)) != revision:
+                raise SettingsError(
+                    f"`model` is '{self.source}@{revision}', but `model_kwargs` has the `revision` {other!r}. Give only "
+                    "one of them."
+                )
             self.model_kwargs = (self.model_kwargs or {}) | {"revision": revision}
         unused = set(self.model_kwargs or {}) - {"dtype", "revision"}
         if isinstance(self.source, PreTrainedModel) and unused:

@@ -102,6 +102,12 @@ def test_a_name_may_have_a_revision(tmp_path, monkeypatch):
         assert (stored["model"], stored["model_kwargs"]["revision"]) == ("user/model", (FIRST, SECOND)[expected])
 
 
+def test_two_revisions_are_refused():
+    assert ModelBuilder("user/model@v1.0", {"revision": "v1.0"}).model_kwargs == {"revision": "v1.0"}
+    with pytest.raises(SettingsError, match="'user/model@v1.0', but `model_kwargs` has the `revision` 'main'"):
+        ModelBuilder("user/model@v1.0", {"revision": "main"})
+
+
 @pytest.mark.parametrize("name", ["user/model@v1.0", "user/model"])
 def test_a_tokenizer_is_of_the_revision_of_its_model(name):
     assert tokenizer_beside(name, revision="v1.0") == "user/model@v1.0"
