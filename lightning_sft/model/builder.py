@@ -60,8 +60,8 @@ class ModelBuilder:
         if revision is not None:
             if (other := (self.model_kwargs or {}).get("revision", revision)) != revision:
                 raise SettingsError(
-                    f"`model` is '{self.source}@{revision}', but `model_kwargs` has the `revision` {other!r}. Give only "
-                    "one of them."
+                    f"`model` is '{self.source}@{revision}', but `model_kwargs` has the `revision` {other!r}. Give "
+                    "only one of them."
                 )
             self.model_kwargs = (self.model_kwargs or {}) | {"revision": revision}
         unused = set(self.model_kwargs or {}) - {"dtype", "revision"}

@@ -104,7 +104,7 @@ def test_a_name_may_have_a_revision(tmp_path, monkeypatch):
 
 def test_two_revisions_are_refused():
     assert ModelBuilder("user/model@v1.0", {"revision": "v1.0"}).model_kwargs == {"revision": "v1.0"}
-    with pytest.raises(SettingsError, match="'user/model@v1.0', but `model_kwargs` has the `revision` 'main'"):
+    with pytest.raises(SettingsError, match=r"'user/model@v1\.0', but `model_kwargs` has the `revision` 'main'"):
         ModelBuilder("user/model@v1.0", {"revision": "main"})
 
 
