@@ -168,10 +168,11 @@ class SFTDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise in one process of each machine; the others then read the result from the cache."""
         stage = self.trainer.state.fn if self.trainer else None
-        self._load_rows("fit" if stage is None else stage.value)
+        self._rows.keep_error(lambda: self._load_rows("fit" if stage is None else stage.value))
 
     def setup(self, stage: str) -> None:
         """Load the rows of the stage (`fit`, `validate`, `test` or `predict`) and plan its optimizer steps."""
+        self._rows.raise_kept_error()
         self._load_rows(stage)
         self._rows.check_lengths()
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
@@ -252,9 +253,7 @@ class SFTDataModule(L.LightningDataModule):
         return self._rows.prompts(stage, num_prompts)
 
     def preview(self, num_rows: int = 3) -> Preview:
-        """The first training rows as the model will see them, and statistics of training and validation rows.
-
-        `print` it, or let a notebook show it.
+        """The first training rows as the model will see them, and statistics: `print` it, or let a notebook show it.
 
         Args:
             num_rows: How many rows.

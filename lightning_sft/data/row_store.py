@@ -1,10 +1,12 @@
 """The rows of each split, read and tokenised when a stage first needs them."""
 
 import math
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch.distributed as dist
 from datasets import Dataset
 
 from lightning_sft.checks import check_choice, check_integer
@@ -38,6 +40,30 @@ class RowStore:
         self.val: PreparedRows | None = None
         self.test: PreparedRows | None = None
         self.predict: Dataset | None = None
+        self._error: SettingsError | None = None
+
+    def keep_error(self, load: Callable[[], None]) -> None:
+        """Load rows while other processes wait; if there are some, keep an error for `raise_kept_error`.
+
+        Raised here, it would leave them waiting, until each ends with a traceback that says nothing of it.
+        """
+        try:
+            load()
+        except SettingsError as error:
+            if not _has_others():
+                raise
+            self._error = error
+
+    def raise_kept_error(self) -> None:
+        """Raise the error of any process in all of them; each has to call this."""
+        errors: list[SettingsError | None] = [self._error]
+        if _has_others():
+            errors = [None] * dist.get_world_size()
+            dist.all_gather_object(errors, self._error)
+        own, self._error = self._error, None
+        for error in (own, *errors):
+            if error is not None:
+                raise error
 
     def load(self, stage: str, encoder: RowEncoder) -> None:
         """Read and tokenise what a stage needs and is not there yet.
@@ -170,6 +196,10 @@ class RowStore:
             only_source=whole.only_source,
         )
         self.train = whole.selected(examples["train"])
+
+
+def _has_others() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _missing(split: str, stage: str) -> SettingsError:

@@ -8,7 +8,7 @@ from support.untrusted import own_code, trace_of_payload
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft import SFTDataModule, tokenize_prompt_and_output
-from lightning_sft.errors import MissingFileError, SettingsTypeError
+from lightning_sft.errors import MissingFileError, SettingsError, SettingsTypeError
 
 
 def template(content: bytes) -> Provoke:
@@ -201,3 +201,22 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path):
     with pytest.raises(ValueError, match=r"it brings Python code of its own. If you trust it, load it with `AutoTok"):
         SFTDataModule(str(tmp_path / "own"), ROWS).setup("fit")
     assert not trace.exists()
+
+
+def test_an_error_of_the_process_that_prepares_the_rows_is_raised_by_all(monkeypatch):
+    """Raised while the others wait for it, it would end them with a traceback about a lost connection."""
+    kept = []
+
+    def gather(errors, error):
+        kept.append(error)
+        errors[:] = [kept[0], error]
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    first, second = (SFTDataModule(character_tokenizer(), "missing.jsonl") for _ in range(2))
+    first.prepare_data()
+    for process in (first, second):
+        with pytest.raises(SettingsError, match="but there is no such file"):
+            process.setup("fit")
+    assert kept[1] is None
