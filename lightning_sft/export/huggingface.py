@@ -20,6 +20,7 @@ from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
 from lightning_sft.generation.response_end import end_ids
 from lightning_sft.model.adapter_weights import adapter_weights, plain_weights, save_adapter
+from lightning_sft.model.given_adapters import without_wrapper
 from lightning_sft.model.lora import changes_base, has_lora, lora_settings
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.training.checkpoint_files import take_place
@@ -45,8 +46,8 @@ def export_model(
     tokenizer)`.
 
     Args:
-        model: The model. If it is sharded, every process has to call this; the first gathers the weights in CPU memory
-            and writes them.
+        model: The model, with or without `peft`'s wrapper. If it is sharded, every process has to call this; the first
+            gathers the weights in CPU memory and writes them.
         folder: Missing, empty, or an earlier export.
         tokenizer: The model's tokenizer.
         facts: What the model card says of the run.
@@ -60,8 +61,11 @@ def export_model(
         SettingsError: If there is no such dtype, the folder holds something else or cannot be written, or there are no
             adapters to be written alone.
     """
+    model = without_wrapper(model)
+    check_type("model", model, PreTrainedModel, "a causal language model of `transformers`, such as `module.model`")
     check_type("folder", folder, (str, Path), "the path of a folder")
     check_local("folder", folder)
+    check_type("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer", optional=True)
     check_export_settings(dtype, merge_lora)
     folder = Path(folder).expanduser().absolute()
     if not merge_lora:

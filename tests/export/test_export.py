@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import HuggingFaceExport, SFTModule, export_model
 from lightning_sft.cli.app import main
-from lightning_sft.errors import SettingsError
+from lightning_sft.errors import SettingsError, SettingsTypeError
 from lightning_sft.export.huggingface import check_export_folder
 from lightning_sft.model.attention import VARLEN
 from lightning_sft.model.packing import enable_packing
@@ -228,6 +228,14 @@ def test_settings_of_an_export_that_cannot_be_meant_are_refused(tmp_path, option
     for refuse in (HuggingFaceExport, partial(export_model, build("tied"))):
         with pytest.raises(SettingsError, match=message):
             refuse(**options)
+
+
+def test_what_is_no_model_or_no_tokenizer_is_refused(tmp_path):
+    model = build("tied")
+    with pytest.raises(SettingsTypeError, match=r"`model` is .* of type SFTModule, .*, such as `module.model`"):
+        export_model(SFTModule(model), tmp_path)
+    with pytest.raises(SettingsTypeError, match="`tokenizer` is 'name' of type str, expected a tokenizer"):
+        export_model(model, tmp_path, "name")
 
 
 def test_an_export_that_stops_half_way_leaves_the_one_before(tmp_path, monkeypatch):

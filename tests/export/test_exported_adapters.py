@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from support.lora import LORA, build, logits
 from support.runs import train
 from transformers import AutoModelForCausalLM
@@ -80,6 +80,19 @@ def test_a_checkpoint_is_exported_with_what_was_trained_beside_its_adapters(tmp_
     for adapter in ("live", "alone"):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / adapter)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by peft
+@pytest.mark.parametrize("merge_lora", [True, False])
+def test_a_model_in_the_wrapper_of_peft_is_exported_with_its_adapters(tmp_path, merge_lora):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(build("untied"), config)
+    export_model(wrapped, tmp_path / "out", merge_lora=merge_lora)
+    if merge_lora:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        loaded = PeftModel.from_pretrained(build("untied"), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(wrapped))
 
 
 def test_an_export_of_adapters_needs_adapters(tmp_path):
