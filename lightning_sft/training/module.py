@@ -41,12 +41,12 @@ from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule, run_length, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
-from lightning_sft.training.stored_settings import HYPER_PARAMETERS, store_settings
+from lightning_sft.training.stored_settings import StoredModule, store_settings
 from lightning_sft.training.trained_weights import hook_state
 from lightning_sft.training.trainer_checks import check_before_setup, check_loader, put_best_first
 
 
-class SFTModule(RotaryInFloat32, L.LightningModule):
+class SFTModule(RotaryInFloat32, StoredModule):
     """Fine-tunes a causal language model on the responses of prompt/output pairs.
 
     A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients of
@@ -94,7 +94,6 @@ class SFTModule(RotaryInFloat32, L.LightningModule):
         SettingsError: If an argument is out of range.
     """
 
-    CHECKPOINT_HYPER_PARAMS_KEY = HYPER_PARAMETERS
     model: PreTrainedModel
     why_not_packed: str | None = "its model is not loaded yet"
     num_positions: int | None = None  # that the datamodule holds rows against

@@ -1,9 +1,13 @@
 """Arguments of `SFTModule` that a checkpoint holds."""
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+
+from lightning_sft.errors import SettingsTypeError
 
 # Their key in a checkpoint. What stands under Lightning's own key, "hyper_parameters", any `LightningCLI` prefers to
 # what it is given, and takes for arguments of whatever class it is to make (#20801).
@@ -12,6 +16,29 @@ _STORED = (  # those that it can hold without pickling code
     *("loss_normalization", "normalize_constant", "loss_type", "label_smoothing", "neftune_noise_alpha"),
     *("max_grad_norm", "lr_scheduler", "warmup_steps", "parameter_groups", "freeze", "lora", "seed"),
 )
+
+
+class StoredModule(L.LightningModule):
+    """A module whose checkpoints hold its arguments, and which loads from these."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY = HYPER_PARAMETERS
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # noqa: N805
+        """Load a module from a checkpoint; further arguments are those of the class, in place of the stored ones.
+
+        Raises:
+            SettingsTypeError: If the class has no such argument, which Lightning would leave out in silence.
+        """
+        names = inspect.signature(super().load_from_checkpoint).parameters.keys() | {"self"}
+        own = inspect.signature(cls.__init__).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in own.values())
+        for name in () if takes_any else kwargs.keys() - names - own.keys():
+            raise SettingsTypeError(
+                f"`load_from_checkpoint` is given `{name}`, no argument of `{cls.__name__}`. Its arguments are "
+                f"{', '.join(f'`{each}`' for each in own if each != 'self')}."
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
 def store_settings(module: L.LightningModule, arguments: Mapping[str, Any]) -> None:

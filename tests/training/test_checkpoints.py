@@ -8,6 +8,7 @@ from support.fits import ROWS, fit, make_data, sgd
 from support.models import tiny_config, tiny_model
 
 from lightning_sft import SFTModule
+from lightning_sft.errors import SettingsTypeError
 from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link
 
 
@@ -22,6 +23,12 @@ def test_a_checkpoint_loads_without_the_original_weights(tmp_path):
     assert loaded.hparams.max_grad_norm == 0.25
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded(ids).logits, module(ids).logits)
+
+
+def test_an_argument_that_no_module_has_is_refused_when_one_is_loaded(tmp_path):
+    """Lightning leaves it out in silence."""
+    with pytest.raises(SettingsTypeError, match=r"given `learning_rte`, no argument of `SFTModule`.* `seed`\."):
+        SFTModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", learning_rte=1e-3)
 
 
 def test_a_module_with_the_default_optimizer_can_be_pickled():
