@@ -1,10 +1,12 @@
 """Models by name, by folder or from settings: with all of their weights, and no code of theirs."""
 
+import os
 import re
 from typing import Any, cast
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lightning_sft.errors import SettingsError, and_more, is_missing_path, one_line, shorten
 from lightning_sft.hub import commit_of
@@ -80,8 +82,16 @@ def _cannot_be_built(source: str | dict[str, Any], error: Exception) -> Settings
 def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:
     # Otherwise weights of other shapes are named in a log alone, and missing ones are drawn at random.
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    where = {name: options[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in options}
     try:
+        if not os.path.exists(source) and find_adapter_config_file(source, **where) is not None:
+            raise SettingsError(  # before `transformers` downloads the model that they are on top of
+                f"`model` is {source!r}, which holds adapters. Download them (`hf download {source} --local-dir "
+                "FOLDER`), and give that folder as `model`."
+            )
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **(options | known))
+    except SettingsError:
+        raise
     except Exception as error:
         reason = "there is no such folder." if is_missing_path(source) else _reason(error)
         raise SettingsError(f"`model` is {source!r}, which cannot be loaded: {reason}") from error
@@ -112,5 +122,5 @@ def _reason(error: Exception) -> str:
         found = re.search(r"GLOBAL (\S+)", text)
         what = f"`{found[1]}`" if found else "objects"
         return f"its weights are a pickle that holds {what}, which could run code. Ask for safetensors instead."
-    words = one_line(error, 200)
+    words = one_line(error)
     return words if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {words}"

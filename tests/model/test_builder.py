@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from support.hub import FIRST, SECOND, CachedModel
 from support.models import tiny_config, tiny_model
 
@@ -123,3 +124,11 @@ def test_a_path_has_no_revision(tmp_path, monkeypatch):
         "./model@2",
     ]
     assert tokenizer_beside("model", revision="v1.0") == "model"
+
+
+def test_adapters_on_a_hub_are_refused_before_their_base_model_is_loaded(tmp_path, monkeypatch):
+    hub = CachedModel(tmp_path, monkeypatch)
+    hub.move("main", FIRST)
+    hub.add(FIRST, LoraConfig(base_model_name_or_path="user/base"))
+    with pytest.raises(SettingsError, match=r"^`model` is 'user/model', which holds adapters. Download them \(`hf"):
+        SFTModule("user/model").configure_model()

@@ -25,6 +25,7 @@ from lightning_sft.data.tokens.tokenization import (
     tokenize_prompt_and_output,
 )
 from lightning_sft.data.tokens.tokenizer import load_tokenizer
+from lightning_sft.errors import SettingsError
 
 EOS, BOS, PAD = 128, 129, 130  # of the character tokenizer
 A, B, C, D, X, Y, Z = map(ord, "abcdxyz")
@@ -411,3 +412,11 @@ def test_the_name_of_a_tokenizer_may_have_a_revision(tmp_path, monkeypatch):
         hub.move(branch, commit)
     templates = [load_tokenizer(f"user/model{at}").chat_template for at in ("", "@v2", f"@{FIRST}")]
     assert templates == ["main", "v2", "main"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "llama"])
+def test_a_folder_without_tokenizer_is_refused(tmp_path, model_type):
+    """Of some configurations alone `transformers` makes a tokenizer that knows no text, and turns all into nothing."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="it holds no tokenizer, or one that needs the package"):
+        load_tokenizer(str(tmp_path))
