@@ -80,7 +80,10 @@ def local_copy(path: str) -> str:
 
 def unreadable(argument: str, path: str, error: BaseException) -> SettingsError:
     """What a user is told of a file, given by an argument, that cannot be read."""
-    return SettingsError(f"`{argument}`: cannot read {path}: {one_line(error.__cause__ or error)}")
+    words = one_line(error.__cause__ or error)
+    if words.startswith("Offline mode is enabled"):  # by `datasets`, of addresses that are none of a hub's, too
+        words += ". Unset the environment variable `HF_HUB_OFFLINE`, or give a copy on this machine."
+    return SettingsError(f"`{argument}`: cannot read {path}: {words}")
 
 
 def check_parquet(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from datetime import date
 
+import fsspec
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, DatasetInfo, SplitDict, SplitInfo
@@ -178,6 +179,14 @@ def test_without_a_hub_the_cache_gives_the_revision_that_is_asked_for(tmp_path, 
     assert [prompt(f"user/set{at}") for at in ("", "@v2", f"@{first}")] == [first, second, first]
     with pytest.raises(SettingsError, match=f"the cache has commit {second} of it, not v3. To use that, give the name"):
         prompt("user/set@v3")
+
+
+def test_an_address_that_the_offline_mode_of_the_hub_forbids_says_so(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with fsspec.open("memory://forbidden.jsonl", "w") as file:
+        file.write('{"prompt": "a", "output": "b"}')
+    message = refusal("memory://forbidden.jsonl")
+    assert message.endswith("Unset the environment variable `HF_HUB_OFFLINE`, or give a copy on this machine.")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "*.jsonl", "**/rows[0-9]*"])
