@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.model.lora import add_lora, has_lora, lora_settings
 from lightning_sft.model.quantization import is_quantized
+from lightning_sft.model.tied_head import say_if_untied
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -19,6 +20,7 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     if is_quantized(model) and hasattr(config, "quantization_config"):
         del config.quantization_config
+    say_if_untied(config, model)
     with torch.device("meta"):
         return cast("type[PreTrainedModel]", own_class)(config)
 

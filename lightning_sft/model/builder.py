@@ -17,6 +17,7 @@ from lightning_sft.model.parameter_names import check_patterns, freeze
 from lightning_sft.model.precision import FLOAT32, Precision
 from lightning_sft.model.pretrained import build_empty_model, build_model
 from lightning_sft.model.stored_adapters import StoredAdapters, is_adapter_folder
+from lightning_sft.model.tied_head import say_if_untied
 
 
 @dataclass
@@ -136,6 +137,7 @@ class ModelBuilder:
                     "NAME --local-dir FOLDER`), and give that folder as `model`."
                 )
             keep_adapters(model, self.lora)
+        say_if_untied(model.config, model)
         check_settings(model, self.lora)
         if self.lora is not None and not has_lora(model):
             add_lora(model, self.lora, self.seed)

@@ -99,6 +99,27 @@ def test_with_an_export_lightning_keeps_its_own_checkpoint_or_none_if_told_so(tm
         assert len(list(folder.rglob("*.ckpt"))) == has_checkpoint
 
 
+@pytest.mark.parametrize("comes_as", ["a model", "a folder"])
+def test_a_head_that_has_parted_from_the_embeddings_is_not_lost(tmp_path, comes_as):
+    """The configuration says that both share their weights. A folder may hold both, and `transformers` loads both."""
+    model = build("tied")
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+    model.save_pretrained(tmp_path / "given")
+    assert json.loads((tmp_path / "given" / "config.json").read_text())["tie_word_embeddings"]
+    export_model(model, tmp_path / "exported")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")), logits(model))
+
+    module = SFTModule(model if comes_as == "a model" else str(tmp_path / "given"))
+    run = make_trainer(tmp_path, max_steps=1, callbacks=[HuggingFaceExport()], enable_checkpointing=True)
+    run.fit(module, make_data())
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    for trained in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "huggingface"),
+        SFTModule.load_from_checkpoint(checkpoint).model,
+    ):
+        assert torch.equal(logits(trained), logits(module.model))
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_a_run_ends_with_a_folder_and_its_checkpoint_makes_the_same(tmp_path, monkeypatch, precision):
     run = tmp_path / "run"
