@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
-from support.models import save_tiny_model
+from support.models import save_tiny_model, tiny_model
 from support.refusals import assert_says, in_folder, write
 from support.untrusted import Payload, trace_of_payload
 
@@ -170,7 +170,7 @@ def test_weights_only_is_on_unless_the_user_says_otherwise(command, tmp_path, mo
 WRITERS = {
     "predict_path": lambda where: GenerationMonitor(predict_path=where),
     "folder": lambda where: HuggingFaceExport(folder=where),
-    "folder of export_model": lambda where: export_model(None, where),
+    "folder of export_model": lambda where: export_model(tiny_model(), where),
     "folder of inspect_rows": lambda where: inspect_rows(L.Trainer(logger=False), None, None, folder=where),
     "output of export": lambda where: export("last.ckpt", where),
     "output of best_responses": lambda where: best_responses("records.jsonl", where),
