@@ -163,11 +163,11 @@ def test_without_a_hub_the_cache_gives_the_revision_that_is_asked_for(tmp_path, 
     for commit in (first, second):
         folder = tmp_path / "user___set" / "default" / "0.0.0" / commit
         rows = Dataset.from_list([{"prompt": commit, "output": "b"}])
-        rows.save_to_disk(folder)
+        rows.save_to_disk(str(folder))
         (folder / "data-00000-of-00001.arrow").rename(folder / "set-train.arrow")
         splits = SplitDict.from_split_dict([SplitInfo("train", num_examples=1)], dataset_name="set")
         info = DatasetInfo("", features=rows.features, splits=splits, config_name="default", version="0.0.0")
-        info.write_to_directory(folder)
+        info.write_to_directory(str(folder))
     refs = tmp_path / "hub" / "datasets--user--set" / "refs"
     refs.mkdir(parents=True)
     for branch, commit in (("main", first), ("v2", second)):
