@@ -6,6 +6,7 @@ range.
 """
 
 import math
+import re
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -53,8 +54,8 @@ def check_number(
 
 def check_local(argument: str, value: object) -> None:
     """Refuse an address, such as `s3://bucket/folder`, as the path of what is to be written."""
-    if isinstance(value, str) and "://" in value:
-        raise SettingsError(f"`{argument}` is {value!r}, but nothing is written to an address. Give a local path.")
+    if re.match(r"\w[\w+.-]+:/", str(value)):  # a `Path` makes one slash of two
+        raise SettingsError(f"`{argument}` is {str(value)!r}, but nothing is written to an address. Give a local path.")
 
 
 def check_choice(argument: str, value: object, choices: object, *, optional: bool = False) -> None:

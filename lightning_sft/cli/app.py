@@ -290,5 +290,4 @@ def _silence_lightning() -> None:
         lambda record: "Tip:" not in record.getMessage()
     )
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
-    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")  # a step is done when it saves
     warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # of a sharded model: a better one, meant to

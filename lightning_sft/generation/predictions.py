@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -116,7 +117,7 @@ def _described(function: object) -> list[str]:
     """What tells a function from another one, also of the same name, which a notebook may define again."""
     given = []
     while isinstance(function, partial):
-        given.append(repr((function.args, function.keywords)))
+        given.append(re.sub(" at 0x[0-9a-f]+", "", repr((function.args, function.keywords))))  # another each time
         function = function.func
     kind = function if inspect.isroutine(function) else type(function)
     with suppress(OSError, TypeError, SyntaxError):  # of what is written in C, or was typed into a shell

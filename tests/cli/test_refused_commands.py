@@ -1,6 +1,7 @@
 """What the program says, in one line, about mistakes in its arguments and configurations."""
 
 import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -183,3 +184,9 @@ def test_an_address_is_no_place_to_write_to(writer):
     argument = writer.split()[0]
     with pytest.raises(ValueError, match=f"^`{argument}` is 's3://bucket/rows.jsonl', but nothing is written to an"):
         WRITERS[writer]("s3://bucket/rows.jsonl")
+
+
+def test_an_address_that_was_made_a_path_is_no_place_to_write_to_either(tmp_path):
+    with pytest.raises(ValueError, match="`folder` is 's3:/bucket', but nothing is written to an address"):
+        HuggingFaceExport(folder=Path("s3://bucket"))
+    assert HuggingFaceExport(folder=tmp_path / "a:b").folder == tmp_path / "a:b"

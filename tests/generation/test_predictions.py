@@ -154,6 +154,8 @@ def test_a_reward_function_that_is_written_anew_is_another_run():
     twice = [[prediction_run(model, [], GenerationSettings(each, Sampling())) for each in functions] for _ in range(2)]
     assert twice[0] == twice[1]
     assert len(set(twice[0])) == 4
+    made_anew = [GenerationSettings(partial(first, least=object()), Sampling()) for _ in range(2)]
+    assert prediction_run(model, [], made_anew[0]) == prediction_run(model, [], made_anew[1])
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_generated(tmp_path):
