@@ -110,20 +110,16 @@ class _Progress:
     @classmethod
     def at(cls, num_steps: int, position: EpochPosition, due: Due) -> "_Progress":
         """That from which Lightning does what is due after the latest step, and takes the next one."""
-        in_epoch = position.num_steps
-        present, steps, none = (
-            _Count(position.epoch + 1, position.epoch, position.epoch),
-            _Count.of(num_steps),
-            _Count.of(0),
-        )
+        in_epoch, steps = position.num_steps, _Count.of(num_steps)
+        present = _Count(position.epoch + 1, position.epoch, position.epoch)
         if due.validation:  # in the middle of it, at its first batch
             middle = _Count(1, 0, 0)
             return cls(present, steps, _Count.of(in_epoch), num_steps - 1, middle, is_last_step=position.is_whole)
         if due.epoch_end:  # in an epoch of which nothing is left
-            return cls(present, steps, none, num_steps, goes_on=False)
+            return cls(present, steps, _Count.of(0), num_steps, goes_on=False)
         if num_steps == 0 or position.is_whole:  # between two epochs
             num_epochs = position.epoch + 1 if num_steps else 0
-            return cls(_Count.of(num_epochs), steps, none, num_steps, is_within_epoch=False, goes_on=False)
+            return cls(_Count.of(num_epochs), steps, _Count.of(0), num_steps, is_within_epoch=False, goes_on=False)
         latest = _Count(in_epoch, in_epoch, in_epoch - 1)  # at the end of a step
         return cls(present, _Count(num_steps, num_steps, num_steps - 1), latest, num_steps - 1)
 

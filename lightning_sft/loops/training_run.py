@@ -37,10 +37,6 @@ class TrainingRun:
     Attributes:
         epoch: What it takes of the data.
         steps_per_epoch: None if nobody knows.
-
-    Raises:
-        SettingsError: If nobody knows how long the data is, and the trainer does not say how long the run is, or is to
-            take a share of the data; or if its settings of validation do not go together.
     """
 
     def __init__(self, trainer: L.Trainer, data: EpochData, has_validation: bool) -> None:

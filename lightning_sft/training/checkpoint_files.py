@@ -55,13 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint from a file, or from an address.
-
-        Raises:
-            MissingFileError: There is no such file.
-            SettingsError: If it is no whole checkpoint, or the folder of a sharded model, which this strategy cannot
-                load.
-        """
+        """Load a checkpoint from a file, or from an address."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         _check_is_whole(str(path), "ckpt_path")
@@ -176,10 +170,6 @@ def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> No
         path: The file, or the folder that a sharded model is saved to.
         resume: Whether a training is to go on from it, which takes more than weights.
         argument: The name of the setting, for messages.
-
-    Raises:
-        MissingFileError: There is no such file.
-        SettingsError: It is no checkpoint, or not whole, or holds what could run code.
     """
     came = f"`{argument}` is {path!r}"
     _check_is_whole(path, argument)

@@ -26,10 +26,6 @@ def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt
         path: The file, or the folder that a sharded model is saved to.
         weights_only: Refuse what could run code: more than tensors and plain values.
         argument: The name of the setting, for messages.
-
-    Raises:
-        MissingFileError: There is no such file.
-        SettingsError: It is no whole checkpoint, or could run code.
     """
     if weights_only or not path.exists():
         check_checkpoint(str(path), resume=False, argument=argument)

@@ -32,8 +32,10 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_sft.errors import SettingsError, counted
-from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, missing_state
+from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, kind_of, missing_state
 
+_KEY = "optimizer_settings"  # in a checkpoint
+_PLAIN = (bool, int, float, str, tuple)
 _PROPORTIONAL = (StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR, ReduceLROnPlateau)
 
 
@@ -52,17 +54,13 @@ class OptimizerSettings:
     @classmethod
     def of(cls, optimizer: Optimizer) -> "OptimizerSettings":
         """Those of an optimizer that has not been restored from a checkpoint yet."""
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-        return cls(kind, tuple(_settings(group) for group in optimizer.param_groups))
+        return cls(kind_of(optimizer), tuple(_settings(group) for group in optimizer.param_groups))
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: _plain(value) for name, value in group.items() if name not in ("params", "initial_lr")}
     settings |= {"lr": _plain(group["initial_lr"])} if "initial_lr" in group else {}
     return {name: value for name, value in settings.items() if value is None or isinstance(value, _PLAIN)}
-
-
-_PLAIN = (bool, int, float, str, tuple)
 
 
 def _plain(value: Any) -> Any:
@@ -118,9 +116,6 @@ def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, no
         scheduler: Restored from a checkpoint; its optimizer's rates are changed in place.
         then: What the checkpoint's optimizer was made with; None if it does not say.
         now: What this one was made with.
-
-    Raises:
-        SettingsError: If the rate was changed, and the schedule is neither a function of the step nor in proportion.
     """
     rates = [group["lr"] for group in now.groups]
     if not isinstance(scheduler, LambdaLR):
@@ -245,11 +240,7 @@ class Continuation:
         _check_same_step(self._step)
 
     def apply(self, optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> None:
-        """Let everything that was changed take effect on what has been restored.
-
-        Raises:
-            SettingsError: If that cannot be.
-        """
+        """Let everything that was changed take effect on what has been restored."""
         left, self._left = self._left, None
         if self._now is None:
             return
@@ -266,6 +257,3 @@ class Continuation:
             apply_settings(optimizer, self._then, self._now)
         for config in schedules:
             continue_schedule(config.scheduler, self._then, self._now)
-
-
-_KEY = "optimizer_settings"

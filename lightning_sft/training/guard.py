@@ -29,16 +29,14 @@ class StepGuard:
         nonfinite: `error`: raise a `NonFiniteError`. `skip`: leave weights, optimizer and schedule as they are.
 
     Attributes:
+        skips: Whether `nonfinite` is `skip`.
         num_steps: Optimizer steps that led to the present weights, skipped ones included.
         num_skipped: Those of them that `skip` left out.
         known_loss: Of the latest checked step, a scalar in main memory; None before the first. On a device under
             `error` that is the step before the present one.
-
-    Raises:
-        SettingsError: If `nonfinite` is neither.
     """
 
-    def __init__(self, nonfinite: NonFinite = "error") -> None:
+    def __init__(self, nonfinite: NonFinite) -> None:
         check_choice("nonfinite", nonfinite, NonFinite)
         self.skips = nonfinite == "skip"
         self.num_steps = 0
@@ -47,7 +45,7 @@ class StepGuard:
         self._latest: _StepNumbers | None = None
         self._earlier: _StepNumbers | None = None
 
-    def start_run(self, num_steps: int = 0, num_skipped: int = 0) -> None:
+    def start_run(self, num_steps: int, num_skipped: int) -> None:
         """Count from here.
 
         Args:
@@ -75,7 +73,7 @@ class StepGuard:
         self._latest.grad_norm = grad_norm
         return not self.skips or self._are_finite(self._latest)
 
-    def finish_step(self, stepped: bool = True) -> bool:
+    def finish_step(self, stepped: bool) -> bool:
         """Count the step that was started, and check the one before it; on the CPU, where nothing waits, this one too.
 
         Args:
@@ -108,10 +106,6 @@ class StepGuard:
         if step.loss.device.type == "cpu":
             self.check()
         return stepped
-
-    def numbers(self) -> dict[str, float]:
-        """What is logged of it: how many steps were skipped, if any may be."""
-        return {"skipped_steps": self.num_skipped} if self.skips else {}
 
     def check(self) -> None:
         """Check the latest step, if that is still to be done; this waits for the device.

@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger
 from torch import Tensor
 
-from lightning_sft.training.accumulation import StepSums
+from lightning_sft.training.gradients import StepSums
 from lightning_sft.training.guard import StepGuard
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.run_facts import run_settings
@@ -28,17 +28,21 @@ def log_step(
     """
     if guard.known_loss is not None:
         module.log("train/latest_loss", guard.known_loss.float(), prog_bar=True, logger=False)
-    entropy = sums.token_entropy / num_response_tokens
-    numbers = {"train/loss": sums.loss.float(), "train/token_entropy": entropy.float()}
-    numbers |= {"train/grad_norm": grad_norm.float(), "train/learning_rate": learning_rate}
+    numbers = {
+        "train/loss": sums.loss.float(),
+        "train/token_entropy": (sums.token_entropy / num_response_tokens).float(),
+        "train/grad_norm": grad_norm.float(),
+        "train/learning_rate": learning_rate,
+    }
     if sums.router_loss is not None:
         numbers["train/router_loss"] = sums.router_loss.float()
-    # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
-    on_host = {f"train/{name}": number for name, number in guard.numbers().items()}
-    numbers |= {name: torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
+    on_host: dict[str, float] = {"step": module.global_step}  # every logger's x-axis
+    if guard.skips:
+        on_host["train/skipped_steps"] = guard.num_skipped
     if in_epoch := steps_per_epoch(module.trainer):
-        numbers["epoch"] = torch.tensor(module.global_step / in_epoch, dtype=torch.float64)
-    numbers["step"] = torch.tensor(module.global_step, dtype=torch.float64)  # every logger's x-axis
+        on_host["epoch"] = module.global_step / in_epoch
+    # A plain number would be copied to the device, which would have to be waited for; `bf16-true` would round it.
+    numbers |= {name: torch.tensor(number, dtype=torch.float64) for name, number in on_host.items()}
     module.log_dict(numbers)
 
 

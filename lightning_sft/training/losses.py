@@ -52,9 +52,6 @@ class LossScale:
         normalization: `"token"`: the step's number of response tokens. `"sequence"`: `constant` times its number of
             sequences.
         constant: For `"sequence"` alone.
-
-    Raises:
-        SettingsError: If `normalization` is neither, or `constant` is not positive, or given beside `"token"`.
     """
 
     normalization: LossNormalization = "token"

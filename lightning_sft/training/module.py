@@ -25,11 +25,10 @@ from lightning_sft.model.embedding_noise import EmbeddingNoise
 from lightning_sft.model.rotary import RotaryInFloat32
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.model.token_loss import LossType, TokenLoss
-from lightning_sft.training.accumulation import accumulate_gradients, seed_dropout
 from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
-from lightning_sft.training.gradients import GradScaling, clip_gradients
+from lightning_sft.training.gradients import GradScaling, accumulate_gradients, clip_gradients, seed_dropout
 from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.logged import log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale

@@ -13,6 +13,11 @@ from lightning_sft.errors import SettingsError, one_line
 IMPLEMENTATION = ("foreach", "fused")  # how a step is computed, not what
 
 
+def kind_of(optimizer: Optimizer) -> str:
+    """Module and name of an optimizer's class."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
 def missing_state(optimizer: Optimizer) -> str | None:
     """The state that an optimizer needs for a step and that the checkpoint it was restored from lacks; None if none."""
     for group in optimizer.param_groups:
@@ -45,10 +50,9 @@ def check_takes_shards(optimizer: Optimizer) -> None:
     try:
         _trial(optimizer, groups, {}).step()
     except Exception as error:
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise SettingsError(
-            f"`optimizer` is {kind}, which cannot train sharded weights: {one_line(error, 200)} Use another one, such "
-            "as torch.optim.AdamW, or `trainer.strategy` 'ddp'."
+            f"`optimizer` is {kind_of(optimizer)}, which cannot train sharded weights: {one_line(error, 200)} Use "
+            "another one, such as torch.optim.AdamW, or `trainer.strategy` 'ddp'."
         ) from error
 
 

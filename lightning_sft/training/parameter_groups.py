@@ -19,10 +19,6 @@ class ParameterGroups:
     Args:
         groups: Each a mapping of `pattern`, a regular expression, and settings of the optimizer. A parameter belongs to
             the first group whose pattern its name matches. None: all parameters have the optimizer's own settings.
-
-    Raises:
-        SettingsTypeError: If that is no list of mappings.
-        SettingsError: If a group has no pattern, or nothing but a pattern.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]] | None) -> None:

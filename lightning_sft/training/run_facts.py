@@ -7,6 +7,7 @@ import lightning as L
 from transformers import PreTrainedModel
 
 from lightning_sft.data.rows.shown import shown_path, shown_settings
+from lightning_sft.loops.trainer_state import logged_metrics
 from lightning_sft.model.builder import ModelBuilder
 
 _OF_OPTIMIZER = ("lr", "betas", "momentum", "weight_decay")
@@ -38,7 +39,7 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
     of_data: dict[str, Any] = getattr(getattr(trainer, "datamodule", None), "facts", dict)()
     name = getattr(cast(PreTrainedModel, module.model).config, "_name_or_path", "")
     devices = {"precision": str(trainer.precision), "devices": trainer.world_size}
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = logged_metrics(trainer)
     return RunFacts(
         base_model=shown_path(name or "") or None,
         data=of_data.get("data", {}),

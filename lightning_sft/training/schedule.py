@@ -31,10 +31,6 @@ class Schedule:
         name: That `transformers` gives it, such as `cosine`.
         warmup_steps: Optimizer steps over which the learning rate rises; below 1: a fraction of the run.
         kwargs: Further arguments of the schedule.
-
-    Raises:
-        SettingsError: If there is no such schedule, `warmup_steps` is neither or has no effect, or `kwargs` is no
-            mapping or has other arguments than the schedule.
     """
 
     name: str = "cosine"
@@ -87,9 +83,6 @@ class Schedule:
         Args:
             optimizer: Whose learning rates it sets.
             num_steps: Optimizer steps of the run; -1 if it has no length.
-
-        Raises:
-            SettingsError: If the schedule needs what is not there.
         """
         needs_length = self.name not in _WITHOUT_LENGTH or (self.name != "constant" and 0 < self.warmup_steps < 1)
         if num_steps < 0 and needs_length:
