@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeAlias
 
+from lightning_sft.data.chat.switches import check_is_whole, take_switches
 from lightning_sft.errors import SettingsError, one_line, shorten
 
 Message: TypeAlias = dict[str, Any]
@@ -22,7 +23,9 @@ _ROLES = {
     "ai": "assistant",
     "chatgpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "tool_response": "tool",
     "function": "tool",
     "function_response": "tool",
     "observation": "tool",
@@ -30,10 +33,10 @@ _ROLES = {
     "environment": "tool",
 }
 
+_CALL_ROLES = ("function_call", "tool_call")  # of turns that are nothing but calls
+
 _TAKEN_VARIABLES = {"messages", "conversations", "tools", "chat_template", "add_generation_prompt"}
 _TAKEN_VARIABLES |= {"continue_final_message", "return_assistant_tokens_mask"}
-
-_SWITCHES = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight")
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # `transformers` gives each of them by the other names too
 CALLS_AS_TEXT = "function_calls"  # of OLMo 3: the calls as its template writes them
@@ -69,8 +72,9 @@ def read_conversation(
         columns: The name of one column for all messages, or of two: one for a prompt, and one for what follows, which
             may be missing. Each holds a list of messages in OpenAI's spelling (`role`, `content`) or ShareGPT's
             (`from`, `value`), or such a list as JSON text. Of two, one may hold plain text. A turn of the assistant
-            is not learnt if its `weight`, `train`, `trainable`, `training`, `loss`, `loss_mask` or `loss_weight` is 0
-            or false.
+            is not learnt if its `weight`, `train`, `trainable`, `training`, `loss`, `loss_mask`, `loss_weight` or
+            `loss_scale` is 0 or false. A turn of a `function_call` or `tool_call` continues one of the assistant
+            right before it, and turns are counted without it then.
         variables: For the template; the row's own `chat_template_kwargs` come first.
 
     Raises:
@@ -139,15 +143,39 @@ def _read_tools(row: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _read_tool(tool: object) -> object:
-    is_function = isinstance(tool, Mapping) and "name" in tool and not {"type", "function"} & set(tool)
-    return {"type": "function", "function": tool} if is_function else tool
+    if isinstance(tool, Mapping) and "name" in tool and not {"type", "function"} & set(tool):
+        tool = {"type": "function", "function": tool}
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if isinstance(tool, Mapping) and isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
+        parameters = _from_json("`tools`, parameters", function["parameters"], dict, "a JSON object")
+        return {**tool, "function": {**function, "parameters": parameters}}
+    return tool
 
 
 def _read_messages(column: str, value: object) -> list[Message]:
     messages = _from_json(f"`{column}`", value, list, "a list of messages")
     if not messages:
         raise SettingsError(f"`{column}` has no messages; expected at least one.")
-    return [_read_message(f"`{column}`, turn {number}", message) for number, message in enumerate(messages, 1)]
+    read: list[Message] = []
+    for number, message in enumerate(messages, 1):
+        turn = f"`{column}`, turn {number}"
+        found = _read_message(turn, message)
+        is_call = any(message.get(key) in _CALL_ROLES for key in ("role", "from"))
+        if is_call and read and read[-1]["role"] == "assistant":
+            read[-1] = _with_calls(turn, read[-1], found)
+        else:
+            read.append(found)
+    return read
+
+
+def _with_calls(turn: str, message: Message, calls: Message) -> Message:
+    """The assistant's message with the calls of the turn after it, which is part of the same answer."""
+    if message.get("weight") != calls.get("weight"):
+        raise SettingsError(
+            f"{turn} (assistant) continues the turn before it, but only one of them is to be learnt, and a turn is "
+            "learnt as a whole or not at all. Give both the same `weight`."
+        )
+    return {**message, "tool_calls": [*message.get("tool_calls", ()), *calls.get("tool_calls", ())]}
 
 
 def _read_message(turn: str, message: object) -> Message:
@@ -160,19 +188,18 @@ def _read_message(turn: str, message: object) -> Message:
         raise SettingsError(f"{turn} has the role {shorten(role)}, expected one of {', '.join(_ROLES)}.")
     calls, content = _take_calls(turn, role, rest, content)
     role = _ROLES[role]
+    turn = f"{turn} ({role})"
+    check_is_whole(turn, role, rest, [content, *map(rest.get, REASONING)])
+    if role == "assistant":
+        content = _take_reasoning(turn, rest, content)
     if content is None and role == "assistant" and any(map(rest.get, (*REASONING, CALLS_AS_TEXT))):
         content = ""
     if isinstance(content, list):  # a template that expects text would write such a list out as Python does
-        content = "".join(_part_text(turn, part) for part in content)
+        content = _joined(turn, content)
     if not isinstance(content, str):
         way_out = " Write the object as JSON text." if isinstance(content, Mapping) else ""
-        raise SettingsError(f"{turn} ({role}) has the content {shorten(content)}, expected a string.{way_out}")
-    if rest.get("train_detail"):
-        raise SettingsError(
-            f"{turn} ({role}) has the `train_detail` {shorten(rest['train_detail'])}, but a turn is learnt as a whole "
-            "or not at all. Remove it, or set `train` to false for a turn that is not to be learnt."
-        )
-    is_learnt = _take_switches(f"{turn} ({role})", role, rest)
+        raise SettingsError(f"{turn} has the content {shorten(content)}, expected a string.{way_out}")
+    is_learnt = take_switches(turn, role, rest)
     return {"role": role, "content": content, **calls, **rest, **({} if is_learnt else {"weight": 0})}
 
 
@@ -180,10 +207,10 @@ def _take_calls(turn: str, role: str, rest: Message, content: object) -> tuple[M
     """Take a message's tool calls from it; return them as `tool_calls`, if there are any, and the content beside them.
 
     OpenAI has them in `tool_calls`, and before that had one in `function_call`; a turn from ShareGPT's `function_call`
-    has nothing else to say.
+    or ms-swift's `tool_call` has nothing else to say.
     """
     spellings = {key: value for key in ("tool_calls", "function_call") if (value := rest.pop(key, None))}
-    if role == "function_call":
+    if role in _CALL_ROLES:
         spellings["content"], content = content, None
     if len(spellings) > 1:
         raise SettingsError(f"{turn} has calls in `{'` and in `'.join(spellings)}`. Remove one.")
@@ -195,30 +222,38 @@ def _take_calls(turn: str, role: str, rest: Message, content: object) -> tuple[M
     return {}, content
 
 
-def _take_switches(turn: str, role: str, rest: Message) -> bool:
-    """Take from a message whatever says whether it is learnt, by any of its names; return whether it is."""
-    switches = {name: rest.pop(name) for name in _SWITCHES if name in rest}
-    for name, value in switches.items():
-        if value not in (0, 1):
-            raise SettingsError(
-                f"{turn} has the `{name}` {shorten(value)}, expected 1 (or true), or 0 (or false) for a turn that is "
-                "not to be learnt."
-            )
-        if value and role != "assistant":
-            raise SettingsError(
-                f"{turn} has the `{name}` {shorten(value)}, but only turns of the assistant are learnt. Remove it."
-            )
-        if value != (first := next(iter(switches.values()))):
-            raise SettingsError(
-                f"{turn} has the `{next(iter(switches))}` {shorten(first)}, but the `{name}` {shorten(value)}. "
-                "Remove one."
-            )
-    return role != "assistant" or all(switches.values())
+def _take_reasoning(turn: str, rest: Message, content: object) -> object:
+    """Make texts of the reasoning of an assistant's message; return the content without it.
+
+    Mistral's content begins with parts of reasoning, each a text or a list of text parts.
+    """
+    for name in REASONING:
+        if isinstance(rest.get(name), list):
+            rest[name] = _joined(turn, rest[name])
+        elif not isinstance(rest.get(name, ""), str):
+            raise SettingsError(f"{turn} has the `{name}` {shorten(rest[name])}, expected a string.")
+    parts = list(content) if isinstance(content, list) else []
+    thoughts: list[object] = []
+    while parts and isinstance(parts[0], Mapping) and parts[0].get("type") == "thinking":
+        thought = parts.pop(0).get("thinking")
+        thoughts += thought if isinstance(thought, list) else [{"text": thought}]
+    if not thoughts:
+        return content
+    for name in filter(rest.get, REASONING):
+        raise SettingsError(f"{turn} has reasoning in `content` and in `{name}`. Remove one.")
+    rest[REASONING[0]] = _joined(turn, thoughts)
+    return parts
+
+
+def _joined(turn: str, parts: Sequence[object]) -> str:
+    """The texts of parts, one after another; some call a text `value` or `content`."""
+    return "".join(_part_text(turn, part) for part in parts)
 
 
 def _part_text(turn: str, part: object) -> str:
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
-    if not isinstance(text, str):
+    values = map(part.get, ("text", "value", "content")) if isinstance(part, Mapping) else iter(())
+    text = next((value for value in values if value is not None), None)
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(text, str):
         raise SettingsError(f"{turn} has the content part {shorten(part)}, expected text parts only.")
     return text
 
@@ -234,7 +269,7 @@ def _read_call(turn: str, call: object) -> dict[str, Any]:
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise SettingsError(f"{turn} has the tool call {shorten(call)}, expected one with the `name` of a function.")
     if isinstance(inner.get("arguments"), str):
-        arguments = _from_json(f"{turn}, arguments", inner["arguments"], dict, "a JSON object")
+        arguments = _from_json(f"{turn}, arguments", inner["arguments"] or "{}", dict, "a JSON object")
         inner = {**inner, "arguments": arguments}
     return {"type": "function", **call, "function": dict(inner)}
 

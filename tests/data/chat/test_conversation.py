@@ -187,7 +187,7 @@ BAD_MESSAGES = {
     "tool calls that are none": ([user("a"), assistant(None, tool_calls="null")], "turn 2 (assistant) has the content"),
     "an image": (
         [user([{"type": "image"}])],
-        "turn 1 has the content part {'type': 'image'}, expected text parts only.",
+        "turn 1 (user) has the content part {'type': 'image'}, expected text parts only.",
     ),
     "arguments that are no JSON": (
         [user("a"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
@@ -221,6 +221,22 @@ BAD_MESSAGES = {
     "a call without a name": (
         [user("a"), assistant("", tool_calls=[{"function": {"arguments": "{}"}}])],
         "turn 2 has the tool call {'function': {'arguments': '{}'}}, expected one with the `name` of a function.",
+    ),
+    "reasoning twice": (
+        [user("a"), assistant([{"type": "thinking", "thinking": "b"}], reasoning="c")],
+        "turn 2 (assistant) has reasoning in `content` and in `reasoning`. Remove one.",
+    ),
+    "reasoning that is no text": (
+        [user("a"), assistant("b", thinking=True)],
+        "turn 2 (assistant) has the `thinking` True, expected a string.",
+    ),
+    "reasoning after the answer": (
+        [user("a"), assistant([{"type": "text", "text": "b"}, {"type": "thinking", "thinking": "c"}])],
+        "turn 2 (assistant) has the content part {'type': 'thinking', 'thinking': 'c'}, expected text parts only.",
+    ),
+    "a call that is learnt after words that are not": (
+        [user("a"), assistant("b", weight=0), {"role": "tool_call", "content": '{"name": "f"}'}],
+        "turn 3 (assistant) continues the turn before it, but only one of them is to be learnt",
     ),
     "no weight anywhere": (
         [user("a"), assistant("b", weight=0), assistant("c", weight=0)],

@@ -9,6 +9,7 @@ from support.chat import (
     CHATML,
     LONG,
     QWEN,
+    THINKING,
     TOOL,
     WITH_TOOLS,
     assistant,
@@ -27,6 +28,7 @@ from support.chat import (
         ("user", "bot", "function"),
         ("human", "ai", "ipython"),
         ("human", "chatgpt", "environment"),
+        ("user", "assistant", "tool_response"),
     ],
 )
 def test_each_name_of_a_role_means_the_same(asks, answers, reports):
@@ -57,6 +59,12 @@ OTHER_CALLS = {
         {"from": "observation", "value": "3"},
         {"from": "gpt", "value": "It is 3."},
     ],
+    "ms-swift's turn of a call": [
+        WITH_TOOLS[0],
+        {"role": "tool_call", "content": json.dumps(BARE_CALL)},
+        {"role": "tool_response", "content": "3"},
+        WITH_TOOLS[3],
+    ],
     "ShareGPT's turn of several calls": [
         WITH_TOOLS[0],
         {"from": "function_call", "value": json.dumps([TEXT_CALL])},
@@ -71,10 +79,56 @@ def test_calls_and_tools_in_older_spellings_are_written_like_todays(spelling):
     tokenizer = chat_tokenizer(QWEN.replace("{{ c.function.name }}", needs_type))
     (expected,) = encode([{"messages": WITH_TOOLS, "tools": [TOOL]}], tokenizer)
     functions = [{"functions": [TOOL["function"]]}, {"tools": json.dumps([TOOL["function"]])}, {"functions": [TOOL]}]
+    as_text = {**TOOL["function"], "parameters": json.dumps(TOOL["function"]["parameters"])}  # as axolotl allows
+    functions.append({"tools": [{"type": "function", "function": as_text}]})
     for tools in functions:
         (row,) = encode([{"messages": OTHER_CALLS[spelling], **tools}], tokenizer)
         assert row["input_ids"] == expected["input_ids"]
         assert responses(row, tokenizer) == responses(expected, tokenizer) == [CALLED, "It is 3.<|im_end|>"]
+
+
+def test_turns_of_calls_continue_the_turn_before_them():
+    """As in ms-swift: a model makes these calls at once, after what it says first."""
+    calls = [{"name": "add", "arguments": {"a": number}} for number in (1, 2)]
+    split = [{"role": "tool_call", "content": json.dumps(call), "loss": True} for call in calls]
+    tokenizer = chat_tokenizer(QWEN)
+    for words in ([], [assistant("Wait.")]):
+        said = words[0]["content"] if words else None
+        joined = [user("?"), assistant(said, tool_calls=calls), *WITH_TOOLS[2:]]
+        first, second = encode(
+            [{"messages": [user("?"), *words, *split, *WITH_TOOLS[2:]]}, {"messages": joined}], tokenizer
+        )
+        assert first["input_ids"] == second["input_ids"]
+        assert responses(first, tokenizer) == responses(second, tokenizer)
+        assert responses(first, tokenizer)[0].startswith(said or "<tool_call>")
+
+
+def test_a_call_of_a_function_without_arguments_may_have_an_empty_text_for_them():
+    call = {"function": {"name": "now", "arguments": ""}}
+    (row,) = encode([{"messages": [user("?"), assistant(None, tool_calls=[call])]}], tokenizer := chat_tokenizer(QWEN))
+    assert responses(row, tokenizer) == ['<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>']
+
+
+THOUGHT_PARTS = {
+    "Mistral's texts": {"content": [{"type": "thinking", "thinking": "easy"}, {"type": "text", "text": "4."}]},
+    "Mistral's parts": {
+        "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "easy"}]},
+            {"type": "text", "text": "4."},
+        ]
+    },
+    "axolotl's parts": {
+        "content": [{"type": "text", "value": "4."}],
+        "reasoning_content": [{"type": "text", "text": "ea", "train": True}, {"type": "text", "content": "sy"}],
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", THOUGHT_PARTS)
+def test_reasoning_in_parts_is_learnt_as_its_text(spelling):
+    tokenizer = chat_tokenizer(THINKING)
+    (row,) = encode([{"messages": [user("2+2?"), {"role": "assistant", **THOUGHT_PARTS[spelling]}]}], tokenizer)
+    assert responses(row, tokenizer) == ["<think>easy</think>4.<|im_end|>"]
 
 
 OLMO = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.function_calls if m.function_calls }}")
@@ -105,6 +159,17 @@ def test_a_part_of_a_turn_is_not_left_out():
     assert len(encode([row], chat_tokenizer(CHATML))) == 1
 
 
+@pytest.mark.parametrize("name", ["content", "reasoning_content"])
+def test_a_part_of_a_text_is_not_left_out(name):
+    for switch, off in (("train", False), ("weight", 0), ("weight", 0.5)):
+        turn = assistant("b") | {name: [{"type": "text", "text": "a"}, {"type": "text", "text": "b", switch: off}]}
+        words = rf"turn 2 \(assistant\) has a content part with the `{switch}` {off}, but a turn is learnt as a whole"
+        with pytest.raises(ValueError, match=words):
+            encode([{"messages": [user("a"), turn]}], chat_tokenizer(THINKING))
+    asked = user([{"type": "text", "text": "a", "train": False}])
+    assert len(encode([{"messages": [asked, assistant("b")]}], chat_tokenizer(CHATML))) == 1
+
+
 def test_no_row_of_a_table_gets_the_arguments_of_another_ones_older_call():
     def row(name, **arguments):
         call = {"name": name, "arguments": arguments}
@@ -118,7 +183,9 @@ def test_no_row_of_a_table_gets_the_arguments_of_another_ones_older_call():
     assert encode(datasets.Dataset.from_list(rows), tokenizer)["input_ids"] == expected
 
 
-@pytest.mark.parametrize("switch", ["weight", "train", "trainable", "training", "loss_mask", "loss_weight"])
+@pytest.mark.parametrize(
+    "switch", ["weight", "train", "trainable", "training", "loss_mask", "loss_weight", "loss_scale"]
+)
 def test_a_turn_is_left_out_by_any_switch_which_no_template_sees(switch):
     tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }} {{ m.keys() | join }}"))
     for on, off in ((1, 0), (True, False), (None, 0.0)):
