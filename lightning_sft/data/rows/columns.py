@@ -9,6 +9,7 @@ _PROMPTS = ("question", "query", "instruction", "problem", "input", "inputs", "s
 _OUTPUTS = ("output", "completion", "response", "answer", "solution", "target", "targets")  # and an output
 _TOKENS = "`input_ids` is used instead: remove it with a `row_transform`, and the text is tokenised here"
 _ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
+_TEMPLATE = "`prompt_template` can name any column"
 _SYSTEM = "`row_transform` can rename `system_prompt` to `system`, which stands before the first turn of a conversation"
 _PICTURES = "`row_filter` can leave out rows with more than text, since nothing else is learnt"
 MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what would use them
@@ -19,6 +20,7 @@ EASILY_MISSED = {  # and beside a prompt
     "system": "`as_chat: true` writes `system`, prompt and output with the chat template",
     "history": _ALPACA,
     "input": _ALPACA,
+    "context": _TEMPLATE,
     **MISSED_IN_CONVERSATIONS,
 }
 _OF_TEXTS = ("system", "history", "input")
@@ -33,10 +35,11 @@ def unused_beside_tokens(row: Mapping[str, Any]) -> tuple[str, ...]:
 def unused_in_words(columns: Sequence[str]) -> str:
     """What a user is told of columns that nothing uses."""
     ways = dict.fromkeys(EASILY_MISSED.get(column, _TOKENS) for column in columns)
-    is_text = any(column in _OF_TEXTS for column in columns)
-    ways_out = "; ".join([*ways, "`prompt_template` can name any column"] if is_text else ways)
+    if any(column in _OF_TEXTS for column in columns):
+        ways[_TEMPLATE] = None
     return (
-        f"nothing uses the column{'s' if columns[1:] else ''} {', '.join(f'`{name}`' for name in columns)}. {ways_out}."
+        f"nothing uses the column{'s' if columns[1:] else ''} {', '.join(f'`{name}`' for name in columns)}. "
+        f"{'; '.join(ways)}."
     )
 
 
@@ -48,10 +51,12 @@ def way_out(row: Mapping[str, Any], missing: Mapping[str, str]) -> str:
     has_prompt = "prompt" not in missing
     for column, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and {"role", "from"} & set(value[0]):
+            if column in CONVERSATIONS:
+                return f" `{column}` has messages: leave out the arguments that name other columns."
             if not has_prompt and len(missing) == 1:
                 return f" `{column}` has messages: set `prompt_field` to `{column}`."
             return f" `{column}` has messages: let a `row_transform` return them as `messages`."
-    if not has_prompt and "instruction" in row and {"output", "input"} & set(row):
+    if not has_prompt and "instruction" in row and {"output", "input", "context"} & set(row):
         return " Set `row_transform` to `lightning_sft.alpaca_row`."
     if not has_prompt and {"query", "response"} <= set(row):
         return " Set `row_transform` to `lightning_sft.query_row`."

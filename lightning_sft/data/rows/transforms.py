@@ -12,9 +12,9 @@ def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a row in the format of Alpaca or LLaMA-Factory to a conversation; a `row_transform` of the datamodule.
 
     Args:
-        row: Has `instruction`, and optionally `input`, which goes on its own line below it; `output`, which may be
-            missing if the answer is to be generated; `system`; and `history`, a list of `[question, answer]` pairs
-            before it.
+        row: Has `instruction`, and optionally `input` (without that, `context`), which goes on its own line below it;
+            `output` (or `response`), which may be missing if the answer is to be generated; `system` (or
+            `system_prompt`); and `history`, a list of `[question, answer]` pairs before it.
 
     Returns:
         The row with `messages` in the place of these columns. A row of another file that has messages already stays
@@ -23,15 +23,16 @@ def alpaca_row(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SettingsError: If there is no instruction, or a value is of another type.
     """
-    return _conversation(row, ("instruction", "input"), "output")
+    more = "context" if row.get("input") is None and row.get("context") is not None else "input"
+    return _conversation(row, ("instruction", more), ("output", "response"))
 
 
 def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a row with `query` and `response` to a conversation; a `row_transform` of the datamodule.
 
     Args:
-        row: Has `query`; `response`, which may be missing if the answer is to be generated; and optionally `system`,
-            and `history`, a list of `[question, answer]` pairs before it.
+        row: Has `query`; `response`, which may be missing if the answer is to be generated; and optionally `system`
+            (or `system_prompt`), and `history`, a list of `[question, answer]` pairs before it.
 
     Returns:
         The row with `messages` in the place of these columns. A row of another file that has messages already stays
@@ -40,15 +41,16 @@ def query_row(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SettingsError: If there is no query, or a value is of another type.
     """
-    return _conversation(row, ("query",), "response")
+    return _conversation(row, ("query",), ("response",))
 
 
 def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Take the chosen answer of a preference row and drop the rejected one; a `row_transform` of the datamodule.
 
     Args:
-        row: With `chosen`: a text, a message or messages that answer the row's `prompt`, or its `messages`
-            (`conversations`, `conversation`); or messages that begin with the question.
+        row: With `chosen`: a text, a message or messages that answer the row's `prompt`, its `messages`
+            (`conversations`, `conversation`), or its `instruction` and `input`; or messages that begin with the
+            question.
 
     Returns:
         The row without `chosen` and `rejected`, and with `output`, or with `messages` if the question is in them. A row
@@ -67,6 +69,8 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(answer, list) and is_asked(answer[:1]):
         return {**rest, "messages": answer}
     asked = next((column for column in CONVERSATIONS if is_asked(row.get(column))), None)
+    if asked is None and {"instruction", "input"} <= set(rest) and isinstance(chosen, str):
+        return alpaca_row({**rest, "output": chosen})
     if asked is None:
         return {**rest, "output": answer}
     answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
@@ -92,13 +96,15 @@ def is_rewarded(row: Mapping[str, Any]) -> bool:
     return (row["reward"] or 0.0) >= 1.0 and row["stop_reason"] in ("eos", "stop")
 
 
-def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str) -> dict[str, Any]:
+def _conversation(row: Mapping[str, Any], questions: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     """The row with `messages` in the place of the columns that they are made of; a conversation stays as it is."""
     if row.get(questions[0]) is None and _is_conversation(row):
         return dict(row)
     if row.get(questions[0]) is None:
         raise SettingsError(f"no value for `{questions[0]}`. The row has {shorten(sorted(map(str, row)), 200)}.")
-    texts = [_text(f"`{column}`", row.get(column) or "") for column in ("system", *questions)]
+    answer = next((column for column in answers if row.get(column) is not None), answers[0])
+    words = "system_prompt" if row.get("system") is None else "system"
+    texts = [_text(f"`{column}`", row.get(column) or "") for column in (words, *questions)]
     system, question = texts[0], "\n".join(filter(None, texts[1:]))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for number, pair in enumerate(row.get("history") or [], 1):
@@ -109,7 +115,7 @@ def _conversation(row: Mapping[str, Any], questions: Sequence[str], answer: str)
     messages.append({"role": "user", "content": question})
     if row.get(answer) is not None:
         messages.append({"role": "assistant", "content": row[answer]})
-    used = {*questions, answer, "system", "history"}
+    used = {*questions, answer, "system", words, "history"}
     return {**{column: value for column, value in row.items() if column not in used}, "messages": messages}
 
 

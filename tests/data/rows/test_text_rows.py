@@ -117,6 +117,16 @@ HINTS = {
     "prompt and response": ({"prompt": "a", "response": "b"}, {}, " Set `output_field` to `response`."),
     "question and output": ({"question": "a", "output": "b"}, {}, " Set `prompt_field` to `question`."),
     "instruction": ({"instruction": "a", "output": "b"}, {}, " Set `row_transform` to `lightning_sft.alpaca_row`."),
+    "Dolly": (
+        {"instruction": "a", "context": "b", "response": "c"},
+        {},
+        " Set `row_transform` to `lightning_sft.alpaca_row`.",
+    ),
+    "messages that are not asked for": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt_field": "q"},
+        " `messages` has messages: leave out the arguments that name other columns.",
+    ),
     "query": ({"query": "a", "response": "b"}, {}, " Set `row_transform` to `lightning_sft.query_row`."),
     "dialogue": (
         {"dialog": [{"role": "user", "content": "a"}]},

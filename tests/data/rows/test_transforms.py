@@ -20,9 +20,20 @@ HISTORY = [["2+2?", "4."]]
             [SYSTEM, *LONG],
         ),
         (alpaca_row, {"instruction": "a", "input": "", "system": "", "history": None}, [user("a")]),
+        (alpaca_row, {"instruction": "a", "context": "x", "response": "b"}, [user("a\nx"), assistant("b")]),  # Dolly
+        (
+            alpaca_row,
+            {"instruction": "a", "output": "b", "system_prompt": "Be brief."},
+            [SYSTEM, user("a"), assistant("b")],
+        ),
         (query_row, {"query": "a", "response": "b"}, [user("a"), assistant("b")]),
         (query_row, {"query": "3+3?", "response": "6!", "system": "Be brief.", "history": HISTORY}, [SYSTEM, *LONG]),
         (chosen_row, {"chosen": LONG, "rejected": LONG[:3]}, LONG),
+        (
+            chosen_row,
+            {"instruction": "a", "input": "x", "chosen": "b", "rejected": "c"},
+            [user("a\nx"), assistant("b")],
+        ),
         (chosen_row, {"prompt": "2+2?", "chosen": LONG[:2], "rejected": LONG[:1]}, LONG[:2]),
         (chosen_row, {"conversations": LONG[:1], "chosen": LONG[1], "rejected": LONG[1]}, LONG[:2]),
         (chosen_row, {"messages": LONG[:1], "chosen": "4.", "rejected": "5."}, LONG[:2]),
