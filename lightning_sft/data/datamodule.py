@@ -177,7 +177,8 @@ class SFTDataModule(L.LightningDataModule):
         self._rows.check_lengths()
         if stage == "fit" and self.trainer is not None and self.trainer.limit_train_batches != 0:
             SFTDataModule.teardown(self, stage)  # not a subclass's, which may do more
-            self._run = TrainingRun(self.trainer, self.training_rows, has_validation=self._rows.val is not None)
+            own = type(self).val_dataloader is not SFTDataModule.val_dataloader  # of whatever rows
+            self._run = TrainingRun(self.trainer, self.training_rows, has_validation=own or self._rows.val is not None)
             self.run_state = self._run.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -43,10 +43,11 @@ _HOOKS = {  # of automatic optimization, which Lightning does not call under man
     "configure_gradient_clipping": "Set `max_grad_norm` to none and clip in `on_before_optimizer_step`, after "
     "`super().on_before_optimizer_step(optimizer)`",
 }
-_EXTENDED = (  # Lightning's own do nothing, so that few call them; those of `SFTModule` do
+_EXTENDED = {  # Lightning's own do nothing, so that few call them; those of `SFTModule` and `SFTDataModule` do
     *("setup", "configure_callbacks", "on_fit_start", "on_train_start", "on_validation_start", "on_train_end"),
     *("on_save_checkpoint", "on_load_checkpoint"),
-)
+    *("train_dataloader", "state_dict", "load_state_dict", "on_exception", "teardown"),
+}
 _FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeFinder: "find_batch_size"}
 
 
@@ -100,6 +101,7 @@ def check_before_setup(trainer: L.Trainer) -> None:
         _check_left_to_us(trainer)
         _check_hooks(trainer.lightning_module)
     _check_super_is_called(type(module))
+    _check_super_is_called(type(getattr(trainer, "datamodule", None)))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))
 
@@ -138,16 +140,17 @@ def _check_hooks(module: L.LightningModule) -> None:
 
 
 def _check_super_is_called(kind: type) -> None:
-    """Refuse hooks of a subclass that leave out what those of `SFTModule` do, such as where a run continues."""
+    """Refuse hooks of a subclass that leave out what those of this package do, such as where a run continues."""
     mro = kind.__mro__
-    own = next((place for place, each in enumerate(mro) if each.__module__.startswith(f"{__package__}.")), 0)
+    own = next((place for place, each in enumerate(mro) if each.__module__.startswith("lightning_sft.")), 0)
     for each in mro[:own]:
-        for name in _EXTENDED:
+        for name in vars(mro[own]).keys() & _EXTENDED:
             code = getattr(inspect.unwrap(vars(each).get(name, len)), "__code__", None)
             if code is not None and name not in code.co_names:  # a call has the name of what it calls
+                own_loader = " Or give `trainer.fit` the loader alone." if name == "train_dataloader" else ""
                 raise SettingsError(
-                    f"`{each.__name__}.{name}` does not call `super().{name}`, in which `SFTModule` has something to "
-                    "do. Call it, with the same arguments, before or after what is done there."
+                    f"`{each.__name__}.{name}` does not call `super().{name}`, in which `{mro[own].__name__}` has "
+                    f"something to do. Call it, with the same arguments, before or after the rest.{own_loader}"
                 )
 
 

@@ -111,6 +111,22 @@ def test_a_hook_in_which_something_would_be_left_out_is_refused(tmp_path, hook, 
         fit(tmp_path, own(tiny_config()), max_steps=2)
 
 
+@pytest.mark.parametrize(("hook", "way_out"), [("setup", "Call it"), ("train_dataloader", "give .* the loader alone")])
+def test_a_hook_of_the_data_in_which_something_would_be_left_out_is_refused(tmp_path, hook, way_out):
+    own = type("Own", (SFTDataModule,), {hook: lambda self, *args: None})
+    with pytest.raises(SettingsError, match=f"`Own.{hook}` does not call .* in which `SFTDataModule` has .*{way_out}"):
+        fit(tmp_path, data=own(character_tokenizer(), ROWS, batch_size=8), max_steps=2)
+
+
+def test_validation_rows_may_come_from_a_hook_of_a_subclass_alone(tmp_path):
+    class Own(SFTDataModule):
+        def val_dataloader(self):
+            return self.test_dataloader()
+
+    recorder = fit(tmp_path, data=Own(character_tokenizer(), ROWS, test_data=ROWS[:5], batch_size=8), max_steps=3)[1]
+    assert recorder.validated == [3]
+
+
 def test_hooks_around_an_optimizer_step_are_called_once_in_each(tmp_path):
     events = []
 
