@@ -139,17 +139,20 @@ def _read_tools(row: Mapping[str, Any]) -> list[Any] | None:
     functions = _from_json("`functions`", row.get("functions") or [], list, "a list of functions")
     if tools and functions:
         raise SettingsError("the row has both `tools` and `functions`. Remove one.")
-    return [_read_tool(tool) for tool in tools or functions or []] or None
+    return [_read_tool(f"`tools`, number {number}", tool) for number, tool in enumerate(tools or functions, 1)] or None
 
 
-def _read_tool(tool: object) -> object:
-    if isinstance(tool, Mapping) and "name" in tool and not {"type", "function"} & set(tool):
-        tool = {"type": "function", "function": tool}
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if isinstance(tool, Mapping) and isinstance(function, Mapping) and isinstance(function.get("parameters"), str):
-        parameters = _from_json("`tools`, parameters", function["parameters"], dict, "a JSON object")
-        return {**tool, "function": {**function, "parameters": parameters}}
-    return tool
+def _read_tool(name: str, tool: object) -> dict[str, Any]:
+    found: dict[str, Any] | None = _from_json(name, tool, dict, "an object")
+    if not found:
+        raise SettingsError(f"{name} is {shorten(tool)}, expected an object.")
+    if "function" not in found and "name" in found and found.get("type", "function") == "function":
+        found = {"type": "function", "function": {key: value for key, value in found.items() if key != "type"}}
+    function = found.get("function")
+    if isinstance(function, Mapping) and isinstance(function.get("parameters"), str):  # axolotl advises that
+        parameters = _from_json(f"{name}, parameters", function["parameters"], dict, "a JSON object")
+        found = {**found, "function": {**function, "parameters": parameters}}
+    return found
 
 
 def _read_messages(column: str, value: object) -> list[Message]:

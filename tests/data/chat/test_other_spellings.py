@@ -81,6 +81,7 @@ def test_calls_and_tools_in_older_spellings_are_written_like_todays(spelling):
     functions = [{"functions": [TOOL["function"]]}, {"tools": json.dumps([TOOL["function"]])}, {"functions": [TOOL]}]
     as_text = {**TOOL["function"], "parameters": json.dumps(TOOL["function"]["parameters"])}  # as axolotl allows
     functions.append({"tools": [{"type": "function", "function": as_text}]})
+    functions += [{"tools": [json.dumps(TOOL)]}, {"tools": [{"type": "function", **TOOL["function"]}]}]
     for tools in functions:
         (row,) = encode([{"messages": OTHER_CALLS[spelling], **tools}], tokenizer)
         assert row["input_ids"] == expected["input_ids"]
@@ -213,7 +214,9 @@ def test_conversations_in_two_columns_are_refused_unless_they_are_the_same():
     assert len(encode(both, tokenizer, bad_rows="drop")) == 1
 
 
-def test_tools_in_two_spellings_are_refused():
+def test_tools_in_two_spellings_and_what_is_no_tool_are_refused():
     row = {"messages": LONG, "tools": [TOOL], "functions": [TOOL["function"]]}
     with pytest.raises(ValueError, match=r"row 1 .*: the row has both `tools` and `functions`. Remove one."):
         encode([row], chat_tokenizer(QWEN))
+    with pytest.raises(ValueError, match=r"row 1 .*: `tools`, number 2 is 3 of type int, expected an object."):
+        encode([{"messages": LONG, "tools": [TOOL, 3]}], chat_tokenizer(QWEN))
