@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, counted
 from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, kind_of, missing_state
 
@@ -175,6 +176,22 @@ def _kinds(optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> list
     return [type(optimizer), parameters, *(type(config.scheduler) for config in schedules)]
 
 
+def _go_on_in_data(trainer: L.Trainer) -> None:
+    """Continue where an earlier `fit` of the trainer has left its data, also in the same rows of another datamodule."""
+    data, earlier = getattr(trainer, "datamodule", None), vars(trainer).get("_data_of_fit")
+    is_other = isinstance(data, SFTDataModule) and isinstance(earlier, SFTDataModule) and data is not earlier
+    if is_other and trainer.global_step > 0 and trainer.ckpt_path is None:
+        try:
+            data.load_state_dict(earlier.state_dict())
+        except SettingsError as error:
+            then = str(error).partition(":")[0].replace("The checkpoint", "that run")
+            raise SettingsError(
+                f"The trainer has taken {counted(trainer.global_step, 'optimizer step')} already, and would go on at "
+                f"this place in other data: {then}. Fit with a new trainer, which begins at the first step."
+            ) from None
+    trainer._data_of_fit = data  # type: ignore[attr-defined]
+
+
 def _check_same_step(step: int | None) -> None:
     """Refuse processes that would wait for one another forever, since their machines have different checkpoints."""
     if not dist.is_available() or not dist.is_initialized():
@@ -207,6 +224,7 @@ class Continuation:
         if trainer.global_step > 0 and self._now is not None and optimizers:
             self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
         self._continues, self._step, self._then, self._now = False, None, None, None
+        _go_on_in_data(trainer)
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """The run continues from this checkpoint, whose optimizer is not restored yet."""

@@ -9,6 +9,7 @@ from support.fits import ROWS, make_data, make_trainer
 from support.models import tiny_config
 
 from lightning_sft import SFTModule
+from lightning_sft.errors import SettingsError
 
 adamw = partial(torch.optim.AdamW, lr=0.01)
 
@@ -63,6 +64,16 @@ def test_more_epochs_are_those_of_a_run_that_continues_from_its_checkpoint(tmp_p
     assert rates == [0.0, 0.005, 0.01, *expected]
     assert expected == pytest.approx([0.0075, 0.005, 0.0025])
     assert is_same(module, continued)
+
+
+def test_other_data_is_refused_where_the_run_would_go_on_at_some_place_in_it(tmp_path):
+    trainer, module, _ = begin(tmp_path, 1)
+    trainer.fit(module, make_data())
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(
+        SettingsError, match=r"taken 3 optimizer steps already.*: that run .* `num_rows` = 22, now it is 9"
+    ):
+        trainer.fit(module, make_data(train_data=ROWS[:9]))
 
 
 def test_an_optimizer_of_other_parameters_begins_anew_and_says_so(tmp_path, caplog):
