@@ -120,9 +120,13 @@ class ModelBuilder:
 
     def build_empty(self, precision: Precision = FLOAT32) -> PreTrainedModel:
         """The same model on `meta`: shapes and types, no values; nothing of its weights is read."""
+        return self.adapt(self.build_empty_base(precision))
+
+    def build_empty_base(self, precision: Precision = FLOAT32) -> PreTrainedModel:
+        """The same without adapters, and nothing frozen."""
         if isinstance(self.source, PreTrainedModel):
-            return self.adapt(build_empty_model(self.source.config.to_dict(), {"dtype": self.source.dtype}))
-        return self.adapt(build_empty_model(self.source, self._options(precision)))
+            return build_empty_model(self.source.config.to_dict(), {"dtype": self.source.dtype})
+        return build_empty_model(self.source, self._options(precision))
 
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put adapters into a model, if it is to have some and has none yet, and freeze what is not to be trained.

@@ -15,9 +15,12 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.steps.plan import MicrobatchShape, StepTotals, largest_allowed_microbatch
 from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.errors import SettingsError, counted, located, one_line
+from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.packing import why_never_packed
+from lightning_sft.model.precision import Precision
 from lightning_sft.model.sharding import check_not_replicated, shards_per_replica
+from lightning_sft.planning.quantized_weights import saved_by_quantization
 from lightning_sft.planning.step_memory import Devices, StepMemory, step_memory
 from lightning_sft.planning.trainer_settings import TrainerSettings
 from lightning_sft.training.module import SFTModule
@@ -118,6 +121,7 @@ def estimate_run(
         num_shards=num_shards,
         whole_gradients=module.sync_every_microbatch is False,
     )
+    saved = _saved_by_quantization(module.builder, settings.precision, notes)
     memory = {
         checkpointing: step_memory(
             model,
@@ -128,6 +132,7 @@ def estimate_run(
             precision=settings.precision,
             gradient_checkpointing=checkpointing,
             token_loss=module.objective.token_loss,
+            saved_by_quantization=saved,
         )
         for checkpointing in dict.fromkeys([False, True, module.checkpointing.gradient_checkpointing])
     }
@@ -145,11 +150,21 @@ def estimate_run(
         else:
             notes.append("To estimate the time, give the device's FLOP/s as `--throughput.peak_flops`.")
     counts = parameter_counts(model.parameters())
-    if "quantization_config" in (module.builder.model_kwargs or {}):
-        notes.append("`quantization_config` is not considered: all weights are counted in full.")
     if module.checkpointing.activation_offloading:
         notes.append("`activation_offloading` needs less than this; how much less is not estimated.")
     return Estimate(counts, memory, module.checkpointing.gradient_checkpointing, run, [*notes, _UNCOUNTED])
+
+
+def _saved_by_quantization(builder: ModelBuilder, precision: Precision, notes: list[str]) -> int:
+    base = builder.build_empty_base(precision)
+    stored = getattr(base.config, "quantization_config", None)  # of a checkpoint that is quantised already
+    if (settings := (builder.model_kwargs or {}).get("quantization_config", stored)) is None:
+        return 0
+    try:
+        return saved_by_quantization(base, settings)
+    except SettingsError as error:
+        notes.append(f"`quantization_config` is not considered, all weights are counted in full: {error}")
+        return 0
 
 
 @dataclass(frozen=True)

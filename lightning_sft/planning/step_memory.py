@@ -5,7 +5,7 @@ types but no values. What each would take is counted from its creation until it 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -87,6 +87,7 @@ def step_memory(
     precision: Precision = FLOAT32,
     gradient_checkpointing: bool | int = False,
     token_loss: TokenLoss = NLL,
+    saved_by_quantization: int = 0,
 ) -> StepMemory:
     """The most that exists at one time in an optimizer step, once the optimizer has made its state.
 
@@ -103,6 +104,7 @@ def step_memory(
         precision: Of the trainer.
         gradient_checkpointing: Which blocks' activations are computed again, see `ActivationCheckpointing`.
         token_loss: What each token adds to the loss.
+        saved_by_quantization: Bytes that the weights take less than the model's; none that is sharded is quantised.
 
     Raises:
         SettingsError: If the model cannot be run without values.
@@ -132,7 +134,8 @@ def step_memory(
             ) from error
     # What was run is not sharded: of that, only what is transient counts.
     peak = counted.peak + gathered if devices.num_shards == 1 else state.total + gathered + counted.transient_peak
-    return StepMemory(state, gathered, activations, peak)
+    state = replace(state, weights=state.weights - saved_by_quantization)
+    return StepMemory(state, gathered, activations, peak - saved_by_quantization)
 
 
 def _convert(model: nn.Module, dtype: torch.dtype | None) -> None:

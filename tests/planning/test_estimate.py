@@ -22,10 +22,11 @@ def adamw(params):
     return torch.optim.AdamW(params, fused=True)
 
 
-@pytest.mark.parametrize(("layout", "checkpointing"), [("packed", False), ("packed", True), ("padded", False)])
-def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
-    """The same count, over real tensors in a real trainer."""
-    rows = [{"prompt": "p" * (40 - 3 * i), "output": "o" * (9 + i)} for i in range(6)]
+ROWS = [{"prompt": "p" * (40 - 3 * i), "output": "o" * (9 + i)} for i in range(6)]
+
+
+def estimated_and_real(module, precision="32-true", **data):
+    """Memory of an optimizer step, and the peak of a real one: the same count, over real tensors in a real trainer."""
     counted = LiveBytes()
 
     class Count(L.Callback):
@@ -41,15 +42,36 @@ def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
             if trainer.global_step == 2:
                 counted.__exit__(None, None, None)
 
-    data = SFTDataModule(character_tokenizer(), rows, batch_size=6, layout=layout)
+    rows = SFTDataModule(character_tokenizer(), ROWS, batch_size=6, **data)
+    options = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "precision": precision}
+    estimate = estimate_run(module, rows, options)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    L.Trainer(**options, **dict.fromkeys(quiet, False), callbacks=[Count()]).fit(module, rows)
+    return estimate.memory[module.checkpointing.gradient_checkpointing], counted.peak
+
+
+@pytest.mark.parametrize(("layout", "checkpointing"), [("packed", False), ("packed", True), ("padded", False)])
+def test_the_peak_is_that_of_real_optimizer_steps(layout, checkpointing):
     config = tiny_config(hidden_size=64, intermediate_size=128)
     module = SFTModule(config, optimizer=adamw, lr_scheduler="constant", gradient_checkpointing=checkpointing)
-    options = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "precision": "32-true"}
-    expected = estimate_run(module, data, options).memory[checkpointing]
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    L.Trainer(**options, **dict.fromkeys(quiet, False), callbacks=[Count()]).fit(module, data)
-    assert expected.peak == pytest.approx(counted.peak, rel=0.002)
+    expected, peak = estimated_and_real(module, layout=layout)
+    assert expected.peak == pytest.approx(peak, rel=0.002)
     assert expected.peak > expected.state.total + 0.5 * expected.activations
+
+
+def test_the_peak_beside_4_bit_weights_is_that_of_real_optimizer_steps(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = AutoConfig.for_model(**tiny_config(hidden_size=128, intermediate_size=512))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    settings = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    kwargs = {"quantization_config": settings}
+    module = SFTModule(str(tmp_path), optimizer=adamw, lora={"r": 4}, model_kwargs=kwargs, lr_scheduler="constant")
+    expected, peak = estimated_and_real(module, "bf16-mixed")
+    assert expected.peak == pytest.approx(peak, rel=0.01)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | kwargs))  # as if it were stored in 4 bits
+    module = SFTModule(str(tmp_path), optimizer=adamw, lora={"r": 4})
+    data, trainer = SFTDataModule(character_tokenizer(), ROWS, batch_size=6), {"precision": "bf16-mixed"}
+    assert estimate_run(module, data, trainer).memory[False].state == expected.state
 
 
 @pytest.fixture
@@ -96,12 +118,12 @@ def test_the_command_needs_no_weights_and_no_devices(words, capsys):
 
 def test_without_the_data_the_settings_bound_a_microbatch(words, capsys, monkeypatch):
     words[words.index("train.jsonl")] = "none.jsonl"
-    in_4_bits = ["--model.model_kwargs", '{"quantization_config": {"load_in_4bit": true}}']
-    run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60", *in_4_bits])
+    quantized = ["--model.model_kwargs", '{"quantization_config": {"quant_method": "hqq"}}']
+    run_command([*words, "--data.max_length", "30", "--data.max_tokens_per_microbatch", "60", *quantized])
     told = " ".join(capsys.readouterr().out.split())
     assert "The data is not read: `train_data` is 'none.jsonl', but there is no such file" in told
     assert "largest microbatch 58 tokens, 58 in responses, 2 sequences, packed" in told
-    assert "`quantization_config` is not considered: all weights are counted in full." in told
+    assert "`quantization_config` is not considered, all weights are counted in full: " in told
     monkeypatch.setattr(sys, "argv", ["lightning-sft", *words])
     with pytest.raises(
         SystemExit, match=r"The data is not read: .*no such file: Without rows a microbatch has no size limit. Set"
