@@ -58,9 +58,6 @@ def varlen_attention(
 
     Returns:
         `(1, num_tokens, num_heads, head_size)`, and None for the attention weights.
-
-    Raises:
-        SettingsError: If the layer asks for something that packed attention does not have.
     """
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None:

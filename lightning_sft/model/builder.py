@@ -35,9 +35,6 @@ class ModelBuilder:
         seed: Of weights that are drawn, those of adapters included.
         freeze: Patterns of names of parameters that are not trained. None: all are, or all adapters.
         commit: Of the model that was built, if it came from a hub.
-
-    Raises:
-        SettingsError: If one of them cannot be used.
     """
 
     source: str | dict[str, Any] | PreTrainedModel

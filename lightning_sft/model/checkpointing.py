@@ -19,10 +19,6 @@ class ActivationCheckpointing:
     Args:
         gradient_checkpointing: True: every block; a number `n`: each `n`-th. False: none, all activations are kept.
         activation_offloading: Keep these inputs in main memory.
-
-    Raises:
-        SettingsTypeError: If an argument has the wrong type.
-        SettingsError: If the number is below 1, or there are no inputs to keep elsewhere.
     """
 
     gradient_checkpointing: bool | int = False

@@ -41,9 +41,6 @@ class EmbeddingNoise:
         alpha: How strong the noise is. None: there is none.
         seed: Of the run.
 
-    Raises:
-        SettingsError: If `alpha` is no positive number.
-
     Source: Jain et al. 2023 (arXiv:2310.05914).
     """
 

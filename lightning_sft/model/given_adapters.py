@@ -34,7 +34,7 @@ def has_foreign_adapters(model: nn.Module) -> bool:
     return has_lora(model) and not hasattr(model, "lora_settings")
 
 
-def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any] | None) -> dict[str, Any]:
+def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by which `add_lora` makes the adapters that `peft` has put into a model.
 
     Refused are adapters of other settings than the user gives beside the model. So are those that could not be made
@@ -47,7 +47,7 @@ def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any] | None) -
             "that: `lora.path` takes its folder."
         )
     config = config_of_lora(adapters["default"].to_dict(), _CAME)
-    check_same_settings(given or {}, config, "the adapters of `model` are made")
+    check_same_settings(given, config, "the adapters of `model` are made")
     settings = settings_of(config)
     _check_made_again(model, settings)
     return settings

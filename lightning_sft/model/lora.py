@@ -47,10 +47,6 @@ def lora_config(settings: Mapping[str, Any]) -> "LoraConfig":
     Args:
         settings: Arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules` or `modules_to_save`.
             Unless they say otherwise, every linear layer but the head is adapted; see `not_adapted` for exceptions.
-
-    Raises:
-        MissingPackageError: If `peft` is not installed.
-        SettingsError: If an argument is unknown or has a wrong value, or makes adapters that cannot be merged.
     """
     peft = import_peft()
     known = set(inspect.signature(peft.LoraConfig).parameters) - _NOT_SET

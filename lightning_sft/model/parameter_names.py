@@ -45,4 +45,4 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         for weight in matching("freeze", pattern, model.named_parameters(remove_duplicate=False)):
             weight.requires_grad_(False)
     if not any(weight.requires_grad for weight in model.parameters()):
-        raise SettingsError(f"`freeze` is {list(patterns)}, which leaves nothing to train.")
+        raise SettingsError(f"`freeze` is {list(patterns)}, which leaves nothing to train. Leave out a pattern.")

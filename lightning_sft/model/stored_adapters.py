@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_FREE = {"lora_dropout"}  # says how to train, not what the adapters are
+_FREE = ("lora_dropout",)  # says how to train, not what the adapters are
 
 
 def is_adapter_folder(path: str | Path) -> bool:
@@ -71,7 +71,7 @@ class StoredAdapters:
         folder = Path(path).expanduser()
         config = _read_config(folder)
         check_same_settings(given, config, f"the adapters in {str(folder)!r} are stored", _FREE)
-        settings = settings_of(config) | {name: given[name] for name in given if name in _FREE}
+        settings = settings_of(config) | {name: given[name] for name in _FREE if name in given}
         lora_config(settings)  # refuses what is wrong now rather than after loading
         return cls(folder, config, settings)
 
@@ -98,12 +98,12 @@ class StoredAdapters:
             found = load_peft_weights(str(self.folder), device="cpu")
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise SettingsError(f"{about} cannot be read: {one_line(error, 200)}") from error
-        before = {name: weight.clone() for name, weight in model.state_dict().items() if _named_in(found, name)}
+        named = {name.removeprefix("base_model.model."): weight for name, weight in found.items()}
+        before = {name: weight.clone() for name, weight in model.state_dict().items() if name in named}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*tied")
-                stripped = {name.removeprefix("base_model.model."): weight for name, weight in found.items()}
-                result: Any = set_peft_model_state_dict(model, stripped)
+                result: Any = set_peft_model_state_dict(model, named)
         except (RuntimeError, KeyError, ValueError) as error:
             reason = f"`{error.args[0]}` is missing there" if isinstance(error, KeyError) else _first_misfit(error)
             raise SettingsError(f"{about} do not fit {type(model).__name__}: {reason}.") from error
@@ -119,10 +119,6 @@ class StoredAdapters:
                 f"{about} also hold weights of their base model, and these differ from its own: "
                 f"`{changed[0]}`{and_more(changed)}. Merge them, save the whole model and train that."
             )
-
-
-def _named_in(found: Mapping[str, Any], name: str) -> bool:
-    return f"base_model.model.{name}" in found or name in found
 
 
 def _first_misfit(error: Exception) -> str:
@@ -184,12 +180,7 @@ def config_of_lora(stored: Mapping[str, Any], came: str) -> "LoraConfig":
         raise SettingsError(f"{came} settings that do not fit together: {one_line(error, 200)}") from error
 
 
-def check_same_settings(
-    given: Mapping[str, Any],
-    config: "LoraConfig",
-    what: str,
-    free: set[str] = frozenset(),  # type: ignore[assignment]
-) -> None:
+def check_same_settings(given: Mapping[str, Any], config: "LoraConfig", what: str, free: Collection[str] = ()) -> None:
     """Refuse settings that contradict those of adapters that are there already.
 
     Args:

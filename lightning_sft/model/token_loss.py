@@ -19,9 +19,6 @@ class TokenLoss:
         kind: `nll`: `-log p(label)`. `dft`: `-p(label) * log p(label)`, of which the factor gets no gradient.
         label_smoothing: Share `e` of the vocabulary in the target: `-(1 - e) * log p(label) - e * mean_v log p(v)`.
 
-    Raises:
-        SettingsError: If `kind` is neither, `label_smoothing` is not a share, or both are asked for.
-
     Source: of `dft`, Wu et al. 2025 (arXiv:2508.05629); of smoothing, Szegedy et al. 2016 (arXiv:1512.00567).
     """
 

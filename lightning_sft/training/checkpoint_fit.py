@@ -18,7 +18,9 @@ def check_adapters(hyper_parameters: Mapping[str, Any], builder: ModelBuilder) -
     """Refuse a checkpoint with adapters of other settings; warn of adapters for another model."""
     then = hyper_parameters.get("lora")
     if then != builder.lora:
-        raise SettingsError(f"The checkpoint was trained with `lora` = {then}, but it is {builder.lora} here.")
+        raise SettingsError(
+            f"The checkpoint was trained with `lora` = {then}, but it is {builder.lora} here. Set it to the former."
+        )
     base = hyper_parameters.get("model")  # a name; or the model itself that `load_from_checkpoint` was given
     if builder.lora is not None and isinstance(base, str) and base != builder.base:
         rank_zero_warn(

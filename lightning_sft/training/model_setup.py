@@ -115,7 +115,10 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
         raise SettingsError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
     fits = trainer is not None and trainer.state.fn == "fit"
     if fits and not any(weight.requires_grad for weight in model.parameters()):
-        raise SettingsError("`model` has no weight that is to be trained: all are frozen.")
+        raise SettingsError(
+            "`model` has no weight that is to be trained: all are frozen. Set `requires_grad` of some, or train `lora` "
+            "adapters."
+        )
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     num_embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if tokenizer is not None and len(tokenizer) > num_embeddings:
