@@ -11,11 +11,7 @@ from lightning_sft.errors import SettingsError, one_line
 
 
 def cache_folder() -> Path:
-    """The folder for this package inside the cache of `datasets`; it is made if it is not there yet.
-
-    Raises:
-        SettingsError: If it cannot be made.
-    """
+    """The folder for this package inside the cache of `datasets`; it is made if it is not there yet."""
     folder = Path(datasets.config.HF_DATASETS_CACHE, "lightning_sft")
     try:
         folder.mkdir(parents=True, exist_ok=True)

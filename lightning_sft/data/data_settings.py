@@ -14,11 +14,7 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the rows of each split come from and how they are read; `SFTDataModule` explains the settings.
-
-    Raises:
-        SettingsError: If an argument is of another type or out of range, or two exclude each other.
-    """
+    """Where the rows of each split come from and how they are read; `SFTDataModule` explains the settings."""
 
     train_data: Data | Mapping[str, Any] | None = None
     val_data: Data | None = None
@@ -49,7 +45,8 @@ class DataSettings:
             )
         if self.val_fraction and self.val_data is not None:
             raise SettingsError(
-                "Both `val_data` and `val_fraction` are given; the validation rows come from one of them."
+                "Both `val_data` and `val_fraction` are given; the validation rows come from one of them. Leave one "
+                "out."
             )
         for split in ("val", "test", "predict"):
             if isinstance(data := self.of(split), Mapping):

@@ -22,9 +22,9 @@ from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
+from lightning_sft.data.streamed_rows import TrainingRows
 from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.data.tokens.tokenizer import load_tokenizer, name_or_tokenizer
-from lightning_sft.data.training_rows import TrainingRows
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.trainer_state import logged_metrics
 from lightning_sft.loops.training_run import EpochLoader, TrainingRun

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,7 +22,6 @@ from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, co
 from lightning_sft.data.forking import collect_before_forking
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.rows.sources import Source
-from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
 
 _ROWS_READ_AT_ONCE = 10_000
@@ -59,9 +58,6 @@ def encode_rows(sources: Sequence[Source], encoder: RowEncoder, num_proc: int | 
         sources: From `open_sources`.
         encoder: Tokenises rows.
         num_proc: Worker processes; one for each 20,000 rows, at most 8 and at most one for each core, if None.
-
-    Raises:
-        SettingsError: If a row is malformed, has no response token, or is too long; the message names file and row.
     """
     key = encoder.fingerprint()
     # Alone, the same rows by another name are the same, and are found in the cache.
@@ -89,7 +85,7 @@ def _collect(encoded: Sequence[Dataset], first_rows: Sequence[int]) -> EncodedRo
         num_too_long=sum(len(np.unique(read_numbers(part, "row"))) for part in encoded) - num_rows - num_bad,
         num_truncated=int(read_numbers(dataset, "is_truncated").sum()),
         bad_rows=BadRowCounts(chain(*bad_rows)),
-        unused_columns=sorted({column for part in encoded for column in _unique_texts(part, "unused_columns")}),
+        unused_columns=sorted(set().union(*map(_read_unused_columns, encoded))),
         notices=_count_notices(dataset, row_numbers),
     )
     return EncodedRows(dataset.remove_columns(_ONLY_COUNTED), row_numbers, list(map(len, parts)), num_dropped, report)
@@ -103,10 +99,8 @@ def _read_bad_rows(part: Dataset) -> list[BadRow]:
     return [BadRow(**row) for row in found.to_list()]
 
 
-def _unique_texts(part: Dataset, column: str) -> list[str]:
-    """The different texts in lists of texts."""
-    found: list[str] = pc.unique(pc.list_flatten(part.data.column(column))).to_pylist()
-    return found
+def _read_unused_columns(part: Dataset) -> set[str]:
+    return set(pc.unique(pc.list_flatten(part.data.column("unused_columns"))).to_pylist())
 
 
 def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> list[CountedNotice]:
@@ -176,41 +170,9 @@ def content_hash(dataset: Dataset) -> str:
     A run can continue at its position in the data only if this is still the same.
     """
     columns = dataset.select_columns(["input_ids", "num_prompt_tokens", "excluded_spans", "num_tokens"])
-    return _hash(
-        [
-            column.to_numpy()
-            for column in (
-                table["input_ids"].combine_chunks().flatten(),
-                table["num_prompt_tokens"],
-                table["excluded_spans"].combine_chunks().flatten(),
-                table["num_tokens"],
-            )
-        ]
-        for table in columns.with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE)
-    )
-
-
-def hash_of_examples(examples: Sequence[Example]) -> str:
-    """The `content_hash` of a data set with these rows, made without one."""
-    return _hash(
-        (
-            _joined([example.input_ids for example in block]),
-            np.array([example.num_prompt_tokens for example in block], np.int32),
-            _joined([example.excluded_spans for example in block if len(example.excluded_spans)]),
-            np.array([len(example.input_ids) for example in block], np.int32),
-        )
-        for start in range(0, len(examples), _ROWS_READ_AT_ONCE)
-        for block in [examples[start : start + _ROWS_READ_AT_ONCE]]
-    )
-
-
-def _joined(sequences: Sequence[Sequence[int]]) -> NDArray[np.int32]:
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(each, np.int32) for each in sequences)])
-
-
-def _hash(blocks: Iterable[Iterable[NDArray[np.int32]]]) -> str:
     hasher = hashlib.blake2b(digest_size=8)
-    for block in blocks:
-        for column in block:
-            hasher.update(column.data)
+    for table in columns.with_format("arrow").iter(batch_size=_ROWS_READ_AT_ONCE):
+        ids, spans = (table[name].combine_chunks().flatten() for name in ("input_ids", "excluded_spans"))
+        for column in (ids, table["num_prompt_tokens"], spans, table["num_tokens"]):
+            hasher.update(column.to_numpy().data)
     return hasher.hexdigest()

@@ -34,9 +34,6 @@ class Encoding:
 
     A row whose prompt alone leaves no room for a response is dropped under `truncate`, too. One that is too long is not
     malformed: `bad_rows` does not concern it.
-
-    Raises:
-        SettingsError: If an argument is of another type or out of range, or `too_long` is given without `max_length`.
     """
 
     max_length: int | None = None
@@ -86,10 +83,6 @@ class RowEncoder:
         Args:
             rows: Each with its location, such as `line 3 of train.jsonl`.
             only_source: The name of the source if there is one alone; the examples' locations leave it out.
-
-        Raises:
-            SettingsError: If a row is malformed or has no response token, unless such rows are left out, or is too
-                long; the message begins with its location.
         """
         chat_encoder = ChatEncoder(self.tokenizer, self.row_format.train_on_turns, self.encoding.append_eos)
         problems = RowProblems(self.encoding.bad_rows)

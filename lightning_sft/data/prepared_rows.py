@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +15,31 @@ from lightning_sft.data.encoding_report import EncodingReport
 from lightning_sft.data.rows.mixture import WeightedSource, weighted_sources
 from lightning_sft.data.rows.sources import full_location
 from lightning_sft.data.run_identity import check_same_data
-from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import EpochByEpoch, LoaderOptions, PlanLoader, StepDataset, StepNumbers
 from lightning_sft.data.tokens.example import check_length
 from lightning_sft.errors import located
 from lightning_sft.loops.progress import EpochPosition
 from lightning_sft.loops.run_length import Epoch
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """What a split holds.
+
+    Attributes:
+        num_tokens: Of each example, prompt and response, `(num_examples,)`.
+        num_response_tokens: Of each example, the labels that count in the loss, `(num_examples,)`.
+        report: What became of the rows of its data.
+        steps_per_epoch: Optimizer steps; None if the split is not trained on, or nobody knows.
+        sources: How many examples it has of each source; empty if an epoch takes every one once.
+    """
+
+    num_tokens: NDArray[np.integer[Any]]
+    num_response_tokens: NDArray[np.integer[Any]]
+    report: EncodingReport
+    steps_per_epoch: int | None = None
+    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 class PreparedRows:
@@ -85,9 +103,6 @@ class PreparedRows:
         Args:
             world_size: Number of devices.
             epoch: What an epoch takes of the rows. None: all, shuffled.
-
-        Raises:
-            SettingsError: If a row is longer than `max_tokens_per_microbatch`.
         """
         num_tokens = read_numbers(self.rows, "num_tokens")
         with self._longest_named(num_tokens):
@@ -102,19 +117,21 @@ class PreparedRows:
             )
 
     def count_steps(self) -> int:
-        """Optimizer steps of an epoch.
-
-        Raises:
-            SettingsError: If a row is longer than `max_tokens_per_microbatch`.
-        """
+        """Optimizer steps of an epoch; rows longer than `max_tokens_per_microbatch` are refused."""
         return self.plan(world_size=1).steps_per_epoch
 
     def position(self, num_steps: int) -> EpochPosition:
-        """As `TrainingRows.position`."""
+        """Where a run is after so many optimizer steps, if each of its epochs takes all rows."""
         return EpochPosition.in_equal_epochs(num_steps, self.count_steps())
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> PlanLoader:
-        """As `TrainingRows.loader`."""
+        """Iterates over optimizer steps.
+
+        Args:
+            epoch: What an epoch takes of the rows. None: all, shuffled.
+            steps: The numbers of the steps. None: those of an epoch, each pass over all of it being the next.
+            options: How steps are made.
+        """
         self._check_lengths(options.num_positions)
         plan = self.plan(options.world_size, epoch)
         dataset = StepDataset(self.rows, plan, options)
@@ -163,11 +180,11 @@ class PreparedRows:
         }
 
     def state(self, num_steps: int) -> dict[str, Any]:
-        """What the order of the rows depends on; the same after any number of steps."""
+        """What a checkpoint keeps of the rows: what their order depends on, the same after any number of steps."""
         return self._identity
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """As `TrainingRows.resume`."""
+        """Refuse to continue from a checkpoint with another `state`."""
         check_same_data(state, self._identity)
 
     @cached_property

@@ -12,12 +12,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.encoding import Encoding
-from lightning_sft.data.prepared_rows import PreparedRows
-from lightning_sft.data.split_statistics import SplitStatistics
+from lightning_sft.data.prepared_rows import PreparedRows, SplitStatistics
 from lightning_sft.data.steps.marked_rows import MarkedRow, marked_rows, percent, rows_html, terminal_text
 from lightning_sft.data.steps.step_loader import ExampleReader
+from lightning_sft.data.streamed_rows import TrainingRows
 from lightning_sft.data.tokens.collation import collate_packed
-from lightning_sft.data.training_rows import TrainingRows
 
 _TERMINAL_TOKENS = 500  # of a row
 

@@ -1,12 +1,12 @@
-"""What is said of rows when they are loaded: what became of them, and what nothing uses."""
+"""What is said of rows when they are loaded or streamed: what became of them, and what nothing uses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sft.data.encoded_rows import EncodedRows, read_numbers
 from lightning_sft.data.encoding import RowEncoder
-from lightning_sft.data.rows.bad_rows import BadRowCounts
+from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.rows.columns import unused_in_words
 from lightning_sft.data.rows.prompt_rows import PromptRows
 from lightning_sft.data.rows.sources import Source
@@ -18,11 +18,7 @@ _NUM_SOURCES_NAMED = 20  # in one message
 def report_rows(
     argument: str, rows: EncodedRows, encoder: RowEncoder, sources: Sequence[Source] = (), part: str = ""
 ) -> None:
-    """Say what became of the rows of an argument, or of a part of them, such as `, first 1,000 rows`.
-
-    Raises:
-        SettingsError: If nothing is left of them.
-    """
+    """Say what became of the rows of an argument, or of a part of them, such as `, first 1,000 rows`."""
     report, title, limit = rows.report, f"{argument}{part}", encoder.encoding.limit_in_words
     if not report.num_examples:
         raise nothing_left(f"`{argument}`{part}", report.bad_rows, limit, report.num_too_long)
@@ -47,15 +43,35 @@ def report_rows(
 
 
 def report_prompts(argument: str, prompts: PromptRows) -> None:
-    """Say what became of the rows of an argument that a model is to continue.
-
-    Raises:
-        SettingsError: If nothing is left of them.
-    """
+    """Say what became of the rows of an argument that a model is to continue."""
     if not len(prompts.dataset):
         raise nothing_left(f"`{argument}`", prompts.bad_rows)
     _report_bad_rows(argument, prompts.bad_rows, prompts.bad_rows.total + len(prompts.dataset))
     _warn_of_unused_columns(argument, prompts.unused_columns)
+
+
+class BadRowLog:
+    """Says which rows of a stream are left out: the first of each kind, and how many whenever they are ten times more.
+
+    What is wrong with the rows of `known` has been said already.
+    """
+
+    def __init__(self, argument: str, known: BadRowCounts) -> None:
+        self._argument = argument
+        self._kinds = {each.first.kind for each in known.counted}
+        self._counts, self._next_total = BadRowCounts(), 10
+
+    def add(self, rows: Iterable[BadRow]) -> None:
+        """Count rows that are left out."""
+        for row in rows:
+            self._counts.add(row)
+            if row.kind not in self._kinds:
+                self._kinds.add(row.kind)
+                rank_zero_info(f"{self._argument}: left out {row.location}: {row.problem}")
+            if self._counts.total == self._next_total:
+                self._next_total *= 10
+                words = f"{self._argument}: left out {self._counts.total:,} rows so far{self._counts.reason}."
+                rank_zero_info("\n  ".join([words, *self._counts.in_words()]))
 
 
 def nothing_left(title: str, bad_rows: BadRowCounts, limit: str = "", num_too_long: int | None = None) -> SettingsError:

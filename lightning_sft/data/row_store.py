@@ -21,8 +21,7 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.rows.shown import shown_data, shown_settings
 from lightning_sft.data.rows.sources import open_sources
 from lightning_sft.data.steps.plan import StepRule
-from lightning_sft.data.streamed_rows import StreamedRows
-from lightning_sft.data.training_rows import TrainingRows
+from lightning_sft.data.streamed_rows import StreamedRows, TrainingRows
 from lightning_sft.errors import SettingsError, counted
 
 Stage = Literal["fit", "validate", "test", "predict"]
@@ -66,11 +65,7 @@ class RowStore:
                 raise error
 
     def load(self, stage: str, encoder: RowEncoder) -> None:
-        """Read and tokenise what a stage needs and is not there yet.
-
-        Raises:
-            SettingsError: If there is no such stage, or its data is not given or cannot be used.
-        """
+        """Read and tokenise what a stage needs and is not there yet."""
         check_choice("stage", stage, Stage)
         if stage == "fit":
             self._load_training(encoder)
@@ -85,11 +80,7 @@ class RowStore:
             self.predict = self._load_prompts(encoder)
 
     def check_lengths(self) -> None:
-        """Refuse rows that are loaded and too long for a microbatch.
-
-        Raises:
-            SettingsError: If one is longer than `max_tokens_per_microbatch`.
-        """
+        """Refuse rows that are loaded and too long for a microbatch."""
         for rows in (self.train, self.val, self.test):
             if rows is not None:
                 rows.count_steps()

@@ -12,9 +12,6 @@ def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Args:
         saved: What the run's order of rows depends on, as the checkpoint has it.
         now: Likewise, as it is now.
-
-    Raises:
-        SettingsError: If they differ; the message names the first difference.
     """
     for name in dict.fromkeys(["streaming", *now, *saved]):
         then, today = saved.get(name, False), now.get(name, False)

@@ -3,24 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset
 
 from lightning_sft.data.encoded_rows import EncodedRows, rows_in_memory
 from lightning_sft.data.encoding import RowEncoder
-from lightning_sft.data.prepared_rows import PreparedRows
-from lightning_sft.data.row_report import report_rows
+from lightning_sft.data.prepared_rows import PreparedRows, SplitStatistics
+from lightning_sft.data.row_report import BadRowLog, report_rows
 from lightning_sft.data.run_identity import check_same_data
-from lightning_sft.data.split_statistics import SplitStatistics
 from lightning_sft.data.steps.plan import BatchPlan, StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepNumbers
-from lightning_sft.data.stream.bad_row_log import BadRowLog
-from lightning_sft.data.stream.bookmark import Bookmark
 from lightning_sft.data.stream.row_stream import RowStream, only_name, open_streams
 from lightning_sft.data.stream.row_windows import RowWindows
 from lightning_sft.data.stream.stream_loader import StreamLoader
-from lightning_sft.data.stream.streamed_steps import StreamedSteps
+from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedSteps
 from lightning_sft.loops.progress import EpochPosition
 from lightning_sft.loops.run_length import Epoch
 
@@ -29,7 +26,7 @@ _ENDLESS = 2**31
 
 
 class StreamedRows:
-    """Rows behind a data argument, as `TrainingRows`.
+    """Rows behind a data argument, with the methods of `PreparedRows`.
 
     The first of them are encoded at once. They are shown, prompt the model where there are no validation rows, and
     tell of errors before training.
@@ -39,10 +36,6 @@ class StreamedRows:
         encoder: Tokenises rows, and drops some.
         rule: How rows are put into optimizer steps.
         rows_per_block: Rows that are in memory, and shuffled, together.
-
-    Raises:
-        MissingFileError: If a file is missing or a pattern matches none.
-        SettingsError: If a row cannot be used, unless such rows are left out, or none of the first rows can be.
     """
 
     label = f"first {_NUM_FIRST_ROWS:,} rows"
@@ -68,10 +61,7 @@ class StreamedRows:
         return self._first.plan(world_size)
 
     def count_steps(self) -> None:
-        """None, since the number of rows is not known.
-
-        As `TrainingRows.count_steps`, it refuses rows that are too long.
-        """
+        """None, since the number of rows is not known; first rows that are too long are refused."""
         self._first.count_steps()
 
     def lengths(self) -> list[int]:
@@ -91,7 +81,7 @@ class StreamedRows:
         return {"train": f"{source}, streamed"}
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> StreamLoader:
-        """As `TrainingRows.loader`."""
+        """As `PreparedRows.loader`; without numbers of steps it has no end."""
         epoch = epoch or Epoch(_ENDLESS)
         seed = self._rule.seed if epoch.shuffle else None
         windows = RowWindows(self._streams, self._encoder, self._rule.batch_size, self._rows_per_block, seed)
@@ -101,7 +91,7 @@ class StreamedRows:
         return StreamLoader(windows, made, numbers, options, self._bookmarks, self._bad_rows)
 
     def position(self, num_steps: int) -> EpochPosition:
-        """As `TrainingRows.position`."""
+        """Where a run is in its passes through the data, after the steps of its checkpoint or the latest steps made."""
         latest, after = self._bookmarks.get(num_steps), self._bookmarks.get(num_steps + 1)
         if num_steps in self._saved_positions or latest is None:
             return self._saved_positions.get(num_steps, EpochPosition())
@@ -115,7 +105,7 @@ class StreamedRows:
         return {**self._identity, "last": last, "ends_epoch": self.position(num_steps).is_whole}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """As `TrainingRows.resume`; whether the rows are the same is found out when the first step is made."""
+        """As `PreparedRows.resume`; whether the rows are the same is found out when the first step is made."""
         saved = dict(state)
         last, ends_epoch = saved.pop("last", None), saved.pop("ends_epoch", False)
         check_same_data(saved, self._identity)
@@ -133,6 +123,9 @@ class StreamedRows:
             "batch_size": self._rule.batch_size,
             "seed": self._rule.seed,
         }
+
+
+TrainingRows: TypeAlias = PreparedRows | StreamedRows
 
 
 def _encode_first(streams: Sequence[RowStream], encoder: RowEncoder) -> EncodedRows:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +31,10 @@ from support.rows import (
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from lightning_sft.data import cache, encoded_rows, encoding
-from lightning_sft.data.encoded_rows import (
-    content_hash,
-    hash_of_examples,
-    read_numbers,
-    rows_in_memory,
-)
-from lightning_sft.data.encoding import Encoding, RowEncoder
+from lightning_sft.data import cache, encoding
+from lightning_sft.data.encoded_rows import read_numbers
 from lightning_sft.data.rows import sources
 from lightning_sft.data.rows.readers import read_file
-from lightning_sft.data.rows.row_format import RowFormat
 from lightning_sft.data.tokens.tokenization import encode_examples
 
 
@@ -399,19 +391,6 @@ def test_numbers_are_those_of_the_rows_wherever_they_were_selected_from():
     parts = rows.train_test_split(0.4, seed=1)
     for part in (rows, rows.select(range(3, 9)), parts["train"], parts["test"].select([5, 0, 5])):
         assert read_numbers(part, "num_tokens").tolist() == part["num_tokens"][:]
-
-
-@pytest.mark.parametrize("num_rows_at_once", [1, 3, 10_000])
-def test_examples_have_the_hash_of_the_data_set_that_holds_them(monkeypatch, num_rows_at_once):
-    monkeypatch.setattr(encoded_rows, "_ROWS_READ_AT_ONCE", num_rows_at_once)
-    encoder = RowEncoder(RowFormat(), character_tokenizer(), Encoding(max_length=9, too_long="truncate"))
-    rows = encoder.encode((f"row {number}", row) for number, row in enumerate(ROWS * 2))
-    assert len({len(row.example.input_ids) for row in rows}) == 3
-    rows[0] = replace(rows[0], example=replace(rows[0].example, excluded_spans=[4, 5]))
-    examples = [row.example for row in rows]
-    assert hash_of_examples(examples) == content_hash(rows_in_memory(rows).dataset)
-    assert hash_of_examples(examples) != hash_of_examples(examples[::-1])
-    assert hash_of_examples(examples) != hash_of_examples([replace(examples[0], excluded_spans=[3, 5]), *examples[1:]])
 
 
 def test_numbers_are_read_without_an_object_for_each_row():

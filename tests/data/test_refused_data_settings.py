@@ -144,7 +144,7 @@ SETTINGS = {
     ),
     "two sources of validation": Refusal(
         data(val_data=ROWS, val_fraction=0.1),
-        "Both `val_data` and `val_fraction` are given; the validation rows come from one of them.",
+        "Both `val_data` and `val_fraction` are given; the validation rows come from one of them. Leave one out.",
     ),
     "shuffle_buffer without streaming": Refusal(
         data(shuffle_buffer=5),

@@ -79,10 +79,6 @@ class ChatEncoder:
 
         That is the whole conversation with all turns to learn from, if each of them stands there as it does when a
         model is asked for it. Otherwise each turn is an example of its own, with what stands before it then.
-
-        Raises:
-            SettingsError: If there is no turn to learn from, the template refuses the conversation or does not write
-                all of a turn, or a turn's start and end cannot be told for certain; the message names the turn.
         """
         indices = self._learnt_turns(conversation)
         conversation = self._template.fitted(conversation)
@@ -169,9 +165,6 @@ class ChatEncoder:
 
         What stands before a response has the same tokens as it has alone, when a model is asked for the response; where
         the end of a generation prompt and the turn share a token, the response begins with that one.
-
-        Raises:
-            SettingsError: If what is learnt ends within a token; the message names the turn.
         """
         longest = list(dict.fromkeys(each.longest for each in written))
         all_ids = self._counter.ids(longest)

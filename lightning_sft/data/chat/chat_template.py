@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,13 +20,7 @@ from lightning_sft.errors import SettingsError, one_line
 
 
 def read_chat_template(chat_template: str) -> str:
-    """A template's text, given as itself or as the path of a file that holds it.
-
-    Raises:
-        MissingFileError: If it has no braces, and is no file either.
-        SettingsTypeError: If it is no string.
-        SettingsError: If the file is not UTF-8 text.
-    """
+    """A template's text, given as itself or as the path of a file that holds it."""
     check_type("chat_template", chat_template, str, "a text or the path of a file, as a string")
     if "{" in chat_template:
         return chat_template
@@ -42,11 +36,11 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -
 
 
 @dataclass(frozen=True)
-class MarkedText:
-    """What a template writes, and start and end of each text in it that `{% generation %}` marks, in their order."""
+class SpannedText:
+    """A text, and start and end of parts of it, ascending: of what `{% generation %}` marks, or of what is learnt."""
 
     text: str
-    marked_spans: list[tuple[int, int]]
+    spans: Sequence[tuple[int, int]]
 
 
 class ChatTemplate:
@@ -61,9 +55,6 @@ class ChatTemplate:
         """The text of a conversation's first messages, by default of all.
 
         With `add_generation_prompt` it ends in what stands before an answer of the assistant.
-
-        Raises:
-            SettingsError: If there is no template, or it refuses the messages.
         """
         if not self._tokenizer.chat_template:
             raise SettingsError(
@@ -78,7 +69,7 @@ class ChatTemplate:
             these = "the first message" if len(messages) == 1 else f"the first {len(messages)} messages"
             raise SettingsError(f"the chat template refuses {these}: {reason}") from error
 
-    def _apply(self, messages: list[Message], conversation: Conversation, **options: bool) -> MarkedText:
+    def _apply(self, messages: list[Message], conversation: Conversation, **options: bool) -> SpannedText:
         """What `apply_chat_template` writes, without the checks for which that goes through all messages each time."""
         rendered = render_jinja_template(
             [messages],
@@ -87,7 +78,7 @@ class ChatTemplate:
             **{**self._special_tokens, **conversation.variables, **options},
         )
         texts, spans = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)  # annotated as a text
-        return MarkedText(texts[0], spans[0] if spans else [])
+        return SpannedText(texts[0], spans[0] if spans else [])
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
@@ -132,7 +123,7 @@ class ChatTemplate:
         """The tokenizer's EOS, as templates write it."""
         return self._special_tokens.get("eos_token")
 
-    def write_marked(self, conversation: Conversation, num_messages: int | None = None) -> MarkedText | None:
+    def write_marked(self, conversation: Conversation, num_messages: int | None = None) -> SpannedText | None:
         """What `write` returns, with what the template marks in it; None if the template has no marks."""
         if not _MARK.search(self._tokenizer.get_chat_template(tools=conversation.tools)):
             return None

@@ -76,10 +76,6 @@ def read_conversation(
             `loss_scale` is 0 or false. A turn of a `function_call` or `tool_call` continues one of the assistant
             right before it, and turns are counted without it then.
         variables: For the template; the row's own `chat_template_kwargs` come first.
-
-    Raises:
-        SettingsError: If there is no message, or one is not of this form; the message names column and turn. Or if
-            `system` is no text, or not that of the system turn that is there already.
     """
     parts: list[list[Message]] = []
     for column, role in zip(columns, ("user", "assistant"), strict=False):
@@ -103,11 +99,7 @@ def is_asked(messages: object) -> bool:
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
-    """Refuse `chat_template_kwargs` that say how the template is called, not what it can use.
-
-    Raises:
-        SettingsError: If there is one; the message names it.
-    """
+    """Refuse `chat_template_kwargs` that say how the template is called, not what it can use."""
     for name in sorted(_TAKEN_VARIABLES & set(variables)):
         raise SettingsError(
             f"`chat_template_kwargs` has `{name}`, which tells `transformers` how to call the template. Remove it; "

@@ -1,23 +1,14 @@
 """Which text of the assistant's turns is learnt: all of it, or what a template marks by `{% generation %}`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from lightning_sft.data.chat.chat_template import ChatTemplate
+from lightning_sft.data.chat.chat_template import ChatTemplate, SpannedText
 from lightning_sft.data.chat.conversation import Conversation
 from lightning_sft.data.chat.turns import Turn
 from lightning_sft.errors import SettingsError
 
 
-@dataclass(frozen=True)
-class LearntText:
-    """A text, and start and end of each part of it that is learnt, ascending."""
-
-    text: str
-    spans: Sequence[tuple[int, int]]
-
-
-def unlearnt_call(conversation: Conversation, turn: Turn, learnt: LearntText) -> str | None:
+def unlearnt_call(conversation: Conversation, turn: Turn, learnt: SpannedText) -> str | None:
     """The function of a turn's first tool call that is written, but not where something is learnt; None without one."""
     for call in conversation.messages[turn.index].get("tool_calls") or ():
         name: str = call["function"]["name"]
@@ -29,7 +20,7 @@ def unlearnt_call(conversation: Conversation, turn: Turn, learnt: LearntText) ->
 
 def learnt_text(
     template: ChatTemplate, conversation: Conversation, turns: Sequence[Turn], text: str | None = None
-) -> LearntText:
+) -> SpannedText:
     """What is learnt of turns.
 
     What is marked of a turn is learnt with the token that ends the turn, if it reaches up to that.
@@ -39,15 +30,12 @@ def learnt_text(
         conversation: All messages.
         turns: The text of each begins with that of the one before.
         text: The whole conversation, if it is to be the text. None: that of the last turn.
-
-    Raises:
-        SettingsError: If the template marks nothing of a turn; the message names it.
     """
     last = turns[-1]
     written = template.write_marked(conversation, last.index + 1 if text is None else None)
     if written is None:
-        return LearntText(last.text if text is None else text, [(turn.start, turn.end) for turn in turns])
-    marked = written.marked_spans
+        return SpannedText(last.text if text is None else text, [(turn.start, turn.end) for turn in turns])
+    marked = written.spans
     is_end = text is None or last.index + 1 == len(conversation.messages)  # nobody speaks after the last turn
     if text is None:
         after = written.text[last.end - last.moved : marked[-1][1] if marked else 0]
@@ -70,4 +58,4 @@ def learnt_text(
         for start, end in of_turn:
             is_next = spans and spans[-1][1] == start
             spans[-1:] = [(spans[-1][0], end)] if is_next else [*spans[-1:], (start, end)]
-    return LearntText(text, spans)
+    return SpannedText(text, spans)

@@ -63,12 +63,7 @@ class Turn:
 
 
 def write_turn(template: ChatTemplate, conversation: Conversation, index: int, text: str | None = None) -> Turn:
-    """Write a conversation up to one of the assistant's turns; `text` is the whole of it, if it is written already.
-
-    Raises:
-        SettingsError: If the template refuses the messages, or where the turn begins cannot be told; the message names
-            the turn.
-    """
+    """Write a conversation up to one of the assistant's turns; `text` is the whole of it, if it is written already."""
     check_has_context(index)
     prompt = template.write(conversation, index, add_generation_prompt=True)
     is_last = index + 1 == len(conversation.messages)

@@ -43,9 +43,6 @@ def check_is_written(template: ChatTemplate, conversation: Conversation, turn: T
     Returns:
         What stands before the answer in the content and is left out, as DeepSeek's templates leave out the reasoning;
         usually "".
-
-    Raises:
-        SettingsError: The message names turn, field and the way out.
     """
     message = conversation.messages[turn.index]
 

@@ -87,11 +87,7 @@ def unreadable(argument: str, path: str, error: BaseException) -> SettingsError:
 
 
 def check_parquet(path: str) -> None:
-    """Refuse a Parquet file that `datasets` would refuse in words that say nothing, or later; its end alone is read.
-
-    Raises:
-        SettingsError: If it has no rows, or a column twice.
-    """
+    """Refuse a Parquet file that `datasets` would refuse in words that say nothing, or later; its end alone is read."""
     with FileKind.of(path).open(path) as file:
         metadata = pq.read_metadata(file)
     columns = metadata.schema.to_arrow_schema().names

@@ -44,12 +44,7 @@ class WeightedSource:
 
 
 def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
-    """Check weights by the names of sources; return them, each name as a string and each weight as a float.
-
-    Raises:
-        SettingsTypeError: If a name is no text or path, or a weight no number, such as the data set of a `DatasetDict`.
-        SettingsError: If there is no source, or a weight is not positive or not finite.
-    """
+    """Check weights by the names of sources; return them, each name as a string and each weight as a float."""
     if not data:
         raise SettingsError(f"`{argument}` is {{}}; expected at least one source with its weight.")
     for name, weight in data.items():
@@ -76,10 +71,6 @@ def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Sou
     Returns:
         The sources in the order of the names; and for each name the number of its sources, since a pattern can stand
         for many files.
-
-    Raises:
-        MissingFileError: As `open_sources`.
-        SettingsError: As `open_sources`; or if two names mean the same rows.
     """
     groups = [open_sources(name, argument) for name in weights]
     seen: dict[str, str] = {}
@@ -96,11 +87,7 @@ def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Sou
 
 
 def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argument: str) -> list[WeightedSource]:
-    """The sources with their weights and sizes, the numbers of rows that can be trained on.
-
-    Raises:
-        SettingsError: If an epoch would take no row of a source.
-    """
+    """The sources with their weights and sizes, the numbers of rows that can be trained on."""
     sources = [WeightedSource(name, weight, size) for (name, weight), size in zip(weights.items(), sizes, strict=True)]
     for source in sources:
         if not source.num_rows:

@@ -32,11 +32,7 @@ class PromptRows:
 def render_prompts(
     sources: Sequence[Source], row_format: RowFormat, tokenizer: PreTrainedTokenizerBase, on_bad_row: BadRows
 ) -> PromptRows:
-    """Write the prompts of rows.
-
-    Raises:
-        SettingsError: If a row is malformed; the message names file and row.
-    """
+    """Write the prompts of rows."""
     chat_encoder, num_ids, problems = ChatEncoder(tokenizer), num_token_ids(tokenizer), RowProblems(on_bad_row)
     prompts: list[dict[str, object]] = []
     unused_columns: set[str] = set()

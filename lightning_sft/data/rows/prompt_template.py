@@ -14,12 +14,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def read_prompt_template(template: str) -> str:
-    """A template, or that of a file whose path is given.
-
-    Raises:
-        MissingFileError: If it has no `{column}` and is no file either.
-        SettingsError: If its braces are not of this form, or the file is not UTF-8 text.
-    """
+    """A template, or that of a file whose path is given."""
     if "{" not in template:
         way_out = "Give a text such as 'Question: {question}', or the path of a file with such a text."
         template = read_template_file("prompt_template", template, "{column}", way_out).removesuffix("\n")

@@ -43,7 +43,8 @@ def read_file(
     elif file.kind.suffix == ".json" and (whole := _read_whole_json(file)) is not None:
         rows = islice(((f"row {number}", row) for number, row in enumerate(whole, 1)), skip, None)
     else:
-        rows = _read_json_lines(file, skip)
+        lines = islice(file.filled_lines(), skip, None)
+        rows = ((f"line {n}", line if isinstance(line, UnreadableRow) else parse_json(line)) for n, line in lines)
     has_rows = False
     for location, row in rows:
         has_rows = True
@@ -77,17 +78,8 @@ def parse_json(text: str) -> Any:
         return UnreadableRow(f"cannot be read as JSON: {one_line(error)}.")
 
 
-def _read_json_lines(file: "_TextFile", skip: int) -> Iterator[tuple[str, object]]:
-    for number, line in islice(file.filled_lines(), skip, None):
-        yield f"line {number}", line if isinstance(line, UnreadableRow) else parse_json(line)
-
-
 def _read_whole_json(file: "_TextFile") -> list[object] | None:
-    """The rows of a file that is one value: a list, or an object with the list `data`. None: it is lines of JSON.
-
-    Raises:
-        SettingsError: If it is a list that cannot be read, or another object that takes several lines.
-    """
+    """The rows of a file that is one value: a list, or an object with the list `data`. None: it is lines of JSON."""
     start = file.first_character()
     if start == "[":
         return _read_list("".join(file.text()))

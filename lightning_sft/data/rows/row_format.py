@@ -49,12 +49,6 @@ class RowFormat:
     A row with `input_ids` is tokenised already, and one with `messages`, `conversations` or `conversation` is a
     conversation, unless an argument names the columns of its text. So is a row whose prompt or output is a list of
     messages.
-
-    Raises:
-        MissingFileError: If the template has no `{column}` and is no file either.
-        SettingsTypeError: If an argument has the wrong type.
-        SettingsError: If the template's braces are not of this form, or its file is not UTF-8 text; or if arguments
-            name the columns of a prompt twice, or one of whole texts beside them.
     """
 
     prompt_field: str = "prompt"
@@ -104,11 +98,7 @@ class RowFormat:
         return [name for name in names if getattr(self, name) not in (getattr(RowFormat, name), {})]
 
     def render(self, row: AnyRow) -> PlainRow | TextRow | ChatRow | TokenRow:
-        """What a row says that is to be learnt.
-
-        Raises:
-            SettingsError: If it cannot be read, a column is missing or of another type, or `row_transform` fails.
-        """
+        """What a row says that is to be learnt."""
         row = self._transformed(row)
         if self._has_tokens(row):
             return TokenRow(read_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
@@ -124,11 +114,7 @@ class RowFormat:
         return PlainRow(prompt, output, output if ground_truth is None else ground_truth, self._unused_columns(row))
 
     def render_prompt(self, row: AnyRow) -> PlainPrompt | ChatRow | TokenPrompt:
-        """What a row says that a model is to go on from; an output is not needed. A text goes on where it ends.
-
-        Raises:
-            SettingsError: As `render`.
-        """
+        """What a row says that a model is to go on from; an output is not needed. A text goes on where it ends."""
         row = self._transformed(row)
         if self._has_tokens(row):
             return TokenPrompt(read_prompt_tokens(row), self._ground_truth(row), unused_beside_tokens(row))

@@ -70,11 +70,6 @@ def open_sources(data: Data, argument: str) -> list[Source]:
             data set, or one that `save_to_disk` has written (`folder` or `folder::split`); a list of these, a
             `datasets.Dataset`, or a list of dictionaries.
         argument: What messages call the argument, such as `train_data`.
-
-    Raises:
-        MissingFileError: If a file is missing or a pattern matches none.
-        SettingsTypeError: If `data` is none of these.
-        SettingsError: If a source has no rows or cannot be read, or a data set has a transform of its own.
     """
     if isinstance(data, Dataset):
         if data.format["type"] == "custom":  # which only whoever indexes the data set would see

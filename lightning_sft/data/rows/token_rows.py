@@ -20,10 +20,6 @@ def read_tokens(row: Mapping[str, Any]) -> Example:
     A token is learnt if all of `labels`, `response_mask`, `completion_mask` and `assistant_masks` that the row has say
     so; without any of them all tokens are. Labels are not shifted: at each position there is the id or -100. What
     `attention_mask` says is padding is left out.
-
-    Raises:
-        SettingsError: If a column is no list of the right numbers or lengths differ; nothing is learnt; or several
-            texts are packed into the row.
     """
     ids, is_learnt = _ids_and_marks(row)
     example = _example(ids, is_learnt)
@@ -36,11 +32,7 @@ def read_tokens(row: Mapping[str, Any]) -> Example:
 
 
 def read_prompt_tokens(row: Mapping[str, Any]) -> list[int]:
-    """The tokens before the last stretch that is learnt; all if no column marks any, so that a model goes on from them.
-
-    Raises:
-        SettingsError: As `read_tokens`.
-    """
+    """What a model goes on from: the tokens before the last stretch that is learnt; all if no column marks any."""
     ids, is_learnt = _ids_and_marks(row)
     example = _example(ids, is_learnt)
     return ids if example is None or not _marks(row) else ids[: last_stretch(example)[0]]

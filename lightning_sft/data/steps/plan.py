@@ -20,9 +20,6 @@ class StepRule:
     """How sequences are put into optimizer steps, and steps into microbatches; `SFTDataModule` explains the settings.
 
     The last step of an epoch may have fewer sequences, and a step with few of them fewer microbatches.
-
-    Raises:
-        SettingsError: If a number is of another type or too small, or both rules for microbatches are given.
     """
 
     batch_size: int = 32
@@ -83,11 +80,7 @@ class MicrobatchShape:
 
 
 def largest_allowed_microbatch(rule: StepRule, max_length: int | None, world_size: int) -> MicrobatchShape:
-    """The most that the settings allow in a microbatch, whatever the data: every row as long as it may be.
-
-    Raises:
-        SettingsError: If nothing bounds it.
-    """
+    """The most that the settings allow in a microbatch, whatever the data: every row as long as it may be."""
     budget = rule.max_tokens_per_microbatch
     if budget is None and max_length is None:
         raise SettingsError(
@@ -130,7 +123,7 @@ class BatchPlan:
     balanced, sorted by length on each rank, and cut into microbatches: a single one if no rule is given.
 
     Args:
-        lengths: Tokens of each example as the model sees it, `(num_examples,)`.
+        lengths: Tokens of each example as the model sees it, `(num_examples,)`; at least one.
         num_response_tokens: Labels of each example that count in the loss, `(num_examples,)`.
         rule: How they are put into steps and microbatches.
         world_size: Number of ranks.
@@ -141,11 +134,6 @@ class BatchPlan:
 
     Attributes:
         steps_per_epoch: Optimizer steps in each epoch.
-
-    Raises:
-        SettingsTypeError: If an argument is no whole number.
-        SettingsError: If there are no examples, the arrays differ in shape, a number is too small, or an example is
-            longer than `max_tokens_per_microbatch`.
     """
 
     def __init__(
@@ -159,17 +147,8 @@ class BatchPlan:
         limit_steps_per_epoch: int | None = None,
         sources: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        check_integer("world_size", world_size, at_least=1)
-        check_integer("limit_steps_per_epoch", limit_steps_per_epoch, at_least=1, optional=True)
         self._lengths = np.array(lengths, dtype=np.int32)  # kept for every example of a data set: small numbers
         self._num_response_tokens = np.array(num_response_tokens, dtype=np.int32)
-        if self._lengths.shape != self._num_response_tokens.shape or self._lengths.ndim != 1:
-            raise SettingsError(
-                "`lengths` and `num_response_tokens` must have one number for each example, but their shapes are "
-                f"{self._lengths.shape} and {self._num_response_tokens.shape}."
-            )
-        if self._lengths.size == 0:
-            raise SettingsError("`lengths` is empty; expected at least one example. Check the training data.")
         longest = int(self._lengths.argmax())
         budget = rule.max_tokens_per_microbatch
         if budget is not None and self._lengths[longest] > budget:
@@ -178,8 +157,7 @@ class BatchPlan:
                 f"{self._lengths[longest]} tokens. Raise `max_tokens_per_microbatch` to at least that, "
                 "or lower `max_length`."
             )
-        self._rule, self._world_size = rule, world_size
-        self._shuffle = shuffle
+        self._rule, self._world_size, self._shuffle = rule, world_size, shuffle
         self._sources = sources or [(self._lengths.size, self._lengths.size)]
         self.steps_per_epoch = -(-sum(taken for _, taken in self._sources) // rule.batch_size)
         if limit_steps_per_epoch is not None:
@@ -217,12 +195,7 @@ class BatchPlan:
         Args:
             index: Counts optimizer steps over the whole run, from 0; the epoch is `index // steps_per_epoch`.
             layout: Of the microbatches; it decides what they cost, not which sequences are in the step.
-
-        Raises:
-            SettingsError: If `index` is negative.
         """
-        if index < 0:
-            raise SettingsError(f"`index` counts optimizer steps from 0, but it is {index}.")
         epoch, step_in_epoch = divmod(index, self.steps_per_epoch)
         start = step_in_epoch * self._rule.batch_size
         examples = self._order(epoch)[start : start + self._rule.batch_size]

@@ -41,11 +41,7 @@ class RowStream:
         self._dataset, self._current, self._num_read = dataset, dataset, 0
 
     def read(self, position: SourcePosition | None = None) -> Iterator[tuple[str, AnyRow]]:
-        """The rows from a position on, each with its location, such as `line 3 of train.jsonl`.
-
-        Raises:
-            SettingsError: If the source cannot be read; the message names file and line.
-        """
+        """The rows from a position on, each with its location, such as `line 3 of train.jsonl`."""
         position = position or SourcePosition()
         self._num_read = position.num_read
         try:
@@ -69,14 +65,7 @@ class RowStream:
 
 
 def open_streams(data: object, argument: str) -> list[RowStream]:
-    """Find the rows behind a data argument without reading them.
-
-    Raises:
-        MissingFileError: If a file is missing or a pattern matches none.
-        SettingsTypeError: If `data` is no file, glob pattern, hub data set's name or list of these, as in
-            `open_sources`.
-        SettingsError: If a data set cannot be loaded, or a Parquet file cannot be opened.
-    """
+    """Find the rows behind a data argument, files or data sets by name as in `open_sources`, without reading them."""
     names = [data] if isinstance(data, str | Path) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str | Path) for name in names):
         raise SettingsTypeError(

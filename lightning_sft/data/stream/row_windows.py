@@ -54,9 +54,6 @@ class RowWindows:
 
         All processes read the same rows, window after window. Of each window a process encodes every `world_size`-th
         row, so that all have equally many and that their shares together are the window.
-
-        Raises:
-            SettingsError: If a source cannot be read, or a whole pass has no row.
         """
         rows = ordered_rows(self.streams, self.rows_per_block, self.seed, begin)
         share = self.batch_size if world_size == 1 else max(-(-self.batch_size // world_size), _ROWS_PER_EXCHANGE)

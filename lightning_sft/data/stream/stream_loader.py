@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sft.data.forking import collect_before_forking
+from lightning_sft.data.row_report import BadRowLog
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.step_loader import LoaderOptions, StepLoader, StepNumbers
-from lightning_sft.data.stream.bad_row_log import BadRowLog
-from lightning_sft.data.stream.bookmark import Bookmark
 from lightning_sft.data.stream.row_windows import Exchange, RowWindows, Window, whole_windows
 from lightning_sft.data.stream.stream_order import StreamPosition
-from lightning_sft.data.stream.streamed_steps import StreamedStep, StreamedSteps
+from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedStep, StreamedSteps
 from lightning_sft.errors import SettingsError
 
 T = TypeVar("T")

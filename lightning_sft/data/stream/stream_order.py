@@ -57,9 +57,6 @@ def ordered_rows(
     """Endlessly all rows from a position on, shuffled within each block.
 
     The seed gives each block of each pass an order of its own; without one it is the order of the data.
-
-    Raises:
-        SettingsError: If a whole pass has no row, or a source cannot be read.
     """
     for start, block in _read_blocks(streams, rows_per_block, position):
         order = np.arange(len(block))

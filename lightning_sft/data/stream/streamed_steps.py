@@ -4,26 +4,60 @@ Every process has the same rows with their tokens, and with them the lengths tha
 own; so a step is the same on any number of processes, and its totals are exact.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from lightning_sft.data.encoded_rows import hash_of_examples
 from lightning_sft.data.encoding import Encoding
 from lightning_sft.data.row_report import nothing_left
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.rows.sources import full_location
+from lightning_sft.data.run_identity import check_same_data
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import LoaderOptions
-from lightning_sft.data.stream.bookmark import Bookmark
 from lightning_sft.data.stream.row_windows import OpenWindows
 from lightning_sft.data.stream.stream_order import StreamPosition
 from lightning_sft.data.tokens.collation import collate
 from lightning_sft.data.tokens.example import Example, check_length
-from lightning_sft.errors import SettingsError, located
+from lightning_sft.errors import located
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """What a checkpoint keeps of a step, so that a run finds the next one.
+
+    Attributes:
+        num_steps: Optimizer steps of the run up to this one.
+        begin: Where its rows begin.
+        content: A hash of its rows' tokens.
+        num_passes: How often the data had been gone through before its last row.
+        epoch: That of its last row, from 0. Small data may come to its end several times in a step: that is one epoch.
+        num_steps_in_epoch: Optimizer steps of this epoch up to this one.
+    """
+
+    num_steps: int
+    begin: StreamPosition
+    content: str
+    num_passes: int = 0
+    epoch: int = 0
+    num_steps_in_epoch: int = 1
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "Bookmark":
+        """The bookmark whose `asdict` is given, as a checkpoint has it."""
+        return cls(**{**values, "begin": StreamPosition.from_values(values["begin"])})
+
+    def of_next(self, begin: StreamPosition, content: str, num_passes: int) -> "Bookmark":
+        """That of the step after this one."""
+        epoch, before = self.epoch, self.num_steps_in_epoch
+        if num_passes > self.num_passes:
+            epoch, before = epoch + 1, 0
+        return Bookmark(self.num_steps + 1, begin, content, num_passes, epoch, before + 1)
 
 
 @dataclass
@@ -66,11 +100,7 @@ class StreamedSteps:
         self._steps_per_pass, self._only_source = steps_per_pass, only_source
 
     def after(self, last: Bookmark | None, open_windows: OpenWindows) -> Iterator[StreamedStep]:
-        """Endlessly the steps after the one of a bookmark; None: from the first on.
-
-        Raises:
-            SettingsError: If the rows of the step before are others now, or a row cannot be used.
-        """
+        """Endlessly the steps after the one of a bookmark; None: from the first on."""
         latest, begin = None, StreamPosition() if last is None else last.begin
         placed = self._placed(begin, open_windows)
         while True:
@@ -79,11 +109,7 @@ class StreamedSteps:
             content, num_passes = hash_of_examples(examples), after.num_passes
             bad_rows = [bad_row for each in taken for bad_row in each.bad_rows]
             if latest is None and last is not None:  # made once more, to tell whether the rows are still the same
-                if content != last.content:
-                    raise SettingsError(
-                        "The checkpoint was made with other training rows or tokens: the run cannot continue at the "
-                        "same place in the data. Use those, or begin a new run with its weights (`--init_from`)."
-                    )
+                check_same_data({"rows": last.content}, {"rows": content})
                 latest = last
             else:
                 first = Bookmark(1, begin, content, num_passes)
@@ -95,11 +121,7 @@ class StreamedSteps:
                 placed = self._placed(begin, open_windows)
 
     def _placed(self, begin: StreamPosition, open_windows: OpenWindows) -> Iterator[PlacedExample]:
-        """Endlessly the examples of rows from a position on, but for those that were taken before.
-
-        Raises:
-            SettingsError: If a row cannot be used, or a whole pass has none that can.
-        """
+        """Endlessly the examples of rows from a position on, but for those that were taken before."""
         num_before, before = begin.num_examples_taken, replace(begin, num_examples_taken=0)
         bad_rows: list[BadRow] = []
         for row in (row for window in open_windows(begin) for row in window):
@@ -138,3 +160,13 @@ class StreamedSteps:
             for indices in plan.ranks[self._options.rank]
         ]
         return OptimizerStep(microbatches, plan.totals)
+
+
+def hash_of_examples(examples: Sequence[Example]) -> str:
+    """A hash of the token ids of examples, in their order, and of which of them are learnt."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        bounds = [len(example.input_ids), example.num_prompt_tokens, *example.excluded_spans]
+        hasher.update(np.asarray(example.input_ids, np.int32).tobytes())
+        hasher.update(np.asarray([len(bounds), *bounds], np.int32).tobytes())
+    return hasher.hexdigest()

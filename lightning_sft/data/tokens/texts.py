@@ -31,12 +31,7 @@ def common_length(first: str, second: str) -> int:
 
 
 def read_template_file(argument: str, path: str, placeholder: str, way_out: str) -> str:
-    """The content of a file that holds a template. Every such template contains the placeholder, which no path does.
-
-    Raises:
-        MissingFileError: If there is no such file.
-        SettingsError: If it cannot be read, or is not UTF-8 text.
-    """
+    """The content of a file that holds a template. Every such template contains the placeholder, which no path does."""
     file = os.path.expanduser(path)
     if not os.path.isfile(file):  # `Path.is_file` raises on a text too long for a file name
         raise MissingFileError(

@@ -42,10 +42,6 @@ def encode_prompts(
         tokenizer: Any Hugging Face tokenizer.
         as_written: For each prompt, whether it is tokenised as it stands, without the prefix, since a chat template
             wrote it. By default no prompt is.
-
-    Raises:
-        SettingsTypeError: If `prompt_strs` is one string, or holds anything else than strings.
-        SettingsError: If a prompt is not text: a lone surrogate cannot be encoded.
     """
     if len(prompt_strs) == 0:  # columns of a table are neither true nor false
         return []
@@ -85,11 +81,6 @@ def encode_examples(
         tokenizer: Any Hugging Face tokenizer.
         append_eos: Whether each response ends in the tokenizer's EOS. An output whose last token is EOS already gets
             no second one.
-
-    Raises:
-        SettingsTypeError: If either is one string, or holds anything else than strings.
-        SettingsError: If the numbers of prompts and outputs differ, a text holds a lone surrogate, or EOS is wanted and
-            the tokenizer has none.
     """
     if len(prompt_strs) != len(output_strs):
         raise SettingsError(

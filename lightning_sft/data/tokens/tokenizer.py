@@ -16,12 +16,7 @@ _IS_NONE = (
 
 
 def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
-    """What the user has given as a tokenizer; a path as a string, without `~`.
-
-    Raises:
-        SettingsTypeError: If it is neither a name, a path nor a tokenizer.
-        SettingsError: If there is nothing.
-    """
+    """What the user has given as a tokenizer; a path as a string, without `~`."""
     if tokenizer is None:
         raise SettingsError("`tokenizer` is missing; expected a name, a path or a tokenizer.")
     check_type("tokenizer", tokenizer, (str, Path, PreTrainedTokenizerBase), "a name, a path or a tokenizer")
@@ -29,11 +24,7 @@ def name_or_tokenizer(tokenizer: object) -> str | PreTrainedTokenizerBase:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by name, perhaps with a revision (`name@revision`), or by folder.
-
-    Raises:
-        SettingsError: If there is no such tokenizer, or it brings code of its own.
-    """
+    """Load a tokenizer by name, perhaps with a revision (`name@revision`), or by folder."""
     repository, revision = split_revision(name)
     options = {} if revision is None else {"revision": revision}
     try:

@@ -10,9 +10,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.data.steps.plan import StepTotals
-from lightning_sft.data.stream.bookmark import Bookmark
 from lightning_sft.data.stream.stream_order import StreamPosition
-from lightning_sft.data.stream.streamed_steps import StreamedStep
+from lightning_sft.data.stream.streamed_steps import Bookmark, StreamedStep
 from lightning_sft.data.tokens.collation import collate
 from lightning_sft.data.tokens.example import Example
 

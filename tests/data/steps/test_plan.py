@@ -312,35 +312,20 @@ def test_an_example_longer_than_the_budget_is_refused_at_once():
     plan_of([3, 8, 9], batch_size=2, max_tokens_per_microbatch=9)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["batch_size", "world_size", "gradient_accumulation_steps", "max_tokens_per_microbatch", "limit_steps_per_epoch"],
-)
+@pytest.mark.parametrize("name", ["batch_size", "gradient_accumulation_steps", "max_tokens_per_microbatch"])
 def test_numbers_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"`{name}` is 0, expected at least 1"):
         plan_of([3, 4], **{"batch_size": 2, name: 0})
 
 
-def test_negative_seeds_and_steps_are_refused():
+def test_negative_seeds_are_refused():
     with pytest.raises(ValueError, match="`seed` is -1, expected at least 0"):
         plan_of([3, 4], batch_size=2, seed=-1)
-    with pytest.raises(ValueError, match="`index` counts optimizer steps from 0, but it is -1"):
-        plan_of([3, 4], batch_size=2).step(-1)
 
 
 def test_two_rules_at_once_are_refused():
     with pytest.raises(ValueError, match=r"`gradient_accumulation_steps` is 2 and .* is 64.* Give one of them"):
         plan_of([3, 4], batch_size=2, gradient_accumulation_steps=2, max_tokens_per_microbatch=64)
-
-
-def test_arrays_that_do_not_pair_up_are_refused():
-    with pytest.raises(ValueError, match=r"`lengths` and `num_response_tokens` must .* \(3,\) and \(2,\)"):
-        make_plan([3, 4, 5], [1, 1], batch_size=2)
-
-
-def test_no_examples_are_refused():
-    with pytest.raises(ValueError, match="`lengths` is empty; expected at least one example"):
-        make_plan([], [], batch_size=2)
 
 
 def test_the_largest_microbatch_is_found_over_ranks_and_steps():

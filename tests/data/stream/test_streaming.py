@@ -2,9 +2,10 @@
 
 import gzip
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -20,7 +21,9 @@ from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions
 from lightning_sft.data.stream.row_stream import open_streams
 from lightning_sft.data.stream.stream_order import StreamPosition, ordered_rows
+from lightning_sft.data.stream.streamed_steps import hash_of_examples
 from lightning_sft.data.streamed_rows import StreamedRows
+from lightning_sft.data.tokens.example import Example
 
 LONG = {"prompt": "long", "output": "x" * 100}
 
@@ -237,3 +240,14 @@ def test_when_all_later_rows_are_too_long_it_is_an_error_and_not_an_endless_sear
     loader = rows.loader(None, None, LoaderOptions(character_tokenizer()))
     with pytest.raises(ValueError, match="`train_data`: all rows are longer than `max_length` = 4 tokens"):
         next(iter(loader))
+
+
+def test_the_hash_of_examples_changes_with_their_tokens_their_order_and_what_is_learnt():
+    first, second = Example([1, 2, 3], 1), Example([4, 5, 6, 7], 2)
+    other_mask, excluded = replace(first, num_prompt_tokens=2), replace(first, excluded_spans=[2, 3])
+    cases = [[first, second], [second, first], [first], [other_mask, second], [excluded, second]]
+    cases.append([Example([1, 2, 3, 4], 1), Example([5, 6, 7], 2)])
+    hashes = [hash_of_examples(case) for case in cases]
+    assert len(set(hashes)) == len(cases)
+    arrays = [replace(each, input_ids=np.asarray(each.input_ids, np.int32), location="line 1") for each in cases[0]]
+    assert hash_of_examples(arrays) == hashes[0]
