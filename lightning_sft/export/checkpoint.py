@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError, is_missing_path
 from lightning_sft.export.whole_model import give_weights
@@ -37,6 +37,13 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
     if lora is not None:
         model = _load_base(path, hyper_parameters)
         add_lora(model, lora, hyper_parameters.get("seed", 0))
+    elif isinstance(settings, dict) and settings.get("model_type") not in CONFIG_MAPPING:
+        raise SettingsError(
+            f"`ckpt_path` is {str(path)!r}, whose model has the `model_type` {settings.get('model_type')!r}, which "
+            "this version of `transformers` does not know. If it brings code of its own, load it by "
+            "`SFTModule.load_from_checkpoint(path, model=name_or_folder, model_kwargs={'trust_remote_code': True})`, "
+            "and pass its `model` to `export_model`."
+        )
     elif isinstance(settings, dict):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))

@@ -67,8 +67,9 @@ def _config(source: dict[str, Any]) -> PreTrainedConfig:
     settings = dict(source)
     if settings.get("model_type") not in CONFIG_MAPPING:
         raise SettingsError(
-            f"`model` is to be built from {settings}, whose `model_type` is not an architecture that this version of "
-            "`transformers` knows. Give one, such as qwen2 or llama."
+            f"`model` is to be built from {shorten(settings)}, whose `model_type` {settings.get('model_type')!r} is "
+            "not an architecture that this version of `transformers` knows. Give one, such as qwen2 or llama; or the "
+            "name or folder of a model that brings code of its own."
         )
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 

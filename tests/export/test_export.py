@@ -292,6 +292,10 @@ def test_a_checkpoint_without_a_tokenizer_or_a_model_is_refused(tmp_path, monkey
     export_command(monkeypatch, "--ckpt_path", last, *words)
     assert " Finn" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     checkpoint = torch.load(last)
+    checkpoint["module_hyper_parameters"]["model"]["model_type"] = "own"
+    torch.save(checkpoint, last)
+    with pytest.raises(SystemExit, match=r"has the `model_type` 'own', which .* model_kwargs={'trust_remote_code': Tr"):
+        export_command(monkeypatch, "--ckpt_path", last, *words)
     del checkpoint["module_hyper_parameters"]
     torch.save(checkpoint, last)
     with pytest.raises(SystemExit, match="does not describe its model"):

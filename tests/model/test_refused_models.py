@@ -52,8 +52,9 @@ MODELS = {
     ),
     "settings without a type": Refusal(
         module({"hidden_size": 8}),
-        "`model` is to be built from {'hidden_size': 8}, whose `model_type` is not an architecture that this version "
-        "of `transformers` knows. Give one, such as qwen2 or llama.",
+        "`model` is to be built from {'hidden_size': 8}, whose `model_type` None is not an architecture that this "
+        "version of `transformers` knows. Give one, such as qwen2 or llama; or the name or folder of a model that "
+        "brings code of its own.",
     ),
     "settings that contradict each other": Refusal(
         module(tiny_config(hidden_size=15)),
