@@ -179,8 +179,8 @@ def _kinds(optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> list
 def _go_on_in_data(trainer: L.Trainer) -> None:
     """Continue where an earlier `fit` of the trainer has left its data, also in the same rows of another datamodule."""
     data, earlier = getattr(trainer, "datamodule", None), vars(trainer).get("_data_of_fit")
-    is_other = isinstance(data, SFTDataModule) and isinstance(earlier, SFTDataModule) and data is not earlier
-    if is_other and trainer.global_step > 0 and trainer.ckpt_path is None:
+    goes_on = trainer.global_step > 0 and trainer.ckpt_path is None and data is not earlier
+    if goes_on and isinstance(data, SFTDataModule) and isinstance(earlier, SFTDataModule):
         try:
             data.load_state_dict(earlier.state_dict())
         except SettingsError as error:
