@@ -147,14 +147,16 @@ class GenerationMonitor(L.Callback):
         generate = partial(self._generate, trainer, module)
         module.generator = self._predictions.start(trainer, module, prompts, generate)
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Store the batch's records."""
-        self._predictions.on_predict_batch_end(*args, **kwargs)
+        self._predictions.append(trainer, outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print where the records are."""
         _module(pl_module).generator = None
-        self._predictions.on_predict_end(trainer, pl_module)
+        self._predictions.end(trainer)
 
     # -- what ----------------------------------------------------------------------------------------------------
 

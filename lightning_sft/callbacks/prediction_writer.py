@@ -1,11 +1,10 @@
-"""What `predict` writes, and how it goes on where it was interrupted."""
+"""`PredictionWriter`: what `predict` writes, and how it goes on where it was interrupted."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.errors import SettingsError
@@ -18,11 +17,8 @@ from lightning_sft.training.run_folder import writes_files
 Generator = Callable[[Sequence[Prompt]], Sequence[GenerationRecord]]
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter:
     """Appends the records of each batch to a file. A run that was interrupted generates only what the file lacks.
-
-    `GenerationMonitor` calls it. It is not itself among the trainer's callbacks, since Lightning would then warn that
-    it cannot tell the batches' indices, which are in the prompts.
 
     Args:
         path: The file. None: in the folder `predictions` of `default_root_dir`, by a name that depends on prompts,
@@ -31,7 +27,6 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, path: str | Path | None, settings: GenerationSettings) -> None:
-        super().__init__("batch")
         self._path, self._settings = path, settings
         self._earlier = EarlierPredictions()
 
@@ -72,21 +67,12 @@ class PredictionWriter(BasePredictionWriter):
         new = [prompt for prompt in prompts if prompt.index >= self._earlier.num_prompts]
         return [*earlier, *(generate(new) if new else [])]
 
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Sequence[GenerationRecord],
-        batch_indices: Sequence[int] | None,
-        batch: Sequence[Prompt],
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Append what the file does not have yet."""
+    def append(self, trainer: L.Trainer, records: Sequence[GenerationRecord]) -> None:
+        """Append those records that the file does not have yet."""
         if writes_files(trainer):
-            self._file.append([record for record in prediction if record.index >= self._earlier.num_prompts])
+            self._file.append([record for record in records if record.index >= self._earlier.num_prompts])
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def end(self, trainer: L.Trainer) -> None:
         """Say where the records are."""
         if writes_files(trainer):
             print(f"Predictions: {self._file.path}")

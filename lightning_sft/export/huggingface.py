@@ -18,7 +18,7 @@ from lightning_sft.checks import check_choice, check_local, check_type
 from lightning_sft.errors import SettingsError, why_not_written
 from lightning_sft.export.model_card import TAG, write_card
 from lightning_sft.export.whole_model import give_weights, plain_model, whole_model_with_adapters
-from lightning_sft.generation.response_end import end_ids
+from lightning_sft.generation.responses import end_ids
 from lightning_sft.model.adapter_weights import adapter_weights, plain_weights, save_adapter
 from lightning_sft.model.given_adapters import without_wrapper
 from lightning_sft.model.lora import changes_base, has_lora, lora_settings

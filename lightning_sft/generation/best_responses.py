@@ -121,16 +121,14 @@ def _read(records: object) -> Iterator[Mapping[str, Any]]:
         if isinstance(item, GenerationRecord):
             yield vars(item)
         elif isinstance(item, str | Path):
-            for path in find_files(str(item), "records") or _no_file(item):
+            if not (paths := find_files(str(item), "records")):
+                raise SettingsError(f"`records` is {str(item)!r}, expected a file that `predict` has written.")
+            for path in paths:
                 yield from _read_file(path)
         else:
             raise SettingsTypeError(
                 f"`records` has {shorten(item)} of type {type(item).__name__}, expected only files or only records."
             )
-
-
-def _no_file(name: object) -> list[str]:
-    raise SettingsError(f"`records` is {str(name)!r}, expected a file that `predict` has written.")
 
 
 def _read_file(path: str) -> Iterator[Mapping[str, Any]]:

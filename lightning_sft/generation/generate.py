@@ -92,7 +92,7 @@ def log_generations(
     are_whole = [False] * len(prompts) if as_written is None else as_written
     for name, values in {"ground_truths": ground_truths, "as_written": are_whole}.items():
         if len(values) != len(prompts):
-            raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(values)} `{name}`.")
+            raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(values)} `{name}`. Give one for each.")
     settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds, generator)
     path = None if path is None else Path(path).expanduser()
     if path is not None:

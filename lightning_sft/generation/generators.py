@@ -44,16 +44,15 @@ def make_responder(
     Returns:
         A function of the requests of a batch. To a request that is in none of `batches` a generator's response is
         empty.
-
-    Raises:
-        SettingsError: If what the generator returns are no responses to the requests.
     """
     if generator is None:
         return lambda requests: generate_responses(model, tokenizer, requests, sampling)
     asked = [request for batch in batches for request in batch]
     responses = list(generator(model, asked, sampling)) if asked else []
     if len(responses) != len(asked):
-        raise SettingsError(f"`generator` returned {len(responses)} responses to {len(asked)} requests.")
+        raise SettingsError(
+            f"`generator` returned {len(responses)} responses to {len(asked)} requests. Return one to each, in order."
+        )
     end_ids, stop_strings = model_end_ids(model, tokenizer), sampling.stop_strings or []
     num_embeddings = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     answers = {}

@@ -9,11 +9,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_sft.errors import shorten
+from lightning_sft.errors import SettingsError, shorten
 from lightning_sft.generation.bootstrap import bootstrap_mean
 
-_DECIMALS = 4  # of values of single tokens in files
+DECIMALS = 4  # of values of single tokens in files
 _TEXTS = ("prompt", "response", "stop_reason")
+_OF_THE_FILE = ("step", "run")  # stand in a line of a file, but are not of the record
+_READ_BACK = ("prompt", "response", "format_reward", "answer_reward", "reward", "token_entropy", "stop_reason")
 
 
 @dataclass
@@ -69,32 +71,15 @@ class GenerationRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record's line in a file: values of single tokens to four decimals, None if not finite."""
-        fields = {name: _finite(value) for name, value in vars(self).items()}
-        for name in ("token_log_probs", "token_entropies"):
-            fields[name] = [_finite(round(value, _DECIMALS)) for value in fields[name]]
-        return fields
+        of_tokens = {"token_log_probs": self.token_log_probs, "token_entropies": self.token_entropies}
+        rounded = {name: [round(value, DECIMALS) for value in values] for name, values in of_tokens.items()}
+        return {name: finite(value) for name, value in (vars(self) | rounded).items()}
 
 
-def problem_of(fields: Mapping[str, Any], needed: Sequence[str]) -> str:
-    """What is wrong with those values of a record that others rely on; empty if nothing is.
-
-    Args:
-        fields: Of a line of a file, by the names of `GenerationRecord`.
-        needed: The names of those that are relied on: texts and numbers.
-    """
-    for name in needed:
-        if name not in fields:
-            return f"no value for `{name}`"
-        value = fields[name]
-        if name in _TEXTS and not isinstance(value, str):
-            return f"`{name}` is {shorten(value)}, expected text"
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if name not in _TEXTS and value is not None and not is_number:
-            return f"`{name}` is {shorten(value)}, expected a number or null"
-    return ""
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value, or each of a list, as JSON can hold it: None in the place of NaN and infinity."""
+    if isinstance(value, list):
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -189,3 +174,55 @@ def write_records(
             file.write(json.dumps(fields | record.to_json(), ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def parse_records(text: str, source: str) -> list[GenerationRecord]:
+    """The records of a file that `predict` or a `GenerationMonitor` has written, or is still writing.
+
+    Args:
+        text: All lines of the file. A last one that has no end yet and is no whole record is left out.
+        source: What messages call the file.
+    """
+    *lines, last = text.split("\n")
+    records = [_record(line, f"line {number} of {source}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [*records, _record(last, f"line {len(lines) + 1} of {source}")] if _is_whole(last) else records
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _record(line: str, location: str) -> GenerationRecord:
+    try:
+        fields = {name: value for name, value in json.loads(line).items() if name not in _OF_THE_FILE}
+        problem = problem_of(fields, _READ_BACK)
+        if not problem:
+            if fields["token_entropy"] is None:  # it was no finite number
+                fields["token_entropy"] = math.nan
+            return GenerationRecord(**fields)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = str(error)
+    raise SettingsError(f"{location} is not a record of a generation: {problem}.")
+
+
+def problem_of(fields: Mapping[str, Any], needed: Sequence[str]) -> str:
+    """What is wrong with those values of a record that others rely on; empty if nothing is.
+
+    Args:
+        fields: Of a line of a file, by the names of `GenerationRecord`.
+        needed: The names of those that are relied on: texts and numbers.
+    """
+    for name in needed:
+        if name not in fields:
+            return f"no value for `{name}`"
+        value = fields[name]
+        if name in _TEXTS and not isinstance(value, str):
+            return f"`{name}` is {shorten(value)}, expected text"
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in _TEXTS and value is not None and not is_number:
+            return f"`{name}` is {shorten(value)}, expected a number or null"
+    return ""

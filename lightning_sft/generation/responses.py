@@ -18,10 +18,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lightning_sft.data.chat.chat_encoding import end_of_turn_id
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import pad_token_id
 from lightning_sft.generation.live_batch import LiveBatch, ResponseEnds
-from lightning_sft.generation.response_end import end_ids
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.model.routing import RoutingRecorder
 
@@ -122,6 +122,18 @@ def _greedy(max_new_tokens: int, eos_ids: list[int], pad_id: int) -> Any:
 def model_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a model's responses, see `end_ids`."""
     return end_ids(getattr(model.generation_config, "eos_token_id", None), tokenizer)
+
+
+def end_ids(own: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: those that the model names itself, and those that it has learnt from its data.
+
+    Learnt are the tokenizer's EOS, and the token with which its chat template ends a turn. They can differ: a base
+    model that is taught conversations names EOS alone, and would go on after the end of its turn. The model's own, the
+    `eos_token_id` of its configuration, come first.
+    """
+    named = own if isinstance(own, Sequence) else [own]
+    ids = [*named, tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
 def until_its_end(

@@ -22,10 +22,6 @@ class GenerationSettings:
             `tokens_per_batch` of the model.
         reward_seconds: The most that the reward function may take for one response. None: no limit.
         generator: Generates the responses in the model's place. None: the model does.
-
-    Raises:
-        SettingsTypeError: If an argument has the wrong type.
-        SettingsError: If a number is too small.
     """
 
     reward_fn: RewardFunction = r1_zero_reward

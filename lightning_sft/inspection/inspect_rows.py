@@ -116,11 +116,7 @@ class InspectedRows(L.LightningDataModule):
 
     @property
     def rows(self) -> PreparedRows:
-        """The rows, without weights that would have some of them left out.
-
-        Raises:
-            SettingsError: If they are streamed.
-        """
+        """The rows, without weights that would have some of them left out."""
         rows = self.data.rows_of(self.split)
         if not isinstance(rows, PreparedRows):
             raise SettingsError("`streaming` is true, but `inspect` reads the rows in their order. Set it to false.")

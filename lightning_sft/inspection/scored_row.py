@@ -1,6 +1,5 @@
 """`ScoredRow`: what a model makes of the response of one row."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.token_ids import decode_ids
 from lightning_sft.data.tokens.tokenization import token_texts
-
-_DECIMALS = 4  # of values of single tokens in files
+from lightning_sft.generation.records import DECIMALS, finite
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class ScoredRow:
         log_probs: list[float | None] = [None] * (len(ids) - first)
         entropies = list(log_probs)
         for place, log_prob, entropy in zip(learnt, *scores[:2].tolist(), strict=True):
-            log_probs[place - first], entropies[place - first] = round(log_prob, _DECIMALS), round(entropy, _DECIMALS)
+            log_probs[place - first], entropies[place - first] = round(log_prob, DECIMALS), round(entropy, DECIMALS)
         mean_log_prob, mean_entropy, accuracy = scores.double().mean(dim=1).tolist() if learnt else (0.0, 0.0, 0.0)
         tokens = token_texts(tokenizer, ids[first:])
         return cls(
@@ -84,10 +82,4 @@ class ScoredRow:
 
     def to_json(self) -> dict[str, Any]:
         """Its line in a file, None for what is no finite number."""
-        return {name: _finite(value) for name, value in vars(self).items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {name: finite(value) for name, value in vars(self).items()}

@@ -11,9 +11,8 @@ import pandas as pd
 from lightning_sft.checks import check_integer, check_type
 from lightning_sft.data.rows.files import FileKind
 from lightning_sft.errors import MissingFileError, SettingsError, located, one_line, path_from_here
-from lightning_sft.generation.records import GenerationRecord
+from lightning_sft.generation.records import GenerationRecord, parse_records
 from lightning_sft.results.finished_run import FinishedRun, read_run
-from lightning_sft.results.record_lines import parse_records
 
 _EXPECTED = "the folders of at least two runs, or files of records"
 
@@ -50,11 +49,6 @@ def read_compared_runs(
         runs: Their folders, or files of records.
         names: What to call them. None: by as much of their paths as tells them apart.
         step: The optimizer step whose responses are taken from folders. None: the last of each.
-
-    Raises:
-        SettingsTypeError: If an argument has the wrong type.
-        MissingFileError: If there is no such folder or file.
-        SettingsError: If there are less than two, one twice, or one that cannot be read.
     """
     check_type("runs", runs, (list, tuple), _EXPECTED)
     for run in runs:

@@ -13,8 +13,7 @@ import yaml
 
 from lightning_sft.checks import check_type
 from lightning_sft.errors import MissingFileError, SettingsError, one_line, shorten
-from lightning_sft.generation.records import GenerationRecord
-from lightning_sft.results.record_lines import parse_records
+from lightning_sft.generation.records import GenerationRecord, parse_records
 
 _NO_COLUMNS = ("token_ids", "tokens", "token_log_probs", "token_entropies")  # of single tokens
 

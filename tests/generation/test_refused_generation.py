@@ -36,10 +36,11 @@ REFUSED = {
         lambda folder: Sampling(stop_strings=[""]), "`stop_strings` has '', expected texts of at least one character."
     ),
     "prompts and ground truths of other numbers": Refusal(
-        lambda folder: generate(["a", "b"], ["c"]), "There are 2 `prompts`, but 1 `ground_truths`."
+        lambda folder: generate(["a", "b"], ["c"]), "There are 2 `prompts`, but 1 `ground_truths`. Give one for each."
     ),
     "another number of `as_written`": Refusal(
-        lambda folder: generate(as_written=[True, False]), "There are 1 `prompts`, but 2 `as_written`."
+        lambda folder: generate(as_written=[True, False]),
+        "There are 1 `prompts`, but 2 `as_written`. Give one for each.",
     ),
     "one text as prompts": Refusal(
         lambda folder: generate("ab", ["c", "d"]),
