@@ -41,9 +41,6 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
     Args:
         config: Settings of the command; `ckpt_path` and the logger's version are changed in it.
         continues: Whether a training is to go on, rather than weights to be evaluated.
-
-    Raises:
-        MissingFileError: If there is none, and it is not a training that could start from its beginning.
     """
     settings = RunSettings(config)
     path, folder = settings.newest_checkpoint(), settings.folder
@@ -59,11 +56,7 @@ def find_last_checkpoint(config: Namespace, continues: bool) -> None:
 
 
 def config_of_newest_run() -> Path:
-    """The settings of the run below `runs` that saved a checkpoint most recently.
-
-    Raises:
-        MissingFileError: If there is no complete checkpoint, or no settings beside it.
-    """
+    """The settings of the run below `runs` that saved a checkpoint most recently."""
     newest = newest_checkpoint(Path("runs"))
     if newest is None:
         raise MissingFileError("there is no complete checkpoint below `runs`. Give a `--config` to start with.")
@@ -77,11 +70,7 @@ def config_of_newest_run() -> Path:
 
 
 def check_no_other_job(config: Namespace) -> None:
-    """Refuse what Lightning would start from unasked under SLURM.
-
-    Raises:
-        SettingsError: If `default_root_dir` has a checkpoint by which Lightning requeues jobs, of whatever job that is.
-    """
+    """Refuse what Lightning would start from unasked under SLURM."""
     if config.ckpt_path is not None or SLURMEnvironment.job_id() is None or is_restarted():
         return
     if path := next(RunSettings(config).root.glob("hpc_ckpt_*.ckpt"), None):
@@ -97,10 +86,6 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
     Args:
         config: Settings of the command; `weights_only` is set in it.
         continues: Whether a training is to go on, which takes more than weights.
-
-    Raises:
-        MissingFileError: There is no such file.
-        SettingsError: It is no checkpoint, or not whole, or holds what could run code; or it is called `best`.
     """
     path = config.ckpt_path
     if path is None:
@@ -118,13 +103,7 @@ def check_ckpt_path(config: Namespace, continues: bool) -> None:
 
 
 def check_init_from(config: Namespace, begins: bool) -> None:
-    """Refuse a checkpoint that a run cannot begin with, before anything else is.
-
-    Raises:
-        MissingFileError: There is no such file.
-        SettingsError: No run is to begin, or one is to be continued at the same time; or it is no checkpoint, or not
-            whole, or holds what could run code.
-    """
+    """Refuse a checkpoint that a run cannot begin with, before anything else is."""
     if not begins:
         if config.ckpt_path:
             return  # the weights of that are evaluated; `init_from` is of the settings that its run has begun with

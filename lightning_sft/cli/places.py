@@ -12,12 +12,7 @@ from lightning_sft.training.run_folder import check_run_folder_is_local, run_fol
 
 
 def check_log_folders(trainer: L.Trainer) -> None:
-    """Refuse a log folder that cannot be written, before the data is read.
-
-    Raises:
-        SettingsError: If it is a file, or below one, or may not be written; or if it is the first logger's, and an
-            address.
-    """
+    """Refuse a log folder that cannot be written, before the data is read."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     check_run_folder_is_local(trainer)

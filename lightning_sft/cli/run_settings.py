@@ -156,9 +156,6 @@ class RunSettings:
         Args:
             ckpt_path: The checkpoint that is started from, whose run may go on in its folder, or be evaluated there.
             trains: Whether it is a training run.
-
-        Raises:
-            SettingsError: If the logger is told to use the folder of another run.
         """
         own = None if ckpt_path is None else Path(ckpt_path).absolute().parent.parent
         if own is not None:  # it is meant to be there

@@ -53,10 +53,6 @@ def draw_rows(draw: Callable[[Draws], dict[str, str] | None], num_rows: int, see
 
     Returns:
         The columns `prompt`, `output` and `ground_truth`.
-
-    Raises:
-        SettingsTypeError: If `num_rows` or `seed` is no whole number.
-        SettingsError: If `num_rows` is below 1, or `split` has another value.
     """
     check_integer("num_rows", num_rows, at_least=1)
     check_integer("seed", seed)

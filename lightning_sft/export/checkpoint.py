@@ -25,10 +25,6 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
     Args:
         path: The file, or the folder that a sharded model is saved to.
         weights_only: Refuse what could run code: more than tensors and plain values.
-
-    Raises:
-        MissingFileError: There is no such file.
-        SettingsError: It is no whole checkpoint of an `SFTModule`, or could run code.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights_only)

@@ -105,9 +105,6 @@ def step_memory(
         gradient_checkpointing: Which blocks' activations are computed again, see `ActivationCheckpointing`.
         token_loss: What each token adds to the loss.
         saved_by_quantization: Bytes that the weights take less than the model's; none that is sharded is quantised.
-
-    Raises:
-        SettingsError: If the model cannot be run without values.
     """
     with torch.device("meta"):
         model = copy.deepcopy(model)
