@@ -45,6 +45,7 @@ def build_empty_model(source: str | dict[str, Any], model_kwargs: dict[str, Any]
     options = {"dtype": torch.float32, "trust_remote_code": False} | model_kwargs
     try:
         if isinstance(source, str):
+            _refuse_adapters(source, options)
             of_config = {name: value for name, value in options.items() if name not in _OF_WEIGHTS}
             config = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **of_config)[0]
         else:
@@ -83,13 +84,8 @@ def _cannot_be_built(source: str | dict[str, Any], error: Exception) -> Settings
 def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:
     # Otherwise weights of other shapes are named in a log alone, and missing ones are drawn at random.
     known = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    where = {name: options[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in options}
     try:
-        if not os.path.exists(source) and find_adapter_config_file(source, **where) is not None:
-            raise SettingsError(  # before `transformers` downloads the model that they are on top of
-                f"`model` is {source!r}, which holds adapters. Download them (`hf download {source} --local-dir "
-                "FOLDER`), and give that folder as `model`."
-            )
+        _refuse_adapters(source, options)  # before `transformers` downloads the model that they are on top of
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **(options | known))
     except SettingsError:
         raise
@@ -109,6 +105,16 @@ def _load(source: str, options: dict[str, Any]) -> PreTrainedModel:
     found = commit_of(source, options.get("revision"), "model", options.get("cache_dir"))
     model.config._commit_hash = found or getattr(model.config, "_commit_hash", None)  # which older versions set
     return cast(PreTrainedModel, model)
+
+
+def _refuse_adapters(source: str, options: dict[str, Any]) -> None:
+    """Refuse the name of adapters on a hub."""
+    where = {name: options[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in options}
+    if not os.path.exists(source) and find_adapter_config_file(source, **where) is not None:
+        raise SettingsError(
+            f"`model` is {source!r}, which holds adapters. Download them (`hf download {source} --local-dir FOLDER`), "
+            "and give that folder as `model`."
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -16,8 +16,11 @@ MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what wou
     "system_prompt": _SYSTEM,
     **dict.fromkeys(("image", "images", "videos", "audios"), _PICTURES),
 }
+WRITTEN_BY_AS_CHAT = ("system", "tools", "functions")
 EASILY_MISSED = {  # and beside a prompt
-    "system": "`as_chat: true` writes `system`, prompt and output with the chat template",
+    **dict.fromkeys(
+        WRITTEN_BY_AS_CHAT, "`as_chat: true` writes `system`, `tools`, prompt and output with the template"
+    ),
     "history": _ALPACA,
     "input": _ALPACA,
     "context": _TEMPLATE,

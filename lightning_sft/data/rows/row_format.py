@@ -14,6 +14,7 @@ from lightning_sft.data.rows.columns import (
     EASILY_MISSED,
     MISSED_IN_CONVERSATIONS,
     TEXTS,
+    WRITTEN_BY_AS_CHAT,
     unused_beside_tokens,
     way_out,
 )
@@ -203,7 +204,7 @@ class RowFormat:
             return ()
         template = self.prompt_template
         of_prompt = (self.prompt_field,) if template is None else template_columns(template)
-        used = {*of_prompt, self.output_field, self.ground_truth_field, *(("system",) if self.as_chat else ())}
+        used = {*of_prompt, self.output_field, self.ground_truth_field, *(WRITTEN_BY_AS_CHAT if self.as_chat else ())}
         return tuple(column for column in easily_missed if row.get(column) and column not in used)
 
     def _prompt(self, row: Row) -> str:

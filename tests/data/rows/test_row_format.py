@@ -223,14 +223,14 @@ def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(
 @pytest.mark.parametrize(
     ("options", "unused"),
     [
-        ({}, ("system", "input", "context")),
+        ({}, ("system", "tools", "input", "context")),
         ({"as_chat": True}, ("input", "context")),
-        ({"prompt_template": "{system} {prompt} {input} {context}"}, ()),
-        ({"prompt_field": "input"}, ("system", "context")),
+        ({"prompt_template": "{system} {prompt} {input} {context} {tools}"}, ()),
+        ({"prompt_field": "input"}, ("system", "tools", "context")),
         ({"row_transform": dict}, ()),
     ],
 )
 def test_columns_that_people_mean_to_be_used_are_known_where_they_are_not(options, unused):
-    row = {"prompt": "a", "output": "b", "system": "c", "input": "d", "context": "e", "history": []}
+    row = {"prompt": "a", "output": "b", "system": "c", "input": "d", "context": "e", "tools": "[]", "history": []}
     row_format = RowFormat(**options)
     assert row_format.render(row).unused_columns == row_format.render_prompt(row).unused_columns == unused
