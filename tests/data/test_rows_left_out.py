@@ -232,8 +232,8 @@ def test_columns_that_nothing_uses_are_named_once_for_each_argument_from_the_cac
             "predict_data",
         ]
         assert messages[1] == (
-            "val_data: nothing uses the column `system`. `as_chat: true` writes `system`, prompt and output with the "
-            "chat template; `prompt_template` can name any column."
+            "val_data: nothing uses the column `system`. `as_chat: true` writes `system`, `tools`, prompt and output "
+            "with the chat template; `prompt_template` can name any column."
         )
         assert (
             "nothing uses the columns `input`, `system`. `row_transform: lightning_sft.alpaca_row` makes" in messages[0]

@@ -130,5 +130,6 @@ def test_adapters_on_a_hub_are_refused_before_their_base_model_is_loaded(tmp_pat
     hub = CachedModel(tmp_path, monkeypatch)
     hub.move("main", FIRST)
     hub.add(FIRST, LoraConfig(base_model_name_or_path="user/base"))
-    with pytest.raises(SettingsError, match=r"^`model` is 'user/model', which holds adapters. Download them \(`hf"):
-        SFTModule("user/model").configure_model()
+    for build in (SFTModule("user/model").configure_model, ModelBuilder("user/model").build_empty):
+        with pytest.raises(SettingsError, match=r"^`model` is 'user/model', which holds adapters. Download them \(`hf"):
+            build()

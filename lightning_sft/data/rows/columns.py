@@ -7,6 +7,7 @@ CONVERSATIONS = ("messages", "conversations", "conversation")  # columns that ho
 TEXTS = ("prompt", "output", "completion")  # columns of a row that is no text as a whole
 _PROMPTS = ("question", "query", "instruction", "problem", "input", "inputs", "source")  # what people call a prompt,
 _OUTPUTS = ("output", "completion", "response", "answer", "solution", "target", "targets")  # and an output
+_AS_CHAT = "`as_chat: true` writes `system`, `tools`, prompt and output with the chat template"
 _TOKENS = "`input_ids` is used instead: remove it with a `row_transform`, and the text is tokenised here"
 _ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
 _TEMPLATE = "`prompt_template` can name any column"
@@ -18,9 +19,7 @@ MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what wou
 }
 WRITTEN_BY_AS_CHAT = ("system", "tools", "functions")
 EASILY_MISSED = {  # and beside a prompt
-    **dict.fromkeys(
-        WRITTEN_BY_AS_CHAT, "`as_chat: true` writes `system`, `tools`, prompt and output with the template"
-    ),
+    **dict.fromkeys(WRITTEN_BY_AS_CHAT, _AS_CHAT),
     "history": _ALPACA,
     "input": _ALPACA,
     "context": _TEMPLATE,
