@@ -26,12 +26,7 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def whole_model_with_adapters(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A sharded model with adapters as one that is not sharded.
-
-    Args:
-        model: The sharded model.
-        weights: Its state dict, whole.
-    """
+    """A sharded model with adapters as one that is not sharded; `weights` is its state dict, whole."""
     whole = plain_model(model)
     add_lora(whole, lora_settings(model))
     give_weights(whole, weights)

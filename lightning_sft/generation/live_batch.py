@@ -25,12 +25,8 @@ class LiveBatch:
     """What `generate` takes and returns of a batch.
 
     To `generate` a response that has ended stays in the batch until all have, and costs as much as one that has not. So
-    it is interrupted when a quarter of the batch has ended, and goes on with the others and their cache.
-
-    Args:
-        prompts: Token ids.
-        pad_id: A token to pad with, on the left.
-        model: What generates.
+    it is interrupted when a quarter of the batch has ended, and goes on with the others and their cache. Prompts are
+    padded on the left.
 
     Attributes:
         rows: Places of the live responses among the prompts.
@@ -78,13 +74,7 @@ def _empty_cache(model: PreTrainedModel) -> dict[str, Cache]:
 
 
 class ResponseEnds(StoppingCriteria):
-    """Notes where each response ends, and interrupts `generate` once enough of them have.
-
-    Args:
-        batch: What is generated.
-        eos_ids: Tokens that end a response.
-        stop_strings: Texts that end a response.
-        tokenizer: Of the model.
+    """Notes where each response ends, by an EOS or a stop string, and interrupts `generate` once enough of them have.
 
     Attributes:
         lengths: Tokens of the responses that have ended, 0 for the others, `(batch_size,)`.

@@ -58,11 +58,7 @@ class TrainerSettings:
         )
 
     def num_steps(self, steps_per_epoch: int) -> int | None:
-        """Optimizer steps of the run; None if only time ends it.
-
-        Args:
-            steps_per_epoch: Those that go once through the data.
-        """
+        """Optimizer steps of the run, if so many go once through the data; None if only time ends it."""
         in_epoch = limited_steps(self.limit, steps_per_epoch)
         limits = [self.max_steps, None if self.max_epochs is None else self.max_epochs * in_epoch]
         return min((limit for limit in limits if limit is not None), default=None)

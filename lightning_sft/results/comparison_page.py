@@ -15,6 +15,10 @@ from lightning_sft.generation.report.page import write_comparison_page
 from lightning_sft.results.compared_prompts import ComparedPrompt, RewardDifference
 from lightning_sft.results.compared_run import ComparedRun
 
+_OF_RESPONSE = (  # fields of a record that the page shows
+    *("sample", "response", "format_reward", "answer_reward", "reward", "reward_error"),
+    *("token_entropy", "response_length", "stop_reason"),
+)
 _MOST_POINTS = 800  # of a curve: more than a screen shows
 _MOST_TOKENS = 1_500_000  # on the page, some 40 MB; the texts of all responses are there in any case
 
@@ -63,19 +67,8 @@ def write_page_of_runs(
 def _response(record: GenerationRecord, lines: list[str] | None) -> dict[str, Any]:
     """A response; its tokens become a line, which is only read when they are shown."""
     log_probs = [value for value in record.token_log_probs or () if value is not None]
-    shown = {
-        "sample": record.sample,
-        "response": record.response,
-        "format_reward": record.format_reward,
-        "answer_reward": record.answer_reward,
-        "reward": record.reward,
-        "reward_error": record.reward_error,
-        "log_prob": sum(log_probs) / len(log_probs) if log_probs else None,
-        "token_entropy": record.token_entropy,
-        "response_length": record.response_length,
-        "stop_reason": record.stop_reason,
-        "line": None,
-    }
+    shown = {name: getattr(record, name) for name in _OF_RESPONSE}
+    shown |= {"log_prob": sum(log_probs) / len(log_probs) if log_probs else None, "line": None}
     if lines is not None and record.tokens:
         shown["line"] = len(lines)
         values = map(_rounded, (record.token_log_probs, record.token_entropies))

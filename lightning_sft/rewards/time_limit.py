@@ -27,13 +27,7 @@ def call_within(seconds: float | None, function: Callable[..., T], *args: object
     limit off itself. Elsewhere, and where there are no alarms, the function runs in a thread of its own, which nothing
     can end: when the time is up it is left behind, and goes on beside the caller until it returns or the program ends.
 
-    Args:
-        seconds: None: no limit.
-        function: Called with `args`.
-        *args: Its arguments.
-
-    Returns:
-        What the function returns.
+    Without `seconds` there is no limit.
 
     Raises:
         TimeLimitError: It took longer. What else it raises is passed on.

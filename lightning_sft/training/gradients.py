@@ -97,11 +97,7 @@ def accumulate_gradients(
 
 
 class GradScaling:
-    """What the scale of `16-mixed` asks of an optimizer step; under other precisions it asks for nothing.
-
-    Args:
-        trainer: Whose precision counts.
-    """
+    """What the scale of `16-mixed` asks of an optimizer step; under other precisions it asks for nothing."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)

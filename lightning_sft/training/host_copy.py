@@ -9,9 +9,6 @@ class HostCopy:
 
     Ordering it does not wait for the device. `read` waits until the tensor has been computed and copied, but not for
     the work that the device was given after the copy was ordered.
-
-    Args:
-        tensor: On any device.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -77,9 +77,6 @@ class _SafePlanner(DefaultLoadPlanner):
 def check_shards(folder: Path) -> set[str]:
     """Read all of a folder but its tensors, safely: what then unpickles it without care runs no code.
 
-    Args:
-        folder: Where a sharded model was saved.
-
     Returns:
         The names of all that is in it.
 
@@ -117,9 +114,7 @@ def _check_complete(folder: Path, metadata: Metadata) -> None:
 def read_weights(folder: Path, weights_only: bool) -> dict[str, torch.Tensor]:
     """The weights in a folder, whole, on the CPU, by their names in the module.
 
-    Args:
-        folder: Where a sharded model was saved.
-        weights_only: Refuse what could run code.
+    With `weights_only` a folder that could run code is refused.
 
     Raises:
         pickle.UnpicklingError: If `.metadata` holds something else than torch writes into it.

@@ -3,5 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "lightning_sft"
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -39,10 +39,7 @@ class BadRow:
 
 @dataclass
 class RowProblems:
-    """What is wrong with rows: raised at once, or kept.
-
-    Args:
-        on_bad_row: Which of the two.
+    """What is wrong with rows: raised at once, or kept, as `on_bad_row` says.
 
     Attributes:
         found: The bad rows by their numbers, each with the first problem that it has.

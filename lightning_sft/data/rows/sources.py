@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import datasets
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Json, Value, load_dataset
 from datasets.fingerprint import Hasher
 
 from lightning_sft.data.cache import cache_error, cache_folder, code_hash, is_of_cache
@@ -164,11 +163,10 @@ def own_keys(row: Row, features: Features | None) -> Row:
 
 # Columns and keys whose values a template writes as whole objects, whatever keys they have:
 _WRITTEN = ("tools", "tool_calls", "functions", "function_call", "chat_template_kwargs")
-_JSON_FEATURE: Any = getattr(datasets, "Json", ())  # which older versions do not have
 
 
 def _own_keys(value: object, feature: object, is_written: bool) -> object:
-    if isinstance(feature, _JSON_FEATURE):
+    if isinstance(feature, Json):
         return value
     if isinstance(value, list):
         return [_own_keys(item, getattr(feature, "feature", None), is_written) for item in value]

@@ -27,11 +27,7 @@ class StepNumbers(Sized, Iterable[int], Protocol):
 
 
 class EpochByEpoch:
-    """The steps of the first epoch and, each time that the last of an epoch has been asked for, those of the next one.
-
-    Args:
-        steps_per_epoch: How many there are in each epoch.
-    """
+    """The steps of the first epoch, and once the last of an epoch has been asked for, those of the next one."""
 
     def __init__(self, steps_per_epoch: int) -> None:
         self._steps_per_epoch = steps_per_epoch

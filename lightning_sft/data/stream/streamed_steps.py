@@ -164,9 +164,10 @@ class StreamedSteps:
 
 def hash_of_examples(examples: Sequence[Example]) -> str:
     """A hash of the token ids of examples, in their order, and of which of them are learnt."""
-    hasher = hashlib.blake2b(digest_size=8)
+    hasher, bounds = hashlib.blake2b(digest_size=8), []
     for example in examples:
-        bounds = [len(example.input_ids), example.num_prompt_tokens, *example.excluded_spans]
-        hasher.update(np.asarray(example.input_ids, np.int32).tobytes())
-        hasher.update(np.asarray([len(bounds), *bounds], np.int32).tobytes())
+        hasher.update(np.asarray(example.input_ids, np.int32).data)
+        bounds += [len(example.input_ids), example.num_prompt_tokens, len(example.excluded_spans)]
+        bounds += example.excluded_spans
+    hasher.update(np.asarray(bounds, np.int32).data)
     return hasher.hexdigest()

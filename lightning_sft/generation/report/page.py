@@ -90,12 +90,8 @@ def write_rows_page(
 
     Args:
         path: The HTML file; what was there before stays until the new one is complete.
-        rows: Each has `index` (its place in the data), `location` (words for that place), `prompt` (all text before
-            the first learnt token), `response`, `loss` (mean over the learnt tokens, in nats), `share` (of the loss of
-            all rows, from 0 to 1), `token_entropy` (mean, in nats), `accuracy` (the share of learnt tokens that are
-            the model's first choice), `num_tokens` (of prompt and response), `response_length` (learnt tokens), and,
-            from the first learnt token on, lists of one length: `tokens`, `token_ids`, `token_log_probs` and
-            `token_entropies`, with None where a token is not learnt. Their order does not matter.
+        rows: As `ScoredRow` stores them, each with its `share` of the loss of all rows, from 0 to 1. Their order does
+            not matter.
         summary: `loss`, `perplexity`, `token_accuracy`, `token_entropy` and `num_rows`, of all scored rows.
         title: Says which data and which model this is.
         num_rows: How many rows were scored, if `rows` are only those with the highest loss.
@@ -141,13 +137,8 @@ def write_comparison_page(
 def update_index(folder: Path, step: int, page: str, summary: Mapping[str, float]) -> None:
     """Add a step to `index.html`, which charts the summaries and opens each step's page; or replace it there.
 
-    An `index.html` that something else has written, or of which a part cannot be read, is kept as `index.html.bak`.
-
-    Args:
-        folder: Where the index and the pages are.
-        step: The step, in optimizer steps.
-        page: Its page's file name, relative to `folder`.
-        summary: Averages, by name.
+    `page` is the file name of the step's page in the same folder, and `summary` has averages by name. An `index.html`
+    that something else has written, or of which a part cannot be read, is kept as `index.html.bak`.
     """
     index = folder / _INDEX
     before = index.read_bytes() if index.exists() else b""
