@@ -14,6 +14,7 @@ from lightning_sft.callbacks.prediction_writer import PredictionWriter
 from lightning_sft.checks import check_integer, check_local, check_type
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.data.rows.prompts import Prompt
+from lightning_sft.data.rows.shown import FixedSettings
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.generate import generate_records
 from lightning_sft.generation.generators import ResponseGenerator
@@ -28,7 +29,7 @@ from lightning_sft.training.run_folder import run_folder, writes_files
 _PROMPTS_AT_ONCE = 1024  # between two writes to the file
 
 
-class GenerationMonitor(L.Callback):
+class GenerationMonitor(FixedSettings, L.Callback):
     """Generates responses to a fixed set of prompts before training, every n steps, and at each validation.
 
     The prompts are the first validation rows (training rows if there are none). The metrics logged each time are

@@ -18,7 +18,7 @@ from lightning_sft.data.row_store import RowStore
 from lightning_sft.data.rows.bad_rows import BadRows
 from lightning_sft.data.rows.prompts import Prompt, PromptLoader
 from lightning_sft.data.rows.row_format import Row, RowFormat
-from lightning_sft.data.rows.shown import shown_settings
+from lightning_sft.data.rows.shown import FixedSettings, shown_settings
 from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
@@ -30,7 +30,7 @@ from lightning_sft.loops.trainer_state import logged_metrics
 from lightning_sft.loops.training_run import EpochLoader, TrainingRun
 
 
-class SFTDataModule(L.LightningDataModule):
+class SFTDataModule(FixedSettings, L.LightningDataModule):
     """Prompt/output rows or conversations, tokenised once and handed out as whole optimizer steps.
 
     A batch of `train_dataloader` is an `OptimizerStep`, everything that one optimizer step needs on this device: its

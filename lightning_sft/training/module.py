@@ -126,7 +126,6 @@ class SFTModule(RotaryInFloat32, StoredModule):
     ) -> None:
         super().__init__()
         arguments = dict(locals())
-        self.settings = shown_settings(arguments)
         check_number("max_grad_norm", max_grad_norm, "a positive number or none", lambda norm: norm > 0, optional=True)
         check_integer("num_replicas", num_replicas, at_least=1)
         check_callable("optimizer", optimizer, "a function of the parameters")
@@ -146,6 +145,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
         if isinstance(self.builder.source, PreTrainedModel):
             self.model = self.builder.source
         hook_state(self, trained_only=self.builder.lora is not None)
+        self.settings = shown_settings(arguments)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Add no callbacks, but refuse those of the trainer that cannot be used, before any is set up."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
+from lightning_sft.data.rows.shown import FixedSettings, refuse_change
 from lightning_sft.errors import SettingsTypeError
 
 # Their key in a checkpoint. What stands under Lightning's own key, "hyper_parameters", any `LightningCLI` prefers to
@@ -18,7 +19,7 @@ _STORED = (  # those that it can hold without pickling code
 )
 
 
-class StoredModule(L.LightningModule):
+class StoredModule(FixedSettings, L.LightningModule):
     """A module whose checkpoints hold its arguments, and which loads from these."""
 
     CHECKPOINT_HYPER_PARAMS_KEY = HYPER_PARAMETERS
@@ -48,3 +49,11 @@ def store_settings(module: L.LightningModule, arguments: Mapping[str, Any]) -> N
     them or mean something else by them.
     """
     module.save_hyperparameters({name: arguments[name] for name in _STORED}, logger=False)
+
+
+def check_stored(module: object) -> None:
+    """Refuse `hparams` that were changed after a module was made: nothing but its checkpoints would know of it."""
+    now = getattr(module, "hparams", {})
+    for name, given in getattr(module, "hparams_initial", {}).items():
+        if now.get(name) != given:
+            refuse_change(module, f"hparams.{name}", now.get(name), given)

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_sft.errors import SettingsError, counted
+from lightning_sft.training.stored_settings import check_stored
 
 _ACCUMULATE = (
     "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer step "
@@ -101,6 +102,7 @@ def check_before_setup(trainer: L.Trainer) -> None:
         _check_left_to_us(trainer)
         _check_hooks(trainer.lightning_module)
     _check_super_is_called(type(module))
+    check_stored(module)
     _check_super_is_called(type(getattr(trainer, "datamodule", None)))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback, is_sharded=isinstance(trainer.strategy, ModelParallelStrategy))

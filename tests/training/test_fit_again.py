@@ -1,5 +1,6 @@
 """A second `fit` of the same trainer goes on as from a checkpoint: after an interruption, or for more epochs."""
 
+import re
 from functools import partial
 
 import lightning as L
@@ -8,7 +9,7 @@ import torch
 from support.fits import ROWS, make_data, make_trainer
 from support.models import tiny_config
 
-from lightning_sft import SFTModule
+from lightning_sft import GenerationMonitor, Sampling, SFTModule
 from lightning_sft.errors import SettingsError
 
 adamw = partial(torch.optim.AdamW, lr=0.01)
@@ -74,6 +75,30 @@ def test_other_data_is_refused_where_the_run_would_go_on_at_some_place_in_it(tmp
         SettingsError, match=r"taken 3 optimizer steps already.*: that run .* `num_rows` = 22, now it is 9"
     ):
         trainer.fit(module, make_data(train_data=ROWS[:9]))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value", "given"),
+    [
+        (make_data, "batch_size", 4, 8),
+        (lambda: SFTModule(tiny_config()), "max_grad_norm", 0.5, 1.0),
+        (GenerationMonitor, "sampling", Sampling(temperature=1.0), "Sampling"),
+    ],
+)
+def test_a_setting_of_what_is_made_is_not_changed_in_silence(make, name, value, given):
+    made = make()
+    with pytest.raises(SettingsError, match=f"`{name}` is set to {re.escape(str(value))[:7]}.* was made with {given}"):
+        setattr(made, name, value)
+    own = object.__new__(type("Own", (type(made),), {}))
+    vars(own).update(vars(made))
+    setattr(own, name, value)  # who writes a subclass gives its attributes a meaning
+
+
+def test_hyperparameters_that_were_changed_are_refused_before_a_fit(tmp_path):
+    trainer, module, _ = begin(tmp_path, 1)
+    module.hparams.warmup_steps = 3
+    with pytest.raises(SettingsError, match=r"`hparams.warmup_steps` is set to 3, but the `SFTModule` was made with 2"):
+        trainer.fit(module, make_data())
 
 
 def test_an_optimizer_of_other_parameters_begins_anew_and_says_so(tmp_path, caplog):
