@@ -17,7 +17,7 @@ from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversati
 from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_table
 from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
 from lightning_sft.data.rows.row_format import AnyRow, RowFormat
-from lightning_sft.data.rows.said import PlainRow, TextRow, TokenRow
+from lightning_sft.data.rows.said import PlainRow, TokenRow
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.rows.token_rows import check_vocabulary, last_stretch, num_token_ids
 from lightning_sft.data.tokens.example import Example
@@ -103,12 +103,10 @@ class RowEncoder:
 
     def _texts(self, number: int, location: str, row: AnyRow, chat_encoder: ChatEncoder) -> list[ExampleText]:
         rendered = self.row_format.render(row)
-        if isinstance(rendered, TextRow):
-            return [ExampleText(number, location, "", rendered.text, rendered.ground_truth, is_whole=True)]
         unused = rendered.unused_columns
         if isinstance(rendered, PlainRow):
             said = (rendered.prompt, rendered.output, rendered.ground_truth)
-            return [ExampleText(number, location, *said, unused_columns=unused)]
+            return [ExampleText(number, location, *said, is_whole=rendered.is_whole, unused_columns=unused)]
         if isinstance(rendered, TokenRow):
             example = rendered.example
             check_vocabulary(example.input_ids, self._num_ids)

@@ -20,7 +20,7 @@ from lightning_sft.data.rows.columns import (
 )
 from lightning_sft.data.rows.prompt_template import read_prompt_template, template_columns
 from lightning_sft.data.rows.readers import UnreadableRow
-from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TextRow, TokenPrompt, TokenRow
+from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TokenPrompt, TokenRow
 from lightning_sft.data.rows.token_rows import IDS, read_prompt_tokens, read_tokens
 from lightning_sft.data.tokens.texts import check_is_text
 from lightning_sft.errors import SettingsError, one_line, shorten
@@ -98,7 +98,7 @@ class RowFormat:
         names = ("train_on_turns", "chat_template_kwargs")
         return [name for name in names if getattr(self, name) not in (getattr(RowFormat, name), {})]
 
-    def render(self, row: AnyRow) -> PlainRow | TextRow | ChatRow | TokenRow:
+    def render(self, row: AnyRow) -> PlainRow | ChatRow | TokenRow:
         """What a row says that is to be learnt."""
         row = self._transformed(row)
         if self._has_tokens(row):
@@ -107,7 +107,7 @@ class RowFormat:
         if (conversation := self._conversation(row)) is not None:
             return ChatRow(conversation, self._ground_truth(row), self._unused_columns(row, MISSED_IN_CONVERSATIONS))
         if (text := self._whole_text(row)) is not None:
-            return TextRow(text, self._ground_truth(row))
+            return PlainRow("", text, self._ground_truth(row), is_whole=True)
         prompt, output = self._prompt(row), self._text(row, self._output_column(row), "output_field")
         ground_truth = self._ground_truth(row)
         if self.as_chat:

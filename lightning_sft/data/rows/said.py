@@ -21,20 +21,13 @@ class PlainPrompt:
 
 @dataclass(frozen=True)
 class PlainRow:
-    """A prompt and the output that is to be learnt, which is also the ground truth if the row has no other."""
+    """A prompt and the output that is to be learnt; or, without a prompt, a text that is learnt as a whole."""
 
     prompt: str
     output: str
-    ground_truth: str
-    unused_columns: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TextRow:
-    """A text that is learnt as a whole."""
-
-    text: str
     ground_truth: str | None
+    unused_columns: tuple[str, ...] = ()
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)

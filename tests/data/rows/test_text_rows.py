@@ -7,7 +7,7 @@ from support.rows import encode, json_lines, refusal, write
 
 from lightning_sft import SFTDataModule
 from lightning_sft.data.rows.row_format import RowFormat
-from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TextRow
+from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow
 
 EOS, BOS = 128, 129
 
@@ -49,8 +49,8 @@ def test_a_text_that_spells_its_own_bos_or_eos_has_each_once():
 
 
 def test_a_text_has_no_reference_answer_of_its_own():
-    assert RowFormat().render({"text": "a"}) == TextRow("a", None)
-    assert RowFormat().render({"text": "a", "ground_truth": "b"}) == TextRow("a", "b")
+    assert RowFormat().render({"text": "a"}) == PlainRow("", "a", None, is_whole=True)
+    assert RowFormat().render({"text": "a", "ground_truth": "b"}) == PlainRow("", "a", "b", is_whole=True)
 
 
 def test_a_text_is_gone_on_from_by_predict_and_made_anew_by_validation():
@@ -67,10 +67,14 @@ def test_a_text_is_gone_on_from_by_predict_and_made_anew_by_validation():
     [
         ({"text": "a", "prompt": "b", "output": "c"}, {}, PlainRow("b", "c", "c")),
         ({"text": "a", "prompt": "b", "completion": "c"}, {}, PlainRow("b", "c", "c")),
-        ({"text": "a", "prompt": None, "output": None}, {}, TextRow("a", None)),
-        ({"content": "a", "prompt": "b", "output": "c"}, {"text_field": "content"}, TextRow("a", None)),
+        ({"text": "a", "prompt": None, "output": None}, {}, PlainRow("", "a", None, is_whole=True)),
+        (
+            {"content": "a", "prompt": "b", "output": "c"},
+            {"text_field": "content"},
+            PlainRow("", "a", None, is_whole=True),
+        ),
         ({"text": "a", "q": "b", "output": "c"}, {"prompt_field": "q"}, PlainRow("b", "c", "c")),
-        ({"text": "a", "messages": LONG}, {"text_field": "text"}, TextRow("a", None)),
+        ({"text": "a", "messages": LONG}, {"text_field": "text"}, PlainRow("", "a", None, is_whole=True)),
         ({"prompt": "b", "response": "c", "messages": LONG}, {"output_field": "response"}, PlainRow("b", "c", "c")),
     ],
 )
