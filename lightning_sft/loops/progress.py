@@ -4,7 +4,7 @@ Restored as Lightning does it, they are wrong once a run has continued more than
 hooks are not called. Here all of them follow from the number of optimizer steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import lightning as L
 from lightning.pytorch.loops import _Loop
@@ -66,21 +66,16 @@ class Due:
         )
 
 
-@dataclass(frozen=True)
-class _Count:
-    """How often something was begun, done, and ended with the hooks at its end."""
+_Count = dict[str, int]
 
-    begun: int
-    done: int
-    ended: int
 
-    @classmethod
-    def of(cls, number: int) -> "_Count":
-        return cls(number, number, number)
+def _count(begun: int, done: int | None = None, ended: int | None = None) -> _Count:
+    """How often something was begun, done, and ended with the hooks at its end, by the names that Lightning has.
 
-    def values(self) -> dict[str, int]:
-        """As Lightning names them."""
-        return {"ready": self.begun, "started": self.begun, "processed": self.done, "completed": self.ended}
+    By default all that was begun is done, and all that is done has ended.
+    """
+    done = begun if done is None else done
+    return {"ready": begun, "started": begun, "processed": done, "completed": done if ended is None else ended}
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class _Progress:
     steps: _Count
     steps_in_epoch: _Count
     num_logged: int
-    validation: _Count = _Count(0, 0, 0)
+    validation: _Count = field(default_factory=lambda: _count(0))
     is_within_epoch: bool = True
     goes_on: bool = True
     is_last_step: bool = False
@@ -110,35 +105,29 @@ class _Progress:
     @classmethod
     def at(cls, num_steps: int, position: EpochPosition, due: Due) -> "_Progress":
         """That from which Lightning does what is due after the latest step, and takes the next one."""
-        in_epoch, steps = position.num_steps, _Count.of(num_steps)
-        present = _Count(position.epoch + 1, position.epoch, position.epoch)
+        in_epoch, steps, present = position.num_steps, _count(num_steps), _count(position.epoch + 1, position.epoch)
         if due.validation:  # in the middle of it, at its first batch
-            middle = _Count(1, 0, 0)
-            return cls(present, steps, _Count.of(in_epoch), num_steps - 1, middle, is_last_step=position.is_whole)
+            middle = _count(1, 0)
+            return cls(present, steps, _count(in_epoch), num_steps - 1, middle, is_last_step=position.is_whole)
         if due.epoch_end:  # in an epoch of which nothing is left
-            return cls(present, steps, _Count.of(0), num_steps, goes_on=False)
+            return cls(present, steps, _count(0), num_steps, goes_on=False)
         if num_steps == 0 or position.is_whole:  # between two epochs
             num_epochs = position.epoch + 1 if num_steps else 0
-            return cls(_Count.of(num_epochs), steps, _Count.of(0), num_steps, is_within_epoch=False, goes_on=False)
-        latest = _Count(in_epoch, in_epoch, in_epoch - 1)  # at the end of a step
-        return cls(present, _Count(num_steps, num_steps, num_steps - 1), latest, num_steps - 1)
+            return cls(_count(num_epochs), steps, _count(0), num_steps, is_within_epoch=False, goes_on=False)
+        latest = _count(in_epoch, ended=in_epoch - 1)  # at the end of a step
+        return cls(present, _count(num_steps, ended=num_steps - 1), latest, num_steps - 1)
 
 
 def set_progress(trainer: L.Trainer, position: EpochPosition, due: Due) -> None:
     """Set the counters of the training loops, and whether they continue, after `global_step` optimizer steps."""
     loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     progress = _Progress.at(trainer.global_step, position, due)
-    epochs, validation = progress.epochs.values(), progress.validation.values()
-    loop.epoch_progress.load_state_dict({"total": epochs, "current": epochs})
+    loop.epoch_progress.load_state_dict({"total": progress.epochs, "current": progress.epochs})
     epoch_loop.batch_progress.load_state_dict(
-        {
-            "total": progress.steps.values(),
-            "current": progress.steps_in_epoch.values(),
-            "is_last_batch": progress.is_last_step,
-        }
+        {"total": progress.steps, "current": progress.steps_in_epoch, "is_last_batch": progress.is_last_step}
     )
     epoch_loop.val_loop.batch_progress.load_state_dict(
-        {"total": validation, "current": _Count.of(0).values(), "is_last_batch": False}
+        {"total": progress.validation, "current": _count(0), "is_last_batch": False}
     )
     epoch_loop._batches_that_stepped = progress.num_logged
 
