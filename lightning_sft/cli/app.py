@@ -61,10 +61,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "last_checkpoint": {"requeue": True},  # the command continues from what it saves
 }
-_OWN_SETTINGS = (  # the trainer's name, its default, and our name
-    ("gradient_clip_val", None, "model.max_grad_norm"),
-    ("accumulate_grad_batches", 1, "data.gradient_accumulation_steps"),
-)
 _CKPT_PATH_HELP = (
     "Checkpoint to start from. `last`: the newest complete one of the runs with these settings; without one, `fit` "
     "begins a new run."
@@ -160,14 +156,8 @@ class SFTCLI(LightningCLI):
                 config.data.seed = config.seed_everything
         if "model" in parts:
             config.model.seed = config.data.seed
-        if "trainer" in parts:
-            for name, default, own in _OWN_SETTINGS:
-                if (value := config.trainer[name]) not in (default, None):
-                    raise SettingsError(
-                        f"`trainer.{name}` is {value}, which does not work with manual optimization. Use `{own}`."
-                    )
-            if config.trainer.max_epochs is None and config.trainer.max_steps == -1 and not config.trainer.max_time:
-                config.trainer.max_epochs = 1
+        if "trainer" in parts and config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+            config.trainer.max_epochs = None if config.trainer.max_time else 1
         if "trainer" in self._parameters:
             self._choose_checkpoint()
 

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_sft.cli.claimed_folders import ClaimedFolders
-from lightning_sft.cli.further_loggers import read_further_loggers
+from lightning_sft.cli.save_settings import read_further_loggers
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import newest_checkpoint
 from lightning_sft.training.run_folder import check_is_local, folder_of_run, holds_a_run
@@ -192,15 +192,12 @@ class RunSettings:
                 options.version = claimed.claim(self.root / folder / _OF_LOGGERS[kind].folder_name(options))
 
 
-def _begin_table(folder: Path) -> None:
-    """Let a CSV logger begin another table in the folder of a run that continues."""
-    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-    _keep(folder / "metrics.csv")
-
-
 @rank_zero_only
-def _keep(path: Path) -> None:
-    """Rename a file, so that another of its name can be begun."""
-    if path.is_file():
-        number = next(n for n in range(1, 10**6) if not path.with_stem(f"{path.stem}_part_{n}").exists())
-        path.rename(path.with_stem(f"{path.stem}_part_{number}"))
+def _begin_table(folder: Path) -> None:
+    """Let a CSV logger begin another table in the folder of a run that continues; the one before gets another name."""
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    table, number = folder / "metrics.csv", 1
+    while table.with_stem(f"metrics_part_{number}").exists():
+        number += 1
+    if table.is_file():
+        table.rename(table.with_stem(f"metrics_part_{number}"))

@@ -1,13 +1,21 @@
-"""`config.yaml`: the settings of a run in its folder."""
+"""What a run's folder keeps of its settings: `config.yaml`, and `loggers.yaml` where there is more than one logger.
 
+The first logger names the folder. A run that continues goes on in those of the others, too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 
-from lightning_sft.cli.further_loggers import save_further_loggers
 from lightning_sft.training.run_folder import run_folder, use_folder
+
+_FURTHER_LOGGERS = "loggers.yaml"
 
 
 class SaveSettings(SaveConfigCallback):
@@ -31,3 +39,24 @@ class SaveSettings(SaveConfigCallback):
             self.parser.save(self.config, str(path), skip_none=False, skip_validation=True, overwrite=True)
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_further_loggers(trainer.loggers, path.parent)
+
+
+@dataclass(frozen=True)
+class FurtherLogger:
+    """The name of a logger's class, and what the logger calls the run; None if it has no name for it."""
+
+    kind: str
+    version: str | int | None
+
+
+def save_further_loggers(loggers: Sequence[Logger], folder: Path) -> None:
+    """Note in a run's folder what its loggers beyond the first call the run."""
+    found = [FurtherLogger(type(logger).__name__, logger.version) for logger in loggers[1:]]
+    if found:
+        (folder / _FURTHER_LOGGERS).write_text(yaml.safe_dump([asdict(each) for each in found]), encoding="utf-8")
+
+
+def read_further_loggers(folder: Path) -> list[FurtherLogger]:
+    """What `save_further_loggers` has noted; nothing where it has not."""
+    path = folder / _FURTHER_LOGGERS
+    return [FurtherLogger(**each) for each in yaml.safe_load(path.read_text("utf-8"))] if path.is_file() else []

@@ -148,7 +148,7 @@ class RowInspector(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file."""
         self._rows = rows = self._data.rows
-        self._reader, self._locations = ExampleReader(rows.rows), rows.rows.select_columns(["location"])
+        self._reader = ExampleReader(rows.rows)
         self._name = f"{self._data.split}_step_{cast(SFTModule, pl_module).num_steps_taken}"
         self._hardest: list[tuple[float, int, int]] = []  # loss, -index, place in the file
         self._num_seen, self._total_loss = 0, 0.0

@@ -83,12 +83,8 @@ SETTINGS = {
     ),
     "the trainer's clipping": (
         {"trainer.gradient_clip_val": 0.5},
-        "`trainer.gradient_clip_val` is 0.5, which does not work with manual optimization. Use `model.max_grad_norm`.",
-    ),
-    "the trainer's accumulation": (
-        {"trainer.accumulate_grad_batches": 2},
-        "`trainer.accumulate_grad_batches` is 2, which does not work with manual optimization. Use "
-        "`data.gradient_accumulation_steps`.",
+        "`trainer.gradient_clip_val` is 0.5, but `SFTModule` clips gradients itself, by their total norm over all "
+        "devices. Use its `max_grad_norm`.",
     ),
     "no device": ({"trainer.devices": 0}, "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
     "unknown setting": ({"model.lrr": 1}, "...lrr..." + HELP),
