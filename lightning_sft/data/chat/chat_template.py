@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_sft.checks import check_type
-from lightning_sft.data.chat.conversation import Conversation, Message
+from lightning_sft.data.chat.conversation import REASONING, Conversation, Message
 from lightning_sft.data.chat.token_counter import special_token_pattern
 from lightning_sft.data.tokens.texts import common_length, read_template_file
 from lightning_sft.errors import SettingsError, one_line
@@ -86,20 +86,33 @@ class ChatTemplate:
 
     def _messages(self, messages: list[Message]) -> list[Message]:
         """The messages as the template takes them."""
-        return list(map(_with_parts, messages)) if self._takes_parts else messages
+        messages = list(map(_with_parts, messages)) if self._takes_parts else messages
+        if any(map(_reasoning, messages)) and self._takes_thinking_parts:
+            return list(map(_with_thinking_part, messages))
+        return messages
 
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether the template writes contents that are lists of parts, as those of models that see, and no texts."""
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
-        for takes_parts in (False, True):
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+        return self._needs(messages, list(map(_with_parts, messages)))
+
+    @cached_property
+    def _takes_thinking_parts(self) -> bool:
+        """Whether the template writes reasoning that is a part of the content alone, as those of Magistral do."""
+        question = {"role": "user", "content": "question"}
+        answer = {"role": "assistant", "content": "response", REASONING[0]: _PROBE}
+        return self._needs([question, answer], [question, _with_thinking_part(answer)])
+
+    def _needs(self, messages: list[Message], in_parts: list[Message]) -> bool:
+        """Whether the template writes the probe only if messages have parts, and these not as Python or JSON does."""
+        for form in (messages, in_parts):
             try:
-                messages = list(map(_with_parts, messages)) if takes_parts else messages
-                text = self._apply(messages, Conversation([])).text
+                text = self._apply(form, Conversation([])).text
             except Exception:  # noqa: BLE001 (whatever a template raises)
                 continue
-            if "response" in text:
-                return takes_parts
+            if _PROBE in text:
+                return form is in_parts and not _KEY.search(text)
         return False
 
     @cached_property
@@ -184,12 +197,27 @@ class ChatTemplate:
 
 
 _ENVIRONMENT, _TOOL = (re.compile(f"['\"]{role}['\"]") for role in ("environment", "tool"))
+_PROBE = "an answer 7391"  # which stands in no template
+_KEY = re.compile("['\"]: ?['\"]" + _PROBE)  # of a part that is written out as it is
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for it
 
 
 def _with_parts(message: Message) -> Message:
     """The message with its text as a list of one part."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _reasoning(message: Message) -> str | None:
+    return next(filter(None, map(message.get, REASONING)), None)
+
+
+def _with_thinking_part(message: Message) -> Message:
+    """The message with its reasoning, if it has any, as the first part of its content."""
+    if (reasoning := _reasoning(message)) is None:
+        return message
+    content = message["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+    return {**message, "content": [{"type": "thinking", "thinking": reasoning}, *parts]}
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -132,6 +132,24 @@ def test_reasoning_in_parts_is_learnt_as_its_text(spelling):
     assert responses(row, tokenizer) == ["<think>easy</think>4.<|im_end|>"]
 
 
+MAGISTRAL = (
+    "Write thoughts, then the response.{% for m in messages %}"
+    "{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ part.text if part.type == 'text' else '[THINK]' + part.thinking + '[/THINK]' }}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_takes_reasoning_in_parts_is_given_it_so():
+    tokenizer = chat_tokenizer(MAGISTRAL)
+    rows = [{"messages": [user("2+2?"), {"role": "assistant", **turn}]} for turn in THOUGHT_PARTS.values()]
+    rows.append({"messages": [user("2+2?"), assistant("4."), user("3+3?"), assistant("6!", thinking="hard")]})
+    *same, two = encode(rows, tokenizer)
+    assert [responses(row, tokenizer) for row in same] == [["[THINK]easy[/THINK]4.<eos>"]] * 3
+    assert responses(two, tokenizer) == ["4.<eos>", "[THINK]hard[/THINK]6!<eos>"]
+
+
 OLMO = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.function_calls if m.function_calls }}")
 
 
