@@ -194,8 +194,8 @@ class SFTModule(RotaryInFloat32, StoredModule):
         """Optimizer steps that have made these weights, also where they are only evaluated."""
         return self.global_step if self.trainer.state.fn == "fit" else self.guard.num_steps
 
-    def training_step(self, batch: OptimizerStep, batch_idx: int) -> None:
-        """One optimizer step over the batch's microbatches, whose gradients replace any existing ones."""
+    def training_step(self, batch: OptimizerStep, batch_idx: int) -> Tensor | None:
+        """One optimizer step over the batch's microbatches, whose gradients replace any existing ones; its loss."""
         seed_dropout(self.builder.seed, self.global_step, self.global_rank)
         optimizer = cast(Optimizer, self.optimizers())
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
@@ -205,6 +205,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
         if self.guard.finish_step(stepped):
             step_schedules(self.trainer)
         log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, self.guard, learning_rate)
+        return sums.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients here, where 16-bit precision has unscaled them."""

@@ -147,6 +147,9 @@ def test_hooks_around_an_optimizer_step_are_called_once_in_each(tmp_path):
         def on_before_zero_grad(self, trainer, pl_module, optimizer):
             events.append(("callback", type(optimizer), trainer.global_step))
 
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert torch.equal(outputs["loss"].float(), trainer.callback_metrics["train/loss"])
+
     data = make_data(gradient_accumulation_steps=2, **VALIDATED)
     trainer = fit(tmp_path, Own(tiny_config()), data, [Watch()], max_steps=2, val_check_interval=2)[2]
     first, second = (
