@@ -15,6 +15,7 @@ from lightning_sft.data.encoding_report import EncodingReport
 from lightning_sft.data.rows.mixture import WeightedSource, weighted_sources
 from lightning_sft.data.rows.sources import full_location
 from lightning_sft.data.run_identity import check_same_data
+from lightning_sft.data.steps.epoch_order import SourceShare
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, model_lengths
 from lightning_sft.data.steps.step_loader import EpochByEpoch, LoaderOptions, PlanLoader, StepDataset, StepNumbers
 from lightning_sft.data.tokens.example import check_length
@@ -113,7 +114,7 @@ class PreparedRows:
                 world_size=world_size,
                 shuffle=epoch is None or epoch.shuffle,
                 limit_steps_per_epoch=None if epoch is None else epoch.num_steps,
-                sources=[(source.num_rows, source.num_rows_per_epoch) for source in self._sources] or None,
+                sources=[SourceShare(each.num_rows, each.num_rows_per_epoch) for each in self._sources] or None,
             )
 
     def count_steps(self) -> int:

@@ -71,9 +71,10 @@ class GenerationRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record's line in a file: values of single tokens to four decimals, None if not finite."""
-        of_tokens = {"token_log_probs": self.token_log_probs, "token_entropies": self.token_entropies}
-        rounded = {name: [round(value, DECIMALS) for value in values] for name, values in of_tokens.items()}
-        return {name: finite(value) for name, value in (vars(self) | rounded).items()}
+        numbers = {name: finite(value) for name, value in vars(self).items() if isinstance(value, float)}
+        for name in ("token_log_probs", "token_entropies"):
+            numbers[name] = finite([round(value, DECIMALS) for value in getattr(self, name)])
+        return vars(self) | numbers
 
 
 def finite(value: Any) -> Any:

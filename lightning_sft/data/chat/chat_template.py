@@ -18,6 +18,11 @@ from lightning_sft.data.chat.token_counter import special_token_pattern
 from lightning_sft.data.tokens.texts import common_length, read_template_file
 from lightning_sft.errors import SettingsError, one_line
 
+_ENVIRONMENT, _TOOL = (re.compile(f"['\"]{role}['\"]") for role in ("environment", "tool"))
+_PROBE = "an answer 7391"  # which stands in no template
+_KEY = re.compile("['\"]: ?['\"]" + _PROBE)  # of a part that is written out as it is
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for it
+
 
 def read_chat_template(chat_template: str) -> str:
     """A template's text, given as itself or as the path of a file that holds it."""
@@ -194,12 +199,6 @@ class ChatTemplate:
         """The position, or where the special token begins that it is within: two may begin with the same characters."""
         tokens = self.special_tokens.finditer(text)
         return next((token.start() for token in tokens if token.start() < position < token.end()), position)
-
-
-_ENVIRONMENT, _TOOL = (re.compile(f"['\"]{role}['\"]") for role in ("environment", "tool"))
-_PROBE = "an answer 7391"  # which stands in no template
-_KEY = re.compile("['\"]: ?['\"]" + _PROBE)  # of a part that is written out as it is
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for it
 
 
 def _with_parts(message: Message) -> Message:

@@ -20,6 +20,8 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, one_line, sho
 
 Data: TypeAlias = str | Sequence[str] | Dataset | Sequence[Row]
 
+# Columns and keys whose values a template writes as whole objects, whatever keys they have.
+_WRITTEN = ("tools", "tool_calls", "functions", "function_call", "chat_template_kwargs")
 _JSON_FEATURES = Features({"location": Value("string"), "json": Value("string"), "problem": Value("string")})
 
 
@@ -159,10 +161,6 @@ def own_keys(row: Row, features: Features | None) -> Row:
     writes as whole objects. A column that `datasets` keeps as JSON stays as it is: there, None is the row's own value.
     """
     return {column: _own_keys(value, (features or {}).get(column), column in _WRITTEN) for column, value in row.items()}
-
-
-# Columns and keys whose values a template writes as whole objects, whatever keys they have:
-_WRITTEN = ("tools", "tool_calls", "functions", "function_call", "chat_template_kwargs")
 
 
 def _own_keys(value: object, feature: object, is_written: bool) -> object:

@@ -2,27 +2,33 @@
 
 from collections.abc import Sequence
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def epoch_order(sources: Sequence[tuple[int, int]], seed: int | None, epoch: int) -> NDArray[np.int32]:
+class SourceShare(NamedTuple):
+    """How many examples a source has, and how many of these an epoch takes."""
+
+    num_examples: int
+    num_taken: int
+
+
+def epoch_order(sources: Sequence[SourceShare], seed: int | None, epoch: int) -> NDArray[np.int32]:
     """The examples of an epoch in order: those of each source (`source_order`), all shuffled together.
 
     Args:
-        sources: Of each, how many examples it has and how many of these an epoch takes.
+        sources: Whose examples stand one after another.
         seed: Of the order; None: every epoch takes the first of each source, in the order of the data.
         epoch: Counts from 0.
     """
-    if len(sources) == 1:
-        order = source_order(*sources[0], None if seed is None else [seed, 0], epoch)
-    else:
-        order, at, start = np.empty(sum(taken for _, taken in sources), dtype=np.int32), 0, 0
-        for number, (size, taken) in enumerate(sources):
-            order[at : at + taken] = source_order(size, taken, None if seed is None else [seed, number], epoch)
-            order[at : at + taken] += start
-            at, start = at + taken, start + size
+    parts, start = [], 0
+    for number, source in enumerate(sources):
+        parts.append(source_order(*source, None if seed is None else [seed, number], epoch))
+        parts[-1] += start
+        start += source.num_examples
+    order = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if seed is not None:
         np.random.default_rng([seed, epoch]).shuffle(order)
     return order

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_sft.checks import check_integer
-from lightning_sft.data.steps.epoch_order import epoch_order
+from lightning_sft.data.steps.epoch_order import SourceShare, epoch_order
 from lightning_sft.data.steps.microbatch_cuts import cut_by_cost, cut_by_count, deal_to_ranks, microbatch_cost
 from lightning_sft.data.tokens.microbatch import Layout
 from lightning_sft.errors import SettingsError
@@ -129,8 +129,7 @@ class BatchPlan:
         world_size: Number of ranks.
         shuffle: Whether each epoch has an order of its own. If not, it is the order of the data.
         limit_steps_per_epoch: Take only this many steps of each epoch's order; all if None.
-        sources: Where examples come from several sources, one after another: of each, how many it has and how many of
-            these an epoch takes (`source_order`). None: each epoch takes every example once.
+        sources: Where examples come from several sources, one after another. None: each epoch takes every example once.
 
     Attributes:
         steps_per_epoch: Optimizer steps in each epoch.
@@ -145,7 +144,7 @@ class BatchPlan:
         world_size: int = 1,
         shuffle: bool = True,
         limit_steps_per_epoch: int | None = None,
-        sources: Sequence[tuple[int, int]] | None = None,
+        sources: Sequence[SourceShare] | None = None,
     ) -> None:
         self._lengths = np.array(lengths, dtype=np.int32)  # kept for every example of a data set: small numbers
         self._num_response_tokens = np.array(num_response_tokens, dtype=np.int32)
@@ -158,8 +157,8 @@ class BatchPlan:
                 "or lower `max_length`."
             )
         self._rule, self._world_size, self._shuffle = rule, world_size, shuffle
-        self._sources = sources or [(self._lengths.size, self._lengths.size)]
-        self.steps_per_epoch = -(-sum(taken for _, taken in self._sources) // rule.batch_size)
+        self._sources = sources or [SourceShare(self._lengths.size, self._lengths.size)]
+        self.steps_per_epoch = -(-sum(source.num_taken for source in self._sources) // rule.batch_size)
         if limit_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, limit_steps_per_epoch)
         self._latest: tuple[int, NDArray[np.int32]] | None = None  # the epoch last asked for, and its order

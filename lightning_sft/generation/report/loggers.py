@@ -11,6 +11,7 @@ from lightning_sft.generation.report.terminal import beginning, end
 
 _COLUMNS = ("prompt", "response", "ground_truth", "reward", "format_reward", "answer_reward", "response_length")
 _LONGEST_TEXT = 600  # characters of a cell
+_ESCAPES = {ord(char): f"&#{ord(char)};" for char in "\\|`*_[]<>&#~!"} | {ord("\n"): "<br>", ord("\r"): ""}
 
 
 def log_records(logger: Logger, step: int, records: Sequence[GenerationRecord], num_rows: int) -> None:
@@ -54,9 +55,6 @@ def markdown_table(records: Sequence[GenerationRecord]) -> str:
         texts = (end(record.prompt, _LONGEST_TEXT), beginning(record.response, _LONGEST_TEXT), "; ".join(parts))
         lines.append("| " + " | ".join(_cell(text) for text in texts) + " |")
     return "\n" + "\n".join(lines)
-
-
-_ESCAPES = {ord(char): f"&#{ord(char)};" for char in "\\|`*_[]<>&#~!"} | {ord("\n"): "<br>", ord("\r"): ""}
 
 
 def _cell(text: str) -> str:

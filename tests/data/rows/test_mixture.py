@@ -12,7 +12,7 @@ from support.models import character_tokenizer
 from support.runs import ROWS, read_log, train
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.steps.epoch_order import source_order
+from lightning_sft.data.steps.epoch_order import SourceShare, source_order
 from lightning_sft.data.steps.plan import BatchPlan, StepRule, StepTotals
 
 
@@ -91,7 +91,7 @@ def test_weights_of_one_are_no_weights(sources):
 
 
 def test_the_order_is_that_of_one_device_on_any_number():
-    rule, sources = StepRule(4), [(5, 10), (6, 3)]
+    rule, sources = StepRule(4), [SourceShare(5, 10), SourceShare(6, 3)]
     one, three = (BatchPlan(range(1, 12), [1] * 11, rule, world_size=size, sources=sources) for size in (1, 3))
     for index in range(2 * one.steps_per_epoch):
         a, b = ([row for rank in plan.step(index).ranks for part in rank for row in part] for plan in (one, three))
@@ -173,7 +173,7 @@ def test_a_run_goes_on_in_the_middle_of_a_weighted_epoch_and_not_with_other_weig
 
 def test_totals_of_an_epoch_are_of_the_rows_that_it_takes():
     """Two rows of 3 tokens, taken once each, and one of 5, taken twice: 6 + 10 tokens, 2 x 6 + 2 x 15 pairs."""
-    plan = BatchPlan([3, 3, 5], [1, 2, 4], StepRule(2), sources=[(2, 2), (1, 2)])
+    plan = BatchPlan([3, 3, 5], [1, 2, 4], StepRule(2), sources=[SourceShare(2, 2), SourceShare(1, 2)])
     assert plan.totals() == StepTotals(num_sequences=4, num_tokens=16, num_response_tokens=11, num_attended=42)
     steps = [vars(plan.step(index).totals) for index in range(plan.steps_per_epoch)]
     assert all(sum(step[name] for step in steps) == total for name, total in vars(plan.totals()).items())
