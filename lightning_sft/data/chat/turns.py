@@ -90,7 +90,10 @@ def write_turn(template: ChatTemplate, conversation: Conversation, index: int, t
 def check_has_context(index: int) -> None:
     """Refuse a turn that no message stands before."""
     if index == 0:
-        raise SettingsError("turn 1 (assistant) has nothing before it that a model could answer. Remove it.")
+        raise SettingsError(
+            "turn 1 (assistant) has nothing before it that a model could answer. Remove it; a text that is to be "
+            "learnt as a whole belongs in the column `text`."
+        )
 
 
 def _find_words_end(template: ChatTemplate, conversation: Conversation, index: int, prompt: str) -> int:

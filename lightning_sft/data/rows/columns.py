@@ -12,10 +12,12 @@ _TOKENS = "`input_ids` is used instead: remove it with a `row_transform`, and th
 _ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruction`, `input`, `output` and `history`"
 _TEMPLATE = "`prompt_template` can name any column"
 _SYSTEM = "`row_transform` can rename `system_prompt` to `system`, which stands before the first turn of a conversation"
+_LABELS = ("label", "kto_tag")  # what people say of an output, true or false
 _PICTURES = "`row_filter` can leave out rows with more than text, since nothing else is learnt"
 MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what would use them
     "system_prompt": _SYSTEM,
     **dict.fromkeys(("image", "images", "videos", "audios"), _PICTURES),
+    **dict.fromkeys(_LABELS, "`row_filter` can leave out rows that say false of their output (as for KTO)"),
 }
 WRITTEN_BY_AS_CHAT = ("system", "tools", "functions")
 EASILY_MISSED = {  # and beside a prompt
@@ -32,6 +34,11 @@ _BESIDE_TOKENS = (*CONVERSATIONS, *TEXTS, "text")  # columns that a row of token
 def unused_beside_tokens(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Columns of a row that is tokenised already which would be used otherwise."""
     return tuple(column for column in _BESIDE_TOKENS if row.get(column) is not None)
+
+
+def is_missed(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has something in one of these columns that people would miss."""
+    return row.get(column) is False if column in _LABELS else bool(row.get(column))
 
 
 def unused_in_words(columns: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from lightning_sft.data.rows.columns import (
     MISSED_IN_CONVERSATIONS,
     TEXTS,
     WRITTEN_BY_AS_CHAT,
+    is_missed,
     unused_beside_tokens,
     way_out,
 )
@@ -205,7 +206,7 @@ class RowFormat:
         template = self.prompt_template
         of_prompt = (self.prompt_field,) if template is None else template_columns(template)
         used = {*of_prompt, self.output_field, self.ground_truth_field, *(WRITTEN_BY_AS_CHAT if self.as_chat else ())}
-        return tuple(column for column in easily_missed if row.get(column) and column not in used)
+        return tuple(column for column in easily_missed if is_missed(row, column) and column not in used)
 
     def _prompt(self, row: Row) -> str:
         if self.prompt_template is None:

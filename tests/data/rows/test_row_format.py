@@ -234,3 +234,11 @@ def test_columns_that_people_mean_to_be_used_are_known_where_they_are_not(option
     row = {"prompt": "a", "output": "b", "system": "c", "input": "d", "context": "e", "tools": "[]", "history": []}
     row_format = RowFormat(**options)
     assert row_format.render(row).unused_columns == row_format.render_prompt(row).unused_columns == unused
+
+
+def test_an_output_that_feedback_says_false_of_is_told():
+    for answer in ({"output": "b"}, {"prompt": [user("a")], "completion": [assistant("b")]}):
+        rows = [{"prompt": "a", **answer, **label} for label in ({"label": False}, {"kto_tag": False}, {"label": True})]
+        unused = [RowFormat().render(row).unused_columns for row in rows]
+        assert unused == [("label",), ("kto_tag",), ()]
+    assert RowFormat().render({"prompt": "a", "output": "b", "label": 0}).unused_columns == ()
