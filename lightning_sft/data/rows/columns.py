@@ -13,10 +13,11 @@ _ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruct
 _TEMPLATE = "`prompt_template` can name any column"
 _SYSTEM = "`row_transform` can rename `system_prompt` to `system`, which stands before the first turn of a conversation"
 _LABELS = ("label", "kto_tag")  # what people say of an output, true or false
+PICTURES = ("image", "images", "videos", "audios")
 _PICTURES = "`row_filter` can leave out rows with more than text, since nothing else is learnt"
 MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what would use them
     "system_prompt": _SYSTEM,
-    **dict.fromkeys(("image", "images", "videos", "audios"), _PICTURES),
+    **dict.fromkeys(PICTURES, _PICTURES),
     **dict.fromkeys(_LABELS, "`row_filter` can leave out rows that say false of their output (as for KTO)"),
 }
 WRITTEN_BY_AS_CHAT = ("system", "tools", "functions")

@@ -13,6 +13,7 @@ from lightning_sft.data.rows.columns import (
     CONVERSATIONS,
     EASILY_MISSED,
     MISSED_IN_CONVERSATIONS,
+    PICTURES,
     TEXTS,
     WRITTEN_BY_AS_CHAT,
     is_missed,
@@ -201,8 +202,8 @@ class RowFormat:
             )
 
     def _unused_columns(self, row: Row, easily_missed: Collection[str] = tuple(EASILY_MISSED)) -> tuple[str, ...]:
-        if self.row_transform is not None:  # which has seen them
-            return ()
+        if self.row_transform is not None:  # which has seen the others
+            easily_missed = PICTURES
         template = self.prompt_template
         of_prompt = (self.prompt_field,) if template is None else template_columns(template)
         used = {*of_prompt, self.output_field, self.ground_truth_field, *(WRITTEN_BY_AS_CHAT if self.as_chat else ())}

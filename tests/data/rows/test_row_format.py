@@ -19,7 +19,7 @@ from support.rows import (
     write_parquet,
 )
 
-from lightning_sft import chosen_row
+from lightning_sft import alpaca_row, chosen_row
 from lightning_sft.data.chat.conversation import Conversation
 from lightning_sft.data.rows.row_format import ChatRow, PlainPrompt, PlainRow, RowFormat
 
@@ -234,6 +234,12 @@ def test_columns_that_people_mean_to_be_used_are_known_where_they_are_not(option
     row = {"prompt": "a", "output": "b", "system": "c", "input": "d", "context": "e", "tools": "[]", "history": []}
     row_format = RowFormat(**options)
     assert row_format.render(row).unused_columns == row_format.render_prompt(row).unused_columns == unused
+
+
+def test_pictures_are_told_also_where_a_transform_has_seen_them():
+    for row in ({"instruction": "a", "output": "b"}, {"messages": LONG}):
+        rendered = RowFormat(row_transform=alpaca_row).render({**row, "images": ["c.png"]})
+        assert rendered.unused_columns == ("images",)
 
 
 def test_an_output_that_feedback_says_false_of_is_told():
