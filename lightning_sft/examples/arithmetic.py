@@ -2,12 +2,13 @@
 
 import re
 from functools import cache
+from random import Random
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_sft.examples.splits import Draws, Split, draw_rows
+from lightning_sft.examples.splits import Split, draw_rows
 
 _LARGEST_NUMBER = 30  # sums up to 99 take a tiny model many more optimizer steps
 _LARGEST_CHANGE = 10
@@ -62,25 +63,25 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unk)
 
 
-def _draw_problem(draws: Draws) -> dict[str, str] | None:
+def _draw_problem(random: Random) -> dict[str, str] | None:
     """One random problem, or None if a number on the way is negative or too large."""
-    name, friend = draws.pair(_NAMES)
-    start = draws.between(2, _LARGEST_NUMBER)
-    n1, n2 = draws.between(2, _LARGEST_CHANGE), draws.between(2, _LARGEST_CHANGE)
-    (sign1, first), (sign2, second) = _draw_change(draws), _draw_change(draws)
+    name, friend = random.sample(_NAMES, 2)
+    start = random.randint(2, _LARGEST_NUMBER)
+    n1, n2 = random.randint(2, _LARGEST_CHANGE), random.randint(2, _LARGEST_CHANGE)
+    (sign1, first), (sign2, second) = _draw_change(random), _draw_change(random)
     middle = start + n1 if sign1 == "+" else start - n1
     end = middle + n2 if sign2 == "+" else middle - n2
     if not (0 <= middle <= _LARGEST_NUMBER and 0 <= end <= _LARGEST_NUMBER):
         return None
     changes = _fill_in(first, n1, friend), _fill_in(second, n2, friend)
-    prompt = _prompt(name, start, draws.choice(_THINGS), *changes)
+    prompt = _prompt(name, start, random.choice(_THINGS), *changes)
     output = _output(start, sign1, n1, middle, sign2, n2, end)
     return {"prompt": prompt, "output": output, "ground_truth": str(end), "solution": output}
 
 
-def _draw_change(draws: Draws) -> tuple[str, str]:
-    sign = draws.choice("+-")
-    return sign, draws.choice(_GAINS if sign == "+" else _LOSSES)
+def _draw_change(random: Random) -> tuple[str, str]:
+    sign = random.choice("+-")
+    return sign, random.choice(_GAINS if sign == "+" else _LOSSES)
 
 
 @cache  # there are a few hundred, each of which comes in many problems

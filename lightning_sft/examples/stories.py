@@ -1,8 +1,10 @@
 """Questions about stories of two sentences, in the words of TinyStories."""
 
+from random import Random
+
 from datasets import Dataset
 
-from lightning_sft.examples.splits import Draws, Split, draw_rows
+from lightning_sft.examples.splits import Split, draw_rows
 
 _PEOPLE = ("Lily", "Tom", "Ben", "Sue", "Max", "Mia", "Sam", "Anna", "Tim", "Jane")
 _FINDS = ("ball", "doll", "car", "hat", "book", "cake", "toy", "box", "bird", "flower")
@@ -41,11 +43,11 @@ def story_questions(num_rows: int = 8_000, seed: int = 0, split: Split = "train"
     return draw_rows(_draw_question, num_rows, seed, split)
 
 
-def _draw_question(draws: Draws) -> dict[str, str]:
-    finder, other = draws.pair(_PEOPLE)
-    words = {"finder": finder, "other": other, "thing": draws.choice(_FINDS), "place": draws.choice(_PLACES)}
-    question, asked = draws.choice(_QUESTIONS)
-    story = draws.choice(_STORIES).format(**words)
+def _draw_question(random: Random) -> dict[str, str]:
+    finder, other = random.sample(_PEOPLE, 2)
+    words = {"finder": finder, "other": other, "thing": random.choice(_FINDS), "place": random.choice(_PLACES)}
+    question, asked = random.choice(_QUESTIONS)
+    story = random.choice(_STORIES).format(**words)
     solution = f" {finder} found a {words['thing']} in the {words['place']}, not {other}."
     return {
         "prompt": f"{story} {question} <think>",

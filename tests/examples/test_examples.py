@@ -1,7 +1,6 @@
 import hashlib
 import inspect
 import operator
-import random
 import re
 
 import pytest
@@ -11,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from lightning_sft import r1_zero_reward
 from lightning_sft.data.tokens.tokenization import encode_examples
 from lightning_sft.examples import story_questions, word_problems, word_tokenizer
-from lightning_sft.examples.splits import Draws
 
 OPERATORS = {"+": operator.add, "-": operator.sub}
 ADDING = {"buys", "finds", "wins", "gets", "borrows"}
@@ -36,17 +34,6 @@ def test_rows_are_determined_by_the_seed_on_every_machine(problems):
         "output": " 30 - 8 = 22 ; 22 - 2 = 20 </think> <answer> 20 </answer>",
         "ground_truth": "20",
     }
-
-
-@pytest.mark.parametrize("seed", [0, 3, 2**40])
-def test_draws_are_those_of_pythons_own_generator(seed):
-    draws, expected = Draws(seed), random.Random(seed)
-    for size in [*range(2, 22)] * 50:
-        values = range(100, 100 + size)
-        assert draws.below(size) == expected.randrange(size)
-        assert draws.between(2, size) == expected.randint(2, size)
-        assert draws.choice(values) == expected.choice(values)
-        assert draws.pair(values) == tuple(expected.sample(values, 2))
 
 
 def test_the_rows_of_the_quickstart_stay_as_they_were_when_its_figures_were_measured():
