@@ -12,6 +12,7 @@ from lightning_sft.errors import SettingsError, shorten
 IDS = "input_ids"
 IGNORED_LABEL = -100
 _MASKS = ("response_mask", "completion_mask", "assistant_masks")
+_OTHER_MASKS = ("loss_mask", "loss_scale", "loss_weights", "prompt_mask", "mask")  # which programs take otherwise
 
 
 def read_tokens(row: Mapping[str, Any]) -> Example:
@@ -50,6 +51,12 @@ def _marks(row: Mapping[str, Any]) -> list[str]:
 
 
 def _ids_and_marks(row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    for name in _OTHER_MASKS:
+        if row.get(name) is not None:
+            raise SettingsError(
+                f"the row has `{IDS}` and `{name}`, but programs differ in what that means. With a `row_transform`, "
+                "give `response_mask` instead, with 1 at each token that is learnt itself, or remove the column."
+            )
     ids, marks = _numbers(row[IDS], IDS), _marks(row)
     columns = {name: _numbers(row[name], name) for name in marks}
     attention_mask = row.get("attention_mask")

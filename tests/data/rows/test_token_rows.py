@@ -147,6 +147,10 @@ REFUSED = {
         {"position_ids": [0, 1, 0, 1, 2]},
         "`position_ids` does not count from 0 to the end: several texts are packed into the row. Give each a row",
     ),
+    "a mask by another name": (
+        {"loss_mask": [0, 0, 1, 1, 1]},
+        "the row has `input_ids` and `loss_mask`, but programs differ in what that means. With a `row_transform`, give",
+    ),
     "packed by lengths": ({"seq_lengths": [2, 3]}, "`seq_lengths` has 2 values: several texts are packed"),
 }
 
