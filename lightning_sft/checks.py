@@ -29,10 +29,8 @@ def check_type(
 
 def check_integer(argument: str, value: object, at_least: int | None = None, *, optional: bool = False) -> None:
     """Refuse what is no whole number, or one below `at_least`."""
-    if optional and value is None:
-        return
-    check_type(argument, value, Integral, "a whole number")
-    if at_least is not None and value < at_least:  # type: ignore[operator]
+    check_type(argument, value, Integral, "a whole number", optional=optional)
+    if value is not None and at_least is not None and value < at_least:  # type: ignore[operator]
         raise SettingsError(f"`{argument}` is {value}, expected at least {at_least}.")
 
 
@@ -45,10 +43,8 @@ def check_number(
     optional: bool = False,
 ) -> None:
     """Refuse what is no number, or does not fit. `fits` is never asked about NaN, which never does."""
-    if optional and value is None:
-        return
-    check_type(argument, value, Real, expected)
-    if math.isnan(value) or not fits(value):  # type: ignore[arg-type]
+    check_type(argument, value, Real, expected, optional=optional)
+    if value is not None and (math.isnan(value) or not fits(value)):  # type: ignore[arg-type]
         raise SettingsError(f"`{argument}` is {value}, expected {expected}.")
 
 

@@ -18,7 +18,7 @@ _NUM_SOURCES_NAMED = 20  # in one message
 def report_rows(
     argument: str, rows: EncodedRows, encoder: RowEncoder, sources: Sequence[Source] = (), part: str = ""
 ) -> None:
-    """Say what became of the rows of an argument, or of a part of them, such as `, first 1,000 rows`."""
+    """Say what became of the rows of an argument, or of a part (`, first 1,000 rows`); refused if nothing is left."""
     report, title, limit = rows.report, f"{argument}{part}", encoder.encoding.limit_in_words
     if not report.num_examples:
         raise nothing_left(f"`{argument}`{part}", report.bad_rows, limit, report.num_too_long)
@@ -43,7 +43,7 @@ def report_rows(
 
 
 def report_prompts(argument: str, prompts: PromptRows) -> None:
-    """Say what became of the rows of an argument that a model is to continue."""
+    """Say what became of the rows of an argument that a model is to continue; refused if nothing is left."""
     if not len(prompts.dataset):
         raise nothing_left(f"`{argument}`", prompts.bad_rows)
     _report_bad_rows(argument, prompts.bad_rows, prompts.bad_rows.total + len(prompts.dataset))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_sft.checks import check_type
-from lightning_sft.errors import SettingsError, SettingsTypeError
+from lightning_sft.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,7 @@ class ActivationCheckpointing:
 
     def __post_init__(self) -> None:
         every = self.gradient_checkpointing
-        if not isinstance(every, int):
-            raise SettingsTypeError(
-                f"`gradient_checkpointing` is {every!r} of type {type(every).__name__}, expected a number, or true or "
-                "false."
-            )
+        check_type("gradient_checkpointing", every, int, "a number, or true or false")
         if every is not False and every < 1:
             raise SettingsError(
                 f"`gradient_checkpointing` is {every}, expected true, false, or a number from 1 for every n-th block."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeAlias
 
+from lightning_sft.checks import check_type
 from lightning_sft.data.chat.switches import check_is_whole, take_switches
 from lightning_sft.errors import SettingsError, one_line, shorten
 
@@ -111,8 +112,7 @@ def _read_system(system: object, first: Message) -> list[Message]:
     """The turn that the column `system` puts before the first one."""
     if system is None or system == "":
         return []
-    if not isinstance(system, str):
-        raise SettingsError(f"`system` is {shorten(system)} of type {type(system).__name__}, expected a string.")
+    check_type("system", system, str, "a string")
     if first["role"] not in ("system", "developer"):
         return [{"role": "system", "content": system}]
     if first["content"] != system:
