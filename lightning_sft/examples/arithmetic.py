@@ -1,7 +1,6 @@
 """Word problems with worked solutions, and a tokenizer whose tokens are their words."""
 
 import re
-from functools import cache
 from random import Random
 
 from datasets import Dataset
@@ -73,7 +72,7 @@ def _draw_problem(random: Random) -> dict[str, str] | None:
     end = middle + n2 if sign2 == "+" else middle - n2
     if not (0 <= middle <= _LARGEST_NUMBER and 0 <= end <= _LARGEST_NUMBER):
         return None
-    changes = _fill_in(first, n1, friend), _fill_in(second, n2, friend)
+    changes = first.format(n=n1, friend=friend), second.format(n=n2, friend=friend)
     prompt = _prompt(name, start, random.choice(_THINGS), *changes)
     output = _output(start, sign1, n1, middle, sign2, n2, end)
     return {"prompt": prompt, "output": output, "ground_truth": str(end), "solution": output}
@@ -82,11 +81,6 @@ def _draw_problem(random: Random) -> dict[str, str] | None:
 def _draw_change(random: Random) -> tuple[str, str]:
     sign = random.choice("+-")
     return sign, random.choice(_GAINS if sign == "+" else _LOSSES)
-
-
-@cache  # there are a few hundred, each of which comes in many problems
-def _fill_in(change: str, n: int, friend: str) -> str:
-    return change.format(n=n, friend=friend)
 
 
 def _prompt(name: str, start: int | str, thing: str, first: str, second: str) -> str:
