@@ -45,13 +45,7 @@ if TYPE_CHECKING:  # `as`: these are public
     __version__: str
 
 _MODULES = {
-    "callbacks": (
-        "GenerationMonitor",
-        "HuggingFaceExport",
-        "LastCheckpoint",
-        "StepProgressBar",
-        "TokenThroughput",
-    ),
+    "callbacks": ("GenerationMonitor", "HuggingFaceExport", "LastCheckpoint", "StepProgressBar", "TokenThroughput"),
     "data.datamodule": ("SFTDataModule",),
     "data.rows.transforms": ("alpaca_row", "chosen_row", "is_rewarded", "query_row"),
     "data.tokens.tokenization": ("tokenize_prompt_and_output",),

@@ -13,12 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer, check_type
 from lightning_sft.errors import SettingsError
-from lightning_sft.loops.trainer_state import (
-    ends_here,
-    exchange_no_signals,
-    exchange_signals_again,
-    requeue_signal,
-)
+from lightning_sft.loops.trainer_state import ends_here, exchange_no_signals, exchange_signals_again, requeue_signal
 from lightning_sft.training.checkpoint_files import put_folder_behind_link, remove_partial, take_place, use_own_files
 from lightning_sft.training.host_copy import HostCopy
 from lightning_sft.training.run_folder import run_folder, writes_files

@@ -97,16 +97,10 @@ def _attend_each(
             attended.append(_attend_by_products(q, k, v, mask, dropout, scaling))
             continue
         in_window = window is None or length <= window  # then causality is all there is to it, and no mask is built
+        window_mask = None if in_window else _causal_mask(length, window, query.device)
         attended.append(
             F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                None if in_window else _causal_mask(length, window, query.device),
-                dropout,
-                is_causal=in_window,
-                scale=scaling,
-                enable_gqa=True,
+                q, k, v, window_mask, dropout, is_causal=in_window, scale=scaling, enable_gqa=True
             )
         )
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
