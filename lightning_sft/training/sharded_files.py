@@ -21,24 +21,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 OF_WEIGHTS = "state_dict."  # what the names of a folder's weights begin with
 
 # What torch writes into `.metadata` beside numbers and words. Called, none of it does more than hold what it is given.
+_OF_METADATA = (
+    *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+    *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+)
 _IN_METADATA = {
     ("pathlib", "PosixPath"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *(("torch.distributed.checkpoint.metadata", name) for name in _OF_METADATA),
 }
 
 
