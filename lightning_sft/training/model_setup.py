@@ -59,30 +59,29 @@ def load_model(
     if trainer is not None:
         check_trainer(trainer)
         use_own_files(trainer)
+    precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
 
-    def build(precision: Precision) -> PreTrainedModel:
+    def build() -> PreTrainedModel:
         model = builder.build(precision) if loaded is None else builder.adapt(loaded)
         if initial is not None:
             initial.give_to(model, builder)
         return model
 
-    precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
+    def stored(model: PreTrainedModel) -> PreTrainedModel:
+        return _store_as(precision.stored, model)
+
     if not isinstance(strategy, ModelParallelStrategy):
         if trainer is not None and trainer.state.fn == "fit":
             check_not_replicated(num_replicas)
-        return build(precision)
+        return build()
     leave_inference_mode(cast(L.Trainer, trainer))
     _check_mesh(strategy)
     device = strategy.root_device
     sharding = Sharding(device.type, precision.autocast, num_replicas)
     if loaded is None:
-
-        def adapt(model: PreTrainedModel) -> PreTrainedModel:
-            return _store_as(precision.stored, builder.adapt(model))
-
-        return load_sharded(lambda: _store_as(precision.stored, build(precision)), device, sharding, adapt)
+        return load_sharded(lambda: stored(build()), device, sharding, adapt=lambda model: stored(builder.adapt(model)))
     if not is_sharded(loaded):
-        shard(_store_as(precision.stored, build(precision)), sharding)
+        shard(stored(build()), sharding)
     return loaded
 
 
