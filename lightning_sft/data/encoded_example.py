@@ -38,7 +38,7 @@ class ExampleText:
     unused_columns: Sequence[str] = ()
 
     @property
-    def is_written(self) -> bool:
+    def as_written(self) -> bool:
         """Whether the prompt is tokenised as it stands, without the tokenizer's own prefix (BOS)."""
         return self.conversation is not None or self.tokens is not None
 
@@ -69,7 +69,7 @@ ENCODED_FEATURES = Features(
         "prompt": Value("string"),
         "output": Value("string"),
         "ground_truth": Value("string"),
-        "is_chat": Value("bool"),
+        "as_written": Value("bool"),
         "input_ids": [Value("int32")],
         "num_prompt_tokens": Value("int32"),
         "excluded_spans": [Value("int32")],
@@ -96,7 +96,7 @@ def to_table(encoded: Sequence[EncodedExample], row_numbers: Sequence[int] | Non
         "prompt": [text.prompt for text in texts],
         "output": [text.output for text in texts],
         "ground_truth": [text.ground_truth for text in texts],
-        "is_chat": [text.is_written for text in texts],
+        "as_written": [text.as_written for text in texts],
         "input_ids": [example.input_ids for example in examples],
         "num_prompt_tokens": [example.num_prompt_tokens for example in examples],
         "excluded_spans": [example.excluded_spans for example in examples],

@@ -35,7 +35,7 @@ class EncodedRows:
 
     Attributes:
         dataset: The examples that are not dropped, with the columns `prompt`, `output`, `ground_truth` (`ExampleText`),
-            `is_chat`, `input_ids`, `num_prompt_tokens`, `excluded_spans` (`Example`), `num_tokens`,
+            `as_written`, `input_ids`, `num_prompt_tokens`, `excluded_spans` (`Example`), `num_tokens`,
             `num_response_tokens` (labels that count in the loss) and `location` (`line 3`, or of several sources
             `line 3 of b.jsonl`).
         row_numbers: Which row each example comes from, of all sources together, `(num_examples,)`.

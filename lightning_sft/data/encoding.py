@@ -133,7 +133,7 @@ class RowEncoder:
     ) -> Iterator[Example | EncodedConversation | SettingsError]:
         """The tokens of each text, or why it has none."""
         append_eos = self.encoding.append_eos
-        plain = [text for text in texts if not text.is_written and not text.is_whole]
+        plain = [text for text in texts if not text.as_written and not text.is_whole]
         prompts, outputs = [text.prompt for text in plain], [text.output for text in plain]
         plain_examples = iter(encode_examples(prompts, outputs, self.tokenizer, append_eos))
         wholes = [text.output for text in texts if text.is_whole]

@@ -97,7 +97,7 @@ def _warn_of_unused_columns(title: str, columns: Sequence[str]) -> None:
 
 
 def _warn_without_conversations(title: str, rows: EncodedRows, settings: Sequence[str]) -> None:
-    if settings and not read_numbers(rows.dataset, "is_chat").any():
+    if settings and not read_numbers(rows.dataset, "as_written").any():
         names = " and ".join(f"`{name}`" for name in settings)
         rank_zero_warn(
             f"{title}: no row is a conversation, which {names} would need. `as_chat: true` makes conversations of "

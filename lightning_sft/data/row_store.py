@@ -30,7 +30,7 @@ Stage = Literal["fit", "validate", "test", "predict"]
 class RowStore:
     """Encoded rows by split; None until a stage that needs them is loaded.
 
-    Those of `predict` are prompts, with the columns `prompt`, `ground_truth` and `is_chat`.
+    Those of `predict` are prompts, with the columns `prompt`, `ground_truth` and `as_written`.
     """
 
     def __init__(self, settings: DataSettings, rule: StepRule) -> None:
@@ -97,9 +97,9 @@ class RowStore:
         split = of_stage.get(stage)
         rows = cast(Dataset, self.predict) if split is None else split.rows
         first = range(len(rows))[:num_prompts]
-        rows = rows.select_columns(["prompt", "ground_truth", "is_chat"]).select(first)
+        rows = rows.select_columns(["prompt", "ground_truth", "as_written"]).select(first)
         return [
-            Prompt(index, row["prompt"], row["ground_truth"], row["is_chat"])
+            Prompt(index, row["prompt"], row["ground_truth"], row["as_written"])
             for index, row in enumerate(rows.to_list())
         ]
 

@@ -36,7 +36,7 @@ def make_requests(
             f"`model` is of type {type(model).__name__}, expected a causal language model of `transformers`. Give what "
             "the wrapper holds, such as its `module`."
         )
-    texts, as_written = [prompt.text for prompt in prompts], [prompt.is_chat for prompt in prompts]
+    texts, as_written = [prompt.text for prompt in prompts], [prompt.as_written for prompt in prompts]
     encoded = encode_prompts(texts, tokenizer, as_written=as_written)
     num_embeddings, highest = len(_embeddings(model)), max((max(ids) for ids in encoded if ids), default=0)
     if highest >= num_embeddings:  # a CUDA device would only say that an assertion has failed

@@ -89,8 +89,8 @@ def log_generations(
     for name, texts in {"prompts": prompts, "ground_truths": ground_truths}.items():
         if isinstance(texts, str):  # which would be taken for a list of its characters
             raise SettingsTypeError(f"`{name}` is {shorten(texts)}, expected a list of texts. Put it into a list.")
-    are_whole = [False] * len(prompts) if as_written is None else as_written
-    for name, values in {"ground_truths": ground_truths, "as_written": are_whole}.items():
+    as_written = [False] * len(prompts) if as_written is None else as_written
+    for name, values in {"ground_truths": ground_truths, "as_written": as_written}.items():
         if len(values) != len(prompts):
             raise SettingsError(f"There are {len(prompts)} `prompts`, but {len(values)} `{name}`. Give one for each.")
     settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds, generator)
@@ -98,9 +98,9 @@ def log_generations(
     if path is not None:
         _make_folder(path)
     numbered = [
-        Prompt(index, text, ground_truth, is_whole)
-        for index, (text, ground_truth, is_whole) in enumerate(
-            zip(prompts, ground_truths, are_whole, strict=True), first_index
+        Prompt(index, text, ground_truth, is_written)
+        for index, (text, ground_truth, is_written) in enumerate(
+            zip(prompts, ground_truths, as_written, strict=True), first_index
         )
     ]
     records = generate_records(model, tokenizer, numbered, settings, distributed=distributed)

@@ -147,8 +147,8 @@ def test_prompts_to_predict_need_no_output_and_default_to_the_validation_rows(tm
     (tmp_path / "prompts.jsonl").write_text('{"question": "a"}\n{"question": "b", "ground_truth": "2"}\n')
     named = prepared("predict", predict_data=str(tmp_path / "prompts.jsonl"), prompt_template="Q: {question}")
     expected = [
-        Prompt(0, "Q: a", None, is_chat=False),
-        Prompt(1, "Q: b", "2", is_chat=False),
+        Prompt(0, "Q: a", None, as_written=False),
+        Prompt(1, "Q: b", "2", as_written=False),
     ]
     assert list(named.predict_dataloader()) == [expected]
     (prompts,) = prepared("predict", val_data=ROWS[:2]).predict_dataloader()

@@ -76,7 +76,7 @@ ENCODED = {
         [97, 10, 34, 98, 34, 78, 65, 128],
         [49, 50, 50, 48, 50, 48, 45, 48, 49, 45, 48, 49, 128],
     ],
-    "is_chat": [False, False, False],
+    "as_written": [False, False, False],
     "num_prompt_tokens": [3, 5, 2],
     "excluded_spans": [[], [], []],
     "num_tokens": [7, 8, 13],

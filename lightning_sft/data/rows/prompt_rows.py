@@ -21,7 +21,7 @@ _ROWS_READ_AT_ONCE = 1000
 class PromptRows:
     """Rows that a model is to continue, and what is to be said of them.
 
-    The data set has the columns `prompt`, `ground_truth` and `is_chat` (whether it is tokenised as it stands).
+    The data set has the columns `prompt`, `ground_truth` and `as_written` (whether it is tokenised as it stands).
     """
 
     dataset: Dataset
@@ -39,14 +39,14 @@ def render_prompts(
 
     def columns(said: PlainPrompt | ChatRow | TokenPrompt) -> dict[str, object]:
         if isinstance(said, PlainPrompt):
-            return {"prompt": said.prompt, "ground_truth": said.ground_truth, "is_chat": False}
+            return {"prompt": said.prompt, "ground_truth": said.ground_truth, "as_written": False}
         if isinstance(said, TokenPrompt):
             check_vocabulary(said.input_ids, num_ids)
             prompt, answer = decode_ids(tokenizer, said.input_ids), None
         else:
             prompt, answer = chat_encoder.write_prompt(said.conversation)
         ground_truth = answer if said.ground_truth is None else said.ground_truth
-        return {"prompt": prompt, "ground_truth": ground_truth, "is_chat": True}
+        return {"prompt": prompt, "ground_truth": ground_truth, "as_written": True}
 
     for number, (location, row) in enumerate(_read(sources)):
         with problems.caught(number, location):

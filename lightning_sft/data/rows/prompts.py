@@ -12,14 +12,14 @@ class Prompt:
         index: Its number in the data, from 0. The samples that are drawn for it depend on this number.
         text: The text.
         ground_truth: The reference answer. None: responses are not scored.
-        is_chat: Whether a chat template has written the text, so that the tokenizer's own prefix (BOS) is not put
-            before it.
+        as_written: Whether the text is tokenised as it stands, without the tokenizer's own prefix (BOS), since a chat
+            template has written it, or it was given as tokens.
     """
 
     index: int
     text: str
     ground_truth: str | None
-    is_chat: bool = False
+    as_written: bool = False
 
 
 class PromptLoader:

@@ -48,8 +48,8 @@ def encode_prompts(
     encoded = _encode(prompt_strs, tokenizer, "prompt")
     prefix = prompt_prefix(tokenizer)
     return [
-        ids if whole or ids[: len(prefix)] == prefix else prefix + ids
-        for ids, whole in zip(encoded, as_written or [False] * len(encoded), strict=True)
+        ids if is_written or ids[: len(prefix)] == prefix else prefix + ids
+        for ids, is_written in zip(encoded, as_written or [False] * len(encoded), strict=True)
     ]
 
 

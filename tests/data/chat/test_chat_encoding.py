@@ -104,11 +104,11 @@ def test_the_prompt_to_generate_from_is_the_conversation_up_to_the_last_turn():
     assert [(prompt.text, prompt.ground_truth) for prompt in data.prompts("fit")] == [(whole, "6!"), (whole, "six")]
     assert data.training_rows.rows["output"] == ["6!", "6!"]
     assert data.prompts("predict") == [
-        Prompt(0, whole, None, is_chat=True),
-        Prompt(1, whole, "6!", is_chat=True),
-        Prompt(2, first, None, is_chat=True),
-        Prompt(3, "plain", None, is_chat=False),
-        Prompt(4, first, None, is_chat=True),
+        Prompt(0, whole, None, as_written=True),
+        Prompt(1, whole, "6!", as_written=True),
+        Prompt(2, first, None, as_written=True),
+        Prompt(3, "plain", None, as_written=False),
+        Prompt(4, first, None, as_written=True),
     ]
     assert tokenizer.chat_template is None  # the given one is left alone
 

@@ -88,7 +88,7 @@ def test_a_row_with_messages_alone_is_a_conversation_though_other_rows_have_a_na
 
 def test_messages_come_before_a_text():
     rows = encode([{"messages": LONG, "text": "a"}, {"text": "a"}], chat_tokenizer(CHATML)).dataset
-    assert rows["is_chat"][:] == [True, False]
+    assert rows["as_written"][:] == [True, False]
 
 
 def test_completion_is_an_output_by_default_and_output_comes_first():
@@ -99,7 +99,7 @@ def test_completion_is_an_output_by_default_and_output_comes_first():
     assert RowFormat().render_prompt(row) == PlainPrompt("a", None)
     assert refusal([row], output_field="answer").startswith("row 1 of `train_data`: no value for `answer`")
     (chat,) = encode([row], chat_tokenizer(CHATML), as_chat=True).dataset
-    assert (chat["output"], chat["is_chat"]) == ("b", True)
+    assert (chat["output"], chat["as_written"]) == ("b", True)
 
 
 def test_texts_and_other_rows_are_mixed_and_cut(tmp_path):

@@ -92,7 +92,7 @@ def test_prompts_are_the_texts_before_the_last_tokens_that_are_learnt():
     for stage, prompts in (("validate", ["abc", ""]), ("predict", ["abc", "abcde", "abcde"])):
         data.setup(stage)
         found = data.prompts(stage)
-        assert [(each.text, each.is_chat) for each in found] == [(prompt, True) for prompt in prompts]
+        assert [(each.text, each.as_written) for each in found] == [(prompt, True) for prompt in prompts]
         assert (found[0].ground_truth, found[-1].ground_truth) == ("x", None)
     assert encode(rows[:1]).dataset["output"][:] == ["de"]
 
