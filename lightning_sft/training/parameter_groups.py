@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sft.checks import check_type
-from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.errors import SettingsError, one_line, shorten
 from lightning_sft.model.parameter_names import check_patterns, matching
 
 
@@ -42,15 +42,18 @@ class ParameterGroups:
         """The optimizer of all trained parameters, as the factory makes it of them or of groups.
 
         Patterns see the names of parameters in `module.model`. A pattern that matches no trained parameter is refused,
-        and so is an optimizer without one of the settings, or one that computes loss and gradients by itself (LBFGS).
+        and so is an optimizer without one of the settings, or one that does more than to step by a schedule's rate.
         """
-        optimizer = self._make(factory, module)
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
+        try:
+            optimizer = self._make(factory, module)
+        except SettingsError:
+            raise
+        except Exception as error:
             raise SettingsError(
-                f"`optimizer` is {type(optimizer).__name__}, which computes loss and gradients several times a step. "
-                "Here they are computed once, before the optimizer's step. Choose another, such as AdamW."
-            )
+                f"`optimizer` cannot be made of the model's parameters: {one_line(error, 300).rstrip('.')}. Choose "
+                "another, such as AdamW, or `freeze` those that it cannot train."
+            ) from error
+        _check(optimizer)
         return optimizer
 
     def _make(self, factory: OptimizerCallable, module: nn.Module) -> Optimizer:
@@ -77,6 +80,27 @@ class ParameterGroups:
                     f"{', '.join(sorted(optimizer.defaults))}."
                 )
         return optimizer
+
+
+def _check(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that asks more of a training loop than to step with the gradients, at a schedule's rate."""
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise SettingsError(
+            f"`optimizer` is {name}, which computes loss and gradients several times a step. Here they are computed "
+            "once, before the optimizer's step. Choose another, such as AdamW."
+        )
+    if hasattr(optimizer, "eval"):
+        raise SettingsError(
+            f"`optimizer` is {name}, which trains other weights than are to be evaluated and saved (it has `eval`). "
+            "Validation, generations, checkpoints and exports would have the wrong ones. Choose another, such as AdamW."
+        )
+    if any(group.get("lr", 0.0) is None for group in optimizer.param_groups):
+        raise SettingsError(
+            f"`optimizer` is {name} without a learning rate, which `lr_scheduler` is to multiply. Give it an `lr`; "
+            "Adafactor of `transformers` then also needs `relative_step` and `scale_parameter` to be false."
+        )
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:

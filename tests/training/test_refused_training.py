@@ -6,6 +6,7 @@ import torch
 from support.fits import make_data, make_trainer
 from support.models import tiny_config
 from support.refusals import Refusal, each, fit, module
+from transformers import Adafactor
 
 from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsTypeError
@@ -14,6 +15,13 @@ from lightning_sft.errors import SettingsTypeError
 def fit_plain_batches(folder):
     rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)}] * 2
     make_trainer(folder, max_epochs=1).fit(SFTModule(tiny_config()), torch.utils.data.DataLoader(rows), rows)
+
+
+class WithOtherWeights(torch.optim.SGD):
+    """As a schedule-free optimizer."""
+
+    def eval(self):
+        """Put the averages in the place of the weights."""
 
 
 TRAINING = {
@@ -79,6 +87,20 @@ TRAINING = {
         fit(tiny_config(), optimizer=torch.optim.LBFGS),
         "`optimizer` is LBFGS, which computes loss and gradients several times a step. Here they are computed "
         "once, before the optimizer's step. Choose another, such as AdamW.",
+    ),
+    "optimizer with weights for training alone": Refusal(
+        fit(tiny_config(), optimizer=WithOtherWeights),
+        "`optimizer` is WithOtherWeights, which trains other weights than are to be evaluated and saved (it has "
+        "`eval`). Validation, generations, checkpoints and exports would have the wrong ones. ...",
+    ),
+    "optimizer without a rate": Refusal(
+        fit(tiny_config(), optimizer=Adafactor),
+        "`optimizer` is Adafactor without a learning rate, which `lr_scheduler` is to multiply. Give it an `lr`; ...",
+    ),
+    "optimizer of matrices alone": Refusal(
+        fit(tiny_config(), optimizer=torch.optim.Muon),
+        "`optimizer` cannot be made of the model's parameters: Muon only supports 2D parameters ... Choose another, "
+        "such as AdamW, or `freeze` those that it cannot train.",
     ),
     "unknown schedule": Refusal(
         module({}, lr_scheduler="cosin"), "`lr_scheduler` is 'cosin', expected one of constant, ...cosine, ..."
