@@ -84,6 +84,7 @@ class ParameterGroups:
 
 def _check(optimizer: Optimizer) -> None:
     """Refuse an optimizer that asks more of a training loop than to step with the gradients, at a schedule's rate."""
+    check_type("optimizer", optimizer, Optimizer, "a function that makes an optimizer")
     name = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

@@ -167,3 +167,10 @@ def test_what_fits_no_parameter_is_refused(message):
 def test_what_is_no_list_of_patterns_or_groups_is_refused(settings):
     with pytest.raises(SettingsTypeError, match=f"`{next(iter(settings))}` is .*, expected a list of"):
         SFTModule("model", **settings)
+
+
+def test_what_makes_no_optimizer_is_refused():
+    module = SFTModule(tiny_config(), optimizer=lambda params: torch.optim.AdamW)
+    module.configure_model()
+    with pytest.raises(SettingsError, match=r"`optimizer` is <class .*, expected a function that makes an optimizer"):
+        module.parameter_groups.make_optimizer(module.optimizer_factory, module)
