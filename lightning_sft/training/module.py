@@ -141,7 +141,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
         self._compile, self._max_grad_norm, self.sync_every_microbatch = compile, max_grad_norm, sync_every_microbatch
         store_settings(self, arguments)  # `on_save_checkpoint` adds the model's configuration
         self.automatic_optimization = False
-        self.val_metrics, self.test_metrics = ResponseMetrics(scale), ResponseMetrics(scale)
+        self.metrics = ResponseMetrics(scale)  # of validation and test, which never go on at once
         if isinstance(self.builder.source, PreTrainedModel):
             self.model = self.builder.source
         hook_state(self, trained_only=self.builder.lora is not None)
@@ -156,6 +156,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
     def setup(self, stage: str) -> None:
         """A new run counts its optimizer steps from 0, and its callbacks say anew how predictions are made."""
         self.generator = None
+        self.metrics.reset()  # an evaluation may have been interrupted
         if stage == "fit":
             self.guard.start_run(self.global_step, self.guard.num_skipped if self.global_step else 0)
             self._continuation.begin(self.trainer)
@@ -225,21 +226,21 @@ class SFTModule(RotaryInFloat32, StoredModule):
     # -- validation, test and prediction ------------------------------------------------------------------------------
 
     def validation_step(self, batch: OptimizerStep, batch_idx: int) -> Any:
-        """Add the batch's sums and counts to the validation metrics, and return the scores of each microbatch."""
-        return evaluate(self.model, batch, self.val_metrics)
+        """Add the batch's sums and counts to the metrics, and return the scores of each microbatch."""
+        return evaluate(self.model, batch, self.metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
-        log_metrics(self, "val", self.val_metrics, self.num_steps_taken)
+        log_metrics(self, "val", self.metrics, self.num_steps_taken)
         step_plateau_schedules(self)
 
     def test_step(self, batch: OptimizerStep, batch_idx: int) -> None:
-        """Add the batch's sums and counts to the test metrics."""
-        evaluate(self.model, batch, self.test_metrics)
+        """Add the batch's sums and counts to the metrics."""
+        evaluate(self.model, batch, self.metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the same metrics as validation, as `test/...`."""
-        log_metrics(self, "test", self.test_metrics)
+        log_metrics(self, "test", self.metrics)
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> Sequence[object]:
         """Generate responses to prompts by `generator`, which the run's `GenerationMonitor` has set."""

@@ -2,6 +2,7 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from support.fits import ROWS, fit, make_data, make_trainer, sgd
@@ -52,3 +53,15 @@ def test_the_validation_loss_is_normalised_as_the_training_loss(tmp_path):
     (metrics,) = make_trainer(tmp_path).validate(module, data, verbose=False)
     num_tokens = sum(len(row["output"]) + 1 for row in ROWS[:7])
     assert metrics["val/loss"] == pytest.approx(math.log(metrics["val/perplexity"]) * num_tokens / (3 * 7), rel=1e-5)
+
+
+def test_an_interrupted_evaluation_leaves_nothing_in_the_next_one(tmp_path):
+    class Interrupt(L.Callback):
+        def on_validation_batch_end(self, *args):
+            raise InterruptedError
+
+    module, data = SFTModule(tiny_model()), make_data(val_data=ROWS[:10])
+    (expected,) = make_trainer(tmp_path).validate(module, data, verbose=False)
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path, callbacks=[Interrupt()]).validate(module, data, verbose=False)
+    assert make_trainer(tmp_path).validate(module, data, verbose=False) == [expected]
