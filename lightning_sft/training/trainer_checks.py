@@ -20,6 +20,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, BitsandbytesPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_sft.data.steps.step_loader import StepLoader
 from lightning_sft.errors import SettingsError, counted
 from lightning_sft.training.stored_settings import check_stored
 
@@ -157,12 +158,17 @@ def _check_super_is_called(kind: type) -> None:
 
 
 def check_loader(trainer: L.Trainer) -> None:
-    """Refuse a loader that divides optimizer steps among other devices, as one asked for before there was a trainer."""
+    """Refuse a loader alone where only the datamodule knows what each device is to be given next."""
     num_devices = getattr(trainer.train_dataloader, "world_size", trainer.world_size)
     if num_devices != trainer.world_size:
         raise SettingsError(
             f"The loader gives steps of {counted(num_devices, 'device')}, but there are {trainer.world_size}, each of "
             "which would train on the same rows. Give `trainer.fit` the `SFTDataModule` itself."
+        )
+    if isinstance(trainer.train_dataloader, StepLoader) and trainer.ckpt_path is not None:
+        raise SettingsError(
+            "The run continues from a checkpoint, but it is given a loader, which would begin with the first epoch "
+            "again. Give `trainer.fit` the `SFTDataModule` itself."
         )
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
-from support.fits import make_data
+from support.fits import ROWS, make_data, make_trainer
 from support.models import tiny_config, tiny_model
 from support.runs import adamw, train
 
@@ -89,3 +89,14 @@ def test_a_loader_for_another_number_of_devices_is_refused():
     module._trainer = SimpleNamespace(train_dataloader=make_data().train_dataloader(), world_size=2)
     with pytest.raises(ValueError, match=r"steps of 1 device, but there are 2, .* the `SFTDataModule` itself"):
         module.on_train_start()
+
+
+def test_a_loader_alone_is_refused_where_a_run_continues(tmp_path):
+    """It would begin with the rows of the first epoch again."""
+    data, path = make_data(val_data=ROWS[:2]), tmp_path / "one.ckpt"
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(SFTModule(tiny_model()), data)
+    trainer.save_checkpoint(path)
+    loaders = data.train_dataloader(), data.val_dataloader()
+    with pytest.raises(ValueError, match=r"continues from a checkpoint, .* Give `trainer.fit` the `SFTDataModule`"):
+        make_trainer(tmp_path, max_epochs=2).fit(SFTModule(tiny_model()), *loaders, ckpt_path=path)
