@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_sft.callbacks.prediction_writer import PredictionWriter
 from lightning_sft.checks import check_integer, check_local, check_type
 from lightning_sft.data.datamodule import SFTDataModule
+from lightning_sft.data.fixed_settings import FixedSettings
 from lightning_sft.data.rows.prompts import Prompt
-from lightning_sft.data.rows.shown import FixedSettings
 from lightning_sft.errors import SettingsError
 from lightning_sft.generation.generate import generate_records
 from lightning_sft.generation.generators import ResponseGenerator

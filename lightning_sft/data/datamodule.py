@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
-import lightning as L
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer
@@ -12,13 +11,14 @@ from lightning_sft.data.chat.chat_encoding import TrainOnTurns
 from lightning_sft.data.chat.chat_template import read_chat_template, with_chat_template
 from lightning_sft.data.data_settings import DataSettings
 from lightning_sft.data.encoding import Encoding, RowEncoder, TooLong
+from lightning_sft.data.fixed_settings import FixedDataModule
 from lightning_sft.data.prepared_rows import PreparedRows
 from lightning_sft.data.preview import Preview, preview_rows
 from lightning_sft.data.row_store import RowStore
 from lightning_sft.data.rows.bad_rows import BadRows
 from lightning_sft.data.rows.prompts import Prompt, PromptLoader
 from lightning_sft.data.rows.row_format import Row, RowFormat
-from lightning_sft.data.rows.shown import FixedSettings, shown_settings
+from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.rows.sources import Data
 from lightning_sft.data.steps.plan import StepRule
 from lightning_sft.data.steps.step_loader import LoaderOptions, PlanLoader, StepLoader
@@ -30,7 +30,7 @@ from lightning_sft.loops.trainer_state import logged_metrics
 from lightning_sft.loops.training_run import EpochLoader, TrainingRun
 
 
-class SFTDataModule(FixedSettings, L.LightningDataModule):
+class SFTDataModule(FixedDataModule):
     """Prompt/output rows or conversations, tokenised once and handed out as whole optimizer steps.
 
     A batch of `train_dataloader` is an `OptimizerStep`, everything that one optimizer step needs on this device: its

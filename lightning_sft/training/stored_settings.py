@@ -7,7 +7,7 @@ from typing import Any, Self
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
-from lightning_sft.data.rows.shown import FixedSettings, refuse_change
+from lightning_sft.data.fixed_settings import FixedSettings, refuse_change
 from lightning_sft.errors import SettingsTypeError
 
 # Their key in a checkpoint. What stands under Lightning's own key, "hyper_parameters", any `LightningCLI` prefers to

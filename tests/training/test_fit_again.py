@@ -7,9 +7,9 @@ import lightning as L
 import pytest
 import torch
 from support.fits import ROWS, make_data, make_trainer
-from support.models import tiny_config
+from support.models import character_tokenizer, tiny_config
 
-from lightning_sft import GenerationMonitor, Sampling, SFTModule
+from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
 from lightning_sft.errors import SettingsError
 
 adamw = partial(torch.optim.AdamW, lr=0.01)
@@ -92,6 +92,14 @@ def test_a_setting_of_what_is_made_is_not_changed_in_silence(make, name, value, 
     own = object.__new__(type("Own", (type(made),), {}))
     vars(own).update(vars(made))
     setattr(own, name, value)  # who writes a subclass gives its attributes a meaning
+
+
+def test_no_datamodule_is_made_of_a_checkpoint_which_does_not_hold_its_settings(tmp_path):
+    trainer, module, _ = begin(tmp_path, 1)
+    trainer.fit(module, make_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(SettingsError, match=r"no settings of the data. Make a `SFTDataModule` with its arguments"):
+        SFTDataModule.load_from_checkpoint(tmp_path / "one.ckpt", tokenizer=character_tokenizer(), train_data=ROWS)
 
 
 def test_hyperparameters_that_were_changed_are_refused_before_a_fit(tmp_path):

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_sft.errors import SettingsError, shorten
-
 
 def shown_path(path: str) -> str:
     """A name or path as others may see it: of an absolute path the last part alone, of an address no secrets."""
@@ -48,29 +46,3 @@ def _shown(value: Any) -> Any:
     if name := getattr(value, "name_or_path", None):
         return shown_path(str(name))
     return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-class FixedSettings:
-    """What keeps the `settings` it was made with: an attribute that is set to another value would change nothing.
-
-    Classes of a user's own may use the names for what they like.
-    """
-
-    settings: Any
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        settings = vars(self).get("settings", {})
-        given = settings if isinstance(settings, dict) else vars(settings)
-        if name in given and name != "model" and given[name] not in (value, _shown(value)):
-            refuse_change(self, name, value, given[name])
-        super().__setattr__(name, value)
-
-
-def refuse_change(holder: object, name: str, value: object, given: object) -> None:
-    """Refuse another value for a setting of an object of this package; not of a user's own subclass."""
-    kind = type(holder)
-    if kind.__module__.startswith("lightning_sft."):
-        raise SettingsError(
-            f"`{name}` is set to {shorten(value)}, but the `{kind.__name__}` was made with {shorten(given)} and keeps "
-            f"that. Make a new `{kind.__name__}` with the other value."
-        )
