@@ -1,6 +1,6 @@
 """What is made with settings, and keeps them."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import lightning as L
 
@@ -9,19 +9,22 @@ from lightning_sft.errors import SettingsError, shorten
 
 
 class FixedSettings:
-    """What keeps the `settings` it was made with: an attribute that is set to another value would change nothing.
-
-    Classes of a user's own may use the names for what they like.
-    """
+    """What keeps the `settings` it was made with: an attribute that is set to another value would change nothing."""
 
     settings: Any
 
     def __setattr__(self, name: str, value: Any) -> None:
-        settings = vars(self).get("settings", {})
-        given = settings if isinstance(settings, dict) else vars(settings)
-        if name in given and name != "model" and not _is_same(value, given[name]):
-            refuse_change(self, name, value, given[name])
+        if is_of_package(type(self)):
+            settings = vars(self).get("settings", {})
+            given = settings if isinstance(settings, dict) else vars(settings)
+            if name in given and name != "model" and not _is_same(value, given[name]):
+                refuse_change(self, name, value, given[name])
         super().__setattr__(name, value)
+
+
+def is_of_package(kind: type) -> bool:
+    """Whether a class is not a user's own, which may use the names of settings for what it likes, and store them."""
+    return kind.__module__.startswith("lightning_sft.")
 
 
 def _is_same(value: Any, given: Any) -> bool:
@@ -30,26 +33,29 @@ def _is_same(value: Any, given: Any) -> bool:
     return value is given or any(type(each) is type(given) and each == given for each in (value, shown))
 
 
-def refuse_change(holder: object, name: str, value: object, given: object) -> None:
-    """Refuse another value for a setting of an object of this package; not of a user's own subclass."""
-    kind = type(holder)
-    if kind.__module__.startswith("lightning_sft."):
-        raise SettingsError(
-            f"`{name}` is set to {shorten(value)}, but the `{kind.__name__}` was made with {shorten(given)} and keeps "
-            f"that. Make a new `{kind.__name__}` with the other value."
-        )
+def refuse_change(holder: object, name: str, value: object, given: object) -> NoReturn:
+    """Refuse another value for a setting of an object that keeps the one it was made with."""
+    kind = type(holder).__name__
+    raise SettingsError(
+        f"`{name}` is set to {shorten(value)}, but the `{kind}` was made with {shorten(given)} and keeps that. Make a "
+        f"new `{kind}` with the other value."
+    )
 
 
 class FixedDataModule(FixedSettings, L.LightningDataModule):
-    """A datamodule whose settings no checkpoint holds."""
+    """A datamodule whose settings no checkpoint holds, unless a subclass saves its own by `save_hyperparameters`."""
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: what it returned would have defaults for all settings that are not given here.
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Self:
+        """A datamodule of a subclass that saves its hyperparameters; others would have defaults for all settings.
 
         Raises:
-            SettingsError: Always.
+            SettingsError: If the class saves none.
         """
+        if not is_of_package(cls):
+            loaded = super().load_from_checkpoint(*args, **kwargs)
+            if loaded.hparams:
+                return loaded
         raise SettingsError(
             f"Checkpoints hold no settings of the data. Make a `{cls.__name__}` with its arguments, which the run's "
             "config.yaml names, and pass the checkpoint to `trainer.fit` or `trainer.validate` as `ckpt_path`."

@@ -7,7 +7,7 @@ from typing import Any, Self
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
-from lightning_sft.data.fixed_settings import FixedSettings, refuse_change
+from lightning_sft.data.fixed_settings import FixedSettings, is_of_package, refuse_change
 from lightning_sft.errors import SettingsTypeError
 
 # Their key in a checkpoint. What stands under Lightning's own key, "hyper_parameters", any `LightningCLI` prefers to
@@ -53,7 +53,7 @@ def store_settings(module: L.LightningModule, arguments: Mapping[str, Any]) -> N
 
 def check_stored(module: object) -> None:
     """Refuse `hparams` that were changed after a module was made: nothing but its checkpoints would know of it."""
-    now = getattr(module, "hparams", {})
-    for name, given in getattr(module, "hparams_initial", {}).items():
-        if now.get(name) != given:
-            refuse_change(module, f"hparams.{name}", now.get(name), given)
+    if isinstance(module, StoredModule) and is_of_package(type(module)):
+        for name, given in module.hparams_initial.items():
+            if module.hparams.get(name) != given:
+                refuse_change(module, f"hparams.{name}", module.hparams.get(name), given)

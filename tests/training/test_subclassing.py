@@ -283,3 +283,21 @@ def test_a_training_step_may_be_written_anew(tmp_path, automatic, layout):
         make_trainer(tmp_path, max_steps=3).fit(module, make_data(layout=layout))
     for name, weight in given.model.named_parameters():
         torch.testing.assert_close(own.model.get_parameter(name), weight)
+
+
+def test_a_subclass_may_have_settings_and_hyperparameters_of_its_own(tmp_path):
+    class OwnModule(SFTModule):
+        def __init__(self, class_weights):
+            super().__init__(tiny_config())
+            self.save_hyperparameters()
+            self.settings = None
+
+    class OwnData(SFTDataModule):
+        def __init__(self, num_rows):
+            super().__init__(character_tokenizer(), ROWS[:num_rows], batch_size=8)
+            self.save_hyperparameters()
+
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(OwnModule(torch.ones(2)), OwnData(9))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert OwnData.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True).hparams.num_rows == 9
