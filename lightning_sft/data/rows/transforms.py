@@ -69,7 +69,8 @@ def chosen_row(row: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(answer, list) and is_asked(answer[:1]):
         return {**rest, "messages": answer}
     asked = next((column for column in CONVERSATIONS if is_asked(row.get(column))), None)
-    if asked is None and {"instruction", "input"} <= set(rest) and isinstance(chosen, str):
+    is_alpaca = rest.get("prompt") is None and {"instruction", "input"} <= set(rest)
+    if asked is None and is_alpaca and isinstance(chosen, str):
         return alpaca_row({**rest, "output": chosen})
     if asked is None:
         return {**rest, "output": answer}

@@ -49,8 +49,8 @@ def test_a_row_becomes_a_conversation_and_keeps_what_else_it_has(transform, row,
 
 def test_a_chosen_answer_without_its_question_is_the_output():
     for chosen, question in (("b", "a"), ([assistant("b")], [user("a")])):
-        row = {"prompt": question, "chosen": chosen, "rejected": "c"}
-        assert chosen_row(row) == {"prompt": question, "output": chosen}
+        rest = {"prompt": question, "instruction": "x", "input": ""}  # of which the prompt was made
+        assert chosen_row({**rest, "chosen": chosen, "rejected": "c"}) == {**rest, "output": chosen}
 
 
 def test_answers_of_the_history_are_learnt_unless_only_the_last_turn_is():
