@@ -1,5 +1,6 @@
 """What a run's model card says of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -57,8 +58,10 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
 
 def run_settings(trainer: L.Trainer) -> dict[str, Any]:
     """All that a run was made with, by the names that the command line gives them; for loggers."""
-    of_module = dict(getattr(trainer.lightning_module, "settings", {}))
-    of_data = getattr(getattr(trainer, "datamodule", None), "settings", {})
+    made = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    of_module, of_data = (
+        dict(found) if isinstance(found := getattr(each, "settings", None), Mapping) else {} for each in made
+    )
     optimizers = trainer.optimizers
     if optimizers:
         of_module["optimizer"] = type(optimizers[0]).__name__

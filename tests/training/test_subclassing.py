@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from support.fits import ROWS, fit, make_data, make_trainer
 from support.models import character_tokenizer, save_tiny_model, tiny_config
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -297,7 +298,7 @@ def test_a_subclass_may_have_settings_and_hyperparameters_of_its_own(tmp_path):
             super().__init__(character_tokenizer(), ROWS[:num_rows], batch_size=8)
             self.save_hyperparameters()
 
-    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=1, logger=CSVLogger(tmp_path))
     trainer.fit(OwnModule(torch.ones(2)), OwnData(9))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     assert OwnData.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True).hparams.num_rows == 9
