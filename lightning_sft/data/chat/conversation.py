@@ -131,7 +131,8 @@ def _read_tools(row: Mapping[str, Any]) -> list[Any] | None:
     functions = _from_json("`functions`", row.get("functions") or [], list, "a list of functions")
     if tools and functions:
         raise SettingsError("the row has both `tools` and `functions`. Remove one.")
-    return [_read_tool(f"`tools`, number {number}", tool) for number, tool in enumerate(tools or functions, 1)] or None
+    column, found = ("tools", tools) if tools else ("functions", functions)
+    return [_read_tool(f"`{column}`, number {number}", tool) for number, tool in enumerate(found, 1)] or None
 
 
 def _read_tool(name: str, tool: object) -> dict[str, Any]:

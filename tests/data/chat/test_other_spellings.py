@@ -236,5 +236,6 @@ def test_tools_in_two_spellings_and_what_is_no_tool_are_refused():
     row = {"messages": LONG, "tools": [TOOL], "functions": [TOOL["function"]]}
     with pytest.raises(ValueError, match=r"row 1 .*: the row has both `tools` and `functions`. Remove one."):
         encode([row], chat_tokenizer(QWEN))
-    with pytest.raises(ValueError, match=r"row 1 .*: `tools`, number 2 is 3 of type int, expected an object."):
-        encode([{"messages": LONG, "tools": [TOOL, 3]}], chat_tokenizer(QWEN))
+    for column in ("tools", "functions"):
+        with pytest.raises(ValueError, match=rf"row 1 .*: `{column}`, number 2 is 3 of type int, expected an object."):
+            encode([{"messages": LONG, column: [TOOL, 3]}], chat_tokenizer(QWEN))
