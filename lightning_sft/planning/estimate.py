@@ -160,6 +160,8 @@ def _saved_by_quantization(builder: ModelBuilder, precision: Precision, notes: l
     stored = getattr(base.config, "quantization_config", None)  # of a checkpoint that is quantised already
     if (settings := (builder.model_kwargs or {}).get("quantization_config", stored)) is None:
         return 0
+    if precision.stored is not None:
+        base.to(dtype=precision.stored)
     try:
         return saved_by_quantization(base, settings)
     except SettingsError as error:

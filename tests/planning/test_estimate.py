@@ -72,6 +72,9 @@ def test_the_peak_beside_4_bit_weights_is_that_of_real_optimizer_steps(tmp_path)
     module = SFTModule(str(tmp_path), optimizer=adamw, lora={"r": 4})
     data, trainer = SFTDataModule(character_tokenizer(), ROWS, batch_size=6), {"precision": "bf16-mixed"}
     assert estimate_run(module, data, trainer).memory[False].state == expected.state
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | kwargs | {"dtype": "float32"}))
+    in_half = estimate_run(module, data, {"precision": "bf16-true"}).memory[False].state  # adapters too
+    assert in_half.weights == expected.state.weights - expected.state.gradients // 2
 
 
 @pytest.fixture
