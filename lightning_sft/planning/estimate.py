@@ -21,7 +21,7 @@ from lightning_sft.model.packing import why_never_packed
 from lightning_sft.model.precision import Precision
 from lightning_sft.model.sharding import check_not_replicated, shards_per_replica
 from lightning_sft.planning.quantized_weights import saved_by_quantization
-from lightning_sft.planning.step_memory import Devices, StepMemory, step_memory
+from lightning_sft.planning.step_memory import Devices, StepMemory, convert, step_memory
 from lightning_sft.planning.trainer_settings import TrainerSettings
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.state_memory import binary, parameter_counts
@@ -160,8 +160,7 @@ def _saved_by_quantization(builder: ModelBuilder, precision: Precision, notes: l
     stored = getattr(base.config, "quantization_config", None)  # of a checkpoint that is quantised already
     if (settings := (builder.model_kwargs or {}).get("quantization_config", stored)) is None:
         return 0
-    if precision.stored is not None:
-        base.to(dtype=precision.stored)
+    convert(base, precision.stored)
     try:
         return saved_by_quantization(base, settings)
     except SettingsError as error:

@@ -108,11 +108,11 @@ def step_memory(
     """
     with torch.device("meta"):
         model = copy.deepcopy(model)
-    _convert(model, precision.stored)
+    convert(model, precision.stored)
     state = state_memory(model.parameters(), optimizer)
     gathered = state.gradients if devices.num_copies > 1 else 0
     if devices.num_shards > 1:
-        _convert(model, precision.autocast)
+        convert(model, precision.autocast)
         gathered = _gathered(model) + (state.gradients if devices.whole_gradients else 0)
         state = state.shard(devices.num_shards)
     microbatch = _microbatch(shape, layout)
@@ -135,7 +135,8 @@ def step_memory(
     return StepMemory(state, gathered, activations, peak - saved_by_quantization)
 
 
-def _convert(model: nn.Module, dtype: torch.dtype | None) -> None:
+def convert(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give all weights a type, if there is one to give."""
     if dtype is not None:
         model.to(dtype=dtype)
 
