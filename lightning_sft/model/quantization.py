@@ -17,6 +17,13 @@ def is_quantized_layer(module: nn.Module) -> bool:
     return type(getattr(module, "weight", None)).__module__.startswith("bitsandbytes")
 
 
+def check_quantized(trains_adapters: bool, is_sharded: bool) -> None:
+    """Refuse what cannot be done with weights that bitsandbytes holds."""
+    if not trains_adapters or is_sharded:
+        why = "not be sharded; use the strategy `ddp`" if trains_adapters else "only train `lora` adapters"
+        raise SettingsError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
+
+
 def keep_from_packing(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference, which it does on CPUs with bfloat16 arithmetic.
 

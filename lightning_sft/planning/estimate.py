@@ -18,7 +18,7 @@ from lightning_sft.errors import SettingsError, counted, located, one_line
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.flops import training_flops
 from lightning_sft.model.packing import why_never_packed
-from lightning_sft.model.precision import Precision
+from lightning_sft.model.quantization import check_quantized
 from lightning_sft.model.sharding import check_not_replicated, shards_per_replica
 from lightning_sft.planning.quantized_weights import saved_by_quantization
 from lightning_sft.planning.step_memory import Devices, StepMemory, convert, step_memory
@@ -121,7 +121,7 @@ def estimate_run(
         num_shards=num_shards,
         whole_gradients=module.sync_every_microbatch is False,
     )
-    saved = _saved_by_quantization(module.builder, settings.precision, notes)
+    saved = _saved_by_quantization(module.builder, settings, notes)
     memory = {
         checkpointing: step_memory(
             model,
@@ -155,17 +155,19 @@ def estimate_run(
     return Estimate(counts, memory, module.checkpointing.gradient_checkpointing, run, [*notes, _UNCOUNTED])
 
 
-def _saved_by_quantization(builder: ModelBuilder, precision: Precision, notes: list[str]) -> int:
-    base = builder.build_empty_base(precision)
+def _saved_by_quantization(builder: ModelBuilder, trainer: TrainerSettings, notes: list[str]) -> int:
+    base = builder.build_empty_base(trainer.precision)
     stored = getattr(base.config, "quantization_config", None)  # of a checkpoint that is quantised already
     if (settings := (builder.model_kwargs or {}).get("quantization_config", stored)) is None:
         return 0
-    convert(base, precision.stored)
+    convert(base, trainer.precision.stored)
     try:
-        return saved_by_quantization(base, settings)
+        saved = saved_by_quantization(base, settings)
     except SettingsError as error:
         notes.append(f"`quantization_config` is not considered, all weights are counted in full: {error}")
         return 0
+    check_quantized(builder.lora is not None, trainer.is_sharded)
+    return saved
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lightning_sft.model.linear_head import find_linear_head
 from lightning_sft.model.packing import enable_packing
 from lightning_sft.model.positions import num_positions
 from lightning_sft.model.precision import Precision
-from lightning_sft.model.quantization import is_quantized
+from lightning_sft.model.quantization import check_quantized, is_quantized
 from lightning_sft.model.rotary import keep_rotary_by_row
 from lightning_sft.model.router_loss import router_coefficient
 from lightning_sft.model.sharding import Sharding, check_not_replicated, is_sharded, load_sharded, reshard, shard
@@ -109,9 +109,8 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
 
 def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Trainer | None) -> None:
     """Refuse a model that cannot be trained, or with fewer embeddings than the datamodule's tokenizer has tokens."""
-    if is_quantized(model) and (not trains_adapters or is_sharded(model)):
-        why = "not be sharded; use the strategy `ddp`" if trains_adapters else "only train `lora` adapters"
-        raise SettingsError(f"`model` is quantised by bitsandbytes, and such weights can {why}.")
+    if is_quantized(model):
+        check_quantized(trains_adapters, is_sharded(model))
     fits = trainer is not None and trainer.state.fn == "fit"
     if fits and not any(weight.requires_grad for weight in model.parameters()):
         raise SettingsError(

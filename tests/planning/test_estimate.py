@@ -75,6 +75,8 @@ def test_the_peak_beside_4_bit_weights_is_that_of_real_optimizer_steps(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | kwargs | {"dtype": "float32"}))
     in_half = estimate_run(module, data, {"precision": "bf16-true"}).memory[False].state  # adapters too
     assert in_half.weights == expected.state.weights - expected.state.gradients // 2
+    with pytest.raises(ValueError, match="such weights can not be sharded; use the strategy `ddp`"):  # as `fit` says
+        estimate_run(module, data, {"strategy": SHARDED, "devices": 2})
 
 
 @pytest.fixture
