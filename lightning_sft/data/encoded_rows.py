@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -18,7 +19,6 @@ from lightning_sft.data.cache import cache_error, cache_folder
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.encoded_example import ENCODED_FEATURES, EncodedExample, to_table
 from lightning_sft.data.encoding import RowEncoder
-from lightning_sft.data.encoding_report import CountedNotice, EncodingReport, count_notices
 from lightning_sft.data.forking import collect_before_forking
 from lightning_sft.data.rows.bad_rows import BadRow, BadRowCounts
 from lightning_sft.data.rows.sources import Source
@@ -27,6 +27,37 @@ from lightning_sft.errors import SettingsError
 _ROWS_READ_AT_ONCE = 10_000
 # Columns that are no part of an example.
 _ONLY_COUNTED = ["row", "is_truncated", "is_dropped", "problem", "unused_columns", "notices"]
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of rows, for the log and for statistics.
+
+    Attributes:
+        num_rows: Rows of which there are examples.
+        num_examples: Examples that are used.
+        num_dropped: Examples that are left out, since they are too long.
+        num_too_long: Rows of which all examples are left out for that.
+        num_truncated: Examples that are cut.
+        bad_rows: Rows that are left out, since they are malformed, counted by what is wrong with them.
+        unused_columns: Columns of rows that people mean to be used, and that are not.
+        notices: What is to be known of conversations: the first notice of each kind, with the number of rows that have
+            one of this kind.
+    """
+
+    num_rows: int
+    num_examples: int
+    num_dropped: int = 0
+    num_too_long: int = 0
+    num_truncated: int = 0
+    bad_rows: BadRowCounts = field(default_factory=BadRowCounts)
+    unused_columns: Sequence[str] = ()
+    notices: Mapping[Notice, int] = field(default_factory=dict)
+
+    @property
+    def counts_examples(self) -> bool:
+        """Whether some row became several examples, left out or not: then a number of examples is no number of rows."""
+        return self.num_examples + self.num_dropped > self.num_rows + self.num_too_long
 
 
 @dataclass(frozen=True)
@@ -103,20 +134,19 @@ def _read_unused_columns(part: Dataset) -> set[str]:
     return set(pc.unique(pc.list_flatten(part.data.column("unused_columns"))).to_pylist())
 
 
-def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> list[CountedNotice]:
-    """Notices of each kind; the rows that have none, which are most, are not looked at one by one."""
-    notices = dataset.select_columns("notices").with_format("arrow")
-    counts = [
-        pc.list_value_length(table["notices"]).to_numpy() for table in notices.iter(batch_size=_ROWS_READ_AT_ONCE)
-    ]
-    noticed = np.flatnonzero(np.concatenate([np.zeros(0), *counts]))
-    if not len(noticed):
-        return []
+def _count_notices(dataset: Dataset, row_numbers: NDArray[np.integer[Any]]) -> dict[Notice, int]:
+    """The first notice of each kind, with the number of rows that have one of this kind."""
+    # Most rows have no notices, and are not looked at one by one.
+    noticed = np.flatnonzero(_in_order(dataset, pc.list_value_length(dataset.data.column("notices"))))
+    first: dict[str, Notice] = {}
+    rows: dict[str, set[int]] = {}
     found = dataset.select(noticed).select_columns("notices")
-    return count_notices(
-        (row, [Notice(**notice) for notice in each["notices"]])
-        for row, each in zip(row_numbers[noticed].tolist(), found, strict=True)
-    )
+    for row, example in zip(row_numbers[noticed].tolist(), found, strict=True):
+        for notice in example["notices"]:
+            kind = notice["kind"]
+            first.setdefault(kind, Notice(**notice))
+            rows.setdefault(kind, set()).add(row)
+    return {notice: len(rows[kind]) for kind, notice in first.items()}
 
 
 def _num_cores() -> int:
@@ -160,8 +190,13 @@ def read_numbers(dataset: Dataset, column: str) -> NDArray[Any]:
     Formatted as numpy, `datasets` would make a Python object of each number, and of rows that were selected even a
     table of each.
     """
-    numbers: NDArray[Any] = dataset.data.column(column).to_numpy()
-    return numbers if dataset._indices is None else numbers[dataset._indices.column(0).to_numpy()]
+    return _in_order(dataset, dataset.data.column(column))
+
+
+def _in_order(dataset: Dataset, numbers: pa.ChunkedArray) -> NDArray[Any]:
+    """One number for each row that is stored, as numbers of the rows that are selected."""
+    stored: NDArray[Any] = numbers.to_numpy()
+    return stored if dataset._indices is None else stored[dataset._indices.column(0).to_numpy()]
 
 
 def content_hash(dataset: Dataset) -> str:

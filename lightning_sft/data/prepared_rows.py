@@ -10,8 +10,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from lightning_sft.data.encoded_rows import content_hash, read_numbers
-from lightning_sft.data.encoding_report import EncodingReport
+from lightning_sft.data.encoded_rows import EncodingReport, content_hash, read_numbers
 from lightning_sft.data.rows.mixture import WeightedSource, weighted_sources
 from lightning_sft.data.rows.sources import full_location
 from lightning_sft.data.run_identity import check_same_data

@@ -34,10 +34,15 @@ def report_rows(
             f"{title}: truncated {report.num_truncated:,} {of_all}, {limit}; their responses lose the end and the EOS."
         )
     if report.num_examples > report.num_rows:
-        rank_zero_info(f"{title}: {report.examples_in_words}")
-    for each_notice in report.notices:
-        say = rank_zero_warn if each_notice.notice.is_warning else rank_zero_info
-        say(f"{title}: {each_notice.in_words(report.num_rows)}")
+        rank_zero_info(
+            f"{title}: {counted(report.num_rows, 'row')} became {counted(report.num_examples, 'example')}, one for "
+            "each turn, since the chat template writes a turn differently once others follow, or ends it without a "
+            "special token. Each is learnt in the context of inference. "
+            '`train_on_turns: "last"` learns only the last turns.'
+        )
+    for notice, num_rows in report.notices.items():
+        say = rank_zero_warn if notice.is_warning else rank_zero_info
+        say(f"{title}: {notice.in_words(f'{num_rows:,} of {report.num_rows:,} rows')}")
     _warn_of_unused_columns(title, report.unused_columns)
     _warn_without_conversations(title, rows, encoder.row_format.settings_of_conversations())
 

@@ -90,7 +90,8 @@ class ChatEncoder:
         *first, last = self._examples(conversation, turns, left_out, text)
         lost = unwritten_message(self._template, conversation, turns, text)
         if lost is not None:
-            last = replace(last, notices=[*last.notices, Notice.of_context(lost["role"], lost["content"])])
+            notice = Notice("context", f"{lost['content'][:40]!r} ({lost['role']})")
+            last = replace(last, notices=[*last.notices, notice])
         return [*first, last]
 
     def _examples(
@@ -119,11 +120,11 @@ class ChatEncoder:
         self, conversation: Conversation, turns: Sequence[Turn], left_out: Sequence[str], text: str | None
     ) -> WrittenExample:
         learnt = learnt_text(self._template, conversation, turns, text)
-        notices = [Notice.of_reasoning(reasoning) for reasoning in left_out if reasoning]
+        notices = [Notice("reasoning", repr(reasoning[:40])) for reasoning in left_out if reasoning]
         calls = [unlearnt_call(conversation, turn, learnt) for turn in turns]
-        notices += [Notice.of_call(name) for name in calls if name is not None]
+        notices += [Notice("call", f"`{name}`") for name in calls if name is not None]
         if self._append_eos and not turns[-1].is_closed:
-            notices.append(Notice.of_end(learnt.text))
+            notices.append(Notice("end", repr(learnt.text[-20:])))
         content = conversation.messages[turns[-1].index]["content"]
         return WrittenExample(learnt.text, turns, learnt.spans, content, learnt.text, text is not None, notices)
 
@@ -182,17 +183,18 @@ class ChatEncoder:
             turn = turns.get(start)
             before = text.alike(written.text[:start] if turn is None else turn.prompt)
             if turn is not None and not before.is_whole:
-                words = text.alike(turn.prompt[: turn.words_end])
+                words, begins = text.alike(turn.prompt[: turn.words_end]), repr(around(turn.text, turn.start))
                 if before.num_tokens < words.num_tokens + (not words.is_whole):
                     raise SettingsError(
                         f"turn {turn.index + 1} (assistant) begins within a token that ends the message before it, in "
-                        f"{around(turn.text, turn.start)!r}. Give a `chat_template` that writes more between them, and "
-                        "does so if `add_generation_prompt` is true."
+                        f"{begins}. Give a `chat_template` that writes more between them, and does so if "
+                        "`add_generation_prompt` is true."
                     )
                 if turn.text.startswith(turn.prompt):
-                    notices.append(Notice.of_token(turn.text, turn.start))
+                    notices.append(Notice("token", begins))
                 else:
-                    notices.append(Notice.of_prompt(turn.prompt, turn.text, turn.start))
+                    prompt_end = turn.prompt[max(turn.start - 20, 0) :]
+                    notices.append(Notice("prompt", f"{prompt_end!r}, but before this turn {begins}"))
             until = text.alike(written.text[:end])
             if not until.is_whole:
                 raise SettingsError(

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_sft.data.tokens.texts import around
-
 NoticeKind = Literal["prompt", "token", "end", "reasoning", "call", "context"]
 
 
@@ -32,36 +30,6 @@ class Notice:
     def in_words(self, rows: str) -> str:
         """What a user reads, with the rows that it is true of."""
         return _SENTENCES[self.kind].format(rows=rows, example=self.example)
-
-    @classmethod
-    def of_prompt(cls, prompt: str, text: str, shared: int) -> "Notice":
-        """The generation prompt and the turn part after so many characters."""
-        return cls("prompt", f"{prompt[max(shared - 20, 0) :]!r}, but before this turn {around(text, shared)!r}")
-
-    @classmethod
-    def of_token(cls, text: str, start: int) -> "Notice":
-        """The turn begins within a token."""
-        return cls("token", repr(around(text, start)))
-
-    @classmethod
-    def of_end(cls, text: str) -> "Notice":
-        """The text ends with the turn."""
-        return cls("end", repr(text[-20:]))
-
-    @classmethod
-    def of_reasoning(cls, reasoning: str) -> "Notice":
-        """The template does not write the reasoning."""
-        return cls("reasoning", repr(reasoning[:40]))
-
-    @classmethod
-    def of_call(cls, name: str) -> "Notice":
-        """The template writes a call of this function, but not into what it marks."""
-        return cls("call", f"`{name}`")
-
-    @classmethod
-    def of_context(cls, role: str, content: str) -> "Notice":
-        """The template does not write this message."""
-        return cls("context", f"{content[:40]!r} ({role})")
 
 
 _WAY_OUT = (

@@ -203,7 +203,7 @@ def test_an_empty_turn_begins_with_the_token_that_ends_it_where_the_prompt_begin
     tokenizer = chat_tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<|think>{% endif"))
     rows = encoded_rows([{"messages": [*LONG[:3], assistant("")]}], tokenizer)
     assert responses(rows.dataset[0], tokenizer) == ["4.<|im_end|>", "<|im_end|>"]
-    assert [counted.notice.kind for counted in rows.report.notices] == ["prompt"]
+    assert [notice.kind for notice in rows.report.notices] == ["prompt"]
 
 
 @pytest.mark.parametrize("question", ["3+3?", ""])
@@ -215,9 +215,12 @@ def test_where_prompt_and_turn_share_a_token_the_response_begins_with_it(questio
     (row,) = encode([{"messages": messages}], tokenizer)
     assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
     assert responses(row, tokenizer) == ["4.<|im_end|>", ":6!<|im_end|>"]
-    (counted,) = encoded_rows([{"messages": messages}], tokenizer).report.notices
-    words = "in 1 of 1 rows one token holds the end of the generation prompt and the beginning of the turn: "
-    assert counted.in_words(1).startswith(f"{words}'<|im_end|>assistant:6!<|im_end|>'. The response begins with it")
+    ((notice, num_rows),) = encoded_rows([{"messages": messages}], tokenizer).report.notices.items()
+    assert num_rows == 1
+    words = "in {rows} one token holds the end of the generation prompt and the beginning of the turn: "
+    assert notice.in_words("{rows}").startswith(
+        f"{words}'<|im_end|>assistant:6!<|im_end|>'. The response begins with it"
+    )
 
 
 def test_a_turn_that_is_marked_without_the_token_that_ends_it_is_learnt_with_it_even_if_it_is_empty():

@@ -85,9 +85,9 @@ LAST_PART += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 def test_what_a_template_cuts_off_before_the_answer_is_said(mark, content, left_out):
     template = LAST_PART.replace("MARK", repr(mark))
     rows = encoded_rows([{"messages": [user("2+2?"), assistant(content)]}], chat_tokenizer(template))
-    (counted,) = rows.report.notices
+    (notice,) = rows.report.notices
     words = f"leaves out a part of the content of a turn that is learnt, such as its reasoning: '{left_out}'"
-    assert words in counted.in_words(1)
+    assert words in notice.in_words("a row")
 
 
 def test_an_answer_of_which_the_template_leaves_all_out_is_refused():
@@ -107,8 +107,8 @@ def test_all_parts_of_a_content_that_is_written_in_another_way_are_looked_for():
         encoded_rows([{"messages": [user("?"), assistant(content)]}], chat_tokenizer(rewritten)).report.notices
         for content in ("<think>\neasy\n</think>4.", "Use <think> and </think> tags.", "a</think>b</think>c")
     ]
-    assert [each.notice.example for counted in notices for each in counted] == ["'Use'", "'b'"]
-    assert notices[0] == []
+    assert [notice.example for each in notices for notice in each] == ["'Use'", "'b'"]
+    assert not notices[0]
 
 
 def test_a_call_that_a_template_writes_but_does_not_mark_is_said():
@@ -124,14 +124,13 @@ def test_a_call_that_a_template_writes_but_does_not_mark_is_said():
     for answer, expected in ((around_content, ["call"]), (marked.replace("BOTH", content), []), (content, [])):
         tokenizer = chat_tokenizer(chatml.replace("ANSWER", answer))
         encoded = encoded_rows(rows, tokenizer)
-        assert [counted.notice.kind for counted in encoded.report.notices] == expected
+        assert [notice.kind for notice in encoded.report.notices] == expected
         assert responses(encoded.dataset[0], tokenizer)[0].startswith("I add.<call>mul") != bool(expected)
-    (counted,) = encoded_rows(rows, chat_tokenizer(chatml.replace("ANSWER", around_content))).report.notices
-    words = (
-        "in 1 of 2 rows the chat template leaves a tool call out of what it marks with `{% generation %}`, such as that"
-    )
-    assert counted.notice.is_warning
-    assert f"{words} of `mul`" in counted.in_words(2)
+    encoded = encoded_rows(rows, chat_tokenizer(chatml.replace("ANSWER", around_content)))
+    ((notice, num_rows),) = encoded.report.notices.items()
+    assert (num_rows, notice.is_warning) == (1, True)
+    words = "in 1 row the chat template leaves a tool call out of what it marks with `{% generation %}`, such as that"
+    assert f"{words} of `mul`" in notice.in_words("1 row")
 
 
 def test_a_message_of_a_tool_or_the_system_that_a_template_leaves_out_is_said():
@@ -139,9 +138,11 @@ def test_a_message_of_a_tool_or_the_system_that_a_template_leaves_out_is_said():
     chatml = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role not in LEFT_OUT %}")
     for left_out, example in (("tool", "'It is three' (tool)"), ("system", "'Be brief.' (system)")):
         tokenizer = chat_tokenizer(chatml.replace("LEFT_OUT", repr([left_out])))
-        (counted,) = encoded_rows([{"messages": messages}, {"messages": LONG}], tokenizer).report.notices
-        words = f"in 1 of 2 rows the chat template leaves out a message before a turn that is learnt: {example}. The"
-        assert counted.in_words(2).startswith(words)
+        rows = encoded_rows([{"messages": messages}, {"messages": LONG}], tokenizer)
+        ((notice, num_rows),) = rows.report.notices.items()
+        assert num_rows == 1
+        words = f"in 1 row the chat template leaves out a message before a turn that is learnt: {example}. The"
+        assert notice.in_words("1 row").startswith(words)
     upper = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' else m.content | upper }}")
     assert not encoded_rows([{"messages": messages}], chat_tokenizer(upper)).report.notices
 
