@@ -63,7 +63,7 @@ class BadRowLog:
 
     def __init__(self, argument: str, known: BadRowCounts) -> None:
         self._argument = argument
-        self._kinds = {each.first.kind for each in known.counted}
+        self._kinds = {row.kind for row in known.counted}
         self._counts, self._next_total = BadRowCounts(), 10
 
     def add(self, rows: Iterable[BadRow]) -> None:

@@ -1,9 +1,10 @@
 """Rows that cannot be used: an error, or left out and counted by what is wrong with them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_sft.errors import SettingsError
@@ -63,50 +64,41 @@ class RowProblems:
             self.found.setdefault(number, BadRow(location, str(error)))
 
 
-@dataclass(frozen=True)
-class CountedBadRows:
-    """Rows of which the same is wrong: the first of them, and how many they are."""
-
-    first: BadRow
-    num_rows: int
-
-    def __str__(self) -> str:
-        rows = f"{self.num_rows:,} rows such as" if self.num_rows > 1 else "1 row,"
-        return f"{rows} {self.first.location}: {self.first.problem}"
-
-
 class BadRowCounts:
     """Bad rows, counted by what is wrong with them."""
 
     def __init__(self, rows: Iterable[BadRow] = ()) -> None:
-        self._counted: dict[str, CountedBadRows] = {}
+        self._first: dict[str, BadRow] = {}
+        self._counts: Counter[str] = Counter()
         for row in rows:
             self.add(row)
 
     def add(self, row: BadRow) -> None:
         """Count one more."""
-        counted = self._counted.get(row.kind, CountedBadRows(row, 0))
-        self._counted[row.kind] = replace(counted, num_rows=counted.num_rows + 1)
+        self._first.setdefault(row.kind, row)
+        self._counts[row.kind] += 1
 
     @property
-    def counted(self) -> list[CountedBadRows]:
-        """The kinds, the most frequent first."""
-        return sorted(self._counted.values(), key=lambda each: -each.num_rows)
+    def counted(self) -> dict[BadRow, int]:
+        """The first row of each kind with the number of such rows, the most frequent first."""
+        return {self._first[kind]: num_rows for kind, num_rows in self._counts.most_common()}
 
     @property
     def total(self) -> int:
         """How many rows there are."""
-        return sum(each.num_rows for each in self._counted.values())
+        return self._counts.total()
 
     @property
     def reason(self) -> str:
         """Why rows are left out, to follow the word "rows"; empty if some were filtered."""
         filtered = str(FilteredRowError())
-        return "" if any(each.first.problem == filtered for each in self.counted) else " that cannot be used"
+        return "" if any(row.problem == filtered for row in self.counted) else " that cannot be used"
 
     def in_words(self) -> list[str]:
         """A sentence for each of the most frequent kinds, and one for all others."""
-        counted = self.counted
-        others = sum(each.num_rows for each in counted[_NUM_KINDS_NAMED:])
-        more = [f"{others:,} more rows for other reasons."] if others else []
-        return [*map(str, counted[:_NUM_KINDS_NAMED]), *more]
+        sentences, others = [], self.total
+        for first, num_rows in list(self.counted.items())[:_NUM_KINDS_NAMED]:
+            rows = f"{num_rows:,} rows such as" if num_rows > 1 else "1 row,"
+            sentences.append(f"{rows} {first.location}: {first.problem}")
+            others -= num_rows
+        return [*sentences, f"{others:,} more rows for other reasons."] if others else sentences

@@ -23,9 +23,9 @@ def test_rows_are_counted_by_what_is_wrong_and_the_first_of_each_kind_is_shown()
         for number, value in enumerate(values)
     ]
     counts = BadRowCounts(rows)
-    assert [each.num_rows for each in counts.counted] == [5, 5, 2, 2, 2, 2]
+    assert list(counts.counted.values()) == [5, 5, 2, 2, 2, 2]
     assert counts.total == len(rows)
-    firsts = {each.first.kind: each.first for each in counts.counted}
+    firsts = {first.kind: first for first in counts.counted}
     assert firsts["not valid JSON (Expecting value at column #): "].problem.startswith("not valid JSON")
     words = counts.in_words()
     assert words[0] == "5 rows such as line 00: no value for `output` (`output_field`). The row has ['a']."
