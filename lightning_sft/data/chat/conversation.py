@@ -12,29 +12,15 @@ from lightning_sft.errors import SettingsError, one_line, shorten
 
 Message: TypeAlias = dict[str, Any]
 
-_ROLES = {
+_CALL_ROLES = ("function_call", "tool_call")  # of turns that are nothing but calls
+_ROLES = {  # what people call them, and what chat templates do
     "system": "system",
     "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "environment": "tool",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", *_CALL_ROLES), "assistant"),
+    **dict.fromkeys(("tool", "tool_response", "function", "function_response", "observation"), "tool"),
+    **dict.fromkeys(("ipython", "environment"), "tool"),
 }
-
-_CALL_ROLES = ("function_call", "tool_call")  # of turns that are nothing but calls
 
 _TAKEN_VARIABLES = {"messages", "conversations", "tools", "chat_template", "add_generation_prompt"}
 _TAKEN_VARIABLES |= {"continue_final_message", "return_assistant_tokens_mask"}
