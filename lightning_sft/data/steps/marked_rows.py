@@ -1,7 +1,7 @@
 """Tokens as the model will see them, coloured where they count in the loss, for notebooks and terminals."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby, pairwise
 
@@ -86,29 +86,16 @@ def marked_rows(microbatch: Microbatch) -> Iterator[MarkedRow]:
         )
 
 
-@dataclass(frozen=True)
-class MarkedRows:
-    """Rows that a notebook shows, the first few of them whole; without a tokenizer it shows ids."""
-
-    rows: Sequence[MarkedRow]
-    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
-
-    def _repr_html_(self) -> str:
-        return self.html()
-
-    def html(self, note: str = "") -> str:
-        """The page; its first line ends in the note."""
-        num_tokens, num_response = (
-            sum(len(row.ids) for row in self.rows),
-            sum(sum(row.is_response) for row in self.rows),
-        )
-        head = (
-            f"{counted(len(self.rows), 'sequence')}, {counted(num_tokens, 'token')}, "
-            f"{counted(num_response, 'response token')} ({percent(num_response, num_tokens)}, coloured){note}"
-        )
-        more = len(self.rows) - _NOTEBOOK_ROWS
-        tail = f"<div>… and {counted(more, 'sequence')} more</div>" if more > 0 else ""
-        return f"<div><b>{head}</b></div>{rows_html(self.rows[:_NOTEBOOK_ROWS], self.tokenizer)}{tail}"
+def batch_html(rows: Sequence[MarkedRow], tokenizer: PreTrainedTokenizerBase | None, note: str) -> str:
+    """The first rows of a batch for a notebook, under a line that says how many there are and ends in the note."""
+    num_tokens, num_response = sum(len(row.ids) for row in rows), sum(sum(row.is_response) for row in rows)
+    head = (
+        f"{counted(len(rows), 'sequence')}, {counted(num_tokens, 'token')}, "
+        f"{counted(num_response, 'response token')} ({percent(num_response, num_tokens)}, coloured){note}"
+    )
+    more = len(rows) - _NOTEBOOK_ROWS
+    tail = f"<div>… and {counted(more, 'sequence')} more</div>" if more > 0 else ""
+    return f"<div><b>{head}</b></div>{rows_html(rows[:_NOTEBOOK_ROWS], tokenizer)}{tail}"
 
 
 def rows_html(rows: Iterable[MarkedRow], tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.steps.marked_rows import MarkedRows, marked_rows
+from lightning_sft.data.steps.marked_rows import batch_html, marked_rows
 from lightning_sft.data.steps.plan import StepTotals
 from lightning_sft.data.tokens.microbatch import Microbatch
 from lightning_sft.errors import counted
@@ -44,4 +44,4 @@ class OptimizerStep:
 
     def _repr_html_(self) -> str:
         rows = [row for microbatch in self.microbatches for row in marked_rows(microbatch)]
-        return MarkedRows(rows, self.tokenizer).html(f", {counted(len(self.microbatches), 'microbatch', 'es')}")
+        return batch_html(rows, self.tokenizer, f", {counted(len(self.microbatches), 'microbatch', 'es')}")
