@@ -16,8 +16,7 @@ from lightning_sft.data.cache import code_hash
 from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversation, WrittenExample
 from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_table
 from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
-from lightning_sft.data.rows.row_format import AnyRow, RowFormat
-from lightning_sft.data.rows.said import PlainRow, TokenRow
+from lightning_sft.data.rows.row_format import AnyRow, PlainRow, RowFormat, TokenRow
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.rows.token_rows import check_vocabulary, last_stretch, num_token_ids
 from lightning_sft.data.tokens.example import Example

@@ -49,9 +49,9 @@ def report_rows(
 
 def report_prompts(argument: str, prompts: PromptRows) -> None:
     """Say what became of the rows of an argument that a model is to continue; refused if nothing is left."""
-    if not len(prompts.dataset):
+    if not prompts.prompts:
         raise nothing_left(f"`{argument}`", prompts.bad_rows)
-    _report_bad_rows(argument, prompts.bad_rows, prompts.bad_rows.total + len(prompts.dataset))
+    _report_bad_rows(argument, prompts.bad_rows, prompts.bad_rows.total + len(prompts.prompts))
     _warn_of_unused_columns(argument, prompts.unused_columns)
 
 

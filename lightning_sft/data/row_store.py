@@ -28,17 +28,14 @@ Stage = Literal["fit", "validate", "test", "predict"]
 
 
 class RowStore:
-    """Encoded rows by split; None until a stage that needs them is loaded.
-
-    Those of `predict` are prompts, with the columns `prompt`, `ground_truth` and `as_written`.
-    """
+    """Encoded rows by split, and prompts for `predict`; None until a stage that needs them is loaded."""
 
     def __init__(self, settings: DataSettings, rule: StepRule) -> None:
         self._settings, self._rule = settings, rule
         self.train: TrainingRows | None = None
         self.val: PreparedRows | None = None
         self.test: PreparedRows | None = None
-        self.predict: Dataset | None = None
+        self.predict: list[Prompt] | None = None
         self._error: SettingsError | None = None
 
     def keep_error(self, load: Callable[[], None]) -> None:
@@ -93,15 +90,10 @@ class RowStore:
     def prompts(self, stage: str, num_prompts: int | None) -> list[Prompt]:
         """The first prompts of the rows of a stage that is loaded, as `SFTDataModule.prompts`."""
         check_integer("num_prompts", num_prompts, at_least=0, optional=True)
+        if stage == "predict":
+            return cast(list[Prompt], self.predict)[:num_prompts]
         of_stage = {"fit": self.val or self.train, "validate": self.val, "test": self.test}
-        split = of_stage.get(stage)
-        rows = cast(Dataset, self.predict) if split is None else split.rows
-        first = range(len(rows))[:num_prompts]
-        rows = rows.select_columns(["prompt", "ground_truth", "as_written"]).select(first)
-        return [
-            Prompt(index, row["prompt"], row["ground_truth"], row["as_written"])
-            for index, row in enumerate(rows.to_list())
-        ]
+        return _prompts(cast(TrainingRows, of_stage[stage]).rows, num_prompts)
 
     def facts(self) -> dict[str, Any]:
         """What a model card says of the training and validation rows that are loaded."""
@@ -129,16 +121,16 @@ class RowStore:
         elif self._settings.val_fraction:
             self._divide_training(encoder)
 
-    def _load_prompts(self, encoder: RowEncoder) -> Dataset:
+    def _load_prompts(self, encoder: RowEncoder) -> list[Prompt]:
         if self._settings.predict_data is not None:
             sources = open_sources(self._settings.predict_data, "predict_data")
-            prompts = render_prompts(sources, encoder.row_format, encoder.tokenizer, encoder.encoding.bad_rows)
-            report_prompts("predict_data", prompts)
-            return prompts.dataset
+            rendered = render_prompts(sources, encoder.row_format, encoder.tokenizer, encoder.encoding.bad_rows)
+            report_prompts("predict_data", rendered)
+            return rendered.prompts
         self._load_validation(encoder)
         if self.val is None:
             raise SettingsError("`predict_data` is needed for predict, as there is no `val_data` to take prompts from.")
-        return self.val.rows
+        return _prompts(self.val.rows, None)
 
     def _prepare(self, split: str, stage: str, encoder: RowEncoder) -> PreparedRows:
         data, argument = self._settings.of(split), f"{split}_data"
@@ -187,6 +179,15 @@ class RowStore:
             only_source=whole.only_source,
         )
         self.train = whole.selected(examples["train"])
+
+
+def _prompts(rows: Dataset, num_prompts: int | None) -> list[Prompt]:
+    """The first prompts of encoded rows; all if None."""
+    first = rows.select_columns(["prompt", "ground_truth", "as_written"]).select(range(len(rows))[:num_prompts])
+    return [
+        Prompt(index, row["prompt"], row["ground_truth"], row["as_written"])
+        for index, row in enumerate(first.to_list())
+    ]
 
 
 def _has_others() -> bool:

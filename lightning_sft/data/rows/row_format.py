@@ -22,13 +22,46 @@ from lightning_sft.data.rows.columns import (
 )
 from lightning_sft.data.rows.prompt_template import read_prompt_template, template_columns
 from lightning_sft.data.rows.readers import UnreadableRow
-from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow, TokenPrompt, TokenRow
 from lightning_sft.data.rows.token_rows import IDS, read_prompt_tokens, read_tokens
+from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.texts import check_is_text
 from lightning_sft.errors import SettingsError, one_line, shorten
 
 Row: TypeAlias = Mapping[str, Any]
 AnyRow: TypeAlias = Row | UnreadableRow
+
+
+# What a row says. Everywhere `ground_truth` is the reference answer, None if the row has none, and `unused_columns` are
+# columns of the row that people mean to be used, and that are not.
+
+
+@dataclass(frozen=True)
+class PlainRow:
+    """A prompt and the output that is to be learnt; or, without a prompt, a text that is learnt as a whole."""
+
+    prompt: str
+    output: str
+    ground_truth: str | None
+    unused_columns: tuple[str, ...] = ()
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """A conversation, which the chat template is to write."""
+
+    conversation: Conversation
+    ground_truth: str | None
+    unused_columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row that is tokenised already."""
+
+    example: Example
+    ground_truth: str | None
+    unused_columns: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -116,19 +149,19 @@ class RowFormat:
             return self._chat_row(row, prompt, output, ground_truth)
         return PlainRow(prompt, output, output if ground_truth is None else ground_truth, self._unused_columns(row))
 
-    def render_prompt(self, row: AnyRow) -> PlainPrompt | ChatRow | TokenPrompt:
-        """What a row says that a model is to go on from; an output is not needed. A text goes on where it ends."""
+    def render_prompt(self, row: AnyRow) -> PlainRow | ChatRow | TokenRow:
+        """What a row says that a model is to go on from, without its output. A text goes on where it ends."""
         row = self._transformed(row)
         if self._has_tokens(row):
-            return TokenPrompt(read_prompt_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
+            return TokenRow(read_prompt_tokens(row), self._ground_truth(row), unused_beside_tokens(row))
         if (conversation := self._conversation(row)) is not None:
             return ChatRow(conversation, self._ground_truth(row), self._unused_columns(row, MISSED_IN_CONVERSATIONS))
         if (text := self._whole_text(row)) is not None:
-            return PlainPrompt(text, self._ground_truth(row))
+            return PlainRow(text, "", self._ground_truth(row))
         prompt, ground_truth = self._prompt(row), self._ground_truth(row)
         if self.as_chat:
             return self._chat_row(row, prompt, None, ground_truth)
-        return PlainPrompt(prompt, ground_truth, self._unused_columns(row))
+        return PlainRow(prompt, "", ground_truth, self._unused_columns(row))
 
     def _has_tokens(self, row: Row) -> bool:
         return row.get(IDS) is not None and not self._names_columns

@@ -32,11 +32,12 @@ def read_tokens(row: Mapping[str, Any]) -> Example:
     return example
 
 
-def read_prompt_tokens(row: Mapping[str, Any]) -> list[int]:
+def read_prompt_tokens(row: Mapping[str, Any]) -> Example:
     """What a model goes on from: the tokens before the last stretch that is learnt; all if no column marks any."""
     ids, is_learnt = _ids_and_marks(row)
     example = _example(ids, is_learnt)
-    return ids if example is None or not _marks(row) else ids[: last_stretch(example)[0]]
+    length = len(ids) if example is None or not _marks(row) else last_stretch(example)[0]
+    return Example(ids[:length], length)
 
 
 def last_stretch(example: Example) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from support.rows import (
 
 from lightning_sft import alpaca_row, chosen_row
 from lightning_sft.data.chat.conversation import Conversation
-from lightning_sft.data.rows.row_format import ChatRow, PlainPrompt, PlainRow, RowFormat
+from lightning_sft.data.rows.row_format import ChatRow, PlainRow, RowFormat
 
 
 def test_the_ground_truth_is_the_output_unless_the_row_has_one():
@@ -38,7 +38,7 @@ def test_columns_are_taken_by_the_names_given():
 
 
 def test_a_prompt_alone_needs_no_output():
-    assert RowFormat().render_prompt({"prompt": "a"}) == PlainPrompt(prompt="a", ground_truth=None)
+    assert RowFormat().render_prompt({"prompt": "a"}) == PlainRow(prompt="a", output="", ground_truth=None)
     with pytest.raises(ValueError, match="no value for `answer`"):
         RowFormat(ground_truth_field="answer").render_prompt({"prompt": "a"})
 
@@ -119,7 +119,7 @@ def test_the_transform_is_applied_first_and_to_a_copy():
 
     rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
     assert encode(rows, row_transform=transform).dataset["input_ids"][:] == [[97, 49, 33, 128], [98, 50, 33, 128]]
-    assert RowFormat(row_transform=transform).render_prompt(rows[0]) == PlainPrompt("a", None)
+    assert RowFormat(row_transform=transform).render_prompt(rows[0]) == PlainRow("a", "", None)
     assert rows == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
 
 
@@ -217,7 +217,7 @@ def test_preferences_are_told_what_they_are_and_the_chosen_answer_can_be_learnt(
     (learnt,) = encode([row], tokenizer, row_transform=chosen_row).dataset
     assert learnt["output"] == answer
     assert encode([row | {"messages": LONG, "conversations": None}], tokenizer).dataset["output"][:] == ["6!"]
-    assert RowFormat().render_prompt({"prompt": "a", "chosen": "b", "rejected": "c"}) == PlainPrompt("a", None)
+    assert RowFormat().render_prompt({"prompt": "a", "chosen": "b", "rejected": "c"}) == PlainRow("a", "", None)
 
 
 @pytest.mark.parametrize(

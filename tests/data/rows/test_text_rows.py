@@ -6,8 +6,7 @@ from support.models import character_tokenizer
 from support.rows import encode, json_lines, refusal, write
 
 from lightning_sft import SFTDataModule
-from lightning_sft.data.rows.row_format import RowFormat
-from lightning_sft.data.rows.said import ChatRow, PlainPrompt, PlainRow
+from lightning_sft.data.rows.row_format import ChatRow, PlainRow, RowFormat
 
 EOS, BOS = 128, 129
 
@@ -96,7 +95,7 @@ def test_completion_is_an_output_by_default_and_output_comes_first():
     assert RowFormat().render(row) == PlainRow("a", "b", "b")
     assert RowFormat().render(row | {"output": "c"}) == PlainRow("a", "c", "c")
     assert RowFormat(prompt_template="{prompt}!").render(row) == PlainRow("a!", "b", "b")
-    assert RowFormat().render_prompt(row) == PlainPrompt("a", None)
+    assert RowFormat().render_prompt(row) == PlainRow("a", "", None)
     assert refusal([row], output_field="answer").startswith("row 1 of `train_data`: no value for `answer`")
     (chat,) = encode([row], chat_tokenizer(CHATML), as_chat=True).dataset
     assert (chat["output"], chat["as_written"]) == ("b", True)

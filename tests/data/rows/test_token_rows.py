@@ -87,7 +87,7 @@ def test_prompts_are_the_texts_before_the_last_tokens_that_are_learnt():
         {"input_ids": IDS, "completion_mask": [0] * 5},
         {"input_ids": IDS},
     ]
-    assert [read_prompt_tokens(row) for row in rows] == [IDS[:3], IDS, IDS]
+    assert [read_prompt_tokens(row).input_ids for row in rows] == [IDS[:3], IDS, IDS]
     data = SFTDataModule(character_tokenizer(), rows[:1], val_data=[rows[0], rows[2]], predict_data=rows)
     for stage, prompts in (("validate", ["abc", ""]), ("predict", ["abc", "abcde", "abcde"])):
         data.setup(stage)
