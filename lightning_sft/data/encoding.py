@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checks import check_choice, check_integer, check_type
 from lightning_sft.data.cache import code_hash
-from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversation, WrittenExample
+from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversation
 from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_table
 from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
 from lightning_sft.data.rows.row_format import AnyRow, PlainRow, RowFormat, TokenRow
@@ -137,12 +137,7 @@ class RowEncoder:
         plain_examples = iter(encode_examples(prompts, outputs, self.tokenizer, append_eos))
         wholes = [text.output for text in texts if text.is_whole]
         whole_examples = iter(encode_texts(wholes, self.tokenizer, append_eos))
-        conversations = [text.conversation for text in texts if text.conversation is not None]
-        chat_examples: Iterator[EncodedConversation | SettingsError]
-        try:
-            chat_examples = iter(list(chat_encoder.encode(conversations)))
-        except SettingsError:  # of one among many
-            chat_examples = (_tokens_or_problem(chat_encoder, each) for each in conversations)
+        chat_examples = chat_encoder.encode([text.conversation for text in texts if text.conversation is not None])
         for text in texts:
             if text.conversation is not None:
                 yield next(chat_examples)
@@ -197,13 +192,6 @@ class RowEncoder:
         files = [getattr(module, "__file__", None) for module in modules]
         code = [code_hash(), *(Path(file).read_bytes() if file else b"" for file in files)]
         return str(Hasher.hash([code, content, special, template, (row_format, self.encoding)]))
-
-
-def _tokens_or_problem(chat_encoder: ChatEncoder, conversation: WrittenExample) -> EncodedConversation | SettingsError:
-    try:
-        return next(chat_encoder.encode([conversation]))
-    except SettingsError as error:
-        return error
 
 
 def _short_location(location: str, only_source: str | None) -> str:

@@ -46,7 +46,11 @@ def outcome(tokenizer: PreTrainedTokenizerBase, shape: str) -> str:
     encoder = ChatEncoder(tokenizer)
     try:
         written = encoder.write(read_conversation(row, ["messages"]))
-        notices = {notice.kind for encoded in encoder.encode(written) for notice in encoded.notices}
+        notices = set()
+        for encoded in encoder.encode(written):
+            if isinstance(encoded, SettingsError):
+                raise encoded
+            notices |= {notice.kind for notice in encoded.notices}
     except SettingsError as error:
         words = str(error)
         return "refused: " + (words.split("`")[1] if "does not write" in words else "template raises")

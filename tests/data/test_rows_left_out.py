@@ -100,15 +100,14 @@ def test_a_row_without_anything_to_learn_is_bad():
 @pytest.fixture
 def no_tokens_for_x(monkeypatch):
     """As if a turn began within a token, in each example with an x."""
-    plain = ChatEncoder.encode
+    plain = ChatEncoder._encoded
 
-    def encode_others(encoder, written):
-        for each in written:
-            if "x" in each.text:
-                raise SettingsError("turn 2 (assistant) begins within a token")
-        yield from plain(encoder, written)
+    def encode_others(encoder, written, text):
+        if "x" in written.text:
+            raise SettingsError("turn 2 (assistant) begins within a token")
+        return plain(encoder, written, text)
 
-    monkeypatch.setattr(ChatEncoder, "encode", encode_others)
+    monkeypatch.setattr(ChatEncoder, "_encoded", encode_others)
 
 
 @pytest.mark.usefixtures("no_tokens_for_x")

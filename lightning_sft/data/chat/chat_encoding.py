@@ -161,9 +161,10 @@ class ChatEncoder:
             f"no turn of the assistant to learn from among {counted(len(messages), 'message')}. Remove the row."
         )
 
-    def encode(self, written: Sequence[WrittenExample]) -> Iterator["EncodedConversation"]:
+    def encode(self, written: Sequence[WrittenExample]) -> Iterator["EncodedConversation | SettingsError"]:
         """Token ids of each text, exactly those that `apply_chat_template` gives, with what is learnt as the response.
 
+        An example that has none has an error in its place.
         What stands before a response has the same tokens as it has alone, when a model is asked for the response; where
         the end of a generation prompt and the turn share a token, the response begins with that one.
         """
@@ -174,7 +175,10 @@ class ChatEncoder:
             text = texts[each.longest]
             if each.text != each.longest:
                 text = self._counter.count(each.text, text.ids_of(each.text))
-            yield self._encoded(each, text)
+            try:
+                yield self._encoded(each, text)
+            except SettingsError as error:
+                yield error
 
     def _encoded(self, written: WrittenExample, text: CountedText) -> "EncodedConversation":
         notices, bounds, ids = list(written.notices), [], text.ids
