@@ -169,7 +169,7 @@ class ChatTemplate:
         Some templates join the arguments to other text, which fails for an object, or writes it as Python does.
         """
         calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
-        objects = [arguments for call in calls if isinstance(arguments := _function(call).get("arguments"), Mapping)]
+        objects = [arguments for call in calls if isinstance(arguments := call["function"].get("arguments"), Mapping)]
         if not objects:
             return conversation
         as_text = replace(conversation, messages=[_with_arguments_as_text(each) for each in conversation.messages])
@@ -219,12 +219,6 @@ def _with_thinking_part(message: Message) -> Message:
     return {**message, "content": [{"type": "thinking", "thinking": reasoning}, *parts]}
 
 
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a tool call names: its function, or itself in the short spelling."""
-    function = call.get("function", call)
-    return function if isinstance(function, Mapping) else {}
-
-
 def _with_arguments_as_text(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
@@ -232,8 +226,7 @@ def _with_arguments_as_text(message: Message) -> Message:
 
 
 def _call_with_text(call: dict[str, Any]) -> dict[str, Any]:
-    function = _function(call)
+    function = call["function"]
     if not isinstance(function.get("arguments"), Mapping):
         return call
-    function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    return {**call, "function": function} if "function" in call else function
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}

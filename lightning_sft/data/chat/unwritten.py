@@ -135,11 +135,10 @@ def _fields(message: Message) -> Iterator[Field]:
         yield Field(CALLS_AS_TEXT, text, {**message, CALLS_AS_TEXT: f"other {text}"}, _is_telling(text))
     calls = message.get("tool_calls") or []
     for number, call in enumerate(calls):
-        function = call.get("function", call)
+        function = call["function"]
         for key in ("name", "arguments"):
             for value, without in _scalars(function.get(key)):
-                other = {**function, key: without}
-                other = {**call, "function": other} if "function" in call else other
+                other = {**call, "function": {**function, key: without}}
                 others = {"tool_calls": [*calls[:number], other, *calls[number + 1 :]]}
                 yield Field("tool_calls", value, {**message, **others}, _is_telling(value))
         if len(calls) > 1:  # another one may say the same
