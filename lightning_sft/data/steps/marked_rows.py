@@ -68,21 +68,16 @@ def marked_rows(microbatch: Microbatch) -> Iterator[MarkedRow]:
     inputs, labels, masks = (
         tensor.tolist() for tensor in (microbatch.input_ids, microbatch.labels, microbatch.response_mask)
     )
-    is_padded = microbatch.packing is None
-    spans = [(row, 0, len(ids)) for row, ids in enumerate(labels)]
+    spans = [(row, 0, length) for row, length in enumerate(microbatch.lengths)]
     if microbatch.packing is not None:
         spans = [(0, start, end) for start, end in pairwise(microbatch.packing.cu_seq_lens.tolist())]
     for location, (row, start, end) in zip(microbatch.locations, spans, strict=True):
-        # A batch does not say how long its rows are: what ends one unmasked and alike is shown as a number of times.
-        length, pad_id = end, labels[row][end - 1]
-        while is_padded and end > start + 1 and not masks[row][end - 1] and labels[row][end - 1] == pad_id:
-            end -= 1
         yield MarkedRow(
             location=location,
             ids=[inputs[row][start], *labels[row][start:end]],
             is_response=[False, *masks[row][start:end]],
-            num_padding=length - end,
-            pad_id=pad_id,
+            num_padding=len(labels[row]) - end if microbatch.packing is None else 0,
+            pad_id=labels[row][-1],
         )
 
 
