@@ -91,10 +91,10 @@ class PreparedRows:
             only_source=self.only_source,
         )
 
-    def unweighted(self) -> "PreparedRows":
-        """The same rows, each once in an epoch, whatever the weights of their sources."""
+    def unweighted(self, label: str | None = None) -> "PreparedRows":
+        """The same rows, perhaps of another split, each once in an epoch, whatever the weights of their sources."""
         return PreparedRows(
-            self.label, self.rows, self._rule, row_numbers=self.row_numbers, only_source=self.only_source
+            label or self.label, self.rows, self._rule, row_numbers=self.row_numbers, only_source=self.only_source
         )
 
     def plan(self, world_size: int, epoch: Epoch | None = None) -> BatchPlan:
@@ -132,15 +132,12 @@ class PreparedRows:
             steps: The numbers of the steps. None: those of an epoch, each pass over all of it being the next.
             options: How steps are made.
         """
-        self._check_lengths(options.num_positions)
-        plan = self.plan(options.world_size, epoch)
-        dataset = StepDataset(self.rows, plan, options)
-        return PlanLoader(dataset, EpochByEpoch(plan.steps_per_epoch) if steps is None else steps, options)
-
-    def _check_lengths(self, num_positions: int | None) -> None:
         num_tokens = read_numbers(self.rows, "num_tokens")
         with self._longest_named(num_tokens):
-            check_length(int(num_tokens.max()), num_positions)
+            check_length(int(num_tokens.max()), options.num_positions)
+        plan = self.plan(options.world_size, epoch)
+        steps = EpochByEpoch(plan.steps_per_epoch) if steps is None else steps
+        return PlanLoader(StepDataset(self.rows, plan, options), steps, options)
 
     def _longest_named(self, num_tokens: NDArray[np.integer[Any]]) -> AbstractContextManager[None]:
         """Begin errors with the location of the longest row: whatever is too long, this one is."""
@@ -169,14 +166,11 @@ class PreparedRows:
 
     def facts(self, source: str | None) -> dict[str, Any]:
         """What a model card says of them: where they come from, and their numbers."""
-        return {self.label: source, **{f"{self.label} {name}": size for name, size in self._sizes.items()}}
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
         return {
-            "rows": len(self.rows),
-            "tokens": int(read_numbers(self.rows, "num_tokens").sum()),
-            "response tokens": int(read_numbers(self.rows, "num_response_tokens").sum()),
+            self.label: source,
+            f"{self.label} rows": len(self.rows),
+            f"{self.label} tokens": int(read_numbers(self.rows, "num_tokens").sum()),
+            f"{self.label} response tokens": int(read_numbers(self.rows, "num_response_tokens").sum()),
         }
 
     def state(self, num_steps: int) -> dict[str, Any]:

@@ -170,14 +170,7 @@ class RowStore:
             part: np.concatenate([examples_of_row[row] for row in read_numbers(parts[part], "row")])
             for part in ("train", "test")
         }
-        val = examples["test"]
-        self.val = PreparedRows(
-            "val",
-            whole.rows.select(val),
-            self._rule,
-            row_numbers=whole.row_numbers[val],
-            only_source=whole.only_source,
-        )
+        self.val = whole.unweighted("val").selected(examples["test"])
         self.train = whole.selected(examples["train"])
 
 

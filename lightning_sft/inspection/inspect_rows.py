@@ -175,7 +175,7 @@ class RowInspector(L.Callback):
     ) -> None:
         """Write the rows of a batch, of all devices, in the order of the data."""
         loader = cast(PlanLoader, trainer.val_dataloaders)
-        scored = list(self._scored(loader.examples_of(batch_idx), outputs, batch))
+        scored = list(self._scored(loader.dataset.examples_of(batch_idx), outputs, batch))
         if trainer.world_size > 1:
             parts: list[list[ScoredRow]] = [[]] * trainer.world_size
             dist.all_gather_object(parts, scored)

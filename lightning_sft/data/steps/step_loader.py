@@ -144,16 +144,12 @@ class PlanLoader(StepLoader):
 
     def __init__(self, dataset: StepDataset, steps: StepNumbers, options: LoaderOptions) -> None:
         super().__init__(steps, options)
-        self._dataset = dataset
-
-    def examples_of(self, step: int) -> list[list[int]]:
-        """Which examples a step has on this device, in each of its microbatches."""
-        return self._dataset.examples_of(step)
+        self.dataset = dataset
 
     def __iter__(self) -> Iterator[OptimizerStep]:
         collect_before_forking(self._options.num_workers)
         loader = DataLoader(
-            self._dataset,
+            self.dataset,
             sampler=self._steps,
             batch_size=None,
             num_workers=self._options.num_workers,
