@@ -40,7 +40,7 @@ def collate_padded(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
     input_ids, labels = (torch.from_numpy(part.copy()) for part in (tokens[:, :-1], tokens[:, 1:]))
     locations = [example.location for example in examples]
     lengths = [max(0, len(row.input_ids) - 1) for row in examples]
-    return Microbatch.of(input_ids, labels, response, locations, lengths)
+    return Microbatch(input_ids, labels, response, _positions(response), locations, lengths)
 
 
 def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
@@ -63,19 +63,26 @@ def collate_packed(examples: Sequence[Example], pad_id: int = 0) -> Microbatch:
     for row, offset in zip(rows, bounds.tolist(), strict=False):
         for start, end in row.response_labels():
             response[offset + start : offset + end] = True
-    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
-    return Microbatch.of(
+    position_ids = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    response_mask = _row(response)
+    return Microbatch(
         input_ids=_row(np.delete(tokens, ends - 1)),
         labels=_row(np.delete(tokens, ends - 1 - lengths)),
-        response_mask=_row(response),
+        response_mask=response_mask,
+        response_positions=_positions(response_mask),
         locations=[example.location for example in examples],
         lengths=lengths.tolist() if examples else [],
-        packing=Packing(_row(positions), torch.from_numpy(bounds.astype(np.int32)), int(lengths.max())),
+        packing=Packing(_row(position_ids), torch.from_numpy(bounds.astype(np.int32)), int(lengths.max())),
     )
 
 
 def _row(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values).unsqueeze(0)
+
+
+def _positions(response_mask: Tensor) -> Tensor:
+    """Where it is True, found here in main memory: a device would have to be waited for."""
+    return response_mask.flatten().nonzero().squeeze(-1)
 
 
 def _nothing(pad_id: int) -> Example:

@@ -1,7 +1,7 @@
 """One forward and backward pass: the tensors of some sequences, padded or packed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -51,25 +51,6 @@ class Microbatch:
     lengths: list[int]
     packing: Packing | None = None
 
-    @classmethod
-    def of(
-        cls,
-        input_ids: Tensor,
-        labels: Tensor,
-        response_mask: Tensor,
-        locations: list[str] | None = None,
-        lengths: list[int] | None = None,
-        packing: Packing | None = None,
-    ) -> "Microbatch":
-        """A microbatch whose `response_positions` are found here, in main memory: a device would have to be waited for.
-
-        By default each row is a sequence, of which no location is known and nothing is padded.
-        """
-        positions = response_mask.flatten().nonzero().squeeze(-1)
-        locations = [""] * len(input_ids) if locations is None else locations
-        lengths = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
-        return cls(input_ids, labels, response_mask, positions, locations, lengths, packing)
-
     @property
     def num_sequences(self) -> int:
         """0 where there is one masked token instead."""
@@ -112,12 +93,11 @@ class Microbatch:
         packing = self.packing
         if packing is not None:
             packing = Packing(function(packing.position_ids), function(packing.cu_seq_lens), packing.max_length)
-        return Microbatch(
-            function(self.input_ids),
-            function(self.labels),
-            function(self.response_mask),
-            function(self.response_positions),
-            self.locations,
-            self.lengths,
-            packing,
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            response_mask=function(self.response_mask),
+            response_positions=function(self.response_positions),
+            packing=packing,
         )
