@@ -107,6 +107,10 @@ def find_files(name: str, argument: str) -> list[str]:
     if not name.strip():
         raise SettingsError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
     paths = _find_remote(name, argument) if is_remote(name) else _find_local(os.path.expanduser(name), name, argument)
+    if paths is None:
+        return []
+    if not paths:
+        raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.")
     for path in paths:
         kind = FileKind.of(path)
         if not kind.suffix:
@@ -116,42 +120,38 @@ def find_files(name: str, argument: str) -> list[str]:
     return paths
 
 
-def _find_local(path: str, name: str, argument: str) -> list[str]:
+def _find_local(path: str, name: str, argument: str) -> list[str] | None:
+    """The files behind a path or a pattern; None if it is neither."""
     inner, *options = path.split(":", 2)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path) or (os.path.isdir(inner) and not FileKind.of(path).suffix):
-        return []  # a data set in a folder, whose name may look like that of a file or like a pattern
+        return None  # a data set in a folder, whose name may look like that of a file or like a pattern
     if options and FileKind.of(inner).suffix:
         use = name.split(":", 1)[0]
         raise SettingsError(f"`{argument}` is {name!r}, but a file has neither configuration nor split. Use {use!r}.")
     if FileKind.of(path).suffix or glob.has_magic(inner):
-        paths = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        if not paths:
-            raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.")
-        return paths
-    return []
+        return sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+    return None
 
 
-def _find_remote(name: str, argument: str) -> list[str]:
-    """The files behind an address; none if it has no kind that a file has, and is no pattern."""
+def _find_remote(name: str, argument: str) -> list[str] | None:
+    """The files behind an address; None if it has no kind that a file has, and is no pattern."""
     is_web = name.startswith(_WEB)  # where a question mark begins the query
     is_pattern = "*" in name if is_web else glob.has_magic(name)
     if not is_pattern and not FileKind.of(name).suffix:
-        return []
+        return None
     try:
         filesystem, path = url_to_fs(name)
-        if not is_pattern:
-            filesystem.info(path)
-            return [name]
-        paths = sorted(path for path in filesystem.glob(path) if filesystem.isfile(path))
+        if is_pattern:
+            paths = sorted(filter(filesystem.isfile, filesystem.glob(path)))
+            return [filesystem.unstrip_protocol(path) for path in paths]
+        filesystem.info(path)
+        return [name]
     except Exception as error:
         reason = error if isinstance(error, ImportError) else error.__cause__ or error
         if isinstance(reason, FileNotFoundError):
-            raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.") from error
+            return []
         raise SettingsError(
             f"`{argument}` is {name!r}, which cannot be reached: {type(reason).__name__}: {one_line(reason)}"
         ) from error
-    if not paths:
-        raise MissingFileError(f"`{argument}` is {name!r}, but there is no such file.")
-    return [filesystem.unstrip_protocol(path) for path in paths]
