@@ -14,12 +14,7 @@ _WHOLE = (
 
 
 def take_switches(turn: str, role: str, message: dict[str, Any]) -> bool:
-    """Take from a message whatever says whether it is learnt, by any of its names; return whether it is.
-
-    Raises:
-        SettingsError: If it says something else, or the turn is not the assistant's; `turn` is what the message calls
-            it.
-    """
+    """Take from a message whatever says whether it is learnt, by any of its names; return whether it is."""
     switches = {name: message.pop(name) for name in _SWITCHES if name in message}
     for name, value in switches.items():
         if value not in (0, 1):
@@ -42,8 +37,7 @@ def take_switches(turn: str, role: str, message: dict[str, Any]) -> bool:
 def check_is_whole(turn: str, role: str, message: Mapping[str, Any], texts: Iterable[object]) -> None:
     """Refuse a turn of which only a part is to be learnt, as axolotl says in `train_detail` or in parts of a text.
 
-    Raises:
-        SettingsError: If there is such a part in one of the `texts`, its content and its reasoning.
+    The `texts` are its content and its reasoning.
     """
     if message.get("train_detail"):
         raise SettingsError(f"{turn} has the `train_detail` {shorten(message['train_detail'])}, {_WHOLE}")

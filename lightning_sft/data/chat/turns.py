@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
-from lightning_sft.data.chat.conversation import Conversation, Message
+from lightning_sft.data.chat.conversation import Conversation
 from lightning_sft.data.tokens.texts import around, common_length
 from lightning_sft.errors import SettingsError
 
@@ -176,18 +176,13 @@ def _find_eos(
     return content_end, end
 
 
-def _reworded(message: Message) -> Message:
-    """The message with other words in it, but the same ids of calls: templates may want them of a certain length."""
-    reworded: Message = _other_words(message)
-    return reworded
-
-
-def _other_words(value: Any) -> Any:
+def _reworded(value: Any) -> Any:
+    """A message with other words in it, but the same ids of calls: templates may want them of a certain length."""
     if isinstance(value, str):
         return ("b" if value.lstrip().startswith("a") else "a") + value
     if isinstance(value, dict):
-        return {key: item if key in _NO_WORDS else _other_words(item) for key, item in value.items()}
-    return [_other_words(item) for item in value] if isinstance(value, list) else value
+        return {key: item if key in _NO_WORDS else _reworded(item) for key, item in value.items()}
+    return [_reworded(item) for item in value] if isinstance(value, list) else value
 
 
 def short_conversation(conversation: Conversation, index: int) -> Conversation:

@@ -62,16 +62,7 @@ class Source:
 
 
 def open_sources(data: Data, argument: str) -> list[Source]:
-    """Find the rows behind a data argument.
-
-    Args:
-        data: A JSONL, JSON, CSV, TSV or Parquet file, all but the last perhaps compressed, by its path or an address
-            that `fsspec` opens; a glob pattern; a hub data set's name (`name`, `name:config` or `name:config:split`;
-            the split is `train` unless given; `name@revision:...` for a commit, branch or tag); the folder of such a
-            data set, or one that `save_to_disk` has written (`folder` or `folder::split`); a list of these, a
-            `datasets.Dataset`, or a list of dictionaries.
-        argument: What messages call the argument, such as `train_data`.
-    """
+    """Find the rows behind a data argument, as `SFTDataModule` takes `val_data`; messages call it `argument`."""
     if isinstance(data, Dataset):
         if data.format["type"] == "custom":  # which only whoever indexes the data set would see
             raise SettingsError(
