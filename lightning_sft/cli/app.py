@@ -26,6 +26,7 @@ from lightning_sft.cli.checkpoints import (
     config_of_newest_run,
     find_last_checkpoint,
     find_own_checkpoint,
+    named_run,
 )
 from lightning_sft.cli.claimed_folders import ClaimedFolders
 from lightning_sft.cli.commands import COMMANDS
@@ -62,8 +63,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "last_checkpoint": {"requeue": True},  # the command continues from what it saves
 }
 _CKPT_PATH_HELP = (
-    "Checkpoint to start from. `last`: the newest complete one of the runs with these settings; without one, `fit` "
-    "begins a new run."
+    "Checkpoint to start from. `last`: the newest complete one of the run whose `config.yaml` is given as `--config`, "
+    "otherwise of all runs with these settings; without one, `fit` begins a new run."
 )
 _RUNS_HELP = (
     "At least two, each the folder of a run or a file of records: one that `predict` wrote, or one from a run's folder "
@@ -160,6 +161,8 @@ class SFTCLI(LightningCLI):
             config.trainer.max_epochs = None if config.trainer.max_time else 1
         if "trainer" in self._parameters:
             self._choose_checkpoint()
+        elif self.name == "export" and config.ckpt_path == "last" and named_run(config) is not None:
+            find_last_checkpoint(config, continues=False)
 
     def _choose_checkpoint(self) -> None:
         config, trains = self.config, self.name == "fit"

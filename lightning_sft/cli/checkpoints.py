@@ -1,5 +1,6 @@
 """The checkpoint that a command starts from: which one `last` is, and whether it can be loaded."""
 
+import os
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -8,8 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.cli.run_settings import RunSettings
 from lightning_sft.errors import MissingFileError, SettingsError, path_from_here
-from lightning_sft.training.checkpoint_files import check_checkpoint, newest_checkpoint
+from lightning_sft.training.checkpoint_files import check_checkpoint, is_complete, newest_checkpoint
 from lightning_sft.training.slurm_job import is_of_this_step, is_restarted
+
+_OF_A_RUN = ("checkpoints/*.ckpt", "hparams.yaml", "generations")  # a `config.yaml` without these is the user's own
 
 
 def find_own_checkpoint(config: Namespace) -> bool:
@@ -34,25 +37,36 @@ def find_own_checkpoint(config: Namespace) -> bool:
 
 
 def find_last_checkpoint(config: Namespace, continues: bool) -> None:
-    """Put the newest complete checkpoint of this configuration's runs in the place of the word `last`.
+    """Put the newest complete checkpoint in the place of the word `last`: of the `named_run`, or of all runs.
 
-    A training run that is found goes on in its own folder, where its logger appends to what it has written.
+    Those are the runs with this configuration. A training run that is found goes on in its own folder, where its
+    logger appends to what it has written.
 
     Args:
         config: Settings of the command; `ckpt_path` and the logger's version are changed in it.
         continues: Whether a training is to go on, rather than weights to be evaluated.
     """
-    settings = RunSettings(config)
-    path, folder = settings.newest_checkpoint(), settings.folder
+    settings, run = RunSettings(config), named_run(config)
+    if run is None:
+        path, place = settings.newest_checkpoint(), f"below {path_from_here(settings.folder)}"
+    else:
+        last = run / "checkpoints" / "last.ckpt"
+        path, place = last if is_complete(last) else None, f"of the run in {path_from_here(run)}"
     config.ckpt_path = None if path is None else str(path)
     if path is None and not continues:
-        raise MissingFileError(
-            f"`ckpt_path` is 'last', but there is no complete checkpoint below {path_from_here(folder)}."
-        )
+        raise MissingFileError(f"`ckpt_path` is 'last', but there is no complete checkpoint {place}.")
     if path is None:
-        rank_zero_info(f"No checkpoint below {path_from_here(folder)} yet: the run starts from the beginning.")
+        rank_zero_info(f"No checkpoint {place} yet: a new run starts from the beginning.")
     elif continues:
         settings.continue_in(path.parent.parent)
+
+
+def named_run(config: Namespace) -> Path | None:
+    """The folder of the run whose `config.yaml` is given as `--config`; None if there is none, or more than one."""
+    files = {Path(os.path.abspath(path)) for path in config.config or () if path is not None}
+    runs = [file.parent for file in files if file.name == "config.yaml"]
+    runs = [run for run in runs if any(next(run.glob(pattern), None) is not None for pattern in _OF_A_RUN)]
+    return runs[0] if len(runs) == 1 else None
 
 
 def config_of_newest_run() -> Path:

@@ -29,7 +29,8 @@ def export(
     with the run's data, settings and results. The data is not needed.
 
     Args:
-        ckpt_path: A checkpoint; or `last`: the newest one below `runs`.
+        ckpt_path: A checkpoint; or `last`: the newest one below `runs`, or of the run whose `config.yaml` is given as
+            `--config`.
         output: Folder to write: missing, empty, or an earlier export, which is replaced.
         tokenizer: Name, path or object. Default: as in the run's config.yaml, in the folder above the checkpoint's.
         dtype: Dtype of the exported weights. Default: that of the checkpoint.

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_sft.cli.claimed_folders import ClaimedFolders
 from lightning_sft.cli.save_settings import read_further_loggers
@@ -119,14 +119,23 @@ class RunSettings:
         return bool(options) and options.get("experiment_name") == self._options.get("experiment_name")
 
     def continue_in(self, run: Path) -> None:
-        """Let a run go on in the folder that it has, where its logger appends to what it has written."""
+        """Let a run go on in the folder that it has, where its logger appends to what it has written.
+
+        It gets another folder if these settings keep their runs elsewhere: it was moved, or is to go on there.
+        """
+        arguments = _OF_LOGGERS.get(self._kind)
+        parent = run.parent.parent if self._kind == "MLFlowLogger" else run.parent
+        home = self.folder.resolve()
+        is_here = parent.resolve() == home if self._first is not None else run.resolve().is_relative_to(home)
+        if not is_here:
+            words = f"The run in {path_from_here(run)} goes on in a new folder below {path_from_here(self.folder)}"
+            rank_zero_info(f"{words}, where these settings keep runs.")
+            return
         if self._first is None:
             self._config.trainer.default_root_dir = str(run)
             return
         self._continue_further(run)
-        arguments = _OF_LOGGERS.get(self._kind)
-        parent = run.parent.parent if self._kind == "MLFlowLogger" else run.parent
-        if arguments is None or parent != self.folder or self._options.get(arguments.version) is not None:
+        if arguments is None or self._options.get(arguments.version) is not None:
             return
         self._options[arguments.version] = run.name
         if self._config.trainer.logger in (None, True):
@@ -171,7 +180,7 @@ class RunSettings:
         folder = self.folder / (f"version_{version}" if isinstance(version, int) else str(version))
         if self._kind == "MLFlowLogger":
             folder = next(self.folder.glob(f"*/{version}"), folder)
-        if holds_a_run(folder) and folder.absolute() != own:
+        if holds_a_run(folder) and (own is None or folder.resolve() != own.resolve()):
             raise SettingsError(
                 f"`{arguments.version}` of the logger is {version!r}, but {path_from_here(folder)} holds another run. "
                 "Leave it out, and the run gets a folder of its own; or continue that run: `--ckpt_path last`."

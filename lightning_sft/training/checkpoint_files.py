@@ -15,8 +15,9 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.errors import MissingFileError, SettingsError, one_line
+from lightning_sft.errors import MissingFileError, SettingsError, one_line, path_from_here
 from lightning_sft.training.sharded_files import OF_WEIGHTS, check_shards
 
 _PARTIAL = ".partial"
@@ -152,13 +153,22 @@ def is_complete(path: Path) -> bool:
 def newest_checkpoint(runs: Path, fits: Callable[[Path], bool] = lambda run: True) -> Path | None:
     """The last checkpoint of the run in a folder, or of that run below it which saved one most recently.
 
+    If there are several such runs, it is said which one was taken.
+
     Args:
         runs: The folder.
         fits: Whether the run in a folder is one of those that are looked for.
     """
     found = [path for pattern in ("", "*/", "*/*/") for path in runs.glob(f"{pattern}checkpoints/last.ckpt")]
     found = [path for path in found if is_complete(path) and fits(path.parent.parent)]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is not None and len(found) > 1:
+        run = path_from_here(newest.parent.parent)
+        rank_zero_info(
+            f"Of {len(found):,} runs below {path_from_here(runs)}, {run} was saved last, and is taken. To take "
+            "another, give its `config.yaml` as `--config`."
+        )
+    return newest
 
 
 def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> None:

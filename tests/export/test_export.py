@@ -142,7 +142,8 @@ def test_a_run_ends_with_a_folder_and_its_checkpoint_makes_the_same(tmp_path, mo
     assert torch.equal(logits(loaded), logits(model))
 
     (run / "config.yaml").write_text(yaml.safe_dump({"data": {"tokenizer": str(run / "huggingface")}}))
-    export_command(monkeypatch, "--ckpt_path", run / "checkpoints" / "last.ckpt", "--output", tmp_path / "again")
+    named = ("--config", run / "config.yaml", "--ckpt_path", "last")
+    export_command(monkeypatch, *named, "--output", tmp_path / "again")
     assert files(tmp_path / "again") == files(run / "huggingface")
     for path in set((run / "huggingface").iterdir()) - set((run / "huggingface").glob("tokenizer*")):
         text = path.read_bytes().replace(b"# huggingface", b"# again")
