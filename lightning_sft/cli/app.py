@@ -98,6 +98,10 @@ class SFTCLI(LightningCLI):
             },
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SFTCLI":
+        """Itself: the optimizer of a module that it has made refers to it, and averages of weights copy the module."""
+        return self
+
     # -- the parser ------------------------------------------------------------------------------------------------
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
