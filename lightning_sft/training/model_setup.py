@@ -62,7 +62,7 @@ def load_model(
     precision, strategy = _precision_of(trainer), getattr(trainer, "strategy", None)
 
     def build() -> PreTrainedModel:
-        model = builder.build(precision) if loaded is None else builder.adapt(loaded)
+        model = stored(builder.build(precision) if loaded is None else builder.adapt(loaded))
         if initial is not None:
             initial.give_to(model, builder)
         return model
@@ -79,17 +79,18 @@ def load_model(
     device = strategy.root_device
     sharding = Sharding(device.type, precision.autocast, num_replicas)
     if loaded is None:
-        return load_sharded(lambda: stored(build()), device, sharding, adapt=lambda model: stored(builder.adapt(model)))
+        return load_sharded(build, device, sharding, adapt=lambda model: stored(builder.adapt(model)))
     if not is_sharded(loaded):
-        shard(stored(build()), sharding)
+        shard(build(), sharding)
     return loaded
 
 
 def _store_as(dtype: torch.dtype | None, model: PreTrainedModel) -> PreTrainedModel:
     """Convert all weights, and leave buffers alone, such as rotary frequencies.
 
-    Lightning converts a sharded model only after FSDP2 has run it for the first time. FSDP2 would go on to gather its
-    weights in the type that they had until then.
+    Lightning does that only later: after a checkpoint's weights have been read into the model, which in float32 would
+    round float64, and after FSDP2 has run a sharded model for the first time, whose weights it would go on to gather in
+    the type that they had until then.
     """
     for weight in model.parameters() if dtype is not None else ():
         if weight.is_floating_point():

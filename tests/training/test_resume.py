@@ -330,6 +330,14 @@ def test_a_run_may_move_to_another_number_of_processes(tmp_path):
         )
 
 
+def test_weights_in_float64_go_on_to_the_last_bit(tmp_path):
+    options = {"module": {"lr_scheduler": "constant", "warmup_steps": 0}, "precision": "64-true"}
+    straight = train(tmp_path / "straight", max_steps=4, **options)["weights"]
+    for max_steps in (2, 4):
+        continued = train(tmp_path / "continued", max_steps=max_steps, **options)["weights"]
+    torch.testing.assert_close(continued, straight, rtol=0, atol=0)
+
+
 def test_other_rows_of_the_same_number_are_refused(tmp_path):
     train(tmp_path, max_steps=3)
     changed = [*ROWS[:-1], ROWS[-1] | {"output": ROWS[-1]["output"][::-1]}]
