@@ -57,7 +57,7 @@ class Due:
         num_epochs_ended = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         num_steps_ended = loop.epoch_loop.batch_progress.total.completed
         validates_here = isinstance(interval, int) and num_steps % interval == 0 and trainer.enable_validation
-        is_run_end = num_steps == loop.max_steps
+        is_run_end = num_steps == loop.max_steps or (trainer.should_stop and loop._can_stop_early)
         ends_epoch = num_steps > 0 and (position.is_whole or is_run_end)
         return cls(
             validation=validates_here and num_steps_ended < num_steps,
@@ -111,7 +111,7 @@ class _Progress:
             return cls(present, steps, _count(in_epoch), num_steps - 1, middle, is_last_step=position.is_whole)
         if due.epoch_end:  # in an epoch of which nothing is left
             return cls(present, steps, _count(0), num_steps, goes_on=False)
-        if num_steps == 0 or position.is_whole:  # between two epochs
+        if num_steps == 0 or position.is_whole or due.is_run_end:  # between two epochs
             num_epochs = position.epoch + 1 if num_steps else 0
             return cls(_count(num_epochs), steps, _count(0), num_steps, is_within_epoch=False, goes_on=False)
         latest = _count(in_epoch, ended=in_epoch - 1)  # at the end of a step
@@ -137,14 +137,18 @@ def set_progress(trainer: L.Trainer, position: EpochPosition, due: Due) -> None:
     loop._resuming_from_checkpoint = True  # the loader is not iterated over a second time
 
 
-def finish(trainer: L.Trainer) -> None:
-    """Do what is due after the last optimizer step of a run. Lightning would not begin, as nothing is left to train."""
+def finish(trainer: L.Trainer, due: Due) -> None:
+    """Do what is due after the last optimizer step of a run, such as to export the model, which may have been killed.
+
+    Lightning would not begin, as nothing is left to train.
+    """
     loop = trainer.fit_loop
     loop.setup_data()
     loop.reset()
     loop.on_run_start()
-    loop.on_advance_start()
-    loop.advance()
-    loop.on_advance_end()
-    loop.on_iteration_done()
+    if due.epoch_end:
+        loop.on_advance_start()
+        loop.advance()
+        loop.on_advance_end()
+        loop.on_iteration_done()
     loop.on_run_end()

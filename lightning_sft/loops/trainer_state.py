@@ -4,6 +4,7 @@ import signal
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import EarlyStopping
 
 
 def leave_inference_mode(trainer: L.Trainer) -> None:
@@ -23,6 +24,12 @@ def ends_here(trainer: L.Trainer) -> bool:
     loop = trainer.fit_loop
     num_epochs = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     return trainer.should_stop or trainer.global_step == loop.max_steps or num_epochs == loop.max_epochs
+
+
+def has_stopped_early(trainer: L.Trainer) -> bool:
+    """Whether an `EarlyStopping` has ended the run, as its own state in a checkpoint says, but no other."""
+    stops = (each for each in trainer.callbacks if isinstance(each, EarlyStopping))  # type: ignore[attr-defined]
+    return any(each.wait_count >= each.patience for each in stops)
 
 
 def exchange_no_signals(trainer: L.Trainer) -> bool:

@@ -12,6 +12,7 @@ import torch
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.progress import Due, EpochPosition, finish, set_progress
 from lightning_sft.loops.run_length import LoopSettings, check_validation, in_steps, read_epoch
+from lightning_sft.loops.trainer_state import has_stopped_early
 
 _ENDLESS = 2**31
 
@@ -87,14 +88,15 @@ class TrainingRun:
         """Do what is due, and train from the present step on: what the trainer calls to run its loops."""
         trainer = self._trainer
         trainer.fit_loop._combined_loader = None  # it may have been asked for before a checkpoint was restored
+        trainer.should_stop |= has_stopped_early(trainer)
         position = self.position(trainer.global_step)
         due = Due.after_latest_step(trainer, position)
         set_progress(trainer, position, due)
         # What is due after the latest step may look at what was logged up to it.
         metrics = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._metrics.items()}
         trainer._logger_connector._callback_metrics.update(metrics)
-        if due.is_run_end and due.epoch_end:
-            finish(trainer)
+        if due.is_run_end and trainer.global_step > 0:
+            finish(trainer, due)
         else:
             type(trainer.fit_loop).run(trainer.fit_loop)
 

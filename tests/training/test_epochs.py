@@ -74,12 +74,6 @@ def saved(folder):
     return sorted(int(path.stem) for path in folder.iterdir())
 
 
-def what_follows(events, number):
-    """A run that had come to the end of its last epoch has nothing left to do."""
-    rest = events[number + 1 :]
-    return [] if [kind for kind, *_ in rest] == ["run ends"] else rest
-
-
 # Three steps an epoch, unless the trainer limits them.
 CASES = {
     "epochs": ({}, {"max_epochs": 3}),
@@ -106,11 +100,11 @@ def test_a_run_goes_on_from_anywhere_as_it_would_have_gone_on(tmp_path, case):
     for number in saved(folder):
         part = tmp_path / f"from_{number}"
         events = run(part, data, kind=kind, ckpt_path=folder / f"{number}.ckpt", **options)
-        assert events == what_follows(straight, number)
+        assert events == straight[number + 1 :]
         if straight[number][0] == "step" and straight[number][2] == ends[0]:
             for later in (each for each in saved(part) if events[each][2] in ends):
                 events_then = run(None, data, kind=kind, ckpt_path=part / f"{later}.ckpt", **options)
-                assert events_then == what_follows(straight, number + 1 + later)
+                assert events_then == straight[number + later + 2 :]
 
 
 def write_rows(folder):
@@ -213,11 +207,13 @@ def test_early_stopping_looks_at_the_end_of_an_epoch_also_right_after_a_continua
     def stopping():  # the first epoch is the best; no other is better
         return [EarlyStopping("train/loss", patience=1, min_delta=100.0, check_on_train_epoch_end=True)]
 
-    straight = run(tmp_path / "straight", make_data(), max_epochs=5, callbacks=stopping())
+    options = {"max_epochs": 5, "kind": EventCheckpoint}
+    straight = run(tmp_path / "straight", make_data(), callbacks=stopping(), **options)
     assert [event[:3] for event in straight[-2:]] == [("epoch ends", 1, 6), ("run ends", 2, 6)]
-    at_last_step = tmp_path / "straight" / f"{len(straight) - 3}.ckpt"
-    events = run(None, make_data(), max_epochs=5, callbacks=stopping(), ckpt_path=at_last_step)
-    assert events == straight[-2:]
+    for num_left in (2, 1):  # after the last step; and after the epoch's end, where the run has been stopped already
+        saved = tmp_path / "straight" / f"{len(straight) - num_left - 1}.ckpt"
+        events = run(None, make_data(), callbacks=stopping(), ckpt_path=saved, **options)
+        assert events == straight[-num_left:]
 
 
 def test_learning_rate_monitor_and_timer_count_epochs(tmp_path):
