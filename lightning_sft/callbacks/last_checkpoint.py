@@ -13,7 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sft.callbacks.signals import DeferredSignals
 from lightning_sft.checks import check_integer, check_type
 from lightning_sft.errors import SettingsError
-from lightning_sft.loops.trainer_state import ends_here, exchange_no_signals, exchange_signals_again, requeue_signal
+from lightning_sft.loops.trainer_state import (
+    ends_here,
+    exchange_no_signals,
+    exchange_signals_again,
+    log_latest_step,
+    requeue_signal,
+)
 from lightning_sft.training.checkpoint_files import put_folder_behind_link, remove_partial, take_place, use_own_files
 from lightning_sft.training.host_copy import HostCopy
 from lightning_sft.training.run_folder import run_folder, writes_files
@@ -147,6 +153,7 @@ class LastCheckpoint(Checkpoint):
         if is_to_requeue and not trainer.strategy.broadcast(trainer.is_global_zero and requeue_slurm_job()):
             self._signals.received = None
             return
+        log_latest_step(trainer)
         rank_zero_info(f"{number.name}: stopped after optimizer step {trainer.global_step}, which is saved.")
         raise SystemExit(128 + number)
 

@@ -32,6 +32,12 @@ def has_stopped_early(trainer: L.Trainer) -> bool:
     return any(each.wait_count >= each.patience for each in stops)
 
 
+def log_latest_step(trainer: L.Trainer) -> None:
+    """Log an optimizer step, if it is to be logged, that ends the process in its last hook: Lightning logs after it."""
+    if trainer.training:
+        trainer._logger_connector.update_train_step_metrics()
+
+
 def exchange_no_signals(trainer: L.Trainer) -> bool:
     """Do not ask all devices before each step whether Lightning has received SIGTERM, and wait for their answers.
 

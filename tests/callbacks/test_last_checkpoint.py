@@ -1,5 +1,6 @@
 """`LastCheckpoint` in real runs."""
 
+import csv
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from support.callbacks import ROWS, fit
 from support.fits import make_trainer
@@ -90,8 +92,10 @@ class Terminate(L.Callback):
 
 
 def test_a_signal_before_the_first_step_is_obeyed_after_it(tmp_path):
-    """Lightning, which receives it, would end with the exit code 0 and save nothing."""
+    """Lightning, which receives it, would end with the exit code 0 and save nothing. The step is logged, too."""
     with pytest.raises(SystemExit) as end:
-        fit(tmp_path, [Terminate(), LastCheckpoint()], num_sanity_val_steps=1)
+        fit(tmp_path, [Terminate(), LastCheckpoint()], logger=CSVLogger(tmp_path, "", ""), num_sanity_val_steps=1)
     assert end.value.code == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 1
+    with open(tmp_path / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train/loss"]] == ["1"]
