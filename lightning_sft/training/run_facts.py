@@ -50,7 +50,9 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
         | _of_module(module)
         | devices,
         results={
-            name: value for name, value in metrics.items() if name.startswith(("val/", "test/")) or name == "train/loss"
+            name: value
+            for name, value in sorted(metrics.items())
+            if name.startswith(("val/", "test/")) or name == "train/loss"
         },
         prompt_template=of_data.get("prompt_template"),
     )
