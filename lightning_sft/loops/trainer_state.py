@@ -1,6 +1,7 @@
 """What others ask of a trainer's loops, or set in them."""
 
 import signal
+from functools import partial
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -36,6 +37,19 @@ def log_latest_step(trainer: L.Trainer) -> None:
     """Log an optimizer step, if it is to be logged, that ends the process in its last hook: Lightning logs after it."""
     if trainer.training:
         trainer._logger_connector.update_train_step_metrics()
+
+
+def call_after_optimizer_steps(trainer: L.Trainer) -> None:
+    """Under manual optimization call the module's `on_after_optimizer_step`, a hook that Lightning does not have."""
+    loop = trainer.fit_loop.epoch_loop.manual_optimization
+    count = partial(type(loop)._on_after_step, loop)  # from then on `global_step` is that of the step
+
+    def count_and_call() -> None:
+        count()
+        if hook := getattr(trainer.lightning_module, "on_after_optimizer_step", None):  # the trainer may get another
+            hook()
+
+    loop._on_after_step = count_and_call  # type: ignore[method-assign]
 
 
 def exchange_no_signals(trainer: L.Trainer) -> bool:

@@ -11,14 +11,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_sft.errors import SettingsError
+
 
 class RotaryInFloat32(nn.Module):
     """A module whose tensors may all be converted or moved: rotary frequencies in it are float32 afterwards, too.
 
     In bfloat16 they would be wrong by up to 0.5 in the cosine at position 4,000 (Lightning's `bf16-true` casts them).
+    Before it has a model, nothing would be converted, which is refused.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if getattr(self, "model", None) is None and fn(torch.zeros((), dtype=torch.float32)).dtype != torch.float32:
+            raise SettingsError(
+                f"`{type(self).__name__}` has no model yet whose weights could be converted. Set their type by "
+                "`model_kwargs`, such as {'dtype': 'bfloat16'}, or the trainer's `precision`."
+            )
         exact = [
             (each, name, buffer)
             for each in self.modules()

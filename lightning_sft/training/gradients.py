@@ -96,26 +96,16 @@ def accumulate_gradients(
     return StepSums(sums[0], sums[1], sums[2] if objective.router_coefficient else None)
 
 
-class GradScaling:
-    """What the scale of `16-mixed` asks of an optimizer step; under other precisions it asks for nothing."""
+def unscale(trainer: L.Trainer, optimizer: Optimizer) -> bool:
+    """Divide gradients by the scale of `16-mixed`; Lightning leaves that to fused optimizers: too late for clipping.
 
-    def __init__(self, trainer: L.Trainer) -> None:
-        self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
-
-    def unscale(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the scale where Lightning leaves that to a fused optimizer: too late for clipping."""
-        if self._scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            self._scaler.unscale_(optimizer)
-
-    def step(self, optimizer: Optimizer) -> bool:
-        """Let the optimizer step.
-
-        Returns:
-            Whether it did. Where gradients overflow float16, the scale is lowered instead, for the steps to come.
-        """
-        scale = 0.0 if self._scaler is None else self._scaler.get_scale()
-        optimizer.step()
-        return self._scaler is None or self._scaler.get_scale() >= scale
+    Returns:
+        Whether there is a scale. Where gradients overflow float16 it is lowered, and the optimizer does not step.
+    """
+    scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
+    return scaler is not None
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -19,11 +19,12 @@ class NonFiniteError(SettingsError, FloatingPointError):
 
 
 class StepGuard:
-    """Checks each optimizer step, and counts them.
+    """Checks each optimizer step before the optimizer takes it, and counts them.
 
     The numbers to check are on the device. Under `error`, reading them at once would make the host wait for the device
-    in every step. So a step is checked after the following one has been handed to the device, and by `check` before
-    anything relies on the weights. Under `skip`, the numbers decide whether the optimizer steps, so the host waits.
+    in every step. So a step is checked when the following one is about to be taken, and by `check` before anything
+    relies on the weights; on the CPU, where nothing waits, at once. Under `skip`, the numbers decide whether the
+    optimizer steps, so the host waits.
 
     Args:
         nonfinite: `error`: raise a `NonFiniteError`. `skip`: leave weights, optimizer and schedule as they are.
@@ -32,18 +33,15 @@ class StepGuard:
         skips: Whether `nonfinite` is `skip`.
         num_steps: Optimizer steps that led to the present weights, skipped ones included.
         num_skipped: Those of them that `skip` left out.
-        known_loss: Of the latest checked step, a scalar in main memory; None before the first. On a device under
-            `error` that is the step before the present one.
+        known_loss: Of the latest checked step, a scalar in main memory; None if no loss was announced. On a device
+            under `error` that is the step before the present one.
+        allowed: Whether the optimizer could use the gradients of the latest step.
     """
 
     def __init__(self, nonfinite: NonFinite) -> None:
         check_choice("nonfinite", nonfinite, NonFinite)
         self.skips = nonfinite == "skip"
-        self.num_steps = 0
-        self.num_skipped = 0
-        self.known_loss: Tensor | None = None
-        self._latest: _StepNumbers | None = None
-        self._earlier: _StepNumbers | None = None
+        self.start_run(0, 0)
 
     def start_run(self, num_steps: int, num_skipped: int) -> None:
         """Count from here.
@@ -53,59 +51,47 @@ class StepGuard:
             num_skipped: Those of them that were skipped.
         """
         self.num_steps, self.num_skipped = num_steps, num_skipped
-        self._latest = self._earlier = self.known_loss = None
+        self.allowed = True
+        self.known_loss: Tensor | None = None
+        self._announced = _Announced()
+        self._unchecked: _StepNumbers | None = None
 
-    def start_step(self, step: int, locations: Sequence[str], loss: Tensor) -> None:
-        """Take note of an optimizer step before the optimizer does it.
-
-        `step` counts from 1, `locations` say where this device's rows come from, and `loss` is that over all devices.
-        """
-        self._earlier, self._latest = self._latest, _StepNumbers(step, locations, loss)
-
-    def allows(self, grad_norm: Tensor) -> bool:
-        """Whether the optimizer may use the gradients. Under `error` it always may: `finish_step` and `check` raise.
+    def announce(self, loss: Tensor, locations: Sequence[str]) -> None:
+        """Tell what the next step will be checked for, beside its gradients.
 
         Args:
-            grad_norm: Of the step that was started, if one was, before clipping; a scalar.
+            loss: The step's, over all devices, a scalar.
+            locations: Where this device's rows come from.
         """
-        if self._latest is None:  # a subclass's own step, of which nothing else is known
-            return not self.skips or bool(grad_norm.isfinite())
-        self._latest.grad_norm = grad_norm
-        return not self.skips or self._are_finite(self._latest)
+        self._announced = _Announced(loss, locations)
 
-    def finish_step(self, stepped: bool) -> bool:
-        """Count the step that was started, and check the one before it; on the CPU, where nothing waits, this one too.
+    def allows(self, step: int, grad_norm: Tensor, *, is_scaled: bool) -> bool:
+        """Whether the optimizer may use the gradients of the step that it is about to take, which is counted.
 
         Args:
-            stepped: False if the optimizer did nothing because gradients overflowed float16, which is no error.
-
-        Returns:
-            Whether the optimizer has changed the weights.
+            step: Its number, from 1.
+            grad_norm: Before clipping, a scalar.
+            is_scaled: Whether a loss scaler leaves out what overflows float16, which is no error and not skipped.
 
         Raises:
-            NonFiniteError: Under `error`.
-            SettingsError: If nobody has asked whether the gradients may be used.
+            NonFiniteError: Under `error`: this step on the CPU, the one before it on a device.
         """
-        step = self._latest
-        assert step is not None, "`start_step` comes first"
-        if step.grad_norm is None:
-            raise SettingsError(
-                "`on_before_optimizer_step` of a subclass does not call `super().on_before_optimizer_step(optimizer)`, "
-                "which clips the gradients. Call it, before or after what is done there."
-            )
-        self.num_steps = step.step
-        if not stepped:
-            step.grad_norm = None
+        overflows = is_scaled and not bool(grad_norm.isfinite())
+        numbers = _StepNumbers(step, None if overflows else grad_norm, self._announced)
+        earlier, self._unchecked, self._announced = self._unchecked, numbers, _Announced()
         if self.skips:
-            is_finite = self._are_finite(step)
+            is_finite = self._are_finite(numbers)
             self.num_skipped += not is_finite
-            return is_finite and stepped
-        step.copy_to_host()
-        if self._earlier is not None:
-            self._check(self._earlier)
-        if step.loss.device.type == "cpu":
-            self.check()
-        return stepped
+        else:
+            is_finite = True
+            numbers.copy_to_host()
+            if earlier is not None:
+                self._check(earlier)
+            if grad_norm.device.type == "cpu":
+                self.check()
+        self.num_steps = step
+        self.allowed = is_finite and not overflows
+        return self.allowed
 
     def check(self) -> None:
         """Check the latest step, if that is still to be done; this waits for the device.
@@ -113,13 +99,13 @@ class StepGuard:
         Raises:
             NonFiniteError: Under `error`.
         """
-        step, self._latest = self._latest, None
+        step, self._unchecked = self._unchecked, None
         if step is not None and not self.skips:
             self._check(step)
 
     def _are_finite(self, step: "_StepNumbers") -> bool:
         numbers = step.on_host()
-        self.known_loss = numbers.flatten()[0]
+        self.known_loss = None if step.announced.loss is None else numbers[0]
         return bool(numbers.isfinite().all())
 
     def _check(self, step: "_StepNumbers") -> None:
@@ -127,31 +113,44 @@ class StepGuard:
             raise step.error()
 
 
+@dataclass(frozen=True)
+class _Announced:
+    """See `StepGuard.announce`; nothing is known of a step that a subclass takes in a `training_step` of its own."""
+
+    loss: Tensor | None = None
+    locations: Sequence[str] = ()
+
+
 @dataclass
 class _StepNumbers:
-    """Loss and gradient norm of an optimizer step; see `StepGuard.start_step`."""
+    """What an optimizer step is checked for."""
 
     step: int
-    locations: Sequence[str]
-    loss: Tensor
-    grad_norm: Tensor | None = None  # None until it is known, and where the gradients overflowed
+    grad_norm: Tensor | None  # None where the gradients overflowed
+    announced: _Announced
     _copy: HostCopy | None = field(default=None, init=False)
 
     def copy_to_host(self) -> None:
-        self._copy = HostCopy(self._numbers())
+        self._copy = HostCopy(self._stacked())
 
     def on_host(self) -> Tensor:
         """In main memory. This waits for the device; after `copy_to_host`, for that copy alone."""
-        return self._numbers().cpu() if self._copy is None else self._copy.read()
+        return self._stacked().cpu() if self._copy is None else self._copy.read()
 
     def error(self) -> NonFiniteError:
-        named = ", ".join(self.locations[:8])
-        named += f" and {len(self.locations) - 8} more" if len(self.locations) > 8 else ""
-        norm = "" if self.grad_norm is None else f" and the gradient norm {self.grad_norm.item():g}"
+        numbers = " and ".join(f"the {name} {number.item():g}" for name, number in self._numbers().items())
+        locations = self.announced.locations
+        rows = f"; its rows on this device: {', '.join(locations[:8])}" if locations else ""
+        rows += f" and {len(locations) - 8} more" if len(locations) > 8 else ""
         return NonFiniteError(
-            f"Optimizer step {self.step} has the loss {self.loss.item():g}{norm}; its rows on this device: {named}. No "
-            "checkpoint holds the step. Look at the rows, lower the learning rate, or set `nonfinite` to 'skip'."
+            f"Optimizer step {self.step} has {numbers}{rows}. No checkpoint holds the step. Look at the rows, lower "
+            "the learning rate, or set `nonfinite` to 'skip'."
         )
 
-    def _numbers(self) -> Tensor:
-        return self.loss if self.grad_norm is None else torch.stack([self.loss, self.grad_norm.to(self.loss.dtype)])
+    def _numbers(self) -> dict[str, Tensor]:
+        numbers = {"loss": self.announced.loss, "gradient norm": self.grad_norm}
+        return {name: number.double() for name, number in numbers.items() if number is not None}
+
+    def _stacked(self) -> Tensor:
+        numbers = list(self._numbers().values())
+        return torch.stack(numbers) if numbers else torch.zeros(0)

@@ -4,6 +4,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_sft.training.gradients import StepSums
 from lightning_sft.training.guard import StepGuard
@@ -12,15 +13,14 @@ from lightning_sft.training.run_facts import run_settings
 from lightning_sft.training.schedule import steps_per_epoch
 
 
-def log_step(
-    module: L.LightningModule,
-    sums: StepSums,
-    num_response_tokens: float,
-    grad_norm: Tensor,
-    guard: StepGuard,
-    learning_rate: Tensor,
-) -> None:
-    """Log an optimizer step, with its gradient norm before clipping and the learning rate of the first parameter group.
+def log_gradients(module: L.LightningModule, optimizer: Optimizer, grad_norm: Tensor) -> None:
+    """Log the gradient norm before clipping, and the learning rate of the first parameter group."""
+    rate = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64).clone()  # a schedule may overwrite it
+    module.log_dict({"train/grad_norm": grad_norm.float(), "train/learning_rate": rate})
+
+
+def log_step(module: L.LightningModule, sums: StepSums, num_response_tokens: float, guard: StepGuard) -> None:
+    """Log an optimizer step that was taken.
 
     After each step Lightning reads what progress bars show, and waits for it if it is on a device. So they do not show
     `train/loss`, but the latest loss that is known in main memory, on a device that of the step before. It is not
@@ -31,8 +31,6 @@ def log_step(
     numbers = {
         "train/loss": sums.loss.float(),
         "train/token_entropy": (sums.token_entropy / num_response_tokens).float(),
-        "train/grad_norm": grad_norm.float(),
-        "train/learning_rate": learning_rate,
     }
     if sums.router_loss is not None:
         numbers["train/router_loss"] = sums.router_loss.float()

@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
+from lightning_sft.loops.trainer_state import call_after_optimizer_steps
 from lightning_sft.model.builder import ModelBuilder
 from lightning_sft.model.checkpointing import ActivationCheckpointing
 from lightning_sft.model.embedding_noise import EmbeddingNoise
@@ -28,9 +29,9 @@ from lightning_sft.model.token_loss import LossType, TokenLoss
 from lightning_sft.training.checkpoint_fit import check_adapters, check_same_run, check_weights
 from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
-from lightning_sft.training.gradients import GradScaling, accumulate_gradients, clip_gradients, seed_dropout
+from lightning_sft.training.gradients import accumulate_gradients, clip_gradients, seed_dropout, unscale
 from lightning_sft.training.guard import NonFinite, StepGuard
-from lightning_sft.training.logged import log_metrics, log_settings, log_step
+from lightning_sft.training.logged import log_gradients, log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import check_model, load_model, prepare_model
@@ -176,14 +177,6 @@ class SFTModule(RotaryInFloat32, StoredModule):
         self.objective = replace(self.objective, router_coefficient=traits.router_coefficient)
         self._compile, self.initial_weights = False, None  # once is enough
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if getattr(self, "model", None) is None and fn(torch.zeros((), dtype=torch.float32)).dtype != torch.float32:
-            raise SettingsError(
-                "`SFTModule` has no model yet whose weights could be converted. Set their type by `model_kwargs`, such "
-                "as {'dtype': 'bfloat16'}, or the trainer's `precision`."
-            )
-        return super()._apply(fn, recurse)
-
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own output."""
         return self.model(input_ids, **kwargs)
@@ -198,22 +191,24 @@ class SFTModule(RotaryInFloat32, StoredModule):
     def training_step(self, batch: OptimizerStep, batch_idx: int) -> Tensor | None:
         """One optimizer step over the batch's microbatches, whose gradients replace any existing ones; its loss."""
         seed_dropout(self.builder.seed, self.global_step, self.global_rank)
-        optimizer = cast(Optimizer, self.optimizers())
         sums = accumulate_gradients(self, self.model, batch, self.objective, self.sync_every_microbatch)
-        learning_rate = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64).clone()
-        self.guard.start_step(self.global_step + 1, batch.locations, sums.loss)
-        stepped = GradScaling(self.trainer).step(optimizer)
-        if self.guard.finish_step(stepped):
-            step_schedules(self.trainer)
-        log_step(self, sums, batch.totals.num_response_tokens, self._grad_norm, self.guard, learning_rate)
+        self.guard.announce(sums.loss, batch.locations)
+        cast(Optimizer, self.optimizers()).step()  # within it, before and after: the two hooks that follow
+        log_step(self, sums, batch.totals.num_response_tokens, self.guard)
         return sums.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradients here, where 16-bit precision has unscaled them."""
-        GradScaling(self.trainer).unscale(optimizer)
-        self._grad_norm = clip_gradients(parameters_of(optimizer), self._max_grad_norm)
-        if not self.guard.allows(self._grad_norm):
+        """Clip the gradients here, where 16-bit precision has unscaled them, and drop them if they are not finite."""
+        is_scaled = unscale(self.trainer, optimizer)
+        grad_norm = clip_gradients(parameters_of(optimizer), self._max_grad_norm)
+        log_gradients(self, optimizer, grad_norm)
+        if not self.guard.allows(self.global_step + 1, grad_norm, is_scaled=is_scaled):
             self.zero_grad()  # without a gradient the optimizer leaves a weight alone, and its state too
+
+    def on_after_optimizer_step(self) -> None:
+        """Step the schedules, unless the optimizer has left the weights alone."""
+        if self.guard.allowed:
+            step_schedules(self.trainer)
 
     def on_validation_start(self) -> None:
         """Do not evaluate weights of a step whose numbers are not finite."""
@@ -265,6 +260,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""
         check_loader(self.trainer)
+        call_after_optimizer_steps(self.trainer)
         self._continuation.apply(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ _HOOKS = {  # of automatic optimization, which Lightning does not call under man
 }
 _EXTENDED = {  # Lightning's own do nothing, so that few call them; those of `SFTModule` and `SFTDataModule` do
     *("setup", "configure_callbacks", "on_fit_start", "on_train_start", "on_validation_start", "on_train_end"),
+    *("on_before_optimizer_step", "on_after_optimizer_step"),
     *("on_save_checkpoint", "on_load_checkpoint"),
     *("train_dataloader", "state_dict", "load_state_dict", "on_exception", "teardown"),
 }
@@ -140,6 +141,12 @@ def _check_hooks(module: L.LightningModule) -> None:
                 f"itself (manual optimization). {way_out}; or set `automatic_optimization`, with a `training_step` of "
                 "your own that returns the loss."
             )
+    step = inspect.unwrap(type(module).training_step)
+    if {"lr_schedulers", "step"} <= {*getattr(step, "__code__", _check_hooks.__code__).co_names}:
+        raise SettingsError(
+            f"`{type(module).__name__}.training_step` steps `lr_schedulers`, but schedules are stepped after each "
+            "optimizer step already, as `configure_optimizers` says. Leave that out."
+        )
 
 
 def _check_super_is_called(kind: type) -> None:

@@ -40,11 +40,15 @@ def test_a_step_that_is_no_number_stops_the_run_names_its_rows_and_is_never_save
 
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_train_end", "on_save_checkpoint"])
-def test_what_is_still_on_the_device_is_read_before_anything_relies_on_it(hook):
+def test_what_is_still_on_the_device_is_read_before_anything_relies_on_it(hook, monkeypatch):
     """On CUDA a step is looked at one step later, but no checkpoint, validation or end comes in between."""
     module = SFTModule(tiny_model())
-    module.guard.start_step(3, ["row 1"], loss=torch.tensor(torch.nan))
-    with pytest.raises(FloatingPointError, match="Optimizer step 3 has the loss nan; its rows on this device: row 1"):
+    module.guard.announce(torch.tensor(torch.nan), ["row 1"])
+    with monkeypatch.context() as on_device:
+        on_device.setattr(module.guard, "check", lambda: None)
+        assert module.guard.allows(3, torch.tensor(0.5), is_scaled=False)
+    message = "Optimizer step 3 has the loss nan and the gradient norm 0.5; its rows on this device: row 1"
+    with pytest.raises(FloatingPointError, match=message):
         getattr(module, hook)(*([{}] if hook == "on_save_checkpoint" else []))
 
 
@@ -90,8 +94,8 @@ def test_skipped_steps_leave_weights_optimizer_and_schedule_alone_and_are_counte
 @pytest.mark.parametrize("nonfinite", ["error", "skip"])
 def test_gradients_that_overflow_float16_are_neither_an_error_nor_skipped(nonfinite):
     guard = StepGuard(nonfinite)
-    guard.start_step(1, ["row 1"], torch.tensor(1.0))
-    guard.allows(torch.tensor(torch.inf))
-    assert not guard.finish_step(stepped=False)
-    assert (guard.num_steps, guard.num_skipped) == (1, 0)
+    guard.announce(torch.tensor(1.0), ["row 1"])
+    assert not guard.allows(1, torch.tensor(torch.inf), is_scaled=True)
+    assert (guard.num_steps, guard.num_skipped, guard.known_loss) == (1, 0, 1.0)
+    assert not guard.allows(2, torch.tensor(torch.inf), is_scaled=True)  # in a step of a subclass's own
     guard.check()

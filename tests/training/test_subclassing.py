@@ -101,7 +101,7 @@ def test_a_metric_that_is_not_there_is_named(tmp_path):
             "configure_gradient_clipping",
             "`Own.configure_gradient_clipping` would never be called.* Set `max_grad_norm`",
         ),
-        ("on_before_optimizer_step", r"does not call `super\(\).on_before_optimizer_step\(optimizer\)`"),
+        ("on_before_optimizer_step", r"does not call `super\(\).on_before_optimizer_step`"),
         ("on_train_start", r"`Own.on_train_start` does not call `super\(\).on_train_start`, in which .* Call it"),
         ("configure_callbacks", r"`Own.configure_callbacks` does not call `super\(\).configure_callbacks`"),
     ],
@@ -259,31 +259,57 @@ def test_what_a_subclass_clears_away_at_the_end_is_cleared_away_there_alone(tmp_
     assert torn_down == [2]
 
 
+class WrittenAnew(SFTModule):
+    def training_step(self, batch, batch_idx):
+        (microbatch,) = batch.microbatches
+        tokens, inputs = (microbatch.input_ids, microbatch.labels), microbatch.model_inputs()
+        log_probs = get_response_log_probs(self.model, *tokens, **inputs)["log_probs"]
+        loss = -log_probs[microbatch.response_mask].sum() / batch.totals.num_response_tokens
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return None
+
+
 @pytest.mark.parametrize(("automatic", "layout"), [(False, "packed"), (True, "padded")])
-def test_a_training_step_may_be_written_anew(tmp_path, automatic, layout):
-    class Naive(SFTModule):
-        def training_step(self, batch, batch_idx):
-            (microbatch,) = batch.microbatches
-            tokens, inputs = (microbatch.input_ids, microbatch.labels), microbatch.model_inputs()
-            log_probs = get_response_log_probs(self.model, *tokens, **inputs)["log_probs"]
-            loss = -log_probs[microbatch.response_mask].sum() / batch.totals.num_response_tokens
-            if automatic:
-                return loss
-            self.optimizers().zero_grad()
-            self.manual_backward(loss)
-            self.optimizers().step()
-            return None
+def test_a_training_step_written_anew_gets_clipping_schedule_and_guard(tmp_path, automatic, layout):
+    class Watch(Rates):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer)
+            self.rates += [*pl_module.lr_schedulers().get_last_lr(), trainer.callback_metrics["train/grad_norm"].item()]
 
-        def configure_optimizers(self):
-            return sgd(self)
+    def run(kind, **changes):
+        module, watch = kind(tiny_config(), max_grad_norm=0.5, warmup_steps=2), Watch()
+        module.automatic_optimization = automatic and kind is WrittenAnew
+        data = make_data(layout=layout, **changes)
+        make_trainer(tmp_path, max_steps=4, callbacks=[watch]).fit(module, data)
+        return module, watch.rates
 
-    given = type("Subclass", (SFTModule,), {"configure_optimizers": sgd})(tiny_config())
-    own = Naive(tiny_config())
-    own.automatic_optimization = automatic
-    for module in (given, own):
-        make_trainer(tmp_path, max_steps=3).fit(module, make_data(layout=layout))
+    (given, expected), (own, rates) = run(SFTModule), run(WrittenAnew)
+    assert expected[::3] == pytest.approx([0, 0.5e-5, 1e-5, 0.5e-5])
+    assert rates == pytest.approx(expected, rel=1e-4)
     for name, weight in given.model.named_parameters():
         torch.testing.assert_close(own.model.get_parameter(name), weight)
+
+    class NoNumber(WrittenAnew):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.model.get_input_embeddings().weight.data.fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"Optimizer step 2 has the gradient norm nan\. No checkpoint holds"):
+        run(NoNumber)
+
+
+def test_a_training_step_that_steps_schedules_itself_is_refused(tmp_path):
+    class Own(WrittenAnew):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.lr_schedulers().step()
+
+    with pytest.raises(SettingsError, match=r"`Own.training_step` steps `lr_schedulers`, but .* Leave that out"):
+        fit(tmp_path, Own(tiny_config()), max_steps=2)
 
 
 def test_a_subclass_may_have_settings_and_hyperparameters_of_its_own(tmp_path):
