@@ -81,7 +81,7 @@ def marked_rows(microbatch: Microbatch) -> Iterator[MarkedRow]:
         )
 
 
-def batch_html(rows: Sequence[MarkedRow], tokenizer: PreTrainedTokenizerBase | None, note: str) -> str:
+def batch_html(rows: Sequence[MarkedRow], tokenizer: PreTrainedTokenizerBase | None, note: str = "") -> str:
     """The first rows of a batch for a notebook, under a line that says how many there are and ends in the note."""
     num_tokens, num_response = sum(len(row.ids) for row in rows), sum(sum(row.is_response) for row in rows)
     head = (
