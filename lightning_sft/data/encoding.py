@@ -20,8 +20,7 @@ from lightning_sft.data.rows.row_format import AnyRow, PlainRow, RowFormat, Toke
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.rows.token_rows import check_vocabulary, last_stretch, num_token_ids
 from lightning_sft.data.tokens.example import Example
-from lightning_sft.data.tokens.token_ids import decode_ids
-from lightning_sft.data.tokens.tokenization import encode_examples, encode_texts
+from lightning_sft.data.tokens.tokenization import decode_ids, encode_examples, encode_texts
 from lightning_sft.errors import SettingsError, shorten
 
 TooLong = Literal["error", "drop", "truncate"]

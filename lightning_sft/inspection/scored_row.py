@@ -7,8 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.example import Example
-from lightning_sft.data.tokens.token_ids import decode_ids
-from lightning_sft.data.tokens.tokenization import token_texts
+from lightning_sft.data.tokens.tokenization import decode_ids, token_texts
 from lightning_sft.generation.records import DECIMALS, finite
 
 

@@ -9,7 +9,7 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.texts import common_length
-from lightning_sft.data.tokens.token_ids import token_ids
+from lightning_sft.data.tokens.tokenization import token_ids
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

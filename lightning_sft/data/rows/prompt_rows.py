@@ -11,7 +11,7 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.rows.row_format import AnyRow, PlainRow, RowFormat, TokenRow
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.rows.token_rows import check_vocabulary, num_token_ids
-from lightning_sft.data.tokens.token_ids import decode_ids
+from lightning_sft.data.tokens.tokenization import decode_ids
 
 _ROWS_READ_AT_ONCE = 1000
 

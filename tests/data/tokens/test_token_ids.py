@@ -4,7 +4,7 @@ import pytest
 from support.models import character_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lightning_sft.data.tokens.token_ids import token_ids
+from lightning_sft.data.tokens.tokenization import token_ids
 
 TEXTS = [
     "",
