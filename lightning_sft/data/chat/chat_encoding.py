@@ -7,12 +7,11 @@ from typing import Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.chat.chat_template import ChatTemplate
-from lightning_sft.data.chat.conversation import Conversation, Message
+from lightning_sft.data.chat.conversation import SYSTEM_ROLES, Conversation
 from lightning_sft.data.chat.long_conversations import write_turns
-from lightning_sft.data.chat.marked_turns import learnt_text, unlearnt_call
 from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.chat.token_counter import CountedText, TokenCounter
-from lightning_sft.data.chat.turns import Turn, check_has_context
+from lightning_sft.data.chat.turns import Turn, check_has_context, learnt_text, unlearnt_call
 from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written, unwritten_message
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.texts import around, check_is_text
@@ -133,7 +132,7 @@ class ChatEncoder:
         messages, num_prompt = conversation.messages, conversation.num_prompt_messages
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         answers = [index for index in turns if index >= num_prompt]
-        begins = next((index for index, message in enumerate(messages) if not _is_system(message)), 0)
+        begins = next((index for index, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), 0)
         if answers[:1] == [begins] and len(answers) > 1:  # nobody has asked for this one
             answers = answers[1:]
         if self._train_on_turns == "last":
@@ -230,10 +229,6 @@ class EncodedConversation:
 
     example: Example
     notices: Sequence[Notice]
-
-
-def _is_system(message: Message) -> bool:
-    return message["role"] in ("system", "developer")
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

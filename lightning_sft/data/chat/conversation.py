@@ -12,10 +12,10 @@ from lightning_sft.errors import SettingsError, one_line, shorten
 
 Message: TypeAlias = dict[str, Any]
 
+SYSTEM_ROLES = ("system", "developer")
 _CALL_ROLES = ("function_call", "tool_call")  # of turns that are nothing but calls
 _ROLES = {  # what people call them, and what chat templates do
-    "system": "system",
-    "developer": "developer",
+    **{role: role for role in SYSTEM_ROLES},
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", *_CALL_ROLES), "assistant"),
     **dict.fromkeys(("tool", "tool_response", "function", "function_response", "observation"), "tool"),
@@ -99,7 +99,7 @@ def _read_system(system: object, first: Message) -> list[Message]:
     if system is None or system == "":
         return []
     check_type("system", system, str, "a string")
-    if first["role"] not in ("system", "developer"):
+    if first["role"] not in SYSTEM_ROLES:
         return [{"role": "system", "content": system}]
     if first["content"] != system:
         raise SettingsError(

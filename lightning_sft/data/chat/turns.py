@@ -1,15 +1,16 @@
-"""The assistant's turns as a chat template writes them: what stands before a turn, what it says, and how it ends.
+"""The assistant's turns as a chat template writes them: what stands before a turn, how it ends, what of it is learnt.
 
 Nothing about a chat template is assumed. What stands before a turn is the template's own generation prompt for it. The
 turn itself is what the template writes after that when the conversation ends with the turn, up to the token that ends
 it. Where one of these cannot be told there is an error, never a turn that is nearly right.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_sft.data.chat.chat_template import ChatTemplate
-from lightning_sft.data.chat.conversation import Conversation
+from lightning_sft.data.chat.chat_template import ChatTemplate, SpannedText
+from lightning_sft.data.chat.conversation import SYSTEM_ROLES, Conversation
 from lightning_sft.data.tokens.texts import around, common_length
 from lightning_sft.errors import SettingsError
 
@@ -189,6 +190,59 @@ def short_conversation(conversation: Conversation, index: int) -> Conversation:
     """The system's words, and all from the last question before a turn on."""
     messages = conversation.messages
     roles = [message["role"] for message in messages[: index + 1]]
-    first = next((number for number, role in enumerate(roles) if role not in ("system", "developer")), 0)
+    first = next((number for number, role in enumerate(roles) if role not in SYSTEM_ROLES), 0)
     question = next((number for number in range(index, first, -1) if roles[number] == "user"), first)
     return replace(conversation, messages=[*messages[:first], *messages[question:]])
+
+
+def learnt_text(
+    template: ChatTemplate, conversation: Conversation, turns: Sequence[Turn], text: str | None = None
+) -> SpannedText:
+    """What is learnt of turns.
+
+    What is marked of a turn is learnt with the token that ends the turn, if it reaches up to that.
+
+    Args:
+        template: Writes the conversation.
+        conversation: All messages.
+        turns: The text of each begins with that of the one before.
+        text: The whole conversation, if it is to be the text. None: that of the last turn.
+    """
+    last = turns[-1]
+    written = template.write_marked(conversation, last.index + 1 if text is None else None)
+    if written is None:
+        return SpannedText(last.text if text is None else text, [(turn.start, turn.end) for turn in turns])
+    marked = written.spans
+    is_end = text is None or last.index + 1 == len(conversation.messages)  # nobody speaks after the last turn
+    if text is None:
+        after = written.text[last.end - last.moved : marked[-1][1] if marked else 0]
+        text = last.text + after  # what is marked may reach beyond the end of the turn, as up to a line break
+        marked = [(start + last.moved, end + last.moved) for start, end in marked]
+    spans: list[tuple[int, int]] = []
+    for turn in turns:
+        limit = len(text) if is_end and turn is last else turn.end
+        of_turn = [(start, end) for start, end in marked if start < limit and (end > turn.start or start == turn.start)]
+        if of_turn:
+            start, end = of_turn[-1]  # of an empty turn, too, which has a mark around nothing
+            if end <= turn.end and not turn.text[end : turn.content_end].strip():
+                of_turn[-1] = (start, turn.end)
+        of_turn = [(start, end) for start, end in of_turn if start < end]
+        if not of_turn:
+            raise SettingsError(
+                f"turn {turn.index + 1} (assistant): the chat template marks no part of it with `{{% generation %}}`. "
+                "Give another `chat_template`, or give the turn the `weight` 0."
+            )
+        for start, end in of_turn:
+            is_next = spans and spans[-1][1] == start
+            spans[-1:] = [(spans[-1][0], end)] if is_next else [*spans[-1:], (start, end)]
+    return SpannedText(text, spans)
+
+
+def unlearnt_call(conversation: Conversation, turn: Turn, learnt: SpannedText) -> str | None:
+    """The function of a turn's first tool call that is written, but not where something is learnt; None without one."""
+    for call in conversation.messages[turn.index].get("tool_calls") or ():
+        name: str = call["function"]["name"]
+        start = turn.text.rfind(name, turn.start)  # calls stand last in nearly all templates
+        if start >= 0 and not any(first <= start < end for first, end in learnt.spans):
+            return name
+    return None
