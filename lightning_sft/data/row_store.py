@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import chain, islice
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -137,14 +137,15 @@ class RowStore:
         if data is None:
             raise _missing(split, stage)
         weights = self._settings.weights if split == "train" else {}
-        sources, sources_per_name = open_weighted(weights, argument) if weights else (open_sources(data, argument), [])
+        groups = open_weighted(weights, argument) if weights else {argument: open_sources(data, argument)}
+        sources = [*chain(*groups.values())]
         encoded = encode_rows(sources, encoder, self._settings.num_proc)
         report_rows(argument, encoded, encoder, sources)
         weighted: list[WeightedSource] = []
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
-            bounds = pairwise([0, *accumulate(sources_per_name)])
-            sizes = [sum(encoded.sizes[start:end]) for start, end in bounds]
-            weighted = weighted_sources(weights, sizes, argument)
+            sizes = iter(encoded.sizes)
+            of_names = [sum(islice(sizes, len(group))) for group in groups.values()]
+            weighted = weighted_sources(weights, of_names, argument)
         return PreparedRows(
             split,
             encoded.dataset,

@@ -65,16 +65,11 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
     return {str(name): float(weight) for name, weight in data.items()}
 
 
-def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Source], list[int]]:
-    """Open the sources that the names stand for.
-
-    Returns:
-        The sources in the order of the names; and for each name the number of its sources, since a pattern can stand
-        for many files.
-    """
-    groups = [open_sources(name, argument) for name in weights]
+def open_weighted(weights: Mapping[str, float], argument: str) -> dict[str, list[Source]]:
+    """Open the sources that each name stands for, which are several if it is a pattern of files."""
+    groups = {name: open_sources(name, argument) for name in weights}
     seen: dict[str, str] = {}
-    for name, sources in zip(weights, groups, strict=True):
+    for name, sources in groups.items():
         for source in sources:
             key = os.path.realpath(source.name) if os.path.isfile(source.name) else source.rows._fingerprint
             if key in seen:
@@ -83,7 +78,7 @@ def open_weighted(weights: Mapping[str, float], argument: str) -> tuple[list[Sou
                     f"`{argument}` has {source.name} twice, in {both}. Name it once, with the sum of its weights."
                 )
             seen[key] = name
-    return [source for sources in groups for source in sources], list(map(len, groups))
+    return groups
 
 
 def weighted_sources(weights: Mapping[str, float], sizes: Sequence[int], argument: str) -> list[WeightedSource]:

@@ -84,18 +84,14 @@ def _saved_folder(name: str) -> tuple[str, str | None] | None:
 def _part(saved: Dataset | DatasetDict, split: str | None) -> Dataset:
     """A split of what was saved, or a part of one, such as `train[:10%]`; its content identifies it."""
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
-    if split is None and not isinstance(saved, DatasetDict):
-        parts = [saved]
-    else:
-        instruction = ReadInstruction.from_spec(split or "train")
-        known = {str(name): len(rows) for name, rows in splits.items()}
-        try:
-            bounds = [(each.splitname, each.from_, each.to) for each in instruction.to_absolute(known)]
-        except ValueError:
-            expected = shorten(list(known), 200)
-            raise SettingsError(f"it has no split {split or 'train'!r}, expected one of {expected}.") from None
-        # Of a range without numbers `datasets` looks at the first one.
-        parts = [splits[name].select(range(start, end) if start < end else []) for name, start, end in bounds]
+    known = {str(name): len(rows) for name, rows in splits.items()}
+    try:
+        ranges = ReadInstruction.from_spec(split or "train").to_absolute(known)
+    except ValueError:
+        expected = shorten(list(known), 200)
+        raise SettingsError(f"it has no split {split or 'train'!r}, expected one of {expected}.") from None
+    # Of a range without numbers `datasets` looks at the first one.
+    parts = [splits[each.splitname].select(range(each.from_, each.to) or []) for each in ranges]
     hasher = hashlib.blake2b()
     for part in parts:
         for file in part.cache_files:
