@@ -15,6 +15,7 @@ from lightning_sft.data.chat.turns import Turn, check_has_context, learnt_text, 
 from lightning_sft.data.chat.unwritten import check_is_written, check_tools_are_written, unwritten_message
 from lightning_sft.data.tokens.example import Example
 from lightning_sft.data.tokens.texts import around, check_is_text
+from lightning_sft.data.tokens.tokenization import token_ids
 from lightning_sft.errors import SettingsError, counted
 
 TrainOnTurns = Literal["all", "last"]
@@ -168,7 +169,7 @@ class ChatEncoder:
         the end of a generation prompt and the turn share a token, the response begins with that one.
         """
         longest = list(dict.fromkeys(each.longest for each in written))
-        all_ids = self._counter.ids(longest)
+        all_ids = token_ids(longest, self._tokenizer)
         texts = {text: self._counter.count(text, ids) for text, ids in zip(longest, all_ids, strict=True)}
         for each in written:
             text = texts[each.longest]

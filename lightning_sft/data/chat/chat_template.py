@@ -220,9 +220,8 @@ def _with_thinking_part(message: Message) -> Message:
 
 
 def _with_arguments_as_text(message: Message) -> Message:
-    if not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": [_call_with_text(call) for call in message["tool_calls"]]}
+    calls = [_call_with_text(call) for call in message.get("tool_calls", ())]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _call_with_text(call: dict[str, Any]) -> dict[str, Any]:

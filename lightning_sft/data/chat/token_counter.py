@@ -45,10 +45,6 @@ class TokenCounter:
         self._special_ids = dict(zip(tokens, map(tokenizer.convert_tokens_to_ids, tokens), strict=True))
         self._known: dict[str, list[int]] = {}
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of texts, without any that the tokenizer adds of its own accord."""
-        return token_ids(texts, self._tokenizer)
-
     def count(self, text: str, ids: Sequence[int]) -> "CountedText":
         """Where in the token ids of a text its special tokens are."""
         matches = list(self._pattern.finditer(text))
@@ -61,7 +57,7 @@ class TokenCounter:
     def part(self, text: str) -> list[int]:
         """The token ids of a part of a text, which may come again."""
         if text not in self._known:
-            (self._known[text],) = self.ids([text])
+            (self._known[text],) = token_ids([text], self._tokenizer)
         return self._known[text]
 
 

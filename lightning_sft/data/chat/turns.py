@@ -198,15 +198,10 @@ def short_conversation(conversation: Conversation, index: int) -> Conversation:
 def learnt_text(
     template: ChatTemplate, conversation: Conversation, turns: Sequence[Turn], text: str | None = None
 ) -> SpannedText:
-    """What is learnt of turns.
+    """What is learnt of turns: all of them, or what the template marks by `{% generation %}`.
 
-    What is marked of a turn is learnt with the token that ends the turn, if it reaches up to that.
-
-    Args:
-        template: Writes the conversation.
-        conversation: All messages.
-        turns: The text of each begins with that of the one before.
-        text: The whole conversation, if it is to be the text. None: that of the last turn.
+    What is marked of a turn is learnt with the token that ends the turn, if it reaches up to that. The text of each
+    turn begins with that of the one before. `text` is that of the whole conversation; None: the last turn is the end.
     """
     last = turns[-1]
     written = template.write_marked(conversation, last.index + 1 if text is None else None)
@@ -233,13 +228,14 @@ def learnt_text(
                 "Give another `chat_template`, or give the turn the `weight` 0."
             )
         for start, end in of_turn:
-            is_next = spans and spans[-1][1] == start
-            spans[-1:] = [(spans[-1][0], end)] if is_next else [*spans[-1:], (start, end)]
+            if spans and spans[-1][1] == start:
+                start, _ = spans.pop()
+            spans.append((start, end))
     return SpannedText(text, spans)
 
 
 def unlearnt_call(conversation: Conversation, turn: Turn, learnt: SpannedText) -> str | None:
-    """The function of a turn's first tool call that is written, but not where something is learnt; None without one."""
+    """The name of the first function that a turn calls where nothing is learnt; None if there is no such call."""
     for call in conversation.messages[turn.index].get("tool_calls") or ():
         name: str = call["function"]["name"]
         start = turn.text.rfind(name, turn.start)  # calls stand last in nearly all templates
