@@ -83,13 +83,7 @@ class EncodedRows:
 
 
 def encode_rows(sources: Sequence[Source], encoder: RowEncoder, num_proc: int | None = None) -> EncodedRows:
-    """Tokenise all rows; results are cached on disk by the content of everything they depend on.
-
-    Args:
-        sources: From `open_sources`.
-        encoder: Tokenises rows.
-        num_proc: Worker processes; one for each 20,000 rows, at most 8 and at most one for each core, if None.
-    """
+    """Tokenise all rows; results are cached on disk by the content of everything they depend on."""
     key = encoder.fingerprint()
     # Alone, the same rows by another name are the same, and are found in the cache.
     keep_names = len(sources) > 1

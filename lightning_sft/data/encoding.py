@@ -76,11 +76,9 @@ class RowEncoder:
         return to_table(self.encode(source.decode(batch, indices), None if keep_name else source.name), indices)
 
     def encode(self, rows: Iterable[tuple[str, AnyRow]], only_source: str | None = None) -> list[EncodedExample]:
-        """Tokenise rows. A conversation can become several examples.
+        """Tokenise rows, each with its location, such as `line 3 of train.jsonl`. Some become several examples.
 
-        Args:
-            rows: Each with its location, such as `line 3 of train.jsonl`.
-            only_source: The name of the source if there is one alone; the examples' locations leave it out.
+        If all rows are of one source, whose name `only_source` is, the locations of examples leave it out.
         """
         chat_encoder = ChatEncoder(self.tokenizer, self.row_format.train_on_turns, self.encoding.append_eos)
         problems = RowProblems(self.encoding.bad_rows)

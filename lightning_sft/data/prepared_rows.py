@@ -98,12 +98,7 @@ class PreparedRows:
         )
 
     def plan(self, world_size: int, epoch: Epoch | None = None) -> BatchPlan:
-        """The optimizer steps.
-
-        Args:
-            world_size: Number of devices.
-            epoch: What an epoch takes of the rows. None: all, shuffled.
-        """
+        """The optimizer steps; `epoch` says what an epoch takes of the rows. None: all, shuffled."""
         num_tokens = read_numbers(self.rows, "num_tokens")
         with self._longest_named(num_tokens):
             return BatchPlan(
@@ -125,13 +120,7 @@ class PreparedRows:
         return EpochPosition.in_equal_epochs(num_steps, self.count_steps())
 
     def loader(self, epoch: Epoch | None, steps: StepNumbers | None, options: LoaderOptions) -> PlanLoader:
-        """Iterates over optimizer steps.
-
-        Args:
-            epoch: What an epoch takes of the rows. None: all, shuffled.
-            steps: The numbers of the steps. None: those of an epoch, each pass over all of it being the next.
-            options: How steps are made.
-        """
+        """Iterates over the optimizer steps with these numbers; None: an epoch's, each pass over all of it the next."""
         num_tokens = read_numbers(self.rows, "num_tokens")
         with self._longest_named(num_tokens):
             check_length(int(num_tokens.max()), options.num_positions)

@@ -7,12 +7,7 @@ from lightning_sft.errors import SettingsError
 
 
 def check_same_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue on other data than a checkpoint was made with.
-
-    Args:
-        saved: What the run's order of rows depends on, as the checkpoint has it.
-        now: Likewise, as it is now.
-    """
+    """Refuse to continue if what the run's order of rows depends on is another now than it was in the checkpoint."""
     for name in dict.fromkeys(["streaming", *now, *saved]):
         then, today = saved.get(name, False), now.get(name, False)
         if then == today:

@@ -29,13 +29,7 @@ class StreamedRows:
     """Rows behind a data argument, with the methods of `PreparedRows`.
 
     The first of them are encoded at once. They are shown, prompt the model where there are no validation rows, and
-    tell of errors before training.
-
-    Args:
-        data: As `open_streams` takes it.
-        encoder: Tokenises rows, and drops some.
-        rule: How rows are put into optimizer steps.
-        rows_per_block: Rows that are in memory, and shuffled, together.
+    tell of errors before training. All are read, and shuffled, in blocks of `rows_per_block`.
     """
 
     label = f"first {_NUM_FIRST_ROWS:,} rows"

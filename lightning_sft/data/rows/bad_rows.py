@@ -51,11 +51,7 @@ class RowProblems:
 
     @contextmanager
     def caught(self, number: int, location: str) -> Iterator[None]:
-        """Whatever is wrong within is wrong with this row.
-
-        Raises:
-            SettingsError: If bad rows are errors; the message begins with the location. Filtered ones never are.
-        """
+        """Whatever is wrong within is wrong with this row: raised, or kept. A row that is filtered is no error."""
         try:
             yield
         except SettingsError as error:

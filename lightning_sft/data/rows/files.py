@@ -98,12 +98,7 @@ def check_parquet(path: str) -> None:
 
 
 def find_files(name: str, argument: str) -> list[str]:
-    """The files that a name means: a path, perhaps with `~`, an address for `fsspec`, or a pattern; none if it is none.
-
-    Raises:
-        MissingFileError: If a file is missing or a pattern matches none.
-        SettingsError: If there is no name, or a file is of an unknown kind or cannot be reached.
-    """
+    """The files that a name means if it is a path, perhaps with `~`, an address for `fsspec`, or a pattern; or none."""
     if not name.strip():
         raise SettingsError(f"`{argument}` is {name!r}; expected a file or the name of a data set.")
     paths = _find_remote(name, argument) if is_remote(name) else _find_local(os.path.expanduser(name), name, argument)

@@ -31,10 +31,6 @@ def read_file(
         path: The file.
         skip: Leave out so many rows at the start, unparsed if each is a line of JSON.
         kind: What it is. By default what its name says.
-
-    Raises:
-        OSError: If the file cannot be read.
-        SettingsError: If it has no rows, or it is malformed so that nobody knows where a row ends.
     """
     file = _TextFile(path, kind or FileKind.of(path))
     rows: Iterator[tuple[str, object]]

@@ -100,9 +100,7 @@ class Exchange:
 def whole_windows(shares: Iterator[Window], exchange: Callable[[Any], list[Any]]) -> Iterator[Window]:
     """Windows with the rows of all processes, put together from the share of each.
 
-    Raises:
-        SettingsError: If a process has found one; each raises that of the first which has.
-        RuntimeError: If another process has failed.
+    If one process fails, all do; of several `SettingsError`s each raises that of the first process.
     """
     while True:
         try:

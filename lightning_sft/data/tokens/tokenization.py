@@ -64,16 +64,9 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt, with the tokenizer's own prefix and without a suffix such as EOS.
 
-    A prompt that already spells the prefix out does not get it twice.
-
-    Args:
-        prompt_strs: The texts.
-        tokenizer: Any Hugging Face tokenizer.
-        as_written: For each prompt, whether it is tokenised as it stands, without the prefix, since a chat template
-            wrote it. By default no prompt is.
+    A prompt that already spells the prefix out does not get it twice. `as_written` says for each prompt whether it is
+    tokenised as it stands, without the prefix, since a chat template wrote it; by default no prompt is.
     """
-    if len(prompt_strs) == 0:  # columns of a table are neither true nor false
-        return []
     encoded = _encode(prompt_strs, tokenizer, "prompt")
     prefix = prompt_prefix(tokenizer)
     return [
@@ -104,12 +97,8 @@ def encode_examples(
 ) -> list[Example]:
     """Tokenise prompts and outputs apart and join each pair. The response never gains a BOS.
 
-    Args:
-        prompt_strs: The texts before. An empty one is the tokenizer's prefix alone.
-        output_strs: The texts after, one for each prompt.
-        tokenizer: Any Hugging Face tokenizer.
-        append_eos: Whether each response ends in the tokenizer's EOS. An output whose last token is EOS already gets
-            no second one.
+    An empty prompt is the tokenizer's prefix alone. With `append_eos` each response ends in the tokenizer's EOS; an
+    output whose last token is EOS already gets no second one.
     """
     if len(prompt_strs) != len(output_strs):
         raise SettingsError(
@@ -156,14 +145,8 @@ def _eos(tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> list[int]:
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text, special tokens included.
 
-    Where a character is made of several tokens, the one that completes it has it whole and those before have "".
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-        ids: Token ids of one text, or of any part of it.
-
-    Returns:
-        One piece for each id. Joined they are what `decode_ids` gives.
+    Where a character is made of several tokens, the one that completes it has it whole and those before have "". There
+    is one piece for each id; joined they are what `decode_ids` gives.
     """
     ids = [int(token_id) for token_id in ids]
     whole = decode_ids(tokenizer, ids)
