@@ -15,34 +15,6 @@ from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 _MANY = 8  # texts at a time
 
 
-def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The token ids of texts as `tokenizer(texts, add_special_tokens=False)` gives them."""
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids: list[list[int]]
-    if len(texts) >= _MANY and _leaves_texts_to_its_backend(tokenizer):
-        # A call also computes where in the text each token stands, which takes a sixth of its time and is not needed.
-        tokenizer("a", **options)  # so that the backend neither pads nor truncates, as an earlier call may have wanted
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [each.ids for each in encoded]
-    ids = tokenizer(texts, **options)["input_ids"]
-    return ids
-
-
-def _leaves_texts_to_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a call does nothing with texts but give them to the backend; some classes change them first."""
-    kind = type(tokenizer)
-    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
-        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
-    )
-
-
-def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of ids, special tokens included."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
 def prompt_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts before a text of its own accord, such as a BOS; usually none or one."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -140,6 +112,34 @@ def _eos(tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> list[int]:
             "`append_eos=False` (the model then never learns to stop)."
         )
     return [tokenizer.eos_token_id]
+
+
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of texts as `tokenizer(texts, add_special_tokens=False)` gives them."""
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids: list[list[int]]
+    if len(texts) >= _MANY and _leaves_texts_to_its_backend(tokenizer):
+        # A call also computes where in the text each token stands, which takes a sixth of its time and is not needed.
+        tokenizer("a", **options)  # so that the backend neither pads nor truncates, as an earlier call may have wanted
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [each.ids for each in encoded]
+    ids = tokenizer(texts, **options)["input_ids"]
+    return ids
+
+
+def _leaves_texts_to_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a call does nothing with texts but give them to the backend; some classes change them first."""
+    kind = type(tokenizer)
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name) for name in ("__call__", "_encode_plus")
+    )
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids, special tokens included."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
