@@ -53,13 +53,12 @@ def read_weights(data: Mapping[Any, Any], argument: str) -> dict[str, float]:
                 f"`{argument}` has the data sets {shorten(list(map(str, data)), 200)}, expected one. Choose one of "
                 f'them, such as `{argument}["{name}"]`.'
             )
-        check_type(f"{argument}", name, (str, Path), "a file or a data set's name before each weight")
-        check_type(
-            f"{argument}[{str(name)!r}]", weight, Real, "a weight: how many times an epoch goes through its rows"
-        )
+        check_type(argument, name, (str, Path), "a file or a data set's name before each weight")
+        of_name = f"{argument}[{str(name)!r}]"
+        check_type(of_name, weight, Real, "a weight: how many times an epoch goes through its rows")
         if not 0 < weight < math.inf:
             raise SettingsError(
-                f"`{argument}[{str(name)!r}]` is {weight}, expected a positive number: how many times an epoch goes "
+                f"`{of_name}` is {weight}, expected a positive number: how many times an epoch goes "
                 "through its rows. Leave the source out if it is not to be used."
             )
     return {str(name): float(weight) for name, weight in data.items()}

@@ -50,15 +50,12 @@ class Source:
         features = self.rows.features  # a copy, each time that it is asked for
         for offset, index in enumerate(indices):
             stored = {column: values[offset] for column, values in batch.items()}
-            location = stored["location"] if self.is_json else f"row {index + 1}"
-            row: AnyRow
-            if not self.is_json:
-                row = own_keys(stored, features)
-            elif stored["problem"] is None:
-                row = parse_json(stored["json"])
+            if self.is_json:
+                problem = stored["problem"]
+                row = parse_json(stored["json"]) if problem is None else UnreadableRow(problem)
+                yield f"{stored['location']} of {self.name}", row
             else:
-                row = UnreadableRow(stored["problem"])
-            yield f"{location} of {self.name}", row
+                yield f"row {index + 1} of {self.name}", own_keys(stored, features)
 
 
 def open_sources(data: Data, argument: str) -> list[Source]:
