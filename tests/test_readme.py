@@ -33,10 +33,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def own_reward() -> str:
-    """The README's file `rewards.py`."""
-    (code,) = [code for code in blocks("python") if code.startswith("# rewards.py")]
+def own_file(name: str, readme: str = README) -> str:
+    """A README's file of Python, such as `rewards.py`."""
+    (code,) = re.findall(rf"```python\n(# {name}\n.*?)```", readme, re.DOTALL)
     return code
+
+
+OWN_FILES = {
+    "rewards.py": own_file("rewards.py"),
+    "losses.py": own_file("losses.py", (ROOT / "configs/README.md").read_text(encoding="utf-8")),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -46,7 +52,8 @@ def test_a_command_of_the_readmes_is_accepted(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", [program])
-    (tmp_path / "rewards.py").write_text(own_reward())
+    for name, code in OWN_FILES.items():
+        (tmp_path / name).write_text(code)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for name in ("gsm8k", "quickstart"):
         run_config = tmp_path / f"runs/{name}/version_0/config.yaml"  # as a finished run would have left it
@@ -122,7 +129,7 @@ def test_the_rows_of_the_readme_are_rows_and_the_assistants_words_are_learnt(tmp
 
 def test_the_reward_of_the_readme_tells_right_from_wrong():
     names: dict = {}
-    exec(own_reward(), names)
+    exec(OWN_FILES["rewards.py"], names)
     reward = names["right_and_short"]
     assert reward(" 2 + 3 = 5 </think> <answer> 5 </answer>", "5") == dict.fromkeys(REWARDS, 1.0)
     assert reward(" 2 + 3 = 6 </think> <answer> 6 </answer>", "5")["reward"] == 0.0

@@ -108,7 +108,7 @@ def _check_mesh(strategy: ModelParallelStrategy) -> None:
         )
 
 
-def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Trainer | None) -> None:
+def _check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Trainer | None) -> None:
     """Refuse a model that cannot be trained, or with fewer embeddings than the datamodule's tokenizer has tokens."""
     if is_quantized(model):
         check_quantized(trains_adapters, is_sharded(model))
@@ -128,9 +128,14 @@ def check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Traine
 
 
 def prepare_model(
-    model: PreTrainedModel, trainer: L.Trainer | None, checkpointing: ActivationCheckpointing, compiled: bool
+    model: PreTrainedModel,
+    trainer: L.Trainer | None,
+    builder: ModelBuilder,
+    checkpointing: ActivationCheckpointing,
+    compiled: bool,
 ) -> ModelTraits:
-    """Switch on all that the training of a model needs, on the device that it is to be trained on."""
+    """Switch on all that the training of a model needs, on the device that it is to be trained on; or refuse it."""
+    _check_model(model, builder.lora is not None, trainer)
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     if checkpointing.activation_offloading and next(model.parameters()).device.type == "cpu":
         rank_zero_info("On the CPU all activations are in main memory, with or without `activation_offloading`.")

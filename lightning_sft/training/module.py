@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_sft.checks import check_callable, check_integer, check_number, check_type
 from lightning_sft.data.rows.prompts import Prompt
-from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.trainer_state import call_after_optimizer_steps
@@ -34,14 +33,14 @@ from lightning_sft.training.guard import NonFinite, StepGuard
 from lightning_sft.training.logged import log_gradients, log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
-from lightning_sft.training.model_setup import check_model, load_model, prepare_model
+from lightning_sft.training.model_setup import load_model, prepare_model
 from lightning_sft.training.objective import Objective
 from lightning_sft.training.parameter_groups import ParameterGroups, parameters_of
 from lightning_sft.training.run_facts import run_facts
 from lightning_sft.training.schedule import Schedule, run_length, step_plateau_schedules, step_schedules
 from lightning_sft.training.scoring import evaluate
 from lightning_sft.training.state_memory import announce_state
-from lightning_sft.training.stored_settings import StoredModule, store_settings
+from lightning_sft.training.stored_settings import StoredModule, keep_settings
 from lightning_sft.training.trained_weights import hook_state
 from lightning_sft.training.trainer_checks import check_before_setup, check_loader, put_best_first
 
@@ -61,8 +60,9 @@ class SFTModule(RotaryInFloat32, StoredModule):
         loss_normalization: `token`: negative log-likelihood per response token of the optimizer step. `sequence`: the
             sum over each response, divided by `normalize_constant` and averaged over the step's sequences.
         normalize_constant: Divides the loss if `loss_normalization` is `sequence`.
-        loss_type: The loss of a token: `nll` is `-log p`, `dft` is `-p * log p`, with `p` as a factor without gradient
-            (Dynamic Fine-Tuning). `val/loss` is the negative log-likelihood in both cases.
+        loss_type: The loss of a token: `nll` is `-log p`; `dft` is `-p * log p`, with `p` as a factor without gradient
+            (Dynamic Fine-Tuning); or a function (on the command line, its import path) of the log-probabilities of the
+            labels, `(num_tokens,)`, that returns their losses. `val/loss` is always the negative log-likelihood.
         label_smoothing: Share of the target that is spread over the vocabulary. Capped logits are then kept in memory.
         neftune_noise_alpha: Strength of noise on the embeddings (NEFTune), such as 5. None: no noise.
         max_grad_norm: Gradients are clipped to this total norm. None: no clipping.
@@ -132,21 +132,26 @@ class SFTModule(RotaryInFloat32, StoredModule):
         check_callable("optimizer", optimizer, "a function of the parameters")
         check_type("compile", compile, bool, "true or false")
         check_type("sync_every_microbatch", sync_every_microbatch, bool, "true, false or none", optional=True)
-        self.builder = ModelBuilder(model, model_kwargs, lora, seed, freeze)
-        loss, scale = TokenLoss(loss_type, label_smoothing), LossScale(loss_normalization, normalize_constant)
+        loss = TokenLoss(loss_type, label_smoothing)
+        scale = LossScale(loss_normalization, normalize_constant)
         self.objective = Objective(loss, scale, EmbeddingNoise(neftune_noise_alpha, seed))
-        self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
-        self.num_replicas, self.guard, self._continuation = num_replicas, StepGuard(nonfinite), Continuation()
-        self.optimizer_factory, self.parameter_groups = optimizer, ParameterGroups(parameter_groups)
+        self.builder = ModelBuilder(model, model_kwargs, lora, seed, freeze)
         self.checkpointing = ActivationCheckpointing(gradient_checkpointing, activation_offloading)
-        self._compile, self._max_grad_norm, self.sync_every_microbatch = compile, max_grad_norm, sync_every_microbatch
-        store_settings(self, arguments)  # `on_save_checkpoint` adds the model's configuration
+        self.optimizer_factory = optimizer
+        self.parameter_groups = ParameterGroups(parameter_groups)
+        self.schedule = Schedule(lr_scheduler, warmup_steps, lr_scheduler_kwargs)
+        self.guard = StepGuard(nonfinite)
+        self.num_replicas = num_replicas
+        self.sync_every_microbatch = sync_every_microbatch
+        self._max_grad_norm = max_grad_norm
+        self._compile = compile
+        self._continuation = Continuation()
         self.automatic_optimization = False
         self.metrics = ResponseMetrics(scale)  # of validation and test, which never go on at once
         if isinstance(self.builder.source, PreTrainedModel):
             self.model = self.builder.source
         hook_state(self, trained_only=self.builder.lora is not None)
-        self.settings = shown_settings(arguments)
+        keep_settings(self, arguments | self.objective.settings())  # `on_save_checkpoint` adds the configuration
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Add no callbacks, but refuse those of the trainer that cannot be used, before any is set up."""
@@ -170,9 +175,8 @@ class SFTModule(RotaryInFloat32, StoredModule):
             self.model = load_model(self.builder, loaded, trainer, self.initial_weights, self.num_replicas)
             if trainer is not None and not is_sharded(self.model):
                 self.to(trainer.strategy.root_device)  # Lightning would later; what the model can do is tried out there
-            check_model(self.model, self.builder.lora is not None, trainer)
             self.objective.noise.install(self.model)
-            traits = prepare_model(self.model, trainer, self.checkpointing, self._compile)
+            traits = prepare_model(self.model, trainer, self.builder, self.checkpointing, self._compile)
         self.why_not_packed, self.num_positions = traits.why_not_packed, traits.num_positions
         self.objective = replace(self.objective, router_coefficient=traits.router_coefficient)
         self._compile, self.initial_weights = False, None  # once is enough

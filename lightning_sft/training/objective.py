@@ -26,7 +26,7 @@ class Objective:
     def settings(self) -> dict[str, object]:
         """Those that make another loss, by the names that `SFTModule` has for them."""
         settings: dict[str, object] = {
-            "loss_type": self.token_loss.kind,
+            "loss_type": self.token_loss.name,
             "label_smoothing": self.token_loss.label_smoothing,
             "loss_normalization": self.scale.normalization,
         }

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from lightning_sft.data.fixed_settings import FixedSettings, is_of_package, refuse_change
+from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.errors import SettingsTypeError
 
 # Their key in a checkpoint. What stands under Lightning's own key, "hyper_parameters", any `LightningCLI` prefers to
@@ -42,13 +43,14 @@ class StoredModule(FixedSettings, L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
-def store_settings(module: L.LightningModule, arguments: Mapping[str, Any]) -> None:
-    """Let the checkpoints of a module hold what they can of its arguments.
+def keep_settings(module: StoredModule, arguments: Mapping[str, Any]) -> None:
+    """Let a module have its arguments as `settings`, which are fixed from now on, and its checkpoints what they can.
 
     They are stored by value. Given their names, Lightning would look for the arguments of a subclass, which may lack
     them or mean something else by them.
     """
     module.save_hyperparameters({name: arguments[name] for name in _STORED}, logger=False)
+    module.settings = shown_settings(arguments)
 
 
 def check_stored(module: object) -> None:

@@ -17,7 +17,18 @@ from lightning_sft.model.token_loss import TokenLoss
 ROWS, HIDDEN, VOCAB = 37, 6, 50
 # Several tiles in both directions and several blocks, each with a smaller one at the end.
 TILING = Tiling(rows=5, width=16, block_bytes=20 * VOCAB, score=score_tile)
-LOSSES = {"nll": TokenLoss(), "dft": TokenLoss("dft"), "smoothed": TokenLoss(label_smoothing=0.3)}
+
+
+def focal(log_probs):
+    return -((1 - log_probs.exp()) ** 2) * log_probs
+
+
+LOSSES = {
+    "nll": TokenLoss(),
+    "dft": TokenLoss("dft"),
+    "smoothed": TokenLoss(label_smoothing=0.3),
+    "focal": TokenLoss(focal),
+}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -26,7 +37,8 @@ def naive(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     if name == "smoothed":
         return cross_entropy(logits, labels, reduction="none", label_smoothing=0.3)
     p = logits.softmax(dim=-1).gather(-1, labels[:, None])[:, 0]
-    return -p.log() if name == "nll" else -p.detach() * p.log()
+    weights = {"nll": torch.ones_like(p), "dft": p.detach(), "focal": (1 - p) ** 2}
+    return -weights[name] * p.log()
 
 
 def make(dtype=torch.float64, bias=False, rows=ROWS):

@@ -24,6 +24,10 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.01)
 
 
+def halved(log_probs):
+    return -log_probs / 2
+
+
 def is_even(row):
     return len(row["output"]) % 2 == 0
 
@@ -47,7 +51,7 @@ MODULE = {
     "model": (tiny_config(attention_dropout=0.9), EFFECT),
     "loss_normalization": ("token", REFUSED),
     "normalize_constant": (2.0, REFUSED),
-    "loss_type": ("dft", REFUSED),
+    "loss_type": (halved, "made with `loss_type` = nll, now it is test_changed_settings.halved"),
     "label_smoothing": (0.1, REFUSED),
     "neftune_noise_alpha": (5.0, EFFECT),
     "max_grad_norm": (0.001, EFFECT),

@@ -8,7 +8,7 @@ from support.fits import ROWS, fit, make_data, sgd
 from support.models import tiny_config, tiny_model
 
 from lightning_sft import SFTModule
-from lightning_sft.errors import SettingsTypeError
+from lightning_sft.errors import SettingsError, SettingsTypeError
 from lightning_sft.training.checkpoint_files import AtomicCheckpointIO, put_folder_behind_link
 
 
@@ -23,6 +23,22 @@ def test_a_checkpoint_loads_without_the_original_weights(tmp_path):
     assert loaded.hparams.max_grad_norm == 0.25
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded(ids).logits, module(ids).logits)
+
+
+def focal(log_probs):
+    return -((1 - log_probs.exp()) ** 2) * log_probs
+
+
+def test_a_checkpoint_holds_the_name_of_a_loss_of_one_s_own_and_runs_no_code_of_that_name(tmp_path):
+    module = pickle.loads(pickle.dumps(SFTModule(tiny_model(), loss_type=focal)))
+    path = tmp_path / "one.ckpt"
+    fit(tmp_path, module, max_steps=1)[2].save_checkpoint(path, weights_only=False)
+    with pytest.raises(SettingsError, match=r"'test_checkpoints.focal', .* give it to `load_from_checkpoint`"):
+        SFTModule.load_from_checkpoint(path, weights_only=True)
+    loaded = SFTModule.load_from_checkpoint(path, weights_only=True, loss_type=focal)
+    fit(tmp_path, loaded, ckpt_path=path, max_steps=2)
+    with pytest.raises(SettingsError, match=r"made with `loss_type` = test_checkpoints.focal, now it is nll"):
+        fit(tmp_path, SFTModule(tiny_config()), ckpt_path=path, max_steps=2)
 
 
 def test_an_argument_that_no_module_has_is_refused_when_one_is_loaded(tmp_path):

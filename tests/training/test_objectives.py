@@ -9,8 +9,13 @@ from support.runs import train
 from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsError
 
+
+def focal(log_probs):
+    return -((1 - log_probs.exp()) ** 2) * log_probs
+
+
 OBJECTIVES = {
-    "dft": {"loss_type": "dft"},
+    "own": {"loss_type": focal, "loss_normalization": "sequence"},
     "smoothed": {"label_smoothing": 0.2, "loss_normalization": "sequence", "normalize_constant": 7.0},
     "noise": {"neftune_noise_alpha": 5.0},
 }
@@ -69,7 +74,21 @@ def test_a_run_with_noise_continues_to_the_last_bit(tmp_path, whole_steps):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "focal"}, "`loss_type` is 'focal', expected one of nll, dft"),
+        ({"loss_type": "focal"}, "`loss_type` is 'focal', expected nll, dft or a function"),
+        (
+            {"loss_type": lambda x: -x.mean()},
+            r"<lambda>`, which returns torch.float32 of shape \(\) for .* Expected is",
+        ),
+        ({"loss_type": lambda x: -x.double()}, r"which returns torch.float64 of shape \(5,\) for torch.float32"),
+        ({"loss_type": lambda x: x.tolist()}, "which returns .* of type list"),
+        ({"loss_type": lambda x: -x.detach()}, "which returns losses without a gradient"),
+        (
+            {"loss_type": lambda x: -x.numpy()},
+            r"fails on \[-0.1, .*: Can't call numpy\(\) on Tensor that requires grad",
+        ),
+        ({"loss_type": lambda x: -(1 - x.exp()).log()}, "has losses .*inf.* and derivatives"),
+        ({"loss_type": lambda x: -x * x.detach().softmax(0)}, "gives a token another loss, or .* beside others"),
+        ({"loss_type": focal, "label_smoothing": 0.1}, "is 'test_objectives.focal' and .* cannot be combined"),
         ({"label_smoothing": 1.0}, "`label_smoothing` is 1.0, expected at least 0 and below 1"),
         ({"loss_type": "dft", "label_smoothing": 0.1}, "which cannot be combined"),
     ],
