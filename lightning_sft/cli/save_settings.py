@@ -6,6 +6,7 @@ The first logger names the folder. A run that continues goes on in those of the 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import yaml
@@ -19,24 +20,38 @@ _FURTHER_LOGGERS = "loggers.yaml"
 
 
 class SaveSettings(SaveConfigCallback):
-    """Saves a run's settings `as_given` in its folder; those of an evaluation there do not take their place."""
+    """Saves a run's settings `as_given` in its folder; those of an evaluation there do not take their place.
+
+    Where a run continues with other settings, those before are kept in `config_until_step_<N>.yaml`.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, as_given: Namespace | None = None) -> None:
         super().__init__(parser, config if as_given is None else as_given, save_to_log_dir=False)
-        self._folder = Path()
+        self._folder, self._continues = Path(), config.get("ckpt_path") is not None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Save the settings."""
+        """Save the settings; those of a run that continues may still be refused."""
         use_folder(trainer, Path(trainer.default_root_dir))
         self._folder = run_folder(trainer)  # every process has to ask
-        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or not self._continues:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the settings of a run that continues, once it does."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save them, unless a training run has."""
         path = self._folder / self.config_filename
-        if stage == "fit" or not path.is_file():
+        before = path.read_text(encoding="utf-8") if path.is_file() else None
+        if stage == "fit" or before is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_none=False, skip_validation=True, overwrite=True)
+        kept = path.with_stem(f"{path.stem}_until_step_{trainer.global_step}")
+        if trainer.global_step and before not in (None, path.read_text(encoding="utf-8")) and not kept.exists():
+            kept.write_text(str(before), encoding="utf-8")
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_further_loggers(trainer.loggers, path.parent)
 

@@ -34,6 +34,7 @@ from torch.optim.lr_scheduler import (
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, counted
 from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, kind_of, missing_state
+from lightning_sft.training.run_facts import run_facts
 
 _KEY = "optimizer_settings"  # in a checkpoint
 _PLAIN = (bool, int, float, str, tuple)
@@ -84,30 +85,32 @@ def check_optimizer(then: OptimizerSettings, now: OptimizerSettings) -> None:
         )
 
 
-def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: OptimizerSettings) -> None:
+def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: OptimizerSettings) -> dict[str, tuple[Any, Any]]:
     """Let settings that were changed take effect on an optimizer that was restored from a checkpoint.
 
     The checkpoint's optimizer was made with `then`, this one with `now`. The learning rate of one with a schedule is
     left to `continue_schedule`.
+
+    Returns:
+        What was changed, by name: the values of `then` and of `now`.
     """
-    changed: dict[str, Any] = {}
+    changed: dict[str, tuple[Any, Any]] = {}
     for group, before, today in zip(optimizer.param_groups, then.groups, now.groups, strict=True):
         new = {name: value for name, value in today.items() if name not in before or before[name] != value}
-        changed |= new
+        changed |= {name: (before.get(name), value) for name, value in new.items()}
         if "lr" in new and "initial_lr" in group:
             group["initial_lr"] = new.pop("lr")
         for name, value in new.items():
             group[name] = torch.full_like(group[name], value) if isinstance(group[name], Tensor) else value
-    if not changed:
-        return
-    if (error := missing_state(optimizer)) is not None:
-        names = ", ".join(f"`{name}` = {value}" for name, value in changed.items())
+    if changed and (error := missing_state(optimizer)) is not None:
+        names = ", ".join(f"`{name}` = {value}" for name, (_, value) in changed.items())
         raise SettingsError(
             f"The run cannot continue with {names}: its checkpoint lacks what the optimizer needs for that ({error}). "
             "Use what it was made with, or begin a new run with its weights (`--init_from`)."
         )
     if any(name in changed for name in IMPLEMENTATION):
         optimizer.load_state_dict(optimizer.state_dict())  # puts step counters where the implementation wants them
+    return changed
 
 
 def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, now: OptimizerSettings) -> None:
@@ -214,6 +217,7 @@ class Continuation:
     def __init__(self) -> None:
         self._continues = False
         self._step: int | None = None  # of the checkpoint
+        self._settings: Mapping[str, Any] = {}  # of the checkpoint, by name
         self._left: _Left | None = None
         self._then: OptimizerSettings | None = None
         self._now: OptimizerSettings | None = None
@@ -223,12 +227,13 @@ class Continuation:
         optimizers, self._left = trainer.strategy.optimizers, None
         if trainer.global_step > 0 and self._now is not None and optimizers:
             self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
-        self._continues, self._step, self._then, self._now = False, None, None, None
+        self._continues, self._step, self._settings, self._then, self._now = False, None, {}, None, None
         _go_on_in_data(trainer)
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """The run continues from this checkpoint, whose optimizer is not restored yet."""
         self._continues, self._step = True, checkpoint.get("global_step")
+        self._settings = checkpoint.get("model_card", {}).get("settings", {})
         if (values := checkpoint.get(_KEY)) is not None:
             self._then = OptimizerSettings(**values)
 
@@ -257,9 +262,10 @@ class Continuation:
         check_takes_shards(optimizers[0])
         _check_same_step(self._step)
 
-    def apply(self, optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> None:
-        """Let everything that was changed take effect on what has been restored."""
+    def apply(self, trainer: L.Trainer) -> None:
+        """Let everything that was changed take effect on what has been restored, and say what it is."""
         left, self._left = self._left, None
+        optimizer, schedules = trainer.optimizers[0], trainer.lr_scheduler_configs
         if self._now is None:
             return
         if not self._continues and left is not None:
@@ -271,7 +277,12 @@ class Continuation:
                 )
         if not self._continues:
             return
-        if self._then is not None:
-            apply_settings(optimizer, self._then, self._now)
+        changed = {} if self._then is None else apply_settings(optimizer, self._then, self._now)
         for config in schedules:
             continue_schedule(config.scheduler, self._then, self._now)
+        for name, value in run_facts(trainer).settings.items():
+            if _plain(before := self._settings.get(name, value)) != _plain(value):
+                changed[name] = (before, value)
+        if changed:
+            words = ", ".join(f"`{name}` {now} (before: {before})" for name, (before, now) in changed.items())
+            rank_zero_info(f"The run continues with changed settings: {words}.")

@@ -1,8 +1,10 @@
 """The numbers that a run logs."""
 
+from pathlib import Path
+
 import lightning as L
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -66,4 +68,7 @@ def log_settings(module: L.LightningModule) -> None:
         if isinstance(logger, MLFlowLogger):  # which refuses to change what a run that continues has logged before
             known = logger.experiment.get_run(logger.run_id).data.params if trainer.is_global_zero else {}
             settings = {name: value for name, value in settings.items() if name not in known}
+        elif isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:  # which writes it only if it is missing
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
         logger.log_hyperparams(settings)
+        logger.save()

@@ -258,14 +258,14 @@ class SFTModule(RotaryInFloat32, StoredModule):
     def on_fit_start(self) -> None:
         """Say how much there is to train; refuse to continue with another optimizer."""
         self._continuation.check(self.trainer.optimizers)
-        log_settings(self)
         announce_state(list(self.parameters()), self.optimizer_factory)
 
     def on_train_start(self) -> None:
         """Let changed settings of optimizer and schedule take effect in a run that continues, or refuse them."""
         check_loader(self.trainer)
         call_after_optimizer_steps(self.trainer)
-        self._continuation.apply(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs)
+        self._continuation.apply(self.trainer)
+        log_settings(self)  # no earlier: a run that would continue with others may have been refused
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, and, to continue training, of another loss."""

@@ -21,6 +21,8 @@ import lightning_sft
 from lightning_sft.cli import main as program
 from lightning_sft.cli.app import main, run_command
 from lightning_sft.cli.parser import packaged_configs
+from lightning_sft.errors import SettingsError
+from lightning_sft.results.finished_run import read_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -405,6 +407,7 @@ def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog
     saved = (runs / "version_1" / "config.yaml").read_text()
     assert "ckpt_path: null" in saved  # or what is done with this file would be done in that folder, from that place
     assert "version: null" in saved
+    check_settings_of_continued(runs / "version_1", [*command, "--data.batch_size", "3"])
     # An evaluation in the run's own folder.
     options = ["--config", f"{runs}/version_1/config.yaml", "--trainer.logger.init_args.version", "version_1"]
     run_command(["validate", *options, "--ckpt_path", f"{runs}/version_1/checkpoints/last.ckpt"])
@@ -412,6 +415,19 @@ def test_the_word_last_continues_the_newest_run_in_its_own_folder(inputs, caplog
     (runs / "version_1" / "checkpoints" / "last.ckpt").write_bytes(b"PK torn")
     run_command(command)
     assert steps_of(runs / "version_0") == 5  # the newest that is whole
+
+
+def check_settings_of_continued(run, refused):
+    """Those of its newest part, and beside them those of the first, but not those that it cannot continue with."""
+    files = ["config.yaml", "config_until_step_2.yaml", "hparams.yaml"]
+    texts = [(run / name).read_text() for name in files]
+    assert ["max_steps: 5" in text for text in texts] == [True, False, True]
+    assert texts[1] == texts[0].replace("max_steps: 5", "max_steps: 2")
+    with pytest.raises(SettingsError, match="`batch_size`"):
+        run_command(refused)
+    assert texts == [(run / name).read_text() for name in files]
+    assert len(list(run.glob("config*"))) == 2
+    assert read_run(run).settings["trainer"]["max_steps"] == 5
 
 
 def test_last_without_a_configuration_takes_the_newest_runs_own(inputs, monkeypatch):

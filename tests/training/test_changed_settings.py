@@ -168,6 +168,18 @@ def test_a_changed_optimizer(begun, tmp_path, name):
     check(begun, tmp_path, outcome, name, module={"optimizer": optimizer})
 
 
+def test_changed_settings_are_told_beside_what_they_were(begun, tmp_path, caplog):
+    run(tmp_path, begun[0])
+    assert "changed settings" not in caplog.text
+    changes = {"optimizer": partial(adamw, lr=0.03, eps=0.1), "warmup_steps": 4, "max_grad_norm": 0.5}
+    run(tmp_path, begun[0], module=changes)
+    told = next(line for line in caplog.messages if "changed settings" in line)
+    assert told == (
+        "The run continues with changed settings: `lr` 0.03 (before: 0.01), `eps` 0.1 (before: 1e-08), `warmup_steps` "
+        "4 (before: 1), `max_grad_norm` 0.5 (before: 1.0)."
+    )
+
+
 @pytest.mark.parametrize("name", MODULE)
 def test_a_changed_setting_of_the_module(begun, tmp_path, name):
     value, outcome = MODULE[name]
