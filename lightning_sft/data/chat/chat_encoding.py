@@ -107,15 +107,6 @@ class ChatEncoder:
         longest = examples[-1].text
         return [replace(example, longest=longest, is_whole=len(examples) == 1) for example in examples]
 
-    def write_prompt(self, conversation: Conversation) -> tuple[str, str | None]:
-        """The text for the model to go on from, and what an assistant's turn at the end says, if it says anything."""
-        conversation = self._template.fitted(conversation)
-        final, num_before = conversation.messages[-1], len(conversation.messages) - 1
-        if final["role"] != "assistant":
-            return self._template.write(conversation, add_generation_prompt=True), None
-        check_has_context(num_before)
-        return self._template.write(conversation, num_before, add_generation_prompt=True), final["content"] or None
-
     def _example(
         self, conversation: Conversation, turns: Sequence[Turn], left_out: Sequence[str], text: str | None
     ) -> WrittenExample:
@@ -161,12 +152,21 @@ class ChatEncoder:
             f"no turn of the assistant to learn from among {counted(len(messages), 'message')}. Remove the row."
         )
 
+    def write_prompt(self, conversation: Conversation) -> tuple[str, str | None]:
+        """The text for the model to go on from, and what an assistant's turn at the end says, if it says anything."""
+        conversation = self._template.fitted(conversation)
+        final, num_before = conversation.messages[-1], len(conversation.messages) - 1
+        if final["role"] != "assistant":
+            return self._template.write(conversation, add_generation_prompt=True), None
+        check_has_context(num_before)
+        return self._template.write(conversation, num_before, add_generation_prompt=True), final["content"] or None
+
     def encode(self, written: Sequence[WrittenExample]) -> Iterator["EncodedConversation | SettingsError"]:
         """Token ids of each text, exactly those that `apply_chat_template` gives, with what is learnt as the response.
 
-        An example that has none has an error in its place.
         What stands before a response has the same tokens as it has alone, when a model is asked for the response; where
-        the end of a generation prompt and the turn share a token, the response begins with that one.
+        the end of a generation prompt and the turn share a token, the response begins with that one. An example of
+        which this cannot be true has an error in its place.
         """
         longest = list(dict.fromkeys(each.longest for each in written))
         all_ids = token_ids(longest, self._tokenizer)
