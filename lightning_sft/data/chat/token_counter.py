@@ -49,10 +49,10 @@ class TokenCounter:
         """Where in the token ids of a text its special tokens are."""
         matches = list(self._pattern.finditer(text))
         special_ids = set(self._special_ids.values())
-        places = [place for place, token_id in enumerate(ids) if token_id in special_ids]
-        if [ids[place] for place in places] != [self._special_ids[match.group()] for match in matches]:
-            matches, places = [], []  # not told apart so: beginnings are tokenised whole
-        return CountedText(self, text, ids, matches, places)
+        indices = [index for index, token_id in enumerate(ids) if token_id in special_ids]
+        if [ids[index] for index in indices] != [self._special_ids[match.group()] for match in matches]:
+            matches, indices = [], []  # not told apart so: beginnings are tokenised whole
+        return CountedText(self, text, ids, matches, indices)
 
     def part(self, text: str) -> list[int]:
         """The token ids of a part of a text, which may come again."""
@@ -63,27 +63,27 @@ class TokenCounter:
 
 @dataclass(frozen=True)
 class CountedText:
-    """A text, its token ids, and the special tokens in both: `matches` in the text, `places` in the ids."""
+    """A text, its token ids, and the special tokens in both: `matches` in the text, `indices` in the ids."""
 
     counter: TokenCounter
     text: str
     ids: Sequence[int]
     matches: Sequence[re.Match[str]]
-    places: Sequence[int]
+    indices: Sequence[int]
 
     def ids_of(self, other: str) -> list[int]:
         """The token ids of another text; what both share is not tokenised again."""
-        start, place = self._last_shared(other)
-        return [*self.ids[:place], *self.counter.part(other[start:])]
+        start, index = self._last_shared(other)
+        return [*self.ids[:index], *self.counter.part(other[start:])]
 
     def alike(self, other: str) -> Alike:
         """How far another text, which may go on otherwise, has the same tokens."""
-        start, place = self._last_shared(other)
+        start, index = self._last_shared(other)
         own = self.counter.part(other[start:])
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, self.ids[place:], strict=False)))
-        return Alike(place + shared, shared == len(own))
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, self.ids[index:], strict=False)))
+        return Alike(index + shared, shared == len(own))
 
     def _last_shared(self, other: str) -> tuple[int, int]:
         """Where the last special token that both texts share begins: in the text, and in the token ids."""
         last = bisect_right(self.matches, common_length(self.text, other), key=re.Match.end) - 1
-        return (self.matches[last].start(), self.places[last]) if last >= 0 else (0, 0)
+        return (self.matches[last].start(), self.indices[last]) if last >= 0 else (0, 0)
