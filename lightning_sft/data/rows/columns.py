@@ -13,12 +13,14 @@ _ALPACA = "`row_transform: lightning_sft.alpaca_row` makes messages of `instruct
 _TEMPLATE = "`prompt_template` can name any column"
 _SYSTEM = "`row_transform` can rename `system_prompt` to `system`, which stands before the first turn of a conversation"
 _LABELS = ("label", "kto_tag")  # what people say of an output, true or false
+_WEIGHTS = ("weight", "loss_weight", "sample_weight")  # and of a row
 PICTURES = ("image", "images", "videos", "audios")
 _PICTURES = "`row_filter` can leave out rows with more than text, since nothing else is learnt"
 MISSED_IN_CONVERSATIONS = {  # columns that people mean to be used, and what would use them
     "system_prompt": _SYSTEM,
     **dict.fromkeys(PICTURES, _PICTURES),
     **dict.fromkeys(_LABELS, "`row_filter` can leave out rows that say false of their output (as for KTO)"),
+    **dict.fromkeys(_WEIGHTS, "`train_data: {source: weight}` weights the rows of a whole source"),
 }
 WRITTEN_BY_AS_CHAT = ("system", "tools", "functions")
 EASILY_MISSED = {  # and beside a prompt
@@ -39,7 +41,9 @@ def unused_beside_tokens(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def is_missed(row: Mapping[str, Any], column: str) -> bool:
     """Whether a row has something in one of these columns that people would miss."""
-    return row.get(column) is False if column in _LABELS else bool(row.get(column))
+    if column in _LABELS:
+        return row.get(column) is False
+    return row.get(column) not in (None, 1) if column in _WEIGHTS else bool(row.get(column))
 
 
 def unused_in_words(columns: Sequence[str]) -> str:

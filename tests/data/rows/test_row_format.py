@@ -248,3 +248,9 @@ def test_an_output_that_feedback_says_false_of_is_told():
         unused = [RowFormat().render(row).unused_columns for row in rows]
         assert unused == [("label",), ("kto_tag",), ()]
     assert RowFormat().render({"prompt": "a", "output": "b", "label": 0}).unused_columns == ()
+
+
+def test_a_weight_of_a_row_is_told():
+    for answer in ({"output": "b"}, {"prompt": [user("a")], "completion": [assistant("b")]}):
+        rows = [{"prompt": "a", **answer, "weight": weight} for weight in (0.3, 1.0)]
+        assert [RowFormat().render(row).unused_columns for row in rows] == [("weight",), ()]
