@@ -1,10 +1,13 @@
 """Where the rows of each split come from and how they are read, as the user has given it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from numbers import Real
 from typing import Any
+
+from datasets import DatasetDict
 
 from lightning_sft.checks import check_integer, check_number, check_type
 from lightning_sft.data.rows.mixture import read_weights
@@ -17,8 +20,8 @@ class DataSettings:
     """Where the rows of each split come from and how they are read; `SFTDataModule` explains the settings."""
 
     train_data: Data | Mapping[str, Any] | None = None
-    val_data: Data | None = None
-    test_data: Data | None = None
+    val_data: Mapping[str, Any] | Data | None = None
+    test_data: Mapping[str, Any] | Data | None = None
     predict_data: Data | None = None
     val_fraction: float = 0.0
     streaming: bool = False
@@ -50,12 +53,7 @@ class DataSettings:
             )
         for split in ("val", "test", "predict"):
             if isinstance(data := self.of(split), Mapping):
-                if not all(isinstance(value, str | Path) for value in data.values()):  # no files by their names
-                    read_weights(data, f"{split}_data")  # refuses a `DatasetDict` in its own words
-                raise SettingsTypeError(
-                    f"`{split}_data` is {shorten(data)}, but weights are for `train_data` alone. "
-                    "Give a list of the sources, which are evaluated together."
-                )
+                _check_sets(split, data)
         weights = self.weights  # read here, so that wrong ones are refused at once
         if self.streaming and (self.val_fraction or weights):
             given = f"`val_fraction` is {self.val_fraction}" if self.val_fraction else "`train_data` has weights"
@@ -77,3 +75,26 @@ class DataSettings:
     def weights(self) -> dict[str, float]:
         """The names of the sources of training rows with their weights; empty if these have none."""
         return read_weights(self.train_data, "train_data") if isinstance(self.train_data, Mapping) else {}
+
+
+def _check_sets(split: str, data: Mapping[Any, Any]) -> None:
+    """Refuse what is given by names, if these are not names of sets to evaluate."""
+    argument = f"{split}_data"
+    if isinstance(data, DatasetDict) or not data:
+        read_weights(data, argument)  # refuses it in its own words
+    if any(isinstance(value, Real) for value in data.values()):
+        raise SettingsTypeError(
+            f"`{argument}` is {shorten(data)}, but weights are for `train_data` alone. Give a list of the sources, "
+            "which are evaluated together, or `{name: source}` to evaluate each by itself, too."
+        )
+    if split == "predict":
+        raise SettingsTypeError(
+            f"`{argument}` is {shorten(data)}, but only `val_data` and `test_data` may be several sets with names. "
+            "Give a list of the sources."
+        )
+    for name in data:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise SettingsError(
+                f"`{argument}` has a set named {name!r}, expected letters, digits and `_`, `-` or `.`, since its loss "
+                f"is to be called `{split}/<name>/loss`."
+            )

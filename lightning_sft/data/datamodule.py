@@ -41,11 +41,10 @@ class SFTDataModule(FixedDataModule):
     counted in optimizer steps.
 
     Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
-    `completion`), are formatted with the tokenizer's chat template, together with the row's `tools` and
-    `chat_template_kwargs` if it has them. A column `system` beside them is their first turn. The response is the
-    assistant's turns, each with the token that ends it, except for those whose `weight`, `train`, `trainable`,
-    `training`, `loss` or `loss_mask` is 0. Each turn follows exactly the text that the template writes when a model is
-    asked for this turn; a row in which a single text cannot show this for all turns becomes one example per turn.
+    `completion`), are formatted with the tokenizer's chat template, with `tools` and `chat_template_kwargs` of the row,
+    and its `system` as the first turn. The response is the assistant's turns, each with the token that ends it, except
+    for those whose `weight` (or `train`, or `loss`) is 0. Each turn follows exactly the text that the template writes
+    when a model is asked for this turn; a row in which a single text cannot show this becomes one example per turn.
 
     All of a row with only a `text` is learnt, after BOS. A row with `input_ids` is already tokenised and gets no other
     EOS: a token is learnt if it is marked in all of `labels` (-100 or the id itself), `response_mask`,
@@ -60,7 +59,8 @@ class SFTDataModule(FixedDataModule):
             or a `datasets.Dataset`. Or `{source: weight}`: how many times an epoch goes through each source's rows. Of
             `n` rows an epoch takes `round(n * weight)`, beginning where the previous epoch stopped, so that no row is
             used twice before all have been used once; the rows of all sources are shuffled together.
-        val_data: Files or data sets with the validation rows, given like `train_data`, but without weights.
+        val_data: The validation rows, given like `train_data`, but without weights. Or `{name: data}`: several sets, of
+            which each is also evaluated by itself, as `val/<name>/loss` beside `val/loss`, that of all rows.
         test_data: The rows that `test` evaluates, given like `val_data`.
         predict_data: The rows whose prompts `predict` continues. They need no output. Default: the validation rows.
         val_fraction: Without `val_data`: this fraction of the training rows, drawn by `seed`, is used for validation,
@@ -110,8 +110,8 @@ class SFTDataModule(FixedDataModule):
         self,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         train_data: Data | Mapping[str, Any] | None = None,
-        val_data: Data | None = None,
-        test_data: Data | None = None,
+        val_data: Mapping[str, Any] | Data | None = None,
+        test_data: Mapping[str, Any] | Data | None = None,
         predict_data: Data | None = None,
         val_fraction: float = 0.0,
         prompt_field: str = "prompt",
@@ -194,13 +194,13 @@ class SFTDataModule(FixedDataModule):
         return self._run.by_epochs(self.training_rows.loader(self._run.epoch, self._run, self._loader_options()))
 
     def val_dataloader(self) -> PlanLoader | list[PlanLoader]:
-        """The validation rows; nothing if there are none."""
+        """The validation rows, or each set of them; nothing if there are none."""
         rows = self.rows_of("val") if self._data.has_validation else None
-        return [] if rows is None else cast(PreparedRows, rows).in_order(self._loader_options())
+        return [] if rows is None else cast(PreparedRows, rows).by_sets(self._loader_options())
 
-    def test_dataloader(self) -> PlanLoader:
-        """The test rows."""
-        return cast(PreparedRows, self.rows_of("test")).in_order(self._loader_options())
+    def test_dataloader(self) -> PlanLoader | list[PlanLoader]:
+        """The test rows, or each set of them."""
+        return cast(PreparedRows, self.rows_of("test")).by_sets(self._loader_options())
 
     def predict_dataloader(self) -> PromptLoader:
         """Lists of `batch_size` `Prompt`s per device, the same lists on every device."""

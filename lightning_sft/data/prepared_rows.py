@@ -53,6 +53,7 @@ class PreparedRows:
         row_numbers: Which row of the data each example comes from, `(num_examples,)`. By default one from each.
         report: What became of the data's rows. By default all became examples.
         only_source: The name of the source if there is one alone: then no location needs to say it.
+        sets: Names and sizes of sets that are also evaluated each by itself, in the order of the rows.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class PreparedRows:
         row_numbers: NDArray[np.integer[Any]] | None = None,
         report: EncodingReport | None = None,
         only_source: str | None = None,
+        sets: Mapping[str, int] | None = None,
     ) -> None:
         self.label, self.rows, self._rule, self._sources = label, rows, rule, sources
-        self.only_source = only_source
+        self.only_source, self._sets = only_source, sets or {}
         self.row_numbers = np.arange(len(rows)) if row_numbers is None else row_numbers
         self._report = report or EncodingReport(len(np.unique(self.row_numbers)), len(rows))
 
@@ -137,6 +139,15 @@ class PreparedRows:
         """Iterates over all rows once, in the order of the data."""
         num_steps = self.count_steps()
         return self.loader(Epoch(num_steps, shuffle=False), range(num_steps), options)
+
+    def by_sets(self, options: LoaderOptions) -> PlanLoader | list[PlanLoader]:
+        """The same, with a loader for each set that has a name."""
+        loaders, start = [], 0
+        for name, size in self._sets.items():
+            loaders.append(self.selected(np.arange(start, start + size)).in_order(options))
+            loaders[-1].set_name = name
+            start += size
+        return loaders or self.in_order(options)
 
     def lengths(self) -> list[int]:
         """Tokens of the rows as the model sees them, the longest first."""

@@ -1,7 +1,7 @@
 """The rows of each split, read and tokenised when a stage first needs them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain, islice
 from typing import Any, Literal, cast
 
@@ -137,15 +137,25 @@ class RowStore:
         if data is None:
             raise _missing(split, stage)
         weights = self._settings.weights if split == "train" else {}
-        groups = open_weighted(weights, argument) if weights else {argument: open_sources(data, argument)}
+        if weights:
+            groups = open_weighted(weights, argument)
+        elif isinstance(data, Mapping):
+            groups = {name: open_sources(part, f"{argument}[{name!r}]") for name, part in data.items()}
+        else:
+            groups = {argument: open_sources(data, argument)}
         sources = [*chain(*groups.values())]
         encoded = encode_rows(sources, encoder, self._settings.num_proc)
         report_rows(argument, encoded, encoder, sources)
+        of_sources = iter(encoded.sizes)
+        sizes = {name: sum(islice(of_sources, len(group))) for name, group in groups.items()}
         weighted: list[WeightedSource] = []
         if any(weight != 1 for weight in weights.values()):  # or the order is that of a list
-            sizes = iter(encoded.sizes)
-            of_names = [sum(islice(sizes, len(group))) for group in groups.values()]
-            weighted = weighted_sources(weights, of_names, argument)
+            weighted = weighted_sources(weights, list(sizes.values()), argument)
+        sets = sizes if isinstance(data, Mapping) and not weights else {}
+        if empty := next((name for name, size in sets.items() if not size), None):
+            raise SettingsError(
+                f"`{argument}[{empty!r}]` has no rows that can be used: all are too long or malformed. Leave it out."
+            )
         return PreparedRows(
             split,
             encoded.dataset,
@@ -154,6 +164,7 @@ class RowStore:
             row_numbers=encoded.row_numbers,
             report=encoded.report,
             only_source=sources[0].name if len(sources) == 1 else None,
+            sets=sets,
         )
 
     def _divide_training(self, encoder: RowEncoder) -> None:

@@ -1,5 +1,7 @@
 """Metrics over response tokens, exact over batches and devices."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -16,33 +18,43 @@ class ResponseMetrics(Metric):
     """
 
     full_state_update = False
-    nll: Tensor
-    entropy: Tensor
-    num_top1: Tensor
-    num_tokens: Tensor
-    num_sequences: Tensor
+    sums: Tensor  # of each set of rows, `(num_sets, 5)`, in the order of `_metrics`
 
     def __init__(self, loss_scale: LossScale) -> None:
         super().__init__()
         self.loss_scale = loss_scale
-        for name in ("nll", "entropy", "num_top1", "num_tokens", "num_sequences"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.begin()
 
-    def update(self, scores: ResponseScores, num_sequences: int) -> None:
-        """Add the response tokens of some sequences; their scores must have `is_top1`."""
+    def begin(self, names: Sequence[str] = ()) -> None:
+        """Begin anew, over rows of several sets with these names, or without names over one set."""
+        self.names = names
+        sums = torch.zeros(len(names) or 1, 5, dtype=torch.float64, device=self.device)
+        self.add_state("sums", sums, dist_reduce_fx="sum")
+
+    def update(self, scores: ResponseScores, num_sequences: int, index: int = 0) -> None:
+        """Add the response tokens of some sequences of a set; their scores must have `is_top1`."""
         assert scores.is_top1 is not None
+        counts = (torch.full_like(self.sums[0, 0], count) for count in (len(scores.log_probs), num_sequences))
+        sums = torch.stack([-scores.log_probs.sum(), scores.token_entropy.sum(), scores.is_top1.sum(), *counts])
+        is_of_set = torch.arange(len(self.sums), device=self.sums.device) == index
         # Not in place: tensors of an evaluation in inference mode could not be changed outside of it.
-        self.nll = self.nll - scores.log_probs.sum()
-        self.entropy = self.entropy + scores.token_entropy.sum()
-        self.num_top1 = self.num_top1 + scores.is_top1.sum()
-        self.num_tokens = self.num_tokens + len(scores.log_probs)
-        self.num_sequences = self.num_sequences + num_sequences
+        self.sums = torch.where(is_of_set[:, None], self.sums + sums, self.sums)
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices."""
+        """`loss`, `perplexity`, `token_accuracy` and `token_entropy` over everything seen on all devices.
+
+        Those of a set alone begin with its name, such as `math/loss`.
+        """
+        metrics = self._metrics(self.sums.sum(dim=0))
+        for name, sums in zip(self.names, self.sums, strict=False):
+            metrics |= {f"{name}/{metric}": value for metric, value in self._metrics(sums).items()}
+        return metrics
+
+    def _metrics(self, sums: Tensor) -> dict[str, Tensor]:
+        nll, entropy, num_top1, num_tokens, num_sequences = sums
         return {
-            "loss": self.nll / self.loss_scale.divisor(self.num_tokens, self.num_sequences),
-            "perplexity": (self.nll / self.num_tokens).exp(),
-            "token_accuracy": self.num_top1 / self.num_tokens,
-            "token_entropy": self.entropy / self.num_tokens,
+            "loss": nll / self.loss_scale.divisor(num_tokens, num_sequences),
+            "perplexity": (nll / num_tokens).exp(),
+            "token_accuracy": num_top1 / num_tokens,
+            "token_entropy": entropy / num_tokens,
         }

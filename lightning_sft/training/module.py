@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lightning_sft.checks import check_callable, check_integer, check_number, check_type
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.steps.optimizer_step import OptimizerStep
+from lightning_sft.data.steps.step_loader import set_names
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.trainer_state import call_after_optimizer_steps
 from lightning_sft.model.builder import ModelBuilder
@@ -86,8 +87,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
             by default for every linear layer but the head; or `path`: a folder of adapters to train further. Under
             `bf16-mixed` adapters are float32, and frozen weights stay in the dtype in which they are stored.
         model_kwargs: Arguments for `from_pretrained` or `from_config`, such as `attn_implementation`.
-        seed: Seed of random initial weights, and of dropout, which is drawn from (seed, step, device) in each step. On
-            the command line it is the seed of the data.
+        seed: Of random initial weights and, with step and device, of dropout; on the command line the seed of the data.
 
     Raises:
         SettingsTypeError: If an argument has the wrong type.
@@ -162,7 +162,6 @@ class SFTModule(RotaryInFloat32, StoredModule):
     def setup(self, stage: str) -> None:
         """A new run counts its optimizer steps from 0, and its callbacks say anew how predictions are made."""
         self.generator = None
-        self.metrics.reset()  # an evaluation may have been interrupted
         if stage == "fit":
             self.guard.start_run(self.global_step, self.guard.num_skipped if self.global_step else 0)
             self._continuation.begin(self.trainer)
@@ -217,6 +216,11 @@ class SFTModule(RotaryInFloat32, StoredModule):
     def on_validation_start(self) -> None:
         """Do not evaluate weights of a step whose numbers are not finite."""
         self.guard.check()
+        self.metrics.begin(set_names(self.trainer.val_dataloaders))
+
+    def on_test_start(self) -> None:
+        """Begin the metrics of all sets of test rows."""
+        self.metrics.begin(set_names(self.trainer.test_dataloaders))
 
     def on_train_end(self) -> None:
         """Do not end on a step whose numbers are not finite."""
@@ -224,18 +228,18 @@ class SFTModule(RotaryInFloat32, StoredModule):
 
     # -- validation, test and prediction ------------------------------------------------------------------------------
 
-    def validation_step(self, batch: OptimizerStep, batch_idx: int) -> Any:
+    def validation_step(self, batch: OptimizerStep, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Add the batch's sums and counts to the metrics, and return the scores of each microbatch."""
-        return evaluate(self.model, batch, self.metrics)
+        return evaluate(self.model, batch, self.metrics, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`."""
+        """Log `val/loss`, `val/perplexity`, `val/token_accuracy` and `val/token_entropy`, also of each named set."""
         log_metrics(self, "val", self.metrics, self.num_steps_taken)
         step_plateau_schedules(self)
 
-    def test_step(self, batch: OptimizerStep, batch_idx: int) -> None:
+    def test_step(self, batch: OptimizerStep, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch's sums and counts to the metrics."""
-        evaluate(self.model, batch, self.metrics)
+        evaluate(self.model, batch, self.metrics, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the same metrics as validation, as `test/...`."""

@@ -48,10 +48,12 @@ def score_microbatch(
     )
 
 
-def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics) -> list[ResponseScores]:
-    """Add the sums and counts of all response tokens of a step to metrics, and return the scores of each microbatch."""
+def evaluate(
+    model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics, index: int = 0
+) -> list[ResponseScores]:
+    """Add the response tokens of a step to metrics of a set of rows, and return the scores of each microbatch."""
     check_batch(step)
     scores = [score_microbatch(model, microbatch, return_is_top1=True) for microbatch in step.microbatches]
     for each, microbatch in zip(scores, step.microbatches, strict=True):
-        metrics.update(each, microbatch.num_sequences)
+        metrics.update(each, microbatch.num_sequences, index)
     return scores

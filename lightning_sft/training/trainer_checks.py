@@ -47,7 +47,7 @@ _HOOKS = {  # of automatic optimization, which Lightning does not call under man
 }
 _EXTENDED = {  # Lightning's own do nothing, so that few call them; those of `SFTModule` and `SFTDataModule` do
     *("setup", "configure_callbacks", "on_fit_start", "on_train_start", "on_validation_start", "on_train_end"),
-    *("on_before_optimizer_step", "on_after_optimizer_step"),
+    *("on_before_optimizer_step", "on_after_optimizer_step", "on_test_start"),
     *("on_save_checkpoint", "on_load_checkpoint"),
     *("train_dataloader", "state_dict", "load_state_dict", "on_exception", "teardown"),
 }

@@ -47,6 +47,27 @@ def test_validation_metrics_are_exact_over_all_response_tokens(tmp_path):
     assert metrics["val/token_accuracy"] == pytest.approx(sum(top1) / len(top1))
 
 
+@pytest.mark.parametrize("kind", ["val", "test"])
+def test_named_sets_are_evaluated_each_by_itself_and_all_together(tmp_path, kind):
+    sets = {"short": ROWS[:5], "long-1.5": ROWS[5:7]}
+    evaluate, module = {"val": L.Trainer.validate, "test": L.Trainer.test}[kind], SFTModule(tiny_model())
+
+    def metrics_of(rows: object) -> dict[str, float]:
+        data = make_data(**{f"{kind}_data": rows}, batch_size=3)
+        return evaluate(make_trainer(tmp_path), module, data, verbose=False)[0]
+
+    metrics = metrics_of(sets)
+    expected = {f"{kind}/{name}": value for name, value in by_stage(metrics_of(ROWS[:7]), kind).items()}
+    for name, rows in sets.items():
+        expected |= {f"{kind}/{name}/{metric}": value for metric, value in by_stage(metrics_of(rows), kind).items()}
+    assert len(expected) == 12
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def by_stage(metrics: dict[str, float], kind: str) -> dict[str, float]:
+    return {name.removeprefix(f"{kind}/"): value for name, value in metrics.items() if name.startswith(f"{kind}/")}
+
+
 def test_the_validation_loss_is_normalised_as_the_training_loss(tmp_path):
     module = SFTModule(tiny_model(), loss_normalization="sequence", normalize_constant=3.0)
     data = make_data(val_data=ROWS[:7])

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 
@@ -15,9 +16,14 @@ def shown_path(path: str) -> str:
 
 
 def shown_data(data: object) -> str | None:
-    """The names of files and data sets, with their weights; None for rows in memory, which have no name."""
+    """The names of files and data sets, with their weights or those of sets; None for rows in memory, without one."""
     if isinstance(data, Mapping):
-        return ", ".join(f"{shown_path(str(name))} (weight {weight:g})" for name, weight in data.items())
+        return ", ".join(
+            f"{shown_path(str(name))} (weight {value:g})"
+            if isinstance(value, Real)
+            else f"{name} ({shown_data(value) or 'in memory'})"
+            for name, value in data.items()
+        )
     names = [data] if isinstance(data, str | os.PathLike) else data
     if not isinstance(names, list | tuple) or not all(isinstance(name, str | os.PathLike) for name in names):
         return None

@@ -142,6 +142,8 @@ class StepLoader(ABC):
 class PlanLoader(StepLoader):
     """Iterates over the optimizer steps of a plan."""
 
+    set_name: str | None = None  # of rows that are evaluated beside those of other sets
+
     def __init__(self, dataset: StepDataset, steps: StepNumbers, options: LoaderOptions) -> None:
         super().__init__(steps, options)
         self.dataset = dataset
@@ -157,3 +159,8 @@ class PlanLoader(StepLoader):
         )
         for step in loader:
             yield replace(step, tokenizer=self._options.tokenizer)  # here, so that no worker has to pass it on
+
+
+def set_names(loaders: object) -> list[str]:
+    """The names of the sets of rows that loaders go through; none if there is one set, which needs no name."""
+    return [loader.set_name for loader in loaders if loader.set_name] if isinstance(loaders, list) else []

@@ -333,14 +333,19 @@ SOURCES = {
     "weights of validation rows": Refusal(
         data(val_data={"a.jsonl": 2}),
         "`val_data` is {'a.jsonl': 2}, but weights are for `train_data` alone. Give a list of the sources, which are "
-        "evaluated together.",
+        "evaluated together, or `{name: source}` to evaluate each by itself, too.",
         SettingsTypeError,
     ),
-    "names of validation rows": Refusal(
-        data(val_data={"easy": "a.jsonl"}),
-        "`val_data` is {'easy': 'a.jsonl'}, but weights are for `train_data` alone. Give a list of the sources, which "
-        "are evaluated together.",
+    "sets of prompts": Refusal(
+        data(predict_data={"easy": "a.jsonl"}),
+        "`predict_data` is {'easy': 'a.jsonl'}, but only `val_data` and `test_data` may be several sets with names. "
+        "Give a list of the sources.",
         SettingsTypeError,
+    ),
+    "a set whose name is a path": Refusal(
+        data(test_data={"data/a.jsonl": "a.jsonl"}),
+        "`test_data` has a set named 'data/a.jsonl', expected letters, digits and `_`, `-` or `.`, since its loss is "
+        "to be called `test/<name>/loss`.",
     ),
     "a data set that transforms its rows": Refusal(
         data(train_data=Dataset.from_list(ROWS).with_transform(dict)),
