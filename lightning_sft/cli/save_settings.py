@@ -48,7 +48,7 @@ class SaveSettings(SaveConfigCallback):
         before = path.read_text(encoding="utf-8") if path.is_file() else None
         if stage == "fit" or before is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, skip_validation=True, overwrite=True)
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
         kept = path.with_stem(f"{path.stem}_until_step_{trainer.global_step}")
         if trainer.global_step and before not in (None, path.read_text(encoding="utf-8")) and not kept.exists():
             kept.write_text(str(before), encoding="utf-8")

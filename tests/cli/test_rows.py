@@ -1,11 +1,13 @@
 """Rows in the forms of other programs, from their file to what a model answers, on the command line."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
+import yaml
 from support.chat import CHATML, chat_tokenizer
-from support.models import tiny_model
+from support.models import character_tokenizer, tiny_config, tiny_model
 
 from lightning_sft.cli.app import run_command
 
@@ -51,3 +53,19 @@ def test_instructions_teach_an_instruct_model_in_its_own_format_and_bad_rows_are
     (answer,) = map(json.loads, Path("answers.jsonl").read_text().splitlines())
     assert answer["prompt"] == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert "predict_data: left out 1 of 2 rows that cannot be used" in caplog.text
+
+
+def test_the_saved_settings_of_a_mix_and_of_named_sets_are_those_that_were_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.jsonl").write_text(json.dumps({"prompt": name, "output": "c"}))
+    data = {"train_data": {"a.jsonl": 2, "b.jsonl": 1}, "val_data": {"a": "a.jsonl", "b": ["b.jsonl"]}}
+    character_tokenizer().save_pretrained("tokenizer")
+    words = ["--model.model", json.dumps(tiny_config()), "--data.tokenizer", "tokenizer", "--trainer.max_steps", "1"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--generation.num_prompts", "0"]
+    cli = run_command(["fit", *words, *chain(*((f"--data.{name}", json.dumps(of)) for name, of in data.items()))])
+    run = Path(cli.trainer.log_dir)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert {name: saved["data"][name] for name in data} == data
+    cli = run_command(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", "last"])
+    assert {"val/loss", "val/a/loss", "val/b/loss"} < set(cli.trainer.callback_metrics)
