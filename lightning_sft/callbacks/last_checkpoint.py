@@ -165,6 +165,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run or self._saved_step == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._saved_step, self.best_model_path = trainer.global_step, str(path)
+        for logger in trainer.loggers:  # what it holds back would not be logged again by a run that goes on from here
+            logger.save()
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             trainer.save_checkpoint(path, weights_only=False)
             return

@@ -57,6 +57,28 @@ def test_best_is_the_last_where_no_other_checkpoint_is_kept(tmp_path):
     assert found["step"] == 3
 
 
+class SavedTable(L.Callback):
+    """Logs by itself, and reads at each checkpoint which steps the table on the disk has."""
+
+    def __init__(self, path):
+        self.path, self.found = path, []
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.logger.log_metrics({"mine": 1.0}, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        with open(self.path) as file:
+            self.found.append([int(row["step"]) for row in csv.DictReader(file)])
+
+
+def test_what_was_logged_before_a_checkpoint_is_on_the_disk_before_it(tmp_path):
+    """Killed right after it, the run goes on from there."""
+    data, table = SFTDataModule(character_tokenizer(), ROWS, batch_size=4), SavedTable(tmp_path / "metrics.csv")
+    options = {"data": data, "logger": CSVLogger(tmp_path, "", ""), "log_every_n_steps": 100, "max_steps": 2}
+    fit(tmp_path, [table, LastCheckpoint(every_n_steps=1)], **options)
+    assert table.found == [[1], [1, 2]]
+
+
 class Saved(L.Callback):
     def __init__(self):
         self.steps = []
