@@ -33,7 +33,9 @@ from torch.optim.lr_scheduler import (
 
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, counted
+from lightning_sft.model.sharding import is_sharded
 from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, kind_of, missing_state
+from lightning_sft.training.parameter_groups import number_as_in_module
 from lightning_sft.training.run_facts import run_facts
 
 _KEY = "optimizer_settings"  # in a checkpoint
@@ -237,10 +239,15 @@ class Continuation:
         if (values := checkpoint.get(_KEY)) is not None:
             self._then = OptimizerSettings(**values)
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Store what a run that continues from this checkpoint compares with."""
+    def save(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
+        """Store what a run that continues from this checkpoint compares with, also one of a sharded model."""
         if self._now is not None:
             checkpoint[_KEY] = asdict(self._now)
+        if not is_sharded(module):
+            for state, optimizer in zip(
+                checkpoint.get("optimizer_states", []), module.trainer.optimizers, strict=False
+            ):
+                number_as_in_module(state, optimizer, module)
 
     def check(self, optimizers: Sequence[Optimizer]) -> None:
         """Note what the optimizer is made with, before it is restored.

@@ -292,7 +292,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
             NonFiniteError: If the latest step's loss or gradient norm is not a finite number.
         """
         self.guard.check()
-        self._continuation.save(checkpoint)
+        self._continuation.save(checkpoint, self)
         checkpoint["num_skipped_steps"] = self.guard.num_skipped
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= self.builder.arguments_for(self.model)
         checkpoint["generation_config"] = json.loads(self.model.generation_config.to_json_string())

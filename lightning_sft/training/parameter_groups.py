@@ -107,3 +107,17 @@ def _check(optimizer: Optimizer) -> None:
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """All parameters of an optimizer."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def number_as_in_module(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> None:
+    """Change the numbers that a state dict of an optimizer has for its parameters to their places in a module.
+
+    Torch numbers them in the order of the optimizer, which has no frozen ones, and may have groups. In a checkpoint a
+    sharded model takes the numbers for places in the module; any other goes by the order in the groups alone.
+    """
+    places = {parameter: place for place, parameter in enumerate(module.parameters())}
+    saved = [number for group in state["param_groups"] for number in group["params"]]
+    numbers = {then: places[weight] for then, weight in zip(saved, parameters_of(optimizer), strict=True)}
+    state["state"] = {numbers[then]: values for then, values in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [numbers[then] for then in group["params"]]
