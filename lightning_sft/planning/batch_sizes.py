@@ -10,7 +10,6 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.memory import is_oom_error
 from torch import nn
 
 from lightning_sft.checks import check_number
@@ -23,6 +22,7 @@ from lightning_sft.data.tokens.example import Example
 from lightning_sft.errors import SettingsError
 from lightning_sft.planning.trial import Trial, run_trial
 from lightning_sft.training.module import SFTModule
+from lightning_sft.training.out_of_memory import ran_out
 
 _DEVICE = "cuda"  # where a program survives running out of memory
 _TOLERANCE = 0.05  # between the largest size that worked and the smallest that did not
@@ -108,7 +108,7 @@ def find_batch_size(
     try:
         run_trial(search, module, 1, options, loader=steps)
     except RuntimeError as error:
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
     if not search.most_tokens:
         raise SettingsError(
@@ -204,16 +204,12 @@ class _Search(Trial):
             trainer.strategy.training_step(trainer.strategy.batch_to_device(batch), 0)
             peak = torch.cuda.max_memory_allocated(device)
         except RuntimeError as error:
-            if not _ran_out(error):
+            if not ran_out(error):
                 raise
         # Only now does no traceback hold the step's tensors any more.
         gc.collect()
         torch.cuda.empty_cache()
         return peak
-
-
-def _ran_out(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error) or "ALLOC_FAILED" in str(error)
 
 
 def largest_size(fits: Callable[[int], bool], start: int, end: int) -> int:

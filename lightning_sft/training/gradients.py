@@ -19,6 +19,7 @@ from lightning_sft.model.embedding_noise import NoisyRows
 from lightning_sft.model.head import ResponseScores
 from lightning_sft.model.sharding import gradient_sync, is_sharded, reshard
 from lightning_sft.training.objective import Objective
+from lightning_sft.training.out_of_memory import naming_way_out
 from lightning_sft.training.router_balance import RouterBalance
 from lightning_sft.training.scoring import check_batch, score_microbatch
 
@@ -80,7 +81,8 @@ def accumulate_gradients(
     balance = RouterBalance(score, step, objective.router_coefficient) if objective.router_coefficient else None
     for index, microbatch in enumerate(step.microbatches):
         last = index == len(step.microbatches) - 1
-        with gradient_sync(cast(nn.Module, module.trainer.strategy.model), enabled=every or last):
+        sync = gradient_sync(cast(nn.Module, module.trainer.strategy.model), enabled=every or last)
+        with sync, naming_way_out(module.trainer, step):
             scores = score(microbatch)
             assert scores.loss is not None  # `normalize_constant` asks for it
             loss = scores.loss

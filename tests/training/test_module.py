@@ -221,3 +221,24 @@ def test_a_model_is_trained_after_it_was_evaluated(tmp_path):
 def test_predict_without_a_generation_monitor_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="`predict` needs a `GenerationMonitor`"):
         make_trainer(Path(tmp_path)).predict(SFTModule(tiny_config()), make_data(predict_data=ROWS))
+
+
+@pytest.mark.parametrize(("limit", "said"), [({}, "not set"), ({"max_tokens_per_microbatch": 50}, "50")])
+def test_memory_that_runs_out_names_the_setting_that_limits_it_and_the_largest_microbatch(tmp_path, limit, said):
+    sizes = []
+
+    class RunOut(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            def run_out(*args):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+            if batch_idx == 1:
+                sizes.extend(microbatch.input_ids.numel() for microbatch in batch.microbatches)
+                next(pl_module.parameters()).register_hook(run_out)
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as caught:
+        fit(tmp_path, data=make_data(**limit), callbacks=[RunOut()])
+    (note,) = caught.value.__notes__
+    assert f"step has {max(sizes)} tokens on this device, and `data.max_tokens_per_microbatch` is {said}. " in note
+    assert f"Set it to less than {max(sizes)}: " in note
+    assert "`lightning-sft find_batch_size` finds" in note
