@@ -166,9 +166,11 @@ class PreparedRows:
 
     def facts(self, source: str | None) -> dict[str, Any]:
         """What a model card says of them: where they come from, and their numbers."""
+        examples = {f"{self.label} examples": len(self.rows)} if self._report.counts_examples else {}
         return {
             self.label: source,
-            f"{self.label} rows": len(self.rows),
+            f"{self.label} rows": self._report.num_rows,
+            **examples,
             f"{self.label} tokens": int(read_numbers(self.rows, "num_tokens").sum()),
             f"{self.label} response tokens": int(read_numbers(self.rows, "num_response_tokens").sum()),
         }

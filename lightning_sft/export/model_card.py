@@ -42,7 +42,7 @@ def write_card(
         tables=[
             ("Data", None, _rows(facts.data)),
             ("Settings", None, _rows(facts.settings)),
-            ("Results", "As last measured before these weights were saved.", _rows(facts.results)),
+            ("Results", "As last measured before these weights were saved.", _rows(_dated_results(facts))),
         ],
         prompt_template=prompt_template,
         fence="````" if prompt_template and "```" in prompt_template else "```",
@@ -53,6 +53,12 @@ def write_card(
 
 def _is_on_hub(model: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not os.path.exists(model)
+
+
+def _dated_results(facts: RunFacts) -> dict[str, float]:
+    """The results by name, with the step of those that were measured before the last one."""
+    steps = {name: step for name, step in facts.measured_at.items() if step != facts.settings.get("optimizer steps")}
+    return {f"{name} (step {steps[name]:,})" if name in steps else name: value for name, value in facts.results.items()}
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:

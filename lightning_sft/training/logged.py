@@ -1,6 +1,7 @@
 """The numbers that a run logs."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,6 +14,27 @@ from lightning_sft.training.guard import StepGuard
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.run_facts import run_settings
 from lightning_sft.training.schedule import steps_per_epoch
+
+
+class DatedMetrics(L.LightningModule):
+    """A module that notes after how many optimizer steps each metric of an evaluation was measured: `measured_at`."""
+
+    guard: StepGuard
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measured_at: dict[str, int] = {}
+
+    @property
+    def num_steps_taken(self) -> int:
+        """Optimizer steps that have made these weights, also where they are only evaluated."""
+        return self.global_step if self.trainer.state.fn == "fit" else self.guard.num_steps
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Log a metric."""
+        if name.startswith(("val/", "test/")):
+            self.measured_at[name] = self.num_steps_taken
+        super().log(name, *args, **kwargs)
 
 
 def log_gradients(module: L.LightningModule, optimizer: Optimizer, grad_norm: Tensor) -> None:

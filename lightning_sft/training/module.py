@@ -31,7 +31,7 @@ from lightning_sft.training.checkpoint_weights import InitialWeights
 from lightning_sft.training.continuing import Continuation
 from lightning_sft.training.gradients import accumulate_gradients, clip_gradients, seed_dropout, unscale
 from lightning_sft.training.guard import NonFinite, StepGuard
-from lightning_sft.training.logged import log_gradients, log_metrics, log_settings, log_step
+from lightning_sft.training.logged import DatedMetrics, log_gradients, log_metrics, log_settings, log_step
 from lightning_sft.training.losses import LossNormalization, LossScale
 from lightning_sft.training.metrics import ResponseMetrics
 from lightning_sft.training.model_setup import load_model, prepare_model
@@ -46,7 +46,7 @@ from lightning_sft.training.trained_weights import hook_state
 from lightning_sft.training.trainer_checks import check_before_setup, check_loader, put_best_first
 
 
-class SFTModule(RotaryInFloat32, StoredModule):
+class SFTModule(RotaryInFloat32, DatedMetrics, StoredModule):
     """Fine-tunes a causal language model on the responses of prompt/output pairs.
 
     A batch is everything one optimizer step needs (see `SFTDataModule`): `training_step` accumulates the gradients of
@@ -186,11 +186,6 @@ class SFTModule(RotaryInFloat32, StoredModule):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    @property
-    def num_steps_taken(self) -> int:
-        """Optimizer steps that have made these weights, also where they are only evaluated."""
-        return self.global_step if self.trainer.state.fn == "fit" else self.guard.num_steps
-
     def training_step(self, batch: OptimizerStep, batch_idx: int) -> Tensor | None:
         """One optimizer step over the batch's microbatches, whose gradients replace any existing ones; its loss."""
         seed_dropout(self.builder.seed, self.global_step, self.global_rank)
@@ -281,6 +276,7 @@ class SFTModule(RotaryInFloat32, StoredModule):
             patterns = {"freeze": self.builder.freeze or [], "parameter_groups": self.parameter_groups.patterns}
             check_same_run(checkpoint, self.objective, patterns, self.model.name_or_path)
             self._continuation.load(checkpoint)
+            self.measured_at = dict(checkpoint.get("model_card", {}).get("measured_at", {}))
         self.guard.start_run(checkpoint.get("global_step", 0), checkpoint.get("num_skipped_steps", 0))
         if "generation_config" in checkpoint:
             self.model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])

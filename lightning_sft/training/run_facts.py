@@ -24,6 +24,7 @@ class RunFacts:
         data: Names and sizes of the data.
         settings: Of data, optimizer, loss and trainer, by their arguments' names.
         results: Metrics, as last measured.
+        measured_at: After how many optimizer steps each of them was measured, where that is known.
         prompt_template: What prompts were put into; None if they were taken as they came.
     """
 
@@ -31,6 +32,7 @@ class RunFacts:
     data: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     results: dict[str, float] = field(default_factory=dict)
+    measured_at: dict[str, int] = field(default_factory=dict)
     prompt_template: str | None = None
 
 
@@ -54,6 +56,7 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
             for name, value in sorted(metrics.items())
             if name.startswith(("val/", "test/")) or name == "train/loss"
         },
+        measured_at=dict(getattr(module, "measured_at", {})),
         prompt_template=of_data.get("prompt_template"),
     )
 

@@ -27,6 +27,8 @@ def test_examples_are_counted_where_rows_become_several_whatever_is_left_of_them
     data = load([LONG_LAST, LONG_LAST, [user("a" * 200), assistant("b")], [user("no answer")]], max_length=120)
     assert "train_data: left out 1 of 4 rows that cannot be used" in caplog.text
     assert "train_data: dropped 3 of 5 examples, longer than `max_length` = 120 tokens." in caplog.text
+    facts = data.facts()["data"]
+    assert (facts["train rows"], facts["train examples"]) == (2, 2)
     lines = [line.split() for line in str(data.preview(0)).splitlines()]
     assert ["rows", "2"] in lines
     assert ["examples,", "one", "for", "each", "turn", "2"] in lines
