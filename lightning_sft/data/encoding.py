@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.checks import check_choice, check_integer, check_type
 from lightning_sft.data.cache import code_hash
 from lightning_sft.data.chat.chat_encoding import ChatEncoder, EncodedConversation
+from lightning_sft.data.chat.notices import Notice
 from lightning_sft.data.encoded_example import EncodedExample, ExampleText, to_table
 from lightning_sft.data.rows.bad_rows import BadRows, RowProblems
 from lightning_sft.data.rows.row_format import AnyRow, PlainRow, RowFormat, TokenRow
@@ -153,6 +154,8 @@ class RowEncoder:
             if not self.encoding.append_eos:
                 ending = ". Remove the row, or set `append_eos=True`."
             raise SettingsError(f"no response token to learn from; the response is {shorten(text.output)}{ending}")
+        if not text.output.strip() and text.tokens is None:
+            notices = [*notices, Notice("empty", repr(text.prompt[-40:]))]
         location = _short_location(text.location, only_source) + _turn_in_words(text)
         return EncodedExample(text, replace(example, location=location), notices=notices)
 

@@ -5,6 +5,7 @@ from datetime import date
 
 import pytest
 from datasets import Dataset
+from support.chat import CHATML, chat_tokenizer
 from support.models import character_tokenizer
 from support.rows import ENCODED, ROWS, encode, encoded, refusal, write, write_csv, write_lines, write_parquet
 
@@ -164,3 +165,13 @@ def test_each_row_keeps_its_location_and_of_several_files_its_file(tmp_path):
         f"line 4 of {first}",
         f"row 1 of {second}",
     ]
+
+
+def test_an_empty_response_is_told_with_the_rows_that_have_one():
+    rows = [{"prompt": "a", "output": ""}, {"prompt": "b", "output": "c"}, {"prompt": "d", "output": " "}]
+    ((notice, num_rows),) = encode(rows).report.notices.items()
+    assert (notice.kind, notice.example, num_rows) == ("empty", "'a'", 2)
+    asked = {"role": "user", "content": "a"}
+    for answer, kinds in (("", ["empty"]), ("b", [])):
+        rows = [{"messages": [asked, {"role": "assistant", "content": answer}]}]
+        assert [notice.kind for notice in encode(rows, chat_tokenizer(CHATML)).report.notices] == kinds

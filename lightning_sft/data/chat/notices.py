@@ -1,10 +1,10 @@
-"""What a user is to know of how a conversation was written, once for all rows of which it is true."""
+"""What a user is to know of what is learnt, once for all rows of which it is true."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-NoticeKind = Literal["prompt", "token", "end", "reasoning", "call", "context"]
+NoticeKind = Literal["prompt", "token", "end", "reasoning", "call", "context", "empty"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Notice:
     Attributes:
         kind: What it is about: a generation prompt that is not written before the turn; a token that holds the end of
             the prompt and the beginning of the turn; a turn that ends in no special token; a part of the content,
-            such as its reasoning, that the template leaves out; a tool call that it writes, but does not mark; or a
-            message before the turn that it leaves out.
+            such as its reasoning, that the template leaves out; a tool call that it writes, but does not mark; a
+            message before the turn that it leaves out; or a response that says nothing.
         example: The texts by which it can be told.
     """
 
@@ -25,7 +25,7 @@ class Notice:
     @property
     def is_warning(self) -> bool:
         """Whether something is learnt otherwise than the row has it."""
-        return self.kind != "end"
+        return self.kind not in ("end", "empty")
 
     def in_words(self, rows: str) -> str:
         """What a user reads, with the rows that it is true of."""
@@ -61,5 +61,9 @@ _SENTENCES: Mapping[NoticeKind, str] = {
     "context": (
         "in {rows} the chat template leaves out a message before a turn that is learnt: {example}. The model learns to "
         "answer without it. To show it to the model, give a `chat_template` that writes it."
+    ),
+    "empty": (
+        "in {rows} the response is empty, such as the one to {example}. The model learns to end at once. A "
+        "`row_filter` can leave such rows out."
     ),
 }

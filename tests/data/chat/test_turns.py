@@ -203,7 +203,7 @@ def test_an_empty_turn_begins_with_the_token_that_ends_it_where_the_prompt_begin
     tokenizer = chat_tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<|think>{% endif"))
     rows = encoded_rows([{"messages": [*LONG[:3], assistant("")]}], tokenizer)
     assert responses(rows.dataset[0], tokenizer) == ["4.<|im_end|>", "<|im_end|>"]
-    assert [notice.kind for notice in rows.report.notices] == ["prompt"]
+    assert [notice.kind for notice in rows.report.notices] == ["prompt", "empty"]
 
 
 @pytest.mark.parametrize("question", ["3+3?", ""])
