@@ -113,8 +113,6 @@ def _read_folder(run: FinishedRun, name: str, step: int | None) -> ComparedRun:
     if step is not None or run.generation_steps:
         records = run.records(step)
         step = run.generation_steps[-1] if step is None else step
-    else:
-        notes.append(f"{name} has no generations.")
     try:
         metrics = run.metrics
     except SettingsError as error:

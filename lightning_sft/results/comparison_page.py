@@ -61,7 +61,11 @@ def write_page_of_runs(
         }
         for index, prompt in enumerate(prompts)
     ]
-    write_comparison_page(path, runs=heads, curves=_curves(runs), settings=_settings(runs), prompts=shown, tokens=lines)
+    settings = [
+        {"name": name, "values": [None if value is None else _in_words(value) for value in values]}
+        for name, values in differing_settings(runs).items()
+    ]
+    write_comparison_page(path, runs=heads, curves=_curves(runs), settings=settings, prompts=shown, tokens=lines)
 
 
 def _response(record: GenerationRecord, lines: list[str] | None) -> dict[str, Any]:
@@ -126,21 +130,24 @@ def _points(curve: pd.Series) -> list[list[float]]:
     return [[int(step), float(f"{value:.6g}")] for step, value in values.items()]
 
 
-def _settings(runs: Sequence[ComparedRun]) -> list[dict[str, Any]]:
-    """The settings in which those runs differ that have some; a setting that one of them lacks is None there."""
+def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+    """The settings in which those runs differ that have some, a value of each run; None where it lacks the setting."""
     flat = [dict(_flat(run.settings)) for run in runs]
-    known = [settings for settings in flat if settings]
     names = dict.fromkeys(name for settings in flat for name in settings)
-    return [
-        {"name": name, "values": [settings.get(name) for settings in flat]}
+    return {
+        name: [settings.get(name) for settings in flat]
         for name in names
-        if len({settings.get(name) for settings in known}) > 1
-    ]
+        if len({_in_words(settings.get(name)) for settings in flat if settings}) > 1
+    }
 
 
-def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+def _in_words(value: Any) -> str:
+    return value if isinstance(value, str) else shorten(value, 300)
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{before}{name}.")
         else:
-            yield f"{before}{name}", value if isinstance(value, str) else shorten(value, 300)
+            yield f"{before}{name}", value

@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from support.refusals import Refusal, each, write
 
@@ -110,9 +111,40 @@ def test_a_page_has_the_curves_of_runs_with_different_metrics_and_the_settings_i
     assert len(steps) <= 802
     settings = {each["name"]: each["values"] for each in page_data(found.page)["settings"]}
     assert settings == {"a": ["1", None], "b.c": ["[2]", "[3]"]}
-    assert found.notes == ["other has no generations."]
+    assert found.notes == []
     assert "other: no responses\n" in str(found)
-    assert "above one: unknown, 0 pairs" in str(found)
+    assert "above one" not in str(found)
+
+
+def test_runs_without_responses_are_a_table_of_their_losses_and_of_the_settings_in_which_they_differ(
+    tmp_path, monkeypatch
+):
+    curves = {"a": "2,1.5\n4,1.25\n6,1.75", "b": "2,2.0\n4,\n6,0.5", "c": "2,", "d": "2,nan\n4,3.0"}
+    for (name, curve), lr in zip(curves.items(), (0.1, 0.01, None, 0.1), strict=True):
+        run_folder(
+            tmp_path / name, f"step,val/loss,train/loss\n{curve}\n".replace("\n", ",1.0\n").replace("loss,1.0", "loss")
+        )
+        write(tmp_path / name / "config.yaml", json.dumps({"model": {"lr": lr, "seed": 0}}))
+    found = compare_runs([tmp_path / name for name in curves], tmp_path / "page.html")
+    assert list(found.table.index) == found.names == list("abcd")
+    expected = {
+        "val/loss": [1.75, 0.5, None, 3.0],
+        "lowest val/loss": [1.25, 0.5, None, 3.0],
+        "at step": [4, 6, None, 4],
+    }
+    expected["model.lr"] = [0.1, 0.01, None, 0.1]
+    assert {name: [None if pd.isna(x) else x for x in values] for name, values in found.table.items()} == expected
+    assert [line.split() for line in str(found).splitlines()] == [
+        ["val/loss", "lowest", "val/loss", "at", "step", "model.lr"],
+        ["a", "1.75", "1.25", "4", "0.1"],
+        ["b", "0.5", "0.5", "6", "0.01"],
+        ["c", "-", "-", "-", "-"],
+        ["d", "3", "3", "4", "0.1"],
+        ["Page:", str(tmp_path / "page.html")],
+    ]
+    monkeypatch.setattr("lightning_sft.results.comparison._MOST_COLUMNS", 3)
+    assert "model.lr" not in str(found)
+    assert str(found).splitlines()[-2] == "1 further difference on the page."
 
 
 def test_a_page_that_cannot_hold_all_tokens_has_those_of_prompts_where_the_runs_differ(tmp_path, monkeypatch):
@@ -166,7 +198,7 @@ REFUSED = {
     ),
     "neither generations nor metrics": Refusal(
         lambda folder: two(folder, write(folder / "b/config.yaml", "a: 1").parent),
-        "`runs`: '{tmp}/b' has neither generations nor metrics. b has no generations. {tmp}/b has no metrics that "
+        "`runs`: '{tmp}/b' has neither generations nor metrics. {tmp}/b has no metrics that "
         "can be read. It had no logger, or one that keeps them elsewhere. Give the run a `CSVLogger` or a "
         "`TensorBoardLogger`, in addition to others if needed.",
     ),
