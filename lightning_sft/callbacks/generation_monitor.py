@@ -22,6 +22,7 @@ from lightning_sft.generation.records import GenerationRecord
 from lightning_sft.generation.report.report import GenerationCost, GenerationReport, Stage
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.generation.settings import REWARD_SECONDS, GenerationSettings
+from lightning_sft.loops.trainer_state import validation_follows
 from lightning_sft.rewards.functions import RewardFunction, r1_zero_reward
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.run_folder import run_folder, writes_files
@@ -120,8 +121,9 @@ class GenerationMonitor(FixedSettings, L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Generate every `every_n_steps` optimizer steps."""
-        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+        """Generate every `every_n_steps` optimizer steps; where a validation follows, in it, of what that evaluates."""
+        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if is_due and not validation_follows(trainer, batch_idx):
             self._generate_and_report(trainer, pl_module, "fit")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -19,6 +19,7 @@ from lightning_sft.loops.trainer_state import (
     exchange_signals_again,
     log_latest_step,
     requeue_signal,
+    validation_follows,
 )
 from lightning_sft.training.checkpoint_files import put_folder_behind_link, remove_partial, take_place, use_own_files
 from lightning_sft.training.host_copy import HostCopy
@@ -94,7 +95,7 @@ class LastCheckpoint(Checkpoint):
         """Save every `every_n_steps` optimizer steps; stop if a signal has arrived."""
         is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # Where a validation follows, the run is saved after that, with what callbacks make of it.
-        if is_due and not _validation_follows(trainer, batch_idx):
+        if is_due and not validation_follows(trainer, batch_idx):
             self._save(trainer)
         self._obey_signals(trainer)
 
@@ -177,12 +178,3 @@ class LastCheckpoint(Checkpoint):
         elif trainer.is_global_zero:
             take_place(partial, path)
         trainer.strategy.barrier("LastCheckpoint")
-
-
-def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the trainer validates after this step; in a run over other loaders its interval begins with the epoch."""
-    interval, every = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or not interval:
-        return False
-    count = trainer.global_step if every is None else batch_idx + 1
-    return count % interval == 0 and (every is None or (trainer.current_epoch + 1) % every == 0)

@@ -33,6 +33,15 @@ def has_stopped_early(trainer: L.Trainer) -> bool:
     return any(each.wait_count >= each.patience for each in stops)
 
 
+def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the trainer validates after this step; in a run over other loaders its interval begins with the epoch."""
+    interval, every = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not interval:
+        return False
+    count = trainer.global_step if every is None else batch_idx + 1
+    return count % interval == 0 and (every is None or (trainer.current_epoch + 1) % every == 0)
+
+
 def log_latest_step(trainer: L.Trainer) -> None:
     """Log an optimizer step, if it is to be logged, that ends the process in its last hook: Lightning logs after it."""
     if trainer.training:

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from support.runs import ROWS, read_log, train
+from support.runs import ROWS, longer_length, read_log, train
 
-from lightning_sft import HuggingFaceExport
+from lightning_sft import GenerationMonitor, HuggingFaceExport, Sampling
 
 DATA = {"val_data": ROWS[:5], "gradient_accumulation_steps": 2}
 CONSTANT = {"lr_scheduler": "constant", "warmup_steps": 0}
@@ -98,6 +98,17 @@ def test_an_average_of_weights_is_updated_evaluated_saved_and_exported(tmp_path)
         for evaluated, then in zip(spy.evaluated, (averages[1], averages[3]), strict=True):
             torch.testing.assert_close(evaluated[name], then[name])
         assert torch.equal(checkpoint["current_model_state"][f"model.{name}"], spy.trained[-1][name])
+
+
+@configure_model_warning
+def test_generations_at_a_validation_are_of_the_average_that_it_evaluates(tmp_path):
+    """Also where they would be due at this step by themselves, before the average takes the place of the weights."""
+    for every_n_steps in (None, 2):
+        monitor = GenerationMonitor(longer_length, 2, every_n_steps, Sampling(max_new_tokens=2))
+        options = {"callbacks": [monitor, averaging()], "max_steps": 2, "val_check_interval": 2}
+        train(tmp_path / str(every_n_steps), data=DATA, module=CONSTANT, **options)
+    alone, both = (tmp_path / name / "generations" / "step_2.jsonl" for name in ("None", "2"))
+    assert both.read_text() == alone.read_text()
 
 
 @configure_model_warning
