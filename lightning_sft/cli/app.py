@@ -180,6 +180,9 @@ class SFTCLI(LightningCLI):
             as_given.ckpt_path = as_given.weights_only = None
             if not found:
                 find_last_checkpoint(config, trains)
+        for name in ("ckpt_path", "weights_only", "init_from"):
+            if as_given[name] is None:  # or `--ckpt_path last --config RUN/config.yaml` would end with none
+                del as_given[name]
         check_no_other_job(config)
         check_ckpt_path(config, trains)
         if self.name == "inspect":
