@@ -21,6 +21,7 @@ class TokenThroughput(L.Callback):
 
     - `train/tokens_per_second`: tokens of prompts and responses, without padding, over all devices.
     - `train/response_tokens_per_second`: those of them that count in the loss.
+    - `train/num_tokens`: how many the run has trained on so far, also before it was continued.
     - `train/peak_memory_gib`: on CUDA the peak memory of this process on its device since it was last logged;
       elsewhere the peak main memory of the process so far.
     - `train/mfu`, model FLOP utilisation: the model FLOP/s divided by the peak FLOP/s of all devices. Model FLOPs are
@@ -42,7 +43,20 @@ class TokenThroughput(L.Callback):
     def __init__(self, peak_flops: float | None = None) -> None:
         super().__init__()
         check_number("peak_flops", peak_flops, "a positive number", lambda value: value > 0, optional=True)
-        self._peak_flops = peak_flops
+        self._peak_flops, self._num_tokens = peak_flops, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How many tokens the run has trained on."""
+        return {"num_tokens": self._num_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting from there."""
+        self._num_tokens = state_dict["num_tokens"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """A new run counts from 0."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._num_tokens = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out the peak FLOP/s of the devices."""
@@ -66,6 +80,7 @@ class TokenThroughput(L.Callback):
     ) -> None:
         """Stop the clock; at a logging step, log."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._num_tokens += batch.totals.num_tokens
         if every <= 0:
             return
         self._timer.stop()
@@ -80,6 +95,7 @@ class TokenThroughput(L.Callback):
         shown = torch.tensor(totals.num_tokens / seconds, dtype=torch.float64)
         pl_module.log("train/tokens_per_second", shown, prog_bar=True)
         rates = {"train/response_tokens_per_second": totals.num_response_tokens / seconds}
+        pl_module.log("train/num_tokens", torch.tensor(self._num_tokens, dtype=torch.float64))
         if (peak := peak_memory(pl_module.device)) is not None:
             rates["train/peak_memory_gib"] = peak / 2**30
         model = getattr(pl_module, "model", None)

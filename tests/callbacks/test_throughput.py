@@ -40,6 +40,7 @@ def test_throughput_is_averaged_from_one_logging_step_to_the_next(tmp_path, monk
     rows = [row for row in read_csv(tmp_path) if row["train/tokens_per_second"]]
     lengths = [(len(row["prompt"]), len(row["output"])) for row in ROWS]
     assert [row["step"] for row in rows] == ["3", "6"]
+    assert [float(row["train/num_tokens"]) for row in rows] == [sum(map(sum, lengths)), 2 * sum(map(sum, lengths))]
     for row in rows:  # each of the three steps takes two seconds
         assert float(row["train/tokens_per_second"]) == pytest.approx(sum(map(sum, lengths)) / 6)
         assert float(row["train/response_tokens_per_second"]) == pytest.approx(sum(n + 1 for _, n in lengths) / 6)
@@ -49,6 +50,16 @@ def test_throughput_is_averaged_from_one_logging_step_to_the_next(tmp_path, monk
     pairs = sum(sum(length) * (sum(length) + 1) // 2 for length in lengths)
     flops = 6 * 2 * (4 * 16 * 16 + 3 * 16 * 32) * tokens + 6 * 131 * 16 * responses + 12 * 2 * 16 * pairs
     assert float(rows[0]["train/mfu"]) == pytest.approx(flops / 6 / 1e6, rel=1e-5)
+
+
+def test_tokens_are_counted_over_all_parts_of_a_run(tmp_path):
+    logger, options = CSVLogger(tmp_path, version=0), {"log_every_n_steps": 2}
+    data = SFTDataModule(character_tokenizer(), ROWS, batch_size=4)
+    _, trainer = fit(tmp_path, [TokenThroughput()], False, data, max_steps=2, **options)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(tmp_path, [TokenThroughput()], logger, data, max_steps=6, ckpt_path=tmp_path / "a.ckpt", **options)
+    num_tokens = sum(len(row["prompt"]) + len(row["output"]) for row in ROWS)
+    assert float(read_csv(tmp_path)[-1]["train/num_tokens"]) == 2 * num_tokens
 
 
 def test_on_cuda_the_device_tells_the_time_and_is_waited_for_once(monkeypatch):

@@ -9,7 +9,7 @@ from support.models import character_tokenizer, tiny_config
 ROWS = [{"prompt": f"q{i}", "output": "abc" * (1 + i % 3), "ground_truth": f"g{i}"} for i in range(12)]
 
 
-def fit(folder, callbacks, logger=False, data=None, dropout=0.0, **options):
+def fit(folder, callbacks, logger=False, data=None, dropout=0.0, ckpt_path=None, **options):
     module = SFTModule(tiny_config(attention_dropout=dropout), optimizer=lambda p: torch.optim.SGD(p, lr=0.3))
     data = data or SFTDataModule(character_tokenizer(), ROWS, ROWS[:5], batch_size=4)
     trainer = L.Trainer(
@@ -27,5 +27,5 @@ def fit(folder, callbacks, logger=False, data=None, dropout=0.0, **options):
         }
         | options
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return module, trainer
