@@ -7,6 +7,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.errors import SettingsError
 
+INSTEAD_OF_ACCUMULATION = (
+    "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer step "
+    "without changing its result"
+)
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -59,6 +64,15 @@ class LoopSettings:
         trainer.limit_train_batches, trainer.limit_val_batches = self.limit_train_batches, self.limit_val_batches
         trainer.val_check_interval = self.val_check_interval
         trainer.check_val_every_n_epoch = self.check_val_every_n_epoch
+
+
+def check_accumulation(trainer: L.Trainer) -> None:
+    """Refuse to step after several batches: each is a whole optimizer step, by which a run is counted."""
+    if trainer.accumulate_grad_batches != 1:
+        raise SettingsError(
+            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, but a batch is a whole optimizer "
+            f"step. Use {INSTEAD_OF_ACCUMULATION}."
+        )
 
 
 def check_validation(trainer: L.Trainer) -> None:

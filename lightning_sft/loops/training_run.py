@@ -11,7 +11,7 @@ import torch
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.progress import Due, EpochPosition, finish, set_progress
-from lightning_sft.loops.run_length import LoopSettings, check_validation, in_steps, read_epoch
+from lightning_sft.loops.run_length import LoopSettings, check_accumulation, check_validation, in_steps, read_epoch
 from lightning_sft.loops.trainer_state import has_stopped_early
 
 _ENDLESS = 2**31
@@ -41,6 +41,7 @@ class TrainingRun:
     """
 
     def __init__(self, trainer: L.Trainer, data: EpochData, has_validation: bool) -> None:
+        check_accumulation(trainer)
         check_validation(trainer)
         self._trainer, self._data = trainer, data
         steps_in_data = data.count_steps()

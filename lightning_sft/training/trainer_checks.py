@@ -22,14 +22,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_sft.data.steps.step_loader import StepLoader
 from lightning_sft.errors import SettingsError, counted
+from lightning_sft.loops.run_length import INSTEAD_OF_ACCUMULATION, check_accumulation
 from lightning_sft.training.stored_settings import check_stored
 
-_ACCUMULATE = (
-    "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer step "
-    "without changing its result"
-)
 _UNFIT: dict[type[Callback], str] = {
-    GradientAccumulationScheduler: f"a batch is a whole optimizer step. Use {_ACCUMULATE}.",
+    GradientAccumulationScheduler: f"a batch is a whole optimizer step. Use {INSTEAD_OF_ACCUMULATION}.",
     StochasticWeightAveraging: "it replaces the run's schedule with its own. Use Lightning's "
     "`WeightAveraging` or `EMAWeightAveraging`, which leave the schedule alone and continue from a checkpoint.",
     BaseFinetuning: "what it unfreezes is not in the optimizer's schedule, and is frozen again when a run continues. "
@@ -118,11 +115,7 @@ def put_best_first(trainer: L.Trainer) -> None:
 
 def _check_left_to_us(trainer: L.Trainer) -> None:
     """Refuse what Lightning would do if it took the optimizer steps; its own words advise to let it."""
-    if trainer.accumulate_grad_batches != 1:
-        raise SettingsError(
-            f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, but a batch is a whole optimizer "
-            f"step. Use {_ACCUMULATE}."
-        )
+    check_accumulation(trainer)
     if trainer.gradient_clip_val or trainer.gradient_clip_algorithm:
         name = "gradient_clip_val" if trainer.gradient_clip_val else "gradient_clip_algorithm"
         given = getattr(trainer, name)

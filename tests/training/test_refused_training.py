@@ -17,6 +17,12 @@ def fit_plain_batches(folder):
     make_trainer(folder, max_epochs=1).fit(SFTModule(tiny_config()), torch.utils.data.DataLoader(rows), rows)
 
 
+class Automatic(SFTModule):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = True
+
+
 class WithOtherWeights(torch.optim.SGD):
     """As a schedule-free optimizer."""
 
@@ -139,6 +145,14 @@ TRAINING = {
     "accumulation by Lightning": Refusal(
         fit(tiny_config(), trainer={"accumulate_grad_batches": 4}),
         "`trainer.accumulate_grad_batches` is 4, but a batch is a whole optimizer step. Use "
+        "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer "
+        "step without changing its result.",
+    ),
+    "accumulation by Lightning, which takes the steps": Refusal(
+        lambda folder: make_trainer(folder, max_epochs=1, accumulate_grad_batches=2).fit(
+            Automatic(tiny_config()), make_data()
+        ),
+        "`trainer.accumulate_grad_batches` is 2, but a batch is a whole optimizer step. Use "
         "`gradient_accumulation_steps` or `max_tokens_per_microbatch` of `SFTDataModule`, which split an optimizer "
         "step without changing its result.",
     ),
