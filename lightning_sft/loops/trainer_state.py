@@ -28,9 +28,12 @@ def ends_here(trainer: L.Trainer) -> bool:
 
 
 def has_stopped_early(trainer: L.Trainer) -> bool:
-    """Whether an `EarlyStopping` has ended the run, as its own state in a checkpoint says, but no other."""
-    stops = (each for each in trainer.callbacks if isinstance(each, EarlyStopping))  # type: ignore[attr-defined]
-    return any(each.wait_count >= each.patience for each in stops)
+    """Whether an `EarlyStopping` has ended the run, as its own state in a checkpoint says, but no other.
+
+    A run that has not begun was ended by none: that of a `patience` of 0, or of an earlier run, has waited that long.
+    """
+    stops = [each for each in trainer.callbacks if isinstance(each, EarlyStopping)]  # type: ignore[attr-defined]
+    return trainer.global_step > 0 and any(each.wait_count >= max(each.patience, 1) for each in stops)
 
 
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:

@@ -84,6 +84,17 @@ def test_a_schedule_over_a_run_without_a_length_is_refused(tmp_path):
         fit(tmp_path, SFTModule(tiny_config()), max_epochs=-1, max_time={"seconds": 1})
 
 
+def test_no_run_begins_as_one_that_early_stopping_has_ended(tmp_path):
+    stop = EarlyStopping("val/loss", patience=0, min_delta=100.0)  # the first is the best; then nothing is better
+    data = {"val_data": ROWS[:6]}
+    trainer = fit(tmp_path, data=make_data(**data), callbacks=[stop], max_epochs=1)[2]
+    assert trainer.global_step == 3
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(trainer.lightning_module, trainer.datamodule)
+    assert trainer.global_step == 6
+    assert fit(tmp_path, data=make_data(**data), callbacks=[stop], max_epochs=1)[2].global_step == 3
+
+
 def test_early_stopping_and_the_best_checkpoint_follow_the_validation_loss(tmp_path):
     module = SFTModule(tiny_config(), optimizer=lambda p: torch.optim.SGD(p, lr=40.0), lr_scheduler="constant")
     stop = EarlyStopping("val/loss", patience=2)
