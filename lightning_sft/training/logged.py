@@ -32,7 +32,7 @@ class DatedMetrics(L.LightningModule):
 
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         """Log a metric."""
-        if name.startswith(("val/", "test/")):
+        if name.startswith(("val/", "test/")) and self._trainer is not None:  # without one Lightning logs nothing
             self.measured_at[name] = self.num_steps_taken
         super().log(name, *args, **kwargs)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.fits import ROWS, fit, make_data, make_trainer, sgd
 from support.models import tiny_config, tiny_model
+from torch.utils.data import DataLoader
 
 from lightning_sft import SFTModule
 
@@ -64,6 +65,16 @@ def test_named_sets_are_evaluated_each_by_itself_and_all_together(tmp_path, kind
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
+def test_loaders_without_names_are_evaluated_like_named_sets(tmp_path):
+    sets = {"0": ROWS[:5], "1": ROWS[5:7]}
+    data, module = make_data(val_data=sets), SFTModule(tiny_model())
+    (expected, _) = make_trainer(tmp_path).validate(module, data, verbose=False)
+    loaders = [DataLoader([*loader], batch_size=None) for loader in data.val_dataloader()]
+    assert make_trainer(tmp_path).validate(module, loaders, verbose=False)[0] == expected
+    (alone,) = make_trainer(tmp_path).validate(module, loaders[:1], verbose=False)
+    assert by_stage(alone, "val") == by_stage(expected, "val/0")
+
+
 def by_stage(metrics: dict[str, float], kind: str) -> dict[str, float]:
     return {name.removeprefix(f"{kind}/"): value for name, value in metrics.items() if name.startswith(f"{kind}/")}
 
@@ -86,3 +97,8 @@ def test_an_interrupted_evaluation_leaves_nothing_in_the_next_one(tmp_path):
     with pytest.raises(InterruptedError):
         make_trainer(tmp_path, callbacks=[Interrupt()]).validate(module, data, verbose=False)
     assert make_trainer(tmp_path).validate(module, data, verbose=False) == [expected]
+
+
+def test_a_module_without_a_trainer_logs_nothing():
+    with pytest.warns(UserWarning, match="`self.trainer` reference is not registered"):
+        SFTModule(tiny_config()).log("val/own", 1.0)

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
@@ -162,5 +163,9 @@ class PlanLoader(StepLoader):
 
 
 def set_names(loaders: object) -> list[str]:
-    """The names of the sets of rows that loaders go through; none if there is one set, which needs no name."""
-    return [loader.set_name for loader in loaders if loader.set_name] if isinstance(loaders, list) else []
+    """The names of the sets of rows that loaders go through, of one without a name its number among them.
+
+    There are none if there is one set alone, which needs no name.
+    """
+    names = [getattr(loader, "set_name", None) for loader in tree_leaves(loaders)]  # in the order of Lightning
+    return [name or str(index) for index, name in enumerate(names)] if len(names) > 1 or any(names) else []
