@@ -113,9 +113,12 @@ def number_as_in_module(state: dict[str, Any], optimizer: Optimizer, module: nn.
     """Change the numbers that a state dict of an optimizer has for its parameters to their places in a module.
 
     Torch numbers them in the order of the optimizer, which has no frozen ones, and may have groups. In a checkpoint a
-    sharded model takes the numbers for places in the module; any other goes by the order in the groups alone.
+    sharded model takes the numbers for places in the module; any other goes by the order in the groups alone. Those of
+    an optimizer with parameters or states of its own, such as copies in float32, stay as they are.
     """
     places = {parameter: place for place, parameter in enumerate(module.parameters())}
+    if "state" not in state or not places.keys() >= set(parameters_of(optimizer)):
+        return
     saved = [number for group in state["param_groups"] for number in group["params"]]
     numbers = {then: places[weight] for then, weight in zip(saved, parameters_of(optimizer), strict=True)}
     state["state"] = {numbers[then]: values for then, values in state["state"].items()}

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.errors import SettingsError, SettingsTypeError
+from lightning_sft.training.parameter_groups import number_as_in_module
 
 NO_DECAY = "bias$|norm|ln_"  # as the docstring of `SFTModule` has it
 GROUPS = [{"pattern": NO_DECAY, "weight_decay": 0.0}, {"pattern": "lm_head", "lr": 0.05}]
@@ -126,6 +127,16 @@ def test_two_processes_with_groups_and_frozen_parameters_are_one(tmp_path, strat
     assert result["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     for name, weight in result["weights"].items():
         torch.testing.assert_close(weight, whole["weights"][name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", ["state", "fast_state"])
+def test_an_optimizer_with_parameters_or_states_of_its_own_is_saved_as_it_is(key):
+    module = tiny_model()
+    weights = [torch.nn.Parameter(torch.ones(2))] if key == "state" else module.parameters()
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    state = {key: {}, "param_groups": optimizer.state_dict()["param_groups"]}
+    number_as_in_module(state, optimizer, module)
+    assert state == {key: {}, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def test_adapters_can_have_a_rate_of_their_own():
