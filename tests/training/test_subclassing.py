@@ -308,6 +308,12 @@ def test_a_training_step_that_steps_schedules_itself_is_refused(tmp_path):
             super().training_step(batch, batch_idx)
             self.lr_schedulers().step()
 
+    class Reading(SFTModule):
+        def training_step(self, batch, batch_idx):
+            self.optimizers().step()
+            self.log("rate", self.lr_schedulers().get_last_lr()[0])
+
+    make_trainer(tmp_path, max_steps=1).fit(Reading(tiny_config()), make_data())
     with pytest.raises(SettingsError, match=r"`Own.training_step` steps `lr_schedulers`, but .* Leave that out"):
         fit(tmp_path, Own(tiny_config()), max_steps=2)
 
