@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.loops.progress import Due, EpochPosition, finish, set_progress
@@ -89,7 +90,12 @@ class TrainingRun:
         """Do what is due, and train from the present step on: what the trainer calls to run its loops."""
         trainer = self._trainer
         trainer.fit_loop._combined_loader = None  # it may have been asked for before a checkpoint was restored
-        trainer.should_stop |= has_stopped_early(trainer)
+        if has_stopped_early(trainer):
+            trainer.should_stop = True
+            rank_zero_info(
+                "`EarlyStopping` has ended this run, as its state says, which a checkpoint holds with its `patience`: "
+                "no more is trained than `min_steps` asks for. To train on, leave the callback out."
+            )
         position = self.position(trainer.global_step)
         due = Due.after_latest_step(trainer, position)
         set_progress(trainer, position, due)

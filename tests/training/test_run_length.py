@@ -84,7 +84,7 @@ def test_a_schedule_over_a_run_without_a_length_is_refused(tmp_path):
         fit(tmp_path, SFTModule(tiny_config()), max_epochs=-1, max_time={"seconds": 1})
 
 
-def test_no_run_begins_as_one_that_early_stopping_has_ended(tmp_path):
+def test_no_run_begins_as_one_that_early_stopping_has_ended_and_such_a_one_says_so(tmp_path, caplog):
     stop = EarlyStopping("val/loss", patience=0, min_delta=100.0)  # the first is the best; then nothing is better
     data = {"val_data": ROWS[:6]}
     trainer = fit(tmp_path, data=make_data(**data), callbacks=[stop], max_epochs=1)[2]
@@ -92,7 +92,13 @@ def test_no_run_begins_as_one_that_early_stopping_has_ended(tmp_path):
     trainer.fit_loop.max_epochs = 4
     trainer.fit(trainer.lightning_module, trainer.datamodule)
     assert trainer.global_step == 6
-    assert fit(tmp_path, data=make_data(**data), callbacks=[stop], max_epochs=1)[2].global_step == 3
+    trainer = fit(tmp_path, data=make_data(**data), callbacks=[stop], max_epochs=1)[2]
+    assert trainer.global_step == 3
+    assert "EarlyStopping" not in caplog.text
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module, trainer.datamodule)
+    assert trainer.global_step == 3
+    assert "no more is trained than `min_steps` asks for. To train on, leave the callback out." in caplog.text
 
 
 def test_early_stopping_and_the_best_checkpoint_follow_the_validation_loss(tmp_path):
