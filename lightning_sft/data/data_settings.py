@@ -80,8 +80,10 @@ class DataSettings:
 def _check_sets(split: str, data: Mapping[Any, Any]) -> None:
     """Refuse what is given by names, if these are not names of sets to evaluate."""
     argument = f"{split}_data"
-    if isinstance(data, DatasetDict) or not data:
+    if isinstance(data, DatasetDict):
         read_weights(data, argument)  # refuses it in its own words
+    if not data:
+        raise SettingsError(f"`{argument}` is {{}}; expected at least one set, such as {{name: source}}.")
     if any(isinstance(value, Real) for value in data.values()):
         raise SettingsTypeError(
             f"`{argument}` is {shorten(data)}, but weights are for `train_data` alone. Give a list of the sources, "

@@ -330,6 +330,9 @@ SOURCES = {
     "weights of nothing": Refusal(
         data(train_data={}), "`train_data` is {}; expected at least one source with its weight."
     ),
+    "sets of nothing": Refusal(
+        data(val_data={}), "`val_data` is {}; expected at least one set, such as {name: source}."
+    ),
     "weights of validation rows": Refusal(
         data(val_data={"a.jsonl": 2}),
         "`val_data` is {'a.jsonl': 2}, but weights are for `train_data` alone. Give a list of the sources, which are "
