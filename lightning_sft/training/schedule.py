@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
@@ -134,11 +135,20 @@ def steps_per_epoch(trainer: L.Trainer) -> int | None:
     return known
 
 
+_LEFT_AT: WeakKeyDictionary[LRScheduler, int | None] = WeakKeyDictionary()  # which `last_epoch` each had after our step
+
+
 def step_schedules(trainer: L.Trainer) -> None:
-    """After an optimizer step, step those schedules that follow steps or epochs and are due."""
+    """After an optimizer step, step those schedules that follow steps or epochs and are due, if nobody else does."""
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             continue
+        now = getattr(config.scheduler, "last_epoch", None)
+        if _LEFT_AT.get(config.scheduler, now) != now:
+            raise SettingsError(
+                f"{type(config.scheduler).__name__} was stepped by your own code, but schedules are stepped after each "
+                "optimizer step already, as `configure_optimizers` says. Leave that out (`lr_schedulers().step()`)."
+            )
         every = config.frequency
         if config.interval == "epoch":
             if (in_epoch := steps_per_epoch(trainer)) is None:
@@ -149,6 +159,7 @@ def step_schedules(trainer: L.Trainer) -> None:
             every *= in_epoch
         if trainer.global_step % every == 0:
             trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+        _LEFT_AT[config.scheduler] = getattr(config.scheduler, "last_epoch", None)
 
 
 def step_plateau_schedules(module: L.LightningModule) -> None:

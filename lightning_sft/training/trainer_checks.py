@@ -1,6 +1,5 @@
 """Strategies, precisions and callbacks of Lightning that `SFTModule` cannot be trained with."""
 
-import dis
 import inspect
 import warnings
 
@@ -135,13 +134,6 @@ def _check_hooks(module: L.LightningModule) -> None:
                 f"itself (manual optimization). {way_out}; or set `automatic_optimization`, with a `training_step` of "
                 "your own that returns the loss."
             )
-    code = getattr(inspect.unwrap(type(module).training_step), "__code__", _check_hooks.__code__)
-    used = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_ATTR", "LOAD_METHOD")]
-    if "lr_schedulers" in used and used.count("step") > ("optimizers" in used):  # besides the optimizer's
-        raise SettingsError(
-            f"`{type(module).__name__}.training_step` steps `lr_schedulers`, but schedules are stepped after each "
-            "optimizer step already, as `configure_optimizers` says. Leave that out."
-        )
 
 
 def _check_super_is_called(kind: type) -> None:

@@ -313,9 +313,9 @@ def test_a_training_step_that_steps_schedules_itself_is_refused(tmp_path):
             self.optimizers().step()
             self.log("rate", self.lr_schedulers().get_last_lr()[0])
 
-    make_trainer(tmp_path, max_steps=1).fit(Reading(tiny_config()), make_data())
-    with pytest.raises(SettingsError, match=r"`Own.training_step` steps `lr_schedulers`, but .* Leave that out"):
-        fit(tmp_path, Own(tiny_config()), max_steps=2)
+    make_trainer(tmp_path, max_steps=2).fit(Reading(tiny_config()), make_data())
+    with pytest.raises(SettingsError, match=r"^LambdaLR was stepped by your own code, but .* Leave that out"):
+        make_trainer(tmp_path, max_steps=2).fit(Own(tiny_config()), make_data())
 
 
 def test_a_subclass_may_have_settings_and_hyperparameters_of_its_own(tmp_path):
