@@ -16,6 +16,7 @@ from lightning_sft.checks import check_number, check_type
 from lightning_sft.errors import SettingsError, one_line
 
 _WITHOUT_LENGTH = ("constant", "constant_with_warmup")
+_OF_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 # The learning rate, as a fraction of its peak, at each fraction of the steps after the warmup.
 _AFTER_WARMUP: dict[str, Callable[[float], float]] = {
     "constant_with_warmup": lambda progress: 1.0,
@@ -46,9 +47,10 @@ class Schedule:
             lambda steps: steps >= 0 and (steps <= 1 or steps % 1 == 0),
         )
         check_type("lr_scheduler_kwargs", self.kwargs, dict, "a mapping of arguments", optional=True)
-        if self.name == "reduce_lr_on_plateau":
+        if self.name in _OF_A_METRIC:
             raise SettingsError(
-                "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps."
+                f"`lr_scheduler` is {self.name!r}, which follows a metric, not the optimizer steps. Choose another, "
+                "such as cosine."
             )
         if self.name not in (*_AFTER_WARMUP, *_WITHOUT_LENGTH):
             self._check_name()
@@ -74,7 +76,7 @@ class Schedule:
     def _check_name(self) -> None:
         from transformers.trainer_utils import SchedulerType  # takes as long as what `build` imports for such a name
 
-        names = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau"}
+        names = {kind.value for kind in SchedulerType} - set(_OF_A_METRIC)
         if self.name not in names:
             raise SettingsError(f"`lr_scheduler` is {self.name!r}, expected one of {', '.join(sorted(names))}.")
 
@@ -101,9 +103,9 @@ class Schedule:
         from transformers import get_scheduler
 
         try:
-            scheduler: LRScheduler = get_scheduler(
-                self.name, optimizer, num_warmup_steps, max(num_steps, 1), self.kwargs
-            )
+            # After a run that ends with its warmup, or before, `polynomial` would divide by the 0 steps that follow.
+            num_steps = max(num_steps, num_warmup_steps + 1)
+            scheduler: LRScheduler = get_scheduler(self.name, optimizer, num_warmup_steps, num_steps, self.kwargs)
         except (ValueError, TypeError) as error:
             with_kwargs = f" with `lr_scheduler_kwargs` = {self.kwargs}" if self.kwargs else ""
             raise SettingsError(f"`lr_scheduler` is {self.name!r}{with_kwargs}: {one_line(error)}") from None

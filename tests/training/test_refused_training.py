@@ -113,7 +113,12 @@ TRAINING = {
     ),
     "schedule of a metric": Refusal(
         module({}, lr_scheduler="reduce_lr_on_plateau"),
-        "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps.",
+        "`lr_scheduler` is 'reduce_lr_on_plateau', which follows a metric, not the optimizer steps. Choose another, "
+        "such as cosine.",
+    ),
+    "another schedule of a metric": Refusal(
+        module({}, lr_scheduler="greedy"),
+        "`lr_scheduler` is 'greedy', which follows a metric, not the optimizer steps. Choose another, such as cosine.",
     ),
     "unknown argument of the schedule": Refusal(
         module({}, lr_scheduler_kwargs={"cycles": 2}),

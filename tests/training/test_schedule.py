@@ -55,6 +55,14 @@ def test_a_warmup_below_one_is_a_fraction_of_the_run():
     assert ours[NUM_STEPS] == 0.0
 
 
+@pytest.mark.parametrize("num_warmup_steps", [1, 3])
+def test_a_run_may_end_with_its_warmup(num_warmup_steps):
+    """`transformers` divides by the number of steps after it."""
+    schedule = Schedule("polynomial", num_warmup_steps)
+    ours = rates(lambda optimizer: schedule.build(optimizer, num_warmup_steps))
+    assert ours[:num_warmup_steps] == pytest.approx([0.3 * step / num_warmup_steps for step in range(num_warmup_steps)])
+
+
 def test_a_checkpoint_loads_whose_schedule_needs_arguments_that_it_does_not_hold(tmp_path):
     settings = {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}}
     trainer = make_trainer(tmp_path, max_steps=1)
