@@ -13,6 +13,5 @@ any of them. So these of Lightning's attributes, most of them private, are set f
 - `manual_optimization._on_after_step` (`trainer_state.py`): a hook after each optimizer step, whoever takes it.
 - `epoch_loop._broadcast_sigterm_tensor` (`trainer_state.py`): devices do not wait for one another before each step.
 
-Each has a test of a run that was stopped there. A new version of Lightning is to be tried with all of them, hence the
-upper bound in `pyproject.toml`.
+A new version of Lightning may do any of this otherwise, hence the upper bound in `pyproject.toml`.
 """
