@@ -101,9 +101,11 @@ def in_turn(
     """
     contestants = {_GEMM: partial(_gemm, dtype=dtype, device=device), **contestants}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking CUDA itself would keep it from forked processes
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_TAKE_LONG_TO_IMPORT)
+    if device == "cuda":  # which no forked process can use if an import has asked for it, as that of bitsandbytes does
+        context: Any = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_TAKE_LONG_TO_IMPORT)
     for _ in range(rounds):
         for name, contestant in contestants.items():
             if results[name] and "error" in results[name][0]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.cuda import CUDA, NEEDS_CUDA, accelerator
+from support.cuda import CUDA, accelerator
 from support.models import tiny_config
 from support.runs import read_log, train
 
@@ -48,15 +48,16 @@ def test_the_head_is_that_of_full_logits_in_float64(device, dtype, tolerance, kn
     assert all((ours.double() - theirs).norm() < tolerance * theirs.norm() for ours, theirs in pairs)
 
 
-@pytest.mark.parametrize("tf32", [pytest.param(value, marks=NEEDS_CUDA) for value in ("highest", "high")])
+@pytest.mark.parametrize("tf32", ["highest", "high"])
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt2"])
-def test_a_gpu_s_shorter_float32_keeps_no_model_from_packing(model_type, tf32):
+def test_a_gpu_s_shorter_float32_keeps_no_model_from_packing(model_type, tf32, device):
     config = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "model_type": model_type}
     module = SFTModule(tiny_config(**config, initializer_range=0.1))
     torch.set_float32_matmul_precision(tf32)
     try:
         module.configure_model()
-        traits = prepare_model(module.model.to("cuda"), None, ActivationCheckpointing(), compiled=False)
+        model = module.model.to(device)
+        traits = prepare_model(model, None, module.builder, ActivationCheckpointing(), compiled=False)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert traits.why_not_packed is None

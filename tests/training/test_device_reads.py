@@ -3,6 +3,8 @@
 Neither within a step nor between two, where Lightning reads what progress bars show.
 """
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -69,7 +71,8 @@ class NoWaits:
         """They are there."""
 
     def __enter__(self):
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings(action="ignore"):  # that it does not see every wait
+            torch.cuda.set_sync_debug_mode("error")
 
     def __exit__(self, *exception):
         torch.cuda.set_sync_debug_mode("default")
