@@ -39,6 +39,7 @@ class BatchSizes:
         tried: Each number of tokens that was tried, with the peak memory in bytes, or None if memory ran out.
         memory: Bytes that a run may use.
         longest: Tokens of the longest row, as the model sees it.
+        num_tokens: Tokens of all rows that were read: the largest size that is tried.
         num_rows: Number of rows in the data; None if it is streamed, so that only its first rows were read.
         margin: Fraction of the tokens that is left out.
     """
@@ -49,6 +50,7 @@ class BatchSizes:
     tried: list[tuple[int, int | None]]
     memory: float
     longest: int
+    num_tokens: int
     num_rows: int | None
     margin: float
 
@@ -57,11 +59,16 @@ class BatchSizes:
         for size, peak in sorted(self.tried, key=lambda each: each[0]):
             lines.append(f"{size:>22,}  {'too much' if peak is None else f'{peak / 2**30:.2f} GiB':>11}")
         all_rows = self.batch_size == self.num_rows
+        tokens, memory = f"{self.most_tokens:,} tokens", f"{self.memory / 2**30:.2f} GiB"
+        if self.most_tokens < self.num_tokens:
+            found = f"{tokens} at most fit into {memory}."
+        else:
+            found = f"All {tokens} of the rows that were read fit into {memory}; larger sizes were not tried."
         return "\n".join(
             [
                 *lines,
-                f"{self.most_tokens:,} tokens at most fit into {self.memory / 2**30:.2f} GiB. "
-                f"{self.margin:.0%} fewer leave room for other needs of a run. The longest row has {self.longest:,}.",
+                f"{found} {self.margin:.0%} fewer leave room for other needs of a run. "
+                f"The longest row has {self.longest:,}.",
                 f"--data.max_tokens_per_microbatch {self.max_tokens_per_microbatch}",
                 "This limits the memory, so any `batch_size` fits: larger steps are split. "
                 + ("All of the data fits" if all_rows else f"Up to {self.batch_size:,} rows, even the longest, fit")
@@ -124,6 +131,7 @@ def find_batch_size(
         tried=search.tried,
         memory=search.memory,
         longest=lengths[0],
+        num_tokens=sum(lengths),
         num_rows=None if datamodule.streaming else len(lengths),
         margin=margin,
     )

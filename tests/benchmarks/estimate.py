@@ -10,6 +10,7 @@ can know of, and as it comes (glibc keeps many).
 import argparse
 import multiprocessing
 import os
+import tempfile
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +31,16 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "0.5b": CASES["0.5b"]["model"],
     "1.5b": CASES["1.5b"]["model"],
+    "7b": QWEN
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
 }
 CONTESTS: dict[str, dict[str, Any]] = {
     "small": {"model": "small-fp32"},
@@ -64,6 +75,18 @@ CUDA_CONTESTS: dict[str, dict[str, Any]] = {
         "max_tokens_per_microbatch": 8192,
         "lora": {"r": 16},
     },
+    "7b, LoRA": {
+        "model": "7b",
+        "precision": "bf16-true",
+        "batch_size": 32,
+        "max_tokens_per_microbatch": 8192,
+        "gradient_checkpointing": True,
+        "lora": {"r": 16, "target_modules": "all-linear"},
+        "from_checkpoint": True,  # to draw the weights of so many parameters on the CPU takes minutes
+    },
+}
+CUDA_CONTESTS["7b, LoRA, 4 bits"] = CUDA_CONTESTS["7b, LoRA"] | {
+    "model_kwargs": {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}
 }
 HANDS_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -84,9 +107,14 @@ def parts(
     optimizer: str = "adamw",
     batch_size: int = 16,
     lora: dict[str, Any] | None = None,
+    folder: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     **data_options: Any,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Module, data and the trainer's settings; rows of 67 to 547 tokens, about a third of them of responses."""
+    """Module, data and the trainer's settings; rows of 67 to 547 tokens, about a third of them of responses.
+
+    Weights are drawn, or read from the folder.
+    """
     from lightning_sft import SFTDataModule, SFTModule
     from lightning_sft.examples import word_problems, word_tokenizer
 
@@ -97,7 +125,8 @@ def parts(
     ]
     data = SFTDataModule(word_tokenizer(), rows, batch_size=batch_size, **data_options)
     module = SFTModule(
-        {"model_type": "qwen2", "tie_word_embeddings": True} | MODELS[model],
+        folder or config_of(model),
+        model_kwargs=model_kwargs,
         optimizer={"adamw": adamw, "sgd": sgd}[optimizer],
         lr_scheduler="constant",
         gradient_checkpointing=gradient_checkpointing,
@@ -110,6 +139,20 @@ def parts(
         "precision": precision,
     }
     return module, data, settings
+
+
+def config_of(model: str) -> dict[str, Any]:
+    return {"model_type": "qwen2", "tie_word_embeddings": True} | MODELS[model]
+
+
+def save_checkpoint(model: str, device: str, folder: str) -> None:
+    """Random weights in bfloat16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = config_of(model)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def measured(sender: Any, settings: dict[str, Any]) -> None:
@@ -125,13 +168,26 @@ def measured(sender: Any, settings: dict[str, Any]) -> None:
 
 
 def compare(name: str, device: str) -> list[str]:
+    settings = (CUDA_CONTESTS if device == "cuda" else CONTESTS)[name] | {"device": device}
+    if not settings.pop("from_checkpoint", False):
+        return compared(name, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        process = multiprocessing.get_context("spawn").Process(
+            target=save_checkpoint, args=(settings["model"], device, folder)
+        )
+        process.start()
+        process.join()
+        return compared(name, settings | {"folder": folder})
+
+
+def compared(name: str, settings: dict[str, Any]) -> list[str]:
     from lightning_sft.planning.estimate import estimate_run
 
-    settings = (CUDA_CONTESTS if device == "cuda" else CONTESTS)[name] | {"device": device}
+    on_cuda = settings["device"] == "cuda"
     module, data, options = parts(**settings)
     estimate = estimate_run(module, data, options)
     expected = estimate.memory[module.checkpointing.gradient_checkpointing].peak
-    found = [in_process(settings, variables) for variables in ([{}] if device == "cuda" else [HANDS_BACK, {}])]
+    found = [in_process(settings, variables) for variables in ([{}] if on_cuda else [HANDS_BACK, {}])]
     sizes = [f"{size / GIB:.2f}" for size in (expected, *found)]
     return [name, estimate.run["largest microbatch"], *sizes[:2], f"{expected / found[0]:.2f}", *sizes[2:]]
 

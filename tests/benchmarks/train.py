@@ -64,7 +64,19 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "precision": "bf16-mixed",
     },
+    "3b-bf16": {
+        "model": QWEN
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+        },
+        "precision": "bf16-true",
+    },
 }
+CASES |= {f"{size}-bf16": CASES[size] | {"precision": "bf16-true"} for size in ("0.5b", "1.5b")}
 
 
 @dataclass(frozen=True)

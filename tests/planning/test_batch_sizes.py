@@ -80,6 +80,15 @@ def test_sizes_are_tried_until_memory_runs_out(watched, of, layout, limit):
         assert size <= limit or of != "the device" or peak is None
     assert f"--data.max_tokens_per_microbatch {found.max_tokens_per_microbatch}" in str(found).splitlines()
     assert f"Up to {found.batch_size} rows" in str(found)
+    assert f"{found.most_tokens} tokens at most fit into" in str(found)
+
+
+def test_sizes_beyond_all_rows_are_not_tried_and_not_said_to_fit_no_more(watched):
+    found = find_batch_size(watched, rows(), memory_gib=64, **QUIET)
+    lengths = [len(row["prompt"]) + len(row["output"]) for row in ROWS]
+    assert found.most_tokens == max(size for size, _ in found.tried) == sum(lengths)
+    said = f"All {sum(lengths):,} tokens of the rows that were read fit into 64.00 GiB; larger sizes were not tried."
+    assert said in str(found)
 
 
 def test_memory_that_runs_out_on_the_longest_row_is_said(watched):
