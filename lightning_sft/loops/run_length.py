@@ -1,6 +1,6 @@
 """How long a run is, and when it is validated: a trainer's settings, turned into optimizer steps."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -44,17 +44,7 @@ class LoopSettings:
     @classmethod
     def of(cls, trainer: L.Trainer) -> "LoopSettings":
         """Those of a trainer."""
-        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        return cls(
-            max_epochs=fit_loop.max_epochs,
-            min_epochs=fit_loop.min_epochs,
-            max_steps=epoch_loop.max_steps,
-            min_steps=epoch_loop.min_steps,
-            limit_train_batches=trainer.limit_train_batches,
-            limit_val_batches=trainer.limit_val_batches,
-            val_check_interval=trainer.val_check_interval,
-            check_val_every_n_epoch=trainer.check_val_every_n_epoch,
-        )
+        return cls(**{setting.name: getattr(trainer, setting.name) for setting in fields(cls)})
 
     def apply(self, trainer: L.Trainer) -> None:
         """Give them to a trainer."""
@@ -99,13 +89,12 @@ def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
         trainer: With the settings that a user has given.
         steps_in_data: Optimizer steps that go once through the data; None if nobody knows.
     """
+    limit = trainer.limit_train_batches
     if steps_in_data is None:
         _check_length(trainer)
-    limit = trainer.limit_train_batches
-    if steps_in_data is None and isinstance(limit, int):
-        num_steps = limit
+        num_steps = limit if isinstance(limit, int) else trainer.max_steps
     else:
-        num_steps = limited_steps(limit, trainer.max_steps if steps_in_data is None else steps_in_data)
+        num_steps = limited_steps(limit, steps_in_data)
     return Epoch(num_steps, isinstance(limit, int), shuffle=trainer.overfit_batches == 0)  # type: ignore[attr-defined]
 
 

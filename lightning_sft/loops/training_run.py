@@ -131,18 +131,19 @@ class TrainingRun:
         """
         self._metrics = saved.get("metrics", {})
         now = self.state()
-        if saved and saved["shuffle"] != now["shuffle"]:
-            raise SettingsError(
-                "The checkpoint was made with another `trainer.overfit_batches`: the run cannot continue at the same "
-                "place in the data. Use that, or begin a new run with its weights (`--init_from`)."
-            )
-        if saved and saved["steps_per_epoch"] != now["steps_per_epoch"]:
+        if not saved:
+            return
+        if saved["shuffle"] != now["shuffle"]:
+            difference = "another `trainer.overfit_batches`"
+        elif saved["steps_per_epoch"] != now["steps_per_epoch"]:
             then, today = (state["steps_per_epoch"] or "all" for state in (saved, now))
-            raise SettingsError(
-                f"The checkpoint was made with {then} optimizer steps in each epoch, now it is {today} "
-                "(`trainer.limit_train_batches`): the run cannot continue at the same place in the data. Use that, or "
-                "begin a new run with its weights (`--init_from`)."
-            )
+            difference = f"{then} optimizer steps in each epoch, now it is {today} (`trainer.limit_train_batches`)"
+        else:
+            return
+        raise SettingsError(
+            f"The checkpoint was made with {difference}: the run cannot continue at the same place in the data. Use "
+            "that, or begin a new run with its weights (`--init_from`)."
+        )
 
 
 class EpochLoader:
