@@ -12,11 +12,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_sft.checks import check_local
 from lightning_sft.cli.claimed_folders import ClaimedFolders
 from lightning_sft.cli.save_settings import read_further_loggers
 from lightning_sft.errors import SettingsError, path_from_here
 from lightning_sft.training.checkpoint_files import newest_checkpoint
-from lightning_sft.training.run_folder import check_is_local, folder_of_run, holds_a_run
+from lightning_sft.training.run_folder import folder_of_run, holds_a_run
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RunSettings:
     def root(self) -> Path:
         """`default_root_dir`, which must be no address."""
         folder = self._config.trainer.default_root_dir or os.getcwd()
-        check_is_local("`trainer.default_root_dir`", folder)
+        check_local("trainer.default_root_dir", folder)
         return Path(folder)
 
     def _loggers(self) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_sft.errors import SettingsError
+from lightning_sft.checks import check_local
 
 _OF_A_RUN = ("config.yaml", "checkpoints/[!.]*", "huggingface")  # without these it was killed before it saved anything
 # Of trainers without a logger, which would give each run a version: found before there is anything of the run itself.
@@ -30,20 +30,10 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 def check_run_folder_is_local(trainer: L.Trainer) -> None:
     """Refuse a run whose files would be at an address, to which checkpoints, pages and exports are not written."""
-    save_dir = trainer.loggers[0].save_dir if trainer.loggers else None
-    if save_dir:
-        check_is_local("The first logger's `save_dir`", save_dir)
+    if trainer.loggers and (save_dir := trainer.loggers[0].save_dir):
+        check_local("trainer.loggers[0].save_dir", save_dir)
     else:
-        check_is_local("`trainer.default_root_dir`", trainer.default_root_dir)
-
-
-def check_is_local(setting: str, folder: str | Path) -> None:
-    """Refuse an address in the place of a folder; `setting` has it."""
-    if "://" in str(folder):
-        raise SettingsError(
-            f"{setting} is {str(folder)!r}, but the files of a run are kept in a local folder. Give one; a further "
-            "logger may write to an address."
-        )
+        check_local("trainer.default_root_dir", trainer.default_root_dir)
 
 
 def _folder(trainer: L.Trainer) -> Path:

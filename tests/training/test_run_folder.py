@@ -1,5 +1,7 @@
 """Where a run that a script starts keeps its files."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -38,8 +40,9 @@ def test_runs_without_a_logger_do_not_take_each_other_s_place_and_continue_in_th
     assert steps() == {".": 5, "version_0": 4, "version_1": 3, "elsewhere": 6}
 
 
-def test_a_folder_at_an_address_is_refused_rather_than_taken_for_a_local_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("address", ["memory://bucket/runs", Path("memory://bucket/runs")])
+def test_a_folder_at_an_address_is_refused_rather_than_taken_for_a_local_one(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match=r"`trainer.default_root_dir` is 'memory://bucket/runs', but the files of"):
-        run("memory://bucket/runs", 1)
+    with pytest.raises(SettingsError, match=f"`trainer.default_root_dir` is '{address}', but nothing is written to"):
+        run(address, 1)
     assert not list(tmp_path.iterdir())
