@@ -37,8 +37,7 @@ class SFTDataModule(FixedDataModule):
     `microbatches`, each with `input_ids`, `labels` and `response_mask`, padded or packed; and the step's `totals` over
     all microbatches and devices. Packed sequences are kept apart by `microbatch.model_inputs()`, further arguments of
     the model. Validation and test batches are the same, in the order of the file. A notebook displays a batch with its
-    tokens coloured by the mask. An epoch of the trainer is an epoch of the data; the end of a run and validations are
-    counted in optimizer steps.
+    tokens coloured by the mask. The end of a run and validations are counted in optimizer steps.
 
     Rows with `messages`, `conversations` or `conversation`, or with lists of messages as prompt and output (or
     `completion`), are formatted with the tokenizer's chat template, with `tools` and `chat_template_kwargs` of the row,
@@ -73,16 +72,15 @@ class SFTDataModule(FixedDataModule):
             formats are `lightning_sft.alpaca_row`, `lightning_sft.query_row` and `lightning_sft.chosen_row`.
         row_filter: Function called with each row as it is read; rows for which it returns false are skipped.
         text_field: Column with texts of which every token is learnt. Default: `text`, in rows with no prompt or output.
-        as_chat: Also format prompt and output with the chat template, as turns of user and assistant, after a turn from
-            the column `system`.
+        as_chat: Also format prompt and output with the chat template, preceded by the column `system`.
         chat_template: Chat template to use instead of the tokenizer's: its text or a file.
         chat_template_kwargs: Further variables for the chat template, by name.
         train_on_turns: Which of the assistant's turns in a row are learnt: `all`, or only the `last`.
+        train_on_prompts: Whether every token is learnt: also of prompts, and of all turns of a conversation.
         batch_size: Sequences per optimizer step, over all devices; each example of a conversation counts as one.
         gradient_accumulation_steps: Number of microbatches into which each device splits its part of an optimizer step.
             Their gradients are added up. Default: one, unless `max_tokens_per_microbatch` is given.
-        max_tokens_per_microbatch: Limit the memory instead: split each step into as many microbatches as it takes for
-            none to have more tokens than this, padding included.
+        max_tokens_per_microbatch: Instead, split each step so that no microbatch has more tokens, padding included.
         layout: `packed`: the sequences of a microbatch in one row, each attending only to itself; `padded`: one row per
             sequence. The results are the same. Default: packed if the model supports it.
         max_length: Maximum number of tokens of prompt and response together, EOS included. None: no limit.
@@ -125,6 +123,7 @@ class SFTDataModule(FixedDataModule):
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         train_on_turns: TrainOnTurns = "all",
+        train_on_prompts: bool = False,
         batch_size: int = 32,
         gradient_accumulation_steps: int | None = None,
         max_tokens_per_microbatch: int | None = None,
@@ -146,7 +145,8 @@ class SFTDataModule(FixedDataModule):
         data = (train_data, val_data, test_data, predict_data)
         self._data = DataSettings(*data, val_fraction, streaming, shuffle_buffer, num_workers, num_proc)
         columns = (prompt_field, output_field, ground_truth_field, prompt_template, row_transform)
-        self._row_format = RowFormat(*columns, train_on_turns, chat_template_kwargs, as_chat, row_filter, text_field)
+        chat = (train_on_turns, chat_template_kwargs, as_chat)
+        self._row_format = RowFormat(*columns, *chat, row_filter, text_field, train_on_prompts)
         self._chat_template = None if chat_template is None else read_chat_template(chat_template)
         self.encoding = Encoding(max_length, too_long, append_eos, bad_rows)
         self.rule = StepRule(batch_size, gradient_accumulation_steps, max_tokens_per_microbatch, seed)

@@ -149,6 +149,9 @@ class RowEncoder:
         if isinstance(tokens, SettingsError):
             raise tokens
         example, notices = (tokens, []) if isinstance(tokens, Example) else (tokens.example, tokens.notices)
+        if self.row_format.train_on_prompts:
+            _check_can_be_learnt_whole(text)
+            example = example.learnt_whole()
         if not example.num_response_labels:
             ending = ", and its EOS has no token before it. Remove the row."
             if not self.encoding.append_eos:
@@ -192,6 +195,22 @@ class RowEncoder:
         files = [getattr(module, "__file__", None) for module in modules]
         code = [code_hash(), *(Path(file).read_bytes() if file else b"" for file in files)]
         return str(Hasher.hash([code, content, special, template, (row_format, self.encoding)]))
+
+
+def _check_can_be_learnt_whole(text: ExampleText) -> None:
+    """Refuse a row that says itself that not all of it is learnt, or that becomes examples with much in common."""
+    if text.tokens is not None and text.tokens.num_response_labels < len(text.tokens.input_ids) - 1:
+        why = "the row is tokenised, and its labels or masks leave tokens out. Remove these columns"
+    elif text.conversation is not None and not text.conversation.is_whole:
+        why = (
+            "with this chat template each turn of the conversation is an example of its own, so that earlier turns "
+            "would be learnt several times. Give another `chat_template`"
+        )
+    elif text.conversation is not None and text.conversation.has_unlearnt_turns:
+        why = "a turn has the `weight` 0 (or `train` false, or similar). Remove the weight"
+    else:
+        return
+    raise SettingsError(f"`train_on_prompts` is true, but {why}, or set `train_on_prompts` to false.")
 
 
 def _short_location(location: str, only_source: str | None) -> str:

@@ -76,6 +76,7 @@ DATA = {
     "val_fraction": (0.2, "`num_rows` = 22, now it is 17"),
     "prompt_field": ("output", "other training rows or tokens"),
     "output_field": ("prompt", "other training rows or tokens"),
+    "train_on_prompts": (True, "other training rows or tokens"),
     "text_field": ("output", "other training rows or tokens"),
     "ground_truth_field": ("prompt", NONE),
     "prompt_template": ("Q: {prompt}", "other training rows or tokens"),

@@ -32,6 +32,7 @@ class WrittenExample:
         last_content: The content of the last of the turns, as the row has it.
         longest: The text of the row's last example, which is the longest. What both begin with is tokenised once.
         is_whole: Whether this is the whole conversation, not one of several examples that it becomes.
+        has_unlearnt_turns: Whether the row says of a turn that it is not learnt.
         notices: What a user is to know of it.
     """
 
@@ -41,6 +42,7 @@ class WrittenExample:
     last_content: str
     longest: str
     is_whole: bool
+    has_unlearnt_turns: bool
     notices: Sequence[Notice] = ()
 
     @property
@@ -117,7 +119,10 @@ class ChatEncoder:
         if self._append_eos and not turns[-1].is_closed:
             notices.append(Notice("end", repr(learnt.text[-20:])))
         content = conversation.messages[turns[-1].index]["content"]
-        return WrittenExample(learnt.text, turns, learnt.spans, content, learnt.text, text is not None, notices)
+        unlearnt = any(message.get("weight") == 0 for message in conversation.messages)
+        return WrittenExample(
+            learnt.text, turns, learnt.spans, content, learnt.text, text is not None, unlearnt, notices
+        )
 
     def _learnt_turns(self, conversation: Conversation) -> list[int]:
         """Which of the messages are learnt, at least one."""

@@ -97,6 +97,7 @@ class RowFormat:
     as_chat: bool = False
     row_filter: Callable[[dict[str, Any]], bool] | None = None
     text_field: str | None = None
+    train_on_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt_field", "output_field", "ground_truth_field"):
@@ -112,6 +113,12 @@ class RowFormat:
             check_type("chat_template_kwargs", self.chat_template_kwargs, Mapping, "values by their names")
             check_variables(self.chat_template_kwargs)
         check_type("as_chat", self.as_chat, bool, "true or false")
+        check_type("train_on_prompts", self.train_on_prompts, bool, "true or false")
+        if self.train_on_prompts and self.train_on_turns != "all":
+            raise SettingsError(
+                f"`train_on_prompts` is true, which learns all turns, but `train_on_turns` is {self.train_on_turns!r}. "
+                "Leave one out."
+            )
         self._check_columns()
 
     def _check_columns(self) -> None:

@@ -36,6 +36,10 @@ class Example:
             return max(len(self.input_ids) - max(self.num_prompt_tokens, 1), 0)
         return sum(max(end - start, 0) for start, end in self.response_labels())
 
+    def learnt_whole(self) -> "Example":
+        """The example with all of its tokens as the response."""
+        return replace(self, num_prompt_tokens=0, excluded_spans=())
+
     def truncated(self, length: int) -> "Example":
         """The example without the tokens from position `length` on."""
         excluded_spans = [min(bound, length) for bound in self.excluded_spans]
