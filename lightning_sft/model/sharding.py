@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_sft.errors import SettingsError, counted
 from lightning_sft.model.blocks import find_blocks
@@ -112,49 +112,31 @@ def load_sharded(
         sharding: How it is shared.
         adapt: Changes the layers of a model without data as `build` changes those of the model.
     """
-    whole = _build_on_first_process(build)
+    whole: PreTrainedModel | None = None
+    facts: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            whole = build()
+            facts = [(whole.config, whole.generation_config, whole.dtype)]
+        except SettingsError as error:
+            facts = [error]
+    dist.broadcast_object_list(facts, src=0)
+    if isinstance(facts[0], SettingsError):
+        raise facts[0]
+    config, generation_config, dtype = facts[0]
     with torch.device("meta"):
-        model = adapt(AutoModelForCausalLM.from_config(whole.config, dtype=whole.dtype))
-    model.generation_config = whole.generation_config
+        model = adapt(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    model.generation_config = generation_config
     shard(model, sharding)
     model.to_empty(device=device)
     model.tie_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole.weights, options=options)
+    weights, buffers = ({}, {}) if whole is None else (whole.state_dict(), dict(whole.named_buffers()))
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for name, buffer in model.named_buffers():  # also those that no state dict holds, such as rotary frequencies
-        if name in whole.buffers:
-            buffer.copy_(whole.buffers[name])
+        if name in buffers:
+            buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
     return model
-
-
-@dataclass
-class _WholeModel:
-    """What every process knows of the whole model; the first one alone has its weights and buffers."""
-
-    config: PreTrainedConfig
-    generation_config: GenerationConfig
-    dtype: torch.dtype
-    weights: dict[str, Any] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _build_on_first_process(build: Callable[[], PreTrainedModel]) -> _WholeModel:
-    model: PreTrainedModel | None = None
-    found: list[_WholeModel | SettingsError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            model = build()
-            found = [_WholeModel(model.config, model.generation_config, model.dtype)]
-        except SettingsError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], SettingsError):
-        raise found[0]
-    whole = cast(_WholeModel, found[0])
-    if model is not None:
-        whole.weights, whole.buffers = model.state_dict(), dict(model.named_buffers())
-    return whole
 
 
 def is_sharded(module: nn.Module) -> bool:
