@@ -1,7 +1,6 @@
 """Log-probabilities of labels and entropies of the next-token distribution, in nats."""
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -146,19 +145,18 @@ def score_responses(
     if head is None or (token_loss.label_smoothing and head.transform.softcap is not None):
         with RoutingRecorder(model) as recorder:
             logits = float32_or_more(_response_logits(model, input_ids, response_positions, **model_kwargs))
-        scores = _scores_of_logits(logits, chosen, return_is_top1, entropy_has_gradient)
-        if normalize_constant is not None:
-            scores = _with_loss(scores, logits, token_loss, normalize_constant)
+        scores = _scores_of_logits(logits, chosen, normalize_constant, token_loss, return_is_top1, entropy_has_gradient)
         return replace(scores, routing=recorder.routing)
+    found: list[ResponseScores] = []
 
-    def score(hidden: Tensor) -> ResponseScores:
-        hidden = hidden.flatten(0, 1).index_select(0, response_positions)
+    def score(hidden: Tensor) -> Tensor:
+        responses = hidden.flatten(0, 1).index_select(0, response_positions)
         weights = None
         if normalize_constant is not None:
-            dtype = float32_or_more(hidden[:0]).dtype
+            dtype = float32_or_more(responses[:0]).dtype
             weights = torch.full_like(chosen, 1 / normalize_constant, dtype=dtype)
-        return score_labels(
-            hidden,
+        scores = score_labels(
+            responses,
             head.as_it_is_now(),
             chosen,
             token_weights=weights,
@@ -166,53 +164,36 @@ def score_responses(
             return_is_top1=return_is_top1,
             tiling=tiling,
         )
-
-    with _InPlaceOfLogits(head.layer, score) as found, RoutingRecorder(model) as recorder:
-        model(input_ids=input_ids, **model_kwargs)
-    return replace(found.scores, routing=recorder.routing)
-
-
-class _InPlaceOfLogits:
-    """A context in which the model's head scores its hidden states instead of computing logits.
-
-    The layer's own call does it, inside the model's, so that sharded weights are gathered. Once the model has run,
-    `scores` holds what was found.
-    """
-
-    scores: ResponseScores
-
-    def __init__(self, layer: nn.Linear, score: Callable[[Tensor], ResponseScores]) -> None:
-        self._layer, self._score = layer, score
-
-    def __enter__(self) -> "_InPlaceOfLogits":
-        self._layer.forward = self._forward  # type: ignore[method-assign, assignment]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._layer.forward
-
-    def _forward(self, hidden: Tensor) -> Tensor:
-        self.scores = self._score(hidden)
+        found.append(scores)
         return hidden.new_zeros(*hidden.shape[:-1], 1)  # where there would be logits
+
+    head.layer.forward = score  # type: ignore[method-assign, assignment]  # its call gathers weights that are sharded
+    try:
+        with RoutingRecorder(model) as recorder:
+            model(input_ids=input_ids, **model_kwargs)
+    finally:
+        del head.layer.forward
+    return replace(found[-1], routing=recorder.routing)
 
 
 def _scores_of_logits(
-    logits: Tensor, labels: Tensor, return_is_top1: bool, entropy_has_gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    normalize_constant: float | None,
+    token_loss: TokenLoss,
+    return_is_top1: bool,
+    entropy_has_gradient: bool,
 ) -> ResponseScores:
     chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     log_probs = chosen - torch.logsumexp(logits, dim=-1)
     with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):
         entropy = compute_entropy(logits)
     is_top1 = logits.detach().argmax(dim=-1) == labels if return_is_top1 else None
-    return ResponseScores(log_probs, entropy, is_top1)
-
-
-def _with_loss(
-    scores: ResponseScores, logits: Tensor, token_loss: TokenLoss, normalize_constant: float
-) -> ResponseScores:
+    if normalize_constant is None:
+        return ResponseScores(log_probs, entropy, is_top1)
     mean_log_probs = torch.log_softmax(logits, dim=-1).mean(dim=-1) if token_loss.label_smoothing else None
-    loss = token_loss.of(scores.log_probs, mean_log_probs).sum() / normalize_constant
-    return replace(scores, log_probs=scores.log_probs.detach(), token_entropy=scores.token_entropy.detach(), loss=loss)
+    loss = token_loss.of(log_probs, mean_log_probs).sum() / normalize_constant
+    return ResponseScores(log_probs.detach(), entropy.detach(), is_top1, loss)
 
 
 def _response_logits(model: nn.Module, input_ids: Tensor, response_positions: Tensor, **model_kwargs: Any) -> Tensor:
