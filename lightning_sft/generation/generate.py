@@ -22,7 +22,7 @@ from lightning_sft.generation.sampling import Sampling
 from lightning_sft.generation.settings import REWARD_SECONDS, GenerationSettings
 from lightning_sft.model.log_probs import get_response_log_probs
 from lightning_sft.model.modes import evaluating
-from lightning_sft.model.sharding import is_sharded
+from lightning_sft.model.sharding import gathered, is_sharded
 from lightning_sft.rewards.functions import REWARD_KEYS, RewardFunction, checked_reward, r1_zero_reward
 from lightning_sft.rewards.time_limit import TimeLimitError, call_within
 
@@ -146,9 +146,9 @@ def generate_records(
         _record(request, Response([]), _TokenValues([], []), tokenizer)
         for request in [request for request in requests if not request.max_new_tokens][rank::world_size]
     ]
-    max_tokens = settings.max_tokens_per_batch or _least(tokens_per_batch(model, requests), world_size)
-    batches = make_batches(requests, max_tokens, world_size)
-    shares = [batch[rank::world_size] for batch in batches]
+    # Devices may differ, but the batches are the same for all.
+    max_tokens = settings.max_tokens_per_batch or min(gathered(tokens_per_batch(model, requests), world_size))
+    shares = [batch[rank::world_size] for batch in make_batches(requests, max_tokens, world_size)]
     with evaluating(model):
         respond = make_responder(model, tokenizer, shares, settings.sampling, settings.generator)
         for share in shares:
@@ -156,24 +156,13 @@ def generate_records(
                 records += _answer(model, tokenizer, share, respond)
     for record in records:
         _add_rewards(record, settings)
-    if world_size > 1:
-        parts = [records] * world_size
-        dist.all_gather_object(parts, records)
-        records = [record for part in parts for record in part]
-    return sorted(records, key=lambda record: (record.index, record.sample))
+    of_all = [record for part in gathered(records, world_size) for record in part]
+    return sorted(of_all, key=lambda record: (record.index, record.sample))
 
 
 def _rank_and_world_size(model: PreTrainedModel, distributed: bool) -> tuple[int, int]:
     """The number of this process among those that share the prompts, and how many these are."""
     return (dist.get_rank(), dist.get_world_size()) if distributed or is_sharded(model) else (0, 1)
-
-
-def _least(number: int, world_size: int) -> int:
-    """The least of all processes' numbers: devices may differ, but batches are the same for all."""
-    numbers = [number] * world_size
-    if world_size > 1:
-        dist.all_gather_object(numbers, number)
-    return min(numbers)
 
 
 def _answer(

@@ -20,7 +20,7 @@ from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.errors import SettingsError, shorten, why_not_written
 from lightning_sft.generation.records import GenerationRecord, write_records
 from lightning_sft.generation.settings import GenerationSettings
-from lightning_sft.model.sharding import is_sharded
+from lightning_sft.model.sharding import gathered, is_sharded
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,5 @@ def _hash_weights(model: nn.Module) -> list[int]:
     """The bits of each weight's numbers, exclusive-ored: as good over the shares of several processes as over all."""
     local = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in model.parameters()]
     hashes = [int(torch.hash_tensor(weight.detach()).view(torch.int64)) if weight.numel() else 0 for weight in local]
-    if not is_sharded(model):
-        return hashes
-    parts = [hashes] * dist.get_world_size()
-    dist.all_gather_object(parts, hashes)
+    parts = gathered(hashes, dist.get_world_size() if is_sharded(model) else 1)
     return [reduce(xor, each) for each in zip(*parts, strict=True)]

@@ -22,7 +22,7 @@ from lightning_sft.data.chat.chat_encoding import end_of_turn_id
 from lightning_sft.data.rows.prompts import Prompt
 from lightning_sft.data.tokens.tokenization import pad_token_id
 from lightning_sft.generation.live_batch import LiveBatch, ResponseEnds
-from lightning_sft.generation.sampling import Sampling
+from lightning_sft.generation.sampling import Sampling, SeededDraw
 from lightning_sft.model.routing import RoutingRecorder
 
 StopReason = Literal["eos", "stop", "length"]
@@ -86,11 +86,12 @@ def generate_responses(
         while batch.rows:
             ends = ResponseEnds(batch, eos_ids, stop_strings, tokenizer)
             numbers = [(requests[row].prompt.index, requests[row].sample) for row in batch.rows]
+            drawing = [SeededDraw(sampling, numbers, batch.prompt_width)] if sampling.temperature > 0 else []
             output = cast(Any, model).generate(
                 batch.input_ids,
                 attention_mask=batch.attention_mask,
                 generation_config=_greedy(max_new_tokens - batch.num_generated, eos_ids, pad_id),
-                logits_processor=LogitsProcessorList(sampling.processors(numbers, batch.prompt_width)),
+                logits_processor=LogitsProcessorList(drawing),
                 stopping_criteria=StoppingCriteriaList([ends]),
                 **batch.cache,
             )

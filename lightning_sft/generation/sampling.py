@@ -75,15 +75,6 @@ class Sampling:
         """
         return int(np.random.SeedSequence([self.seed, index, sample]).generate_state(1)[0] >> 1)
 
-    def processors(self, rows: Sequence[tuple[int, int]], prompt_width: int) -> list["SeededDraw"]:
-        """What `generate` needs besides greedy decoding to draw the next tokens of a batch; nothing if it is greedy.
-
-        Args:
-            rows: Number of the prompt and of the sample for each row of the batch.
-            prompt_width: Columns before the first generated token.
-        """
-        return [SeededDraw(self, rows, prompt_width)] if self.temperature > 0 else []
-
 
 class SeededDraw(LogitsProcessor):
     """Leaves only the drawn token, so that greedy decoding takes it.
@@ -91,6 +82,11 @@ class SeededDraw(LogitsProcessor):
     `torch.multinomial` draws for a whole batch from one stream, so that a response would depend on its neighbours.
     Here the n-th token of a response falls where the n-th number of a stream seeded by (seed, prompt, sample) meets
     the cumulative probabilities.
+
+    Args:
+        sampling: How responses are drawn; its temperature is above 0.
+        rows: Number of the prompt and of the sample for each row of the batch.
+        prompt_width: Columns before the first generated token.
     """
 
     def __init__(self, sampling: Sampling, rows: Sequence[tuple[int, int]], prompt_width: int) -> None:

@@ -10,7 +10,6 @@ from typing import IO, Any, Literal, cast
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.callbacks.generation_monitor import GenerationMonitor
@@ -24,6 +23,7 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.generation.report.page import write_rows_page
 from lightning_sft.inspection.scored_row import ScoredRow
 from lightning_sft.model.head import ResponseScores
+from lightning_sft.model.sharding import gathered
 from lightning_sft.training.module import SFTModule
 from lightning_sft.training.run_folder import writes_files
 
@@ -176,11 +176,8 @@ class RowInspector(L.Callback):
         """Write the rows of a batch, of all devices, in the order of the data."""
         loader = cast(PlanLoader, trainer.val_dataloaders)
         scored = list(self._scored(loader.dataset.examples_of(batch_idx), outputs, batch))
-        if trainer.world_size > 1:
-            parts: list[list[ScoredRow]] = [[]] * trainer.world_size
-            dist.all_gather_object(parts, scored)
-            scored = [row for part in parts for row in part]
-        for row in sorted(scored, key=lambda row: row.index):
+        of_all = [row for part in gathered(scored, trainer.world_size) for row in part]
+        for row in sorted(of_all, key=lambda row: row.index):
             self._write(row)
 
     def _scored(

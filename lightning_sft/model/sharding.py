@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_sft.errors import SettingsError, counted
 from lightning_sft.model.blocks import find_blocks
+
+_T = TypeVar("_T")
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -137,6 +139,14 @@ def load_sharded(
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
     return model
+
+
+def gathered(value: _T, num_processes: int) -> list[_T]:
+    """The values of all processes, by rank; each has to call this."""
+    values = [value] * num_processes
+    if num_processes > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -234,14 +234,12 @@ class TiledHead:
 
     def score_block(self, hidden: Tensor, labels: Tensor, gradients: deque[Tensor] | None = None) -> Block:
         """Put the tiles of each row together; the tiles' gradients are appended to `gradients`."""
-        columns: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        found = []
         for weight_tile, tile in self.score_tiles(hidden, labels):
-            values = (*tile[:4], tile.top_index + weight_tile.tokens.start, tile.below_top)
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
+            found.append((*tile[:4], tile.top_index + weight_tile.tokens.start, tile.below_top))
             if gradients is not None:
                 gradients.append(tile.gradient)
-        log_sums, entropies, label_logits, tops, top_indices, below_tops = map(torch.stack, columns)
+        log_sums, entropies, label_logits, tops, top_indices, below_tops = map(torch.stack, zip(*found, strict=True))
         top = tops.amax(dim=0)
         mean_below_top = self._mean(below_tops, tops - top) if self.settings.smooths else None
         log_sums = log_sums + (tops - top)
