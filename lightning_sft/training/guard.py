@@ -1,7 +1,7 @@
 """`StepGuard`: optimizer steps whose loss or gradient norm is not a finite number stop the run, or are skipped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -53,17 +53,18 @@ class StepGuard:
         self.num_steps, self.num_skipped = num_steps, num_skipped
         self.allowed = True
         self.known_loss: Tensor | None = None
-        self._announced = _Announced()
-        self._unchecked: _StepNumbers | None = None
+        self._unchecked: _Step | None = None
+        self.announce(None, ())
 
-    def announce(self, loss: Tensor, locations: Sequence[str]) -> None:
+    def announce(self, loss: Tensor | None, locations: Sequence[str]) -> None:
         """Tell what the next step will be checked for, beside its gradients.
 
         Args:
-            loss: The step's, over all devices, a scalar.
+            loss: The step's, over all devices, a scalar. None: it is not known, as that of a step which a subclass
+                takes in a `training_step` of its own.
             locations: Where this device's rows come from.
         """
-        self._announced = _Announced(loss, locations)
+        self._loss, self._locations = loss, locations
 
     def allows(self, step: int, grad_norm: Tensor, *, is_scaled: bool) -> bool:
         """Whether the optimizer may use the gradients of the step that it is about to take, which is counted.
@@ -77,16 +78,18 @@ class StepGuard:
             NonFiniteError: Under `error`: this step on the CPU, the one before it on a device.
         """
         overflows = is_scaled and not bool(grad_norm.isfinite())
-        numbers = _StepNumbers(step, None if overflows else grad_norm, self._announced)
-        earlier, self._unchecked, self._announced = self._unchecked, numbers, _Announced()
+        found = {"loss": self._loss, "gradient norm": None if overflows else grad_norm}
+        numbers = {name: number.double() for name, number in found.items() if number is not None}
+        stacked = torch.stack(list(numbers.values())) if numbers else torch.zeros(0)
+        present = _Step(step, list(numbers), HostCopy(stacked.cpu() if self.skips else stacked), self._locations)
+        self.announce(None, ())
+        is_finite = True
         if self.skips:
-            is_finite = self._are_finite(numbers)
+            is_finite = self._is_finite(present)
             self.num_skipped += not is_finite
         else:
-            is_finite = True
-            numbers.copy_to_host()
-            if earlier is not None:
-                self._check(earlier)
+            self.check()
+            self._unchecked = present
             if grad_norm.device.type == "cpu":
                 self.check()
         self.num_steps = step
@@ -94,63 +97,44 @@ class StepGuard:
         return self.allowed
 
     def check(self) -> None:
-        """Check the latest step, if that is still to be done; this waits for the device.
+        """Check the latest step, if that is still to be done; this waits until its numbers have been computed.
 
         Raises:
             NonFiniteError: Under `error`.
         """
         step, self._unchecked = self._unchecked, None
-        if step is not None and not self.skips:
-            self._check(step)
-
-    def _are_finite(self, step: "_StepNumbers") -> bool:
-        numbers = step.on_host()
-        self.known_loss = None if step.announced.loss is None else numbers[0]
-        return bool(numbers.isfinite().all())
-
-    def _check(self, step: "_StepNumbers") -> None:
-        if not self._are_finite(step):
+        if step is not None and not self._is_finite(step):
             raise step.error()
+
+    def _is_finite(self, step: "_Step") -> bool:
+        numbers = step.numbers.read()
+        self.known_loss = numbers[0] if "loss" in step.names else None
+        return bool(numbers.isfinite().all())
 
 
 @dataclass(frozen=True)
-class _Announced:
-    """See `StepGuard.announce`; nothing is known of a step that a subclass takes in a `training_step` of its own."""
+class _Step:
+    """An optimizer step that is to be checked.
 
-    loss: Tensor | None = None
-    locations: Sequence[str] = ()
+    Attributes:
+        number: From 1.
+        names: Of the numbers that it is checked for.
+        numbers: These, in the same order.
+        locations: Where this device's rows come from.
+    """
 
-
-@dataclass
-class _StepNumbers:
-    """What an optimizer step is checked for."""
-
-    step: int
-    grad_norm: Tensor | None  # None where the gradients overflowed
-    announced: _Announced
-    _copy: HostCopy | None = field(default=None, init=False)
-
-    def copy_to_host(self) -> None:
-        self._copy = HostCopy(self._stacked())
-
-    def on_host(self) -> Tensor:
-        """In main memory. This waits for the device; after `copy_to_host`, for that copy alone."""
-        return self._stacked().cpu() if self._copy is None else self._copy.read()
+    number: int
+    names: list[str]
+    numbers: HostCopy
+    locations: Sequence[str]
 
     def error(self) -> NonFiniteError:
-        numbers = " and ".join(f"the {name} {number.item():g}" for name, number in self._numbers().items())
-        locations = self.announced.locations
-        rows = f"; its rows on this device: {', '.join(locations[:8])}" if locations else ""
-        rows += f" and {len(locations) - 8} more" if len(locations) > 8 else ""
+        """What a user is told of it."""
+        values = zip(self.names, self.numbers.read().tolist(), strict=True)
+        numbers = " and ".join(f"the {name} {value:g}" for name, value in values)
+        rows = f"; its rows on this device: {', '.join(self.locations[:8])}" if self.locations else ""
+        rows += f" and {len(self.locations) - 8} more" if len(self.locations) > 8 else ""
         return NonFiniteError(
-            f"Optimizer step {self.step} has {numbers}{rows}. No checkpoint holds the step. Look at the rows, lower "
+            f"Optimizer step {self.number} has {numbers}{rows}. No checkpoint holds the step. Look at the rows, lower "
             "the learning rate, or set `nonfinite` to 'skip'."
         )
-
-    def _numbers(self) -> dict[str, Tensor]:
-        numbers = {"loss": self.announced.loss, "gradient norm": self.grad_norm}
-        return {name: number.double() for name, number in numbers.items() if number is not None}
-
-    def _stacked(self) -> Tensor:
-        numbers = list(self._numbers().values())
-        return torch.stack(numbers) if numbers else torch.zeros(0)
