@@ -48,19 +48,11 @@ class HuggingFaceExport(L.Callback):
         self.dtype = dtype
         self.merge_lora = merge_lora
 
-    def exported_to(self, trainer: L.Trainer) -> Path | None:
-        """The folder of a run's export; every process has to call this.
-
-        Args:
-            trainer: The run's trainer.
-
-        Returns:
-            The folder, or None if nothing is exported.
-        """
-        root = run_folder(trainer)
+    def _exported_to(self, trainer: L.Trainer) -> Path | None:
+        """The folder of a run's export, None if nothing is exported; every process has to ask."""
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        return root / Path(self.folder).expanduser()
+        return run_folder(trainer) / Path(self.folder).expanduser()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder with other content, or an export of adapters without any, before anything is loaded."""
@@ -77,10 +69,10 @@ class HuggingFaceExport(L.Callback):
         self._check_folder(trainer)
 
     def _check_folder(self, trainer: L.Trainer) -> None:
-        exports = [each for each in trainer.callbacks if isinstance(each, HuggingFaceExport)]  # type: ignore[attr-defined]
-        folders = [each.exported_to(trainer) for each in exports]
-        if (folder := self.exported_to(trainer)) is None:
+        if (folder := self._exported_to(trainer)) is None:
             return
+        exports = [each for each in trainer.callbacks if isinstance(each, HuggingFaceExport)]  # type: ignore[attr-defined]
+        folders = [each._exported_to(trainer) for each in exports]
         check_export_folder(folder)
         if folders.count(folder) > 1:
             raise SettingsError(
@@ -90,13 +82,11 @@ class HuggingFaceExport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the final weights of the run."""
-        folder = self.exported_to(trainer)
-        if folder is None:
+        if (folder := self._exported_to(trainer)) is None:
             return
+        model = cast(SFTModule, pl_module).model
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        export_model(
-            cast(SFTModule, pl_module).model, folder, tokenizer, run_facts(trainer), self.dtype, self.merge_lora
-        )
+        export_model(model, folder, tokenizer, run_facts(trainer), self.dtype, self.merge_lora)
         trainer.strategy.barrier("HuggingFaceExport")
 
 

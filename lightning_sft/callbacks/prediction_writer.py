@@ -31,17 +31,16 @@ class PredictionWriter:
         self._earlier = EarlierPredictions()
 
     def start(self, trainer: L.Trainer, module: SFTModule, prompts: Sequence[Prompt], generate: Generator) -> Generator:
-        """Find out what an earlier run has left to do; a file of anything but records of this run is refused.
+        """Find out what an earlier run has left to do, and return what makes the records of a batch.
+
+        That is `generate`, but what an earlier run has done is not generated again: its records are those of the file,
+        or none if the trainer does not return them. A file of anything but records of this run is refused.
 
         Args:
             trainer: The trainer.
             module: Its weights are one of the things that the records depend on.
             prompts: All that there are to predict, in their order.
             generate: Makes the records of prompts.
-
-        Returns:
-            Likewise for a batch of these prompts, but what an earlier run has done is not generated again: its records
-            are those of the file, or none if the trainer does not return them.
         """
         run = prediction_run(module.model, prompts, self._settings)
         path = Path(self._path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl").expanduser()

@@ -83,12 +83,7 @@ def check_validation(trainer: L.Trainer) -> None:
 
 
 def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
-    """What a trainer takes of the data in each epoch.
-
-    Args:
-        trainer: With the settings that a user has given.
-        steps_in_data: Optimizer steps that go once through the data; None if nobody knows.
-    """
+    """What a trainer takes in each epoch of data that `steps_in_data` optimizer steps go through; None: unknown."""
     limit = trainer.limit_train_batches
     if steps_in_data is None:
         _check_length(trainer)
@@ -99,12 +94,7 @@ def read_epoch(trainer: L.Trainer, steps_in_data: int | None) -> Epoch:
 
 
 def limited_steps(limit: int | float, num_steps: int) -> int:
-    """The optimizer steps that `limit_train_batches` leaves of those that go once through the data.
-
-    Args:
-        limit: The most steps, as an integer; or a share of all, as a float.
-        num_steps: All of them.
-    """
+    """What `limit_train_batches` leaves of an epoch's optimizer steps: an integer is their number, a float a share."""
     return min(limit, num_steps) if isinstance(limit, int) else max(1, int(limit * num_steps))
 
 

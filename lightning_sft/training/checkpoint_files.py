@@ -110,16 +110,9 @@ def take_place(partial: Path, path: Path) -> None:
 
 
 def put_folder_behind_link(partial: Path, folder: Path, link: Path) -> None:
-    """Give a complete folder its name, let a link point to it, and remove the folder that it pointed to before.
-
-    Args:
-        partial: The folder.
-        folder: Its name; `<name>_again` if the link points to a folder of that name already, as where a run has gone
-            back to an earlier checkpoint and comes to the same step.
-        link: The link.
-    """
+    """Move a complete folder from `partial` to `folder`, let a link point to it, and remove the one it pointed to."""
     earlier = link.resolve() if link.is_symlink() else None
-    if folder.resolve() == earlier:
+    if folder.resolve() == earlier:  # a run that has gone back to an earlier checkpoint comes to the same step
         folder = folder.with_name(f"{folder.name}_again")
     if folder.is_dir():  # saved by a run that was killed before it could move the link
         shutil.rmtree(folder)
@@ -151,13 +144,9 @@ def is_complete(path: Path) -> bool:
 
 
 def newest_checkpoint(runs: Path, fits: Callable[[Path], bool] = lambda run: True) -> Path | None:
-    """The last checkpoint of the run in a folder, or of that run below it which saved one most recently.
+    """The last checkpoint of the run in the folder `runs`, or of that run below it which saved one most recently.
 
-    If there are several such runs, it is said which one was taken.
-
-    Args:
-        runs: The folder.
-        fits: Whether the run in a folder is one of those that are looked for.
+    `fits` is asked whether the run in a folder may be taken. If there are several, it is said which one was.
     """
     found = [path for pattern in ("", "*/", "*/*/") for path in runs.glob(f"{pattern}checkpoints/last.ckpt")]
     found = [path for path in found if is_complete(path) and fits(path.parent.parent)]
@@ -172,14 +161,10 @@ def newest_checkpoint(runs: Path, fits: Callable[[Path], bool] = lambda run: Tru
 
 
 def check_checkpoint(path: str, resume: bool, argument: str = "ckpt_path") -> None:
-    """Refuse what Lightning could not load, or not without running code from it.
+    """Refuse a file or a sharded model's folder that Lightning could not load, or not without running code from it.
 
-    Tensors are mapped, not read, so the size does not matter.
-
-    Args:
-        path: The file, or the folder that a sharded model is saved to.
-        resume: Whether a training is to go on from it, which takes more than weights.
-        argument: The name of the setting, for messages.
+    With `resume` it must have all that a training needs to continue. Tensors are mapped, not read, so the size does not
+    matter. `argument` is the name of the setting in messages.
     """
     came = f"`{argument}` is {path!r}"
     _check_is_whole(path, argument)

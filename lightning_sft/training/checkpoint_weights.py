@@ -20,12 +20,9 @@ OF_MODEL = "model."  # what the names of its weights begin with in a checkpoint
 def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt_path") -> dict[str, Any]:
     """A checkpoint with its weights (`state_dict`) on the CPU.
 
-    Weights of a file are mapped, not read. Of a sharded model's folder only weights are read, not the optimizer.
-
-    Args:
-        path: The file, or the folder that a sharded model is saved to.
-        weights_only: Refuse what could run code: more than tensors and plain values.
-        argument: The name of the setting, for messages.
+    Weights of a file are mapped, not read. Of a sharded model's folder only weights are read, not the optimizer. With
+    `weights_only` more than tensors and plain values is refused, as it could run code. `argument` is the name of the
+    setting in messages.
     """
     if weights_only or not path.exists():
         check_checkpoint(str(path), resume=False, argument=argument)
@@ -38,12 +35,7 @@ def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The weights of an earlier run, which a new one begins with.
-
-    Attributes:
-        path: Of the checkpoint, as for `read_checkpoint`.
-        weights_only: Likewise.
-    """
+    """The weights of an earlier run, which a new one begins with; the arguments are those of `read_checkpoint`."""
 
     path: Path
     weights_only: bool = True

@@ -118,10 +118,8 @@ def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: Optimizer
 def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, now: OptimizerSettings) -> None:
     """Go on at the learning rate that the schedule, as it is given now, has at this step.
 
-    Args:
-        scheduler: Restored from a checkpoint; its optimizer's rates are changed in place.
-        then: What the checkpoint's optimizer was made with; None if it does not say.
-        now: What this one was made with.
+    The scheduler was restored from a checkpoint, whose optimizer was made with `then`, this one with `now`. `then` is
+    None if the checkpoint does not say.
     """
     rates = [group["lr"] for group in now.groups]
     if not isinstance(scheduler, LambdaLR):
@@ -273,8 +271,7 @@ class Continuation:
         """Let everything that was changed take effect on what has been restored, and say what it is."""
         left, self._left = self._left, None
         optimizer, schedules = trainer.optimizers[0], trainer.lr_scheduler_configs
-        if self._now is None:
-            return
+        assert self._now is not None  # `check` comes first
         if not self._continues and left is not None:
             self._continues, self._then = left.give_to(optimizer, schedules), left.settings
             if not self._continues:

@@ -54,12 +54,8 @@ def accumulate_gradients(
 ) -> StepSums:
     """Make the gradients of an optimizer step's loss, in the place of those of the step before.
 
-    Args:
-        module: Whose trainer runs the backward passes.
-        model: What is trained.
-        step: This device's microbatches, on the device, and the totals of all devices.
-        objective: The loss.
-        sync_every_microbatch: Whether devices exchange gradients after each microbatch. None: if the model is sharded.
+    `step` has this device's microbatches, and the totals of all devices. `sync_every_microbatch` says whether devices
+    exchange gradients after each microbatch; None: if the model is sharded.
     """
     check_batch(step)
     # Generating leaves some of a sharded model's weights whole; clearing their gradients would not clear the shards'.

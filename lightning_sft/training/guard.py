@@ -44,12 +44,7 @@ class StepGuard:
         self.start_run(0, 0)
 
     def start_run(self, num_steps: int, num_skipped: int) -> None:
-        """Count from here.
-
-        Args:
-            num_steps: Optimizer steps that were taken before, such as those of the checkpoint that a run continues.
-            num_skipped: Those of them that were skipped.
-        """
+        """Count from here: so many optimizer steps were taken before, and so many of them were skipped."""
         self.num_steps, self.num_skipped = num_steps, num_skipped
         self.allowed = True
         self.known_loss: Tensor | None = None

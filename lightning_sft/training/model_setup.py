@@ -48,8 +48,8 @@ def load_model(
     builder: ModelBuilder,
     loaded: PreTrainedModel | None,
     trainer: L.Trainer | None,
-    initial: InitialWeights | None = None,
-    num_replicas: int = 1,
+    initial: InitialWeights | None,
+    num_replicas: int,
 ) -> PreTrainedModel:
     """The model with its adapters; sharded over all devices if the trainer's strategy asks for that.
 

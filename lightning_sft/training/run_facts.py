@@ -75,10 +75,14 @@ def run_settings(trainer: L.Trainer) -> dict[str, Any]:
     of_trainer |= {"strategy": type(trainer.strategy).__name__}
     of_trainer |= {"val_check_interval": getattr(trainer, "val_check_interval", None)}  # none if it is a time
     parts = {"model": of_module, "data": of_data, "trainer": of_trainer}
-    flat = {f"{part}.{name}": value for part, settings in parts.items() for name, value in settings.items()}
-    nested = {name: value for name, value in flat.items() if isinstance(value, dict)}
-    flat = {name: value for name, value in flat.items() if name not in nested}
-    return flat | {f"{name}.{inner}": str(each) for name, value in nested.items() for inner, each in value.items()}
+    flat: dict[str, Any] = {}
+    for part, settings in parts.items():
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                flat |= {f"{part}.{name}.{inner}": str(each) for inner, each in value.items()}
+            else:
+                flat[f"{part}.{name}"] = value
+    return flat
 
 
 def _of_optimizer(trainer: L.Trainer) -> dict[str, Any]:

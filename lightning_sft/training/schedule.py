@@ -81,12 +81,7 @@ class Schedule:
             raise SettingsError(f"`lr_scheduler` is {self.name!r}, expected one of {', '.join(sorted(names))}.")
 
     def build(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
-        """The scheduler of an optimizer, stepped once after each optimizer step.
-
-        Args:
-            optimizer: Whose learning rates it sets.
-            num_steps: Optimizer steps of the run; -1 if it has no length.
-        """
+        """The scheduler of an optimizer over a run of `num_steps` optimizer steps; -1: the run has no length."""
         needs_length = self.name not in _WITHOUT_LENGTH or (self.name != "constant" and 0 < self.warmup_steps < 1)
         if num_steps < 0 and needs_length:
             raise SettingsError(

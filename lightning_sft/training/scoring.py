@@ -48,9 +48,7 @@ def score_microbatch(
     )
 
 
-def evaluate(
-    model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics, index: int = 0
-) -> list[ResponseScores]:
+def evaluate(model: PreTrainedModel, step: OptimizerStep, metrics: ResponseMetrics, index: int) -> list[ResponseScores]:
     """Add the response tokens of a step to metrics of a set of rows, and return the scores of each microbatch."""
     check_batch(step)
     scores = [score_microbatch(model, microbatch, return_is_top1=True) for microbatch in step.microbatches]

@@ -67,10 +67,6 @@ def state_memory(parameters: Iterable[Tensor], optimizer: OptimizerFactory) -> S
     """What weights, gradients and optimizer state take; of sharded weights, this process's shards.
 
     The optimizer takes a step on one parameter of each shape, without values.
-
-    Args:
-        parameters: Of the model; `requires_grad` says what is trained.
-        optimizer: Makes the optimizer of the parameters.
     """
     weights, trained = 0, Counter[tuple[torch.Size, torch.dtype]]()
     for parameter in parameters:

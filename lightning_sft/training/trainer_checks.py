@@ -25,7 +25,12 @@ from lightning_sft.errors import SettingsError, counted
 from lightning_sft.loops.run_length import INSTEAD_OF_ACCUMULATION, check_accumulation
 from lightning_sft.training.stored_settings import check_stored
 
+_FINDER = (
+    "it needs automatic optimization. Before the run use `lightning_sft.{0}(module, data)` or `lightning-sft {0}`."
+)
 _UNFIT: dict[type[Callback], str] = {
+    LearningRateFinder: _FINDER.format("find_lr"),
+    BatchSizeFinder: _FINDER.format("find_batch_size"),
     GradientAccumulationScheduler: f"a batch is a whole optimizer step. Use {INSTEAD_OF_ACCUMULATION}.",
     StochasticWeightAveraging: "it replaces the run's schedule with its own. Use Lightning's "
     "`WeightAveraging` or `EMAWeightAveraging`, which leave the schedule alone and continue from a checkpoint.",
@@ -48,7 +53,6 @@ _EXTENDED = {  # Lightning's own do nothing, so that few call them; those of `SF
     *("on_save_checkpoint", "on_load_checkpoint"),
     *("train_dataloader", "state_dict", "load_state_dict", "on_exception", "teardown"),
 }
-_FINDERS: dict[type[Callback], str] = {LearningRateFinder: "find_lr", BatchSizeFinder: "find_batch_size"}
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -167,12 +171,6 @@ def check_loader(trainer: L.Trainer) -> None:
 
 
 def _check_callback(callback: Callback, is_sharded: bool) -> None:
-    for finder, way_out in _FINDERS.items():
-        if isinstance(callback, finder):
-            raise SettingsError(
-                f"Lightning's `{finder.__name__}` does not work with manual optimization. Use "
-                f"`lightning_sft.{way_out}(module, datamodule)` or `lightning-sft {way_out}` before the run."
-            )
     for kind, problem in _UNFIT.items():
         if isinstance(callback, kind):
             raise SettingsError(f"`{type(callback).__name__}` cannot be used: {problem}")
