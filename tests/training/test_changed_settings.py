@@ -20,10 +20,6 @@ def adamw(params, **changes):
     return torch.optim.AdamW(params, **({"lr": 0.01, "weight_decay": 0.1} | changes))
 
 
-def sgd(params):
-    return torch.optim.SGD(params, lr=0.01)
-
-
 def halved(log_probs):
     return -log_probs / 2
 
@@ -37,7 +33,6 @@ def reverse(row):
 
 
 OPTIMIZER = {
-    "another class": (sgd, "optimizer torch.optim.adamw.AdamW"),
     "lr": (partial(adamw, lr=0.03), EFFECT),
     "weight_decay": (partial(adamw, weight_decay=0.9), EFFECT),
     "betas": (partial(adamw, betas=(0.5, 0.6)), EFFECT),

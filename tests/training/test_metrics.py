@@ -79,14 +79,6 @@ def by_stage(metrics: dict[str, float], kind: str) -> dict[str, float]:
     return {name.removeprefix(f"{kind}/"): value for name, value in metrics.items() if name.startswith(f"{kind}/")}
 
 
-def test_the_validation_loss_is_normalised_as_the_training_loss(tmp_path):
-    module = SFTModule(tiny_model(), loss_normalization="sequence", normalize_constant=3.0)
-    data = make_data(val_data=ROWS[:7])
-    (metrics,) = make_trainer(tmp_path).validate(module, data, verbose=False)
-    num_tokens = sum(len(row["output"]) + 1 for row in ROWS[:7])
-    assert metrics["val/loss"] == pytest.approx(math.log(metrics["val/perplexity"]) * num_tokens / (3 * 7), rel=1e-5)
-
-
 def test_an_interrupted_evaluation_leaves_nothing_in_the_next_one(tmp_path):
     class Interrupt(L.Callback):
         def on_validation_batch_end(self, *args):

@@ -342,13 +342,6 @@ def test_weights_in_float64_go_on_to_the_last_bit(tmp_path):
     torch.testing.assert_close(continued, straight, rtol=0, atol=0)
 
 
-def test_other_rows_of_the_same_number_are_refused(tmp_path):
-    train(tmp_path, max_steps=3)
-    changed = [*ROWS[:-1], ROWS[-1] | {"output": ROWS[-1]["output"][::-1]}]
-    with pytest.raises(ValueError, match="other training rows or tokens: the run cannot continue"):
-        train(tmp_path, data={"train_data": changed})
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     train(tmp_path, max_steps=3)
     before = (tmp_path / "checkpoints" / "last.ckpt").read_bytes()

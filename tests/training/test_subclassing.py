@@ -61,13 +61,10 @@ def test_a_schedule_is_stepped_as_it_says(tmp_path, schedule, expected, form):
     def configure(module):
         optimizer = sgd(module)
         scheduler = schedule(StepLR(optimizer, 1, 0.5))
-        return [optimizer], [scheduler] if form == "lists" else {"optimizer": optimizer, "lr_scheduler": scheduler}
+        lists = [optimizer], [scheduler]
+        return lists if form == "lists" else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def as_dictionary(module):
-        optimizer = sgd(module)
-        return {"optimizer": optimizer, "lr_scheduler": schedule(StepLR(optimizer, 1, 0.5))}
-
-    rates = rates_of(tmp_path, configure if form == "lists" else as_dictionary)[1]
+    rates = rates_of(tmp_path, configure)[1]
     assert rates == pytest.approx(expected)
 
 
