@@ -73,7 +73,7 @@ class SFTDataModule(FixedDataModule):
         row_filter: Function called with each row as it is read; rows for which it returns false are skipped.
         text_field: Column with texts of which every token is learnt. Default: `text`, in rows with no prompt or output.
         as_chat: Also format prompt and output with the chat template, preceded by the column `system`.
-        chat_template: Chat template to use instead of the tokenizer's: its text or a file.
+        chat_template: Instead of the tokenizer's own: its text, a file, or the name or folder of another tokenizer.
         chat_template_kwargs: Further variables for the chat template, by name.
         train_on_turns: Which of the assistant's turns in a row are learnt: `all`, or only the `last`.
         train_on_prompts: Whether every token is learnt: also of prompts, and of all turns of a conversation.

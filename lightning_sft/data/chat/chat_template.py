@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,8 @@ from lightning_sft.checks import check_type
 from lightning_sft.data.chat.conversation import REASONING, Conversation, Message
 from lightning_sft.data.chat.token_counter import special_token_pattern
 from lightning_sft.data.tokens.texts import common_length, read_template_file
-from lightning_sft.errors import SettingsError, one_line
+from lightning_sft.data.tokens.tokenizer import load_tokenizer
+from lightning_sft.errors import MissingFileError, SettingsError, one_line, shorten
 
 _ENVIRONMENT, _TOOL = (re.compile(f"['\"]{role}['\"]") for role in ("environment", "tool"))
 _PROBE = "an answer 7391"  # which stands in no template
@@ -25,12 +27,24 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as `transformers` looks for
 
 
 def read_chat_template(chat_template: str) -> str:
-    """A template's text, given as itself or as the path of a file that holds it."""
-    check_type("chat_template", chat_template, str, "a text or the path of a file, as a string")
+    """A template's text, given as itself, as a file that holds it, or as the name or folder of a tokenizer."""
+    check_type("chat_template", chat_template, str, "a text, a file or the name of a tokenizer, as a string")
     if "{" in chat_template:
         return chat_template
-    way_out = "Give the template's text, or the path of a file with it."
-    return read_template_file("chat_template", chat_template, "{{ }}", way_out)
+    way_out = "Give the template's text, a file with it, or the name or folder of a tokenizer that has it."
+    if os.path.isfile(os.path.expanduser(chat_template)):
+        return read_template_file("chat_template", chat_template, "{{ }}", way_out)
+    try:
+        found = load_tokenizer(os.path.expanduser(chat_template)).chat_template
+    except SettingsError as error:
+        raise MissingFileError(
+            f"`chat_template` is {shorten(chat_template)}, which has no {{{{ }}}} in it and is no file, nor does it "
+            f"name a tokenizer that can be loaded. {way_out} ({one_line(error.__cause__ or error)})"
+        ) from error
+    found = found.get("default") if isinstance(found, dict) else found
+    if not found:
+        raise SettingsError(f"`chat_template` is {chat_template!r}, a tokenizer without a chat template. {way_out}")
+    return str(found)
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> PreTrainedTokenizerBase:
@@ -64,7 +78,8 @@ class ChatTemplate:
         if not self._tokenizer.chat_template:
             raise SettingsError(
                 "the row has messages (or `as_chat` makes them), but the tokenizer has no chat template. Pass "
-                "`chat_template`, a text or a file, or name the columns of a prompt and an output."
+                "`chat_template`: its text, a file, or a tokenizer that has one; or name the columns of a prompt and "
+                "an output."
             )
         messages = self._messages(conversation.messages[:num_messages])
         try:

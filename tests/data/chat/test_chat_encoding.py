@@ -172,6 +172,21 @@ def test_a_template_may_be_in_a_file(tmp_path):
     assert data.tokenizer.chat_template == CHATML
 
 
+def test_a_template_may_be_that_of_another_tokenizer(tmp_path):
+    chat_tokenizer(LLAMA3).save_pretrained(tmp_path / "instruct")
+    chat_tokenizer({"default": CHATML, "rag": LLAMA3}).save_pretrained(tmp_path / "two")
+    chat_tokenizer().save_pretrained(tmp_path / "base")
+    for name, expected in (("instruct", LLAMA3), ("two", CHATML)):
+        data = SFTDataModule(chat_tokenizer(), [], chat_template=str(tmp_path / name))
+        assert data.tokenizer.chat_template == expected
+    with pytest.raises(
+        ValueError, match=r"base', a tokenizer without a chat template\. Give the template's text, a file"
+    ):
+        SFTDataModule(chat_tokenizer(), [], chat_template=str(tmp_path / "base"))
+    with pytest.raises(FileNotFoundError, match=r"nor does it name a tokenizer that can be loaded\. Give the"):
+        SFTDataModule(chat_tokenizer(), [], chat_template=str(tmp_path / "nowhere"))
+
+
 MARKED_BEYOND_THE_END = LLAMA3.replace("{% endfor %}", "{% generation %}{{ '\n' }}{% endgeneration %}{% endfor %}", 1)
 
 

@@ -248,7 +248,8 @@ FIELDS = {
     "conversation without a chat template": Refusal(
         row({"prompt": [{"role": "user", "content": "a"}], "output": "b"}),
         "row 2 of `train_data`: the row has messages (or `as_chat` makes them), but the tokenizer has no chat "
-        "template. Pass `chat_template`, a text or a file, or name the columns of a prompt and an output.",
+        "template. Pass `chat_template`: its text, a file, or a tokenizer that has one; or name the columns of a "
+        "prompt and an output.",
     ),
     "ground truth of a number": Refusal(
         row({"prompt": "a", "output": "b", "ground_truth": 4}),
