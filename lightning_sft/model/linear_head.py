@@ -29,6 +29,11 @@ class LinearHead:
     transform: LogitTransform
     vocab_size: int | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens have a logit."""
+        return self.vocab_size or max(self.layer.weight.shape[0], self.layer.out_features)  # shards may have no weight
+
     def as_it_is_now(self) -> Head:
         """The layer's weights, which are whole only while it runs if they are sharded."""
         weight: Tensor = self.layer.weight
@@ -44,7 +49,8 @@ class _Rule:
     vocab_size: int | None = None
 
 
-# What was found of a model is kept, since finding it takes a forward pass, until something else wraps or hooks it.
+# What was found of a model is kept, since finding it takes a forward pass, until something else wraps or hooks it, or a
+# number of its configuration is changed.
 _RULES: WeakKeyDictionary[PreTrainedModel, tuple[object, _Rule | None]] = WeakKeyDictionary()
 
 
@@ -66,7 +72,8 @@ def find_linear_head(model: nn.Module, transform: LogitTransform | None = None) 
         return None
     if transform is not None:
         return LinearHead(layer, transform)
-    around = (id(vars(model).get("forward")), tuple(model._forward_hooks), tuple(layer._forward_hooks))
+    hooks = tuple(model._forward_hooks), tuple(layer._forward_hooks)
+    around = (id(vars(model).get("forward")), type(model).forward, hooks, _numbers(model))
     if model not in _RULES or _RULES[model][0] != around:
         _RULES[model] = around, _tried_out(model, layer)
     rule = _RULES[model][1]
@@ -126,8 +133,7 @@ def _tried_out(model: PreTrainedModel, layer: nn.Linear) -> _Rule | None:
 def _candidates(model: PreTrainedModel, products: Tensor, logits: Tensor) -> Iterator[LogitTransform]:
     """Transformations by numbers of the configuration, whatever their names, of which the slope at 0 is right."""
     yield configured_transform(model)
-    settings = vars(model.config) | vars(model.config.get_text_config(decoder=True))
-    numbers = {name: value for name, value in settings.items() if isinstance(value, int | float) and value}
+    numbers = _numbers(model)
     smallest = products.abs().argmin()
     slope = float(logits.flatten()[smallest] / products.flatten()[smallest])
     scales = {1.0} | {scale for value in numbers.values() for scale in (value, 1 / value)}
@@ -135,3 +141,9 @@ def _candidates(model: PreTrainedModel, products: Tensor, logits: Tensor) -> Ite
     for scale in sorted(scales, key=lambda scale: abs(scale - slope)):
         if abs(scale - slope) < 1e-2 * abs(slope):
             yield from (LogitTransform(float(scale), cap) for cap in caps)
+
+
+def _numbers(model: PreTrainedModel) -> dict[str, float]:
+    """The numbers of the configuration other than 0, by their names."""
+    settings = vars(model.config) | vars(model.config.get_text_config(decoder=True))
+    return {name: value for name, value in settings.items() if isinstance(value, int | float) and value}

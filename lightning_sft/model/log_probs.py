@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.errors import SettingsError
 from lightning_sft.model.head import ResponseScores, score_labels
-from lightning_sft.model.linear_head import find_linear_head
+from lightning_sft.model.linear_head import LinearHead, find_linear_head
 from lightning_sft.model.routing import RoutingRecorder
 from lightning_sft.model.tiles import LogitTransform, Tiling, float32_or_more
 from lightning_sft.model.token_loss import NLL, TokenLoss
@@ -66,7 +66,7 @@ def get_response_log_probs(
         only if the loss depends on it.
 
     Raises:
-        SettingsError: If a label is negative where it is to be scored, or the shapes differ.
+        SettingsError: If a label that is to be scored is negative, or none of the head's tokens; or the shapes differ.
 
     Source: Stanford CS336, assignment 5, "SFT helper methods".
     """
@@ -77,11 +77,7 @@ def get_response_log_probs(
                 f"`{name}` is of shape {tuple(tensor.shape)}, expected that of `labels`, {tuple(labels.shape)}."
             )
     positions = (mask.reshape(-1) == 1).nonzero().squeeze(-1)
-    if bool((labels.reshape(-1)[positions] < 0).any()):  # the head would take such a label for one of another tile
-        raise SettingsError(
-            "`labels` has a negative number, such as -100, where a token is to be scored. Give `response_mask`, which "
-            "is False there."
-        )
+    _check_labels(labels.reshape(-1)[positions], find_linear_head(model))
     scores = score_responses(
         model,
         input_ids,
@@ -102,6 +98,21 @@ def get_response_log_probs(
     if scores.is_top1 is not None:
         result["is_top1"] = spread(scores.is_top1)
     return result
+
+
+def _check_labels(labels: Tensor, head: LinearHead | None) -> None:
+    """Refuse labels that the head would take for those of another tile, and score as if their logit were 0."""
+    lowest, highest = map(int, labels.aminmax()) if len(labels) else (0, 0)
+    if lowest < 0:
+        raise SettingsError(
+            "`labels` has a negative number, such as -100, where a token is to be scored. Give `response_mask`, which "
+            "is False there."
+        )
+    if head is not None and highest >= head.num_tokens:
+        raise SettingsError(
+            f"`labels` has the token {highest}, but the model's head has only {head.num_tokens}, from 0 on. Use the "
+            "model's own tokenizer, or call `model.resize_token_embeddings` first."
+        )
 
 
 def score_responses(

@@ -298,10 +298,16 @@ def wrap_forward(model):
     model.forward = lambda *args, **kwargs: cooled(forward(*args, **kwargs))
 
 
+class Cooled(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return cooled(super().forward(*args, **kwargs))
+
+
 COOLED = {
     "hook of the head": lambda model: model.lm_head.register_forward_hook(lambda _, inputs, output: cooled(output)),
     "hook of the model": lambda model: model.register_forward_hook(lambda _, inputs, output: cooled(output)),
     "wrapped forward": wrap_forward,
+    "another class": lambda model: setattr(model, "__class__", Cooled),
 }
 
 
@@ -314,6 +320,15 @@ def test_what_a_hook_or_a_wrapper_does_to_the_logits_counts_whenever_it_is_added
     COOLED[place](model)
     given = get_response_log_probs(model, input_ids, labels)["log_probs"]
     torch.testing.assert_close(given.double(), naive_log_probs(model, input_ids, labels))
+
+
+def test_a_cap_in_the_configuration_counts_as_it_is_now():
+    model_type, settings = HEADS["soft-capped (Gemma 2)"]
+    model, (input_ids, labels, _) = build(model_type, **settings).eval(), tokens_and_mask()
+    for cap in (3.0, 0.5, None):
+        model.config.final_logit_softcapping = cap
+        given = get_response_log_probs(model, input_ids, labels)["log_probs"]
+        torch.testing.assert_close(given.double(), naive_log_probs(model, input_ids, labels), rtol=1e-4, atol=1e-5)
 
 
 def test_of_a_head_that_adapters_have_a_copy_of_the_one_in_use_is_scored():
@@ -378,6 +393,16 @@ def test_packed_documents_are_scored_as_padded_ones():
     )
     for name in expected:
         torch.testing.assert_close(given[name][packed.response_mask], expected[name][padded.response_mask])
+
+
+def test_a_token_that_the_head_does_not_have_is_refused_as_by_the_naive_formula():
+    """Such as an EOS that was added to the tokenizer, and is never an input."""
+    model, ids = tiny_model(), torch.tensor([[5, 6]])
+    get_response_log_probs(model, ids, torch.tensor([[6, 130]]))
+    with pytest.raises(
+        SettingsError, match=r"the token 131, but the model's head has only 131, from 0 on.* `model.res"
+    ):
+        get_response_log_probs(model, ids, torch.tensor([[6, 131]]))
 
 
 def test_a_negative_label_is_refused_where_it_is_scored():
