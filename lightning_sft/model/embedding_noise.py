@@ -50,13 +50,14 @@ class EmbeddingNoise:
         )
         self._alpha, self._seed = alpha or 0.0, seed
         self._rows: NoisyRows | None = None
-        self._is_installed = False
+        self._embeddings: nn.Module | None = None  # that ask for noise
 
     def install(self, model: PreTrainedModel) -> None:
         """Have a model's embeddings ask for noise from now on; do so before it is compiled, which would not notice."""
-        if self._alpha and not self._is_installed:
-            model.get_input_embeddings().register_forward_hook(torch.compiler.disable(self._add))
-            self._is_installed = True
+        embeddings = model.get_input_embeddings()
+        if self._alpha and self._embeddings is not embeddings:
+            embeddings.register_forward_hook(self._add)  # a method: a copy of the model has that of the copy
+            self._embeddings = embeddings
 
     @contextmanager
     def on(self, rows: NoisyRows) -> Iterator[None]:
@@ -67,6 +68,7 @@ class EmbeddingNoise:
         finally:
             self._rows = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, _: nn.Module, __: tuple[Tensor, ...], embeddings: Tensor) -> Tensor | None:
         if (rows := self._rows) is None or not rows.lengths:  # a masked token, where a device has no row
             return None

@@ -1,6 +1,7 @@
 """Noise on embeddings against the formula of NEFTune, and the same however rows are batched."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -62,6 +63,19 @@ def test_each_row_step_and_seed_has_noise_of_its_own():
     drawn.append(padded(order=[0])[0].new_zeros(60, 16) + padded()[2].repeat(3, 1)[:60])
     for i, one in enumerate(drawn):
         assert all(not torch.allclose(one[:20], other[:20], atol=1e-3) for other in drawn[:i])
+
+
+def test_a_copy_of_a_model_has_the_noise_of_the_copy_and_so_have_other_embeddings():
+    model, noise = tiny_model(), EmbeddingNoise(5.0, 0)
+    noise.install(model)
+    model, noise = deepcopy((model, noise))
+    for _ in range(2):
+        noise.install(model)
+        embeddings, rows = model.get_input_embeddings(), NoisyRows(NAMES[:1], LENGTHS[:1], packed=False, step=7)
+        with noise.on(rows):
+            added = embeddings(IDS[0][None])[0] - embeddings.weight[IDS[0]]
+        torch.testing.assert_close(added, padded()[0], rtol=0, atol=1e-6)
+        model.set_input_embeddings(torch.nn.Embedding(131, 16))
 
 
 def test_noise_leaves_the_random_numbers_of_dropout_alone():
