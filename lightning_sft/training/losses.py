@@ -138,7 +138,7 @@ def sft_microbatch_train_step(
     per_sequence = -masked_normalize(policy_log_probs, response_mask, constant, dim=-1)
     loss = per_sequence.mean() / gradient_accumulation_steps
     loss.backward()
-    num_response_tokens = (response_mask == 1).sum()
+    num_response_tokens = (response_mask == 1).expand_as(policy_log_probs).sum()
     mean_log_prob = masked_normalize(policy_log_probs.detach(), response_mask, num_response_tokens)
     loss = loss.detach()
     return loss, {"loss": loss, "num_response_tokens": num_response_tokens, "mean_log_prob": mean_log_prob}

@@ -208,6 +208,16 @@ def test_sft_microbatch_train_step_divides_by_no_constant_unless_given_one():
         assert run_sft_microbatch_train_step(log_probs, torch.ones(1, 2), 1, **constant)[0].item() == 3.0
 
 
+def test_a_mask_of_fewer_dimensions_counts_in_each_sequence():
+    log_probs = torch.full((2, 3), -3.0, requires_grad=True)
+    metadata = sft_microbatch_train_step(log_probs, torch.tensor([0, 1, 1]), 1)[1]
+    assert {name: value.item() for name, value in metadata.items()} == {
+        "loss": 6.0,
+        "num_response_tokens": 4,
+        "mean_log_prob": -3.0,
+    }
+
+
 def test_a_microbatch_without_a_response_token_has_no_mean_log_prob_and_no_loss():
     loss, metadata = sft_microbatch_train_step(torch.full((1, 2), -3.0, requires_grad=True), torch.zeros(1, 2), 1)
     assert loss.item() == 0.0
