@@ -6,7 +6,7 @@ from typing import cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -127,6 +127,20 @@ def _check_model(model: PreTrainedModel, trains_adapters: bool, trainer: L.Train
         )
 
 
+def _warn_of_half_precision(model: PreTrainedModel, builder: ModelBuilder, trainer: L.Trainer | None) -> None:
+    """A given model may be in half precision unasked: `from_pretrained` loads weights in the type of their file."""
+    if trainer is None or trainer.state.fn != "fit" or not isinstance(builder.source, PreTrainedModel):
+        return
+    trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    half = next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in trained), None)
+    if half is not None and _precision_of(trainer).stored is None:
+        rank_zero_warn(
+            f"The weights of `model` are trained in {half}, which rounds small steps away, such as most at a learning "
+            "rate of 1e-5. Load it with `dtype=torch.float32`, or give its name (`precision='bf16-mixed'` of the "
+            "trainer is as fast). If half precision is meant, set `precision` to 'bf16-true'."
+        )
+
+
 def prepare_model(
     model: PreTrainedModel,
     trainer: L.Trainer | None,
@@ -136,6 +150,7 @@ def prepare_model(
 ) -> ModelTraits:
     """Switch on all that the training of a model needs, on the device that it is to be trained on; or refuse it."""
     _check_model(model, builder.lora is not None, trainer)
+    _warn_of_half_precision(model, builder, trainer)
     model.train()  # `from_pretrained` leaves it in eval mode, where dropout and checkpointing are off
     if checkpointing.activation_offloading and next(model.parameters()).device.type == "cpu":
         rank_zero_info("On the CPU all activations are in main memory, with or without `activation_offloading`.")

@@ -25,6 +25,18 @@ class StoredModule(FixedSettings, L.LightningModule):
 
     CHECKPOINT_HYPER_PARAMS_KEY = HYPER_PARAMETERS
 
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is no attribute, such as a model that is not there yet."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "model":
+                raise
+            raise AttributeError(
+                f"`{type(self).__name__}` has no `model` yet. A trainer loads it when it fits or evaluates. To have it "
+                "before, call `configure_model()`."
+            ) from None
+
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # noqa: N805
         """Load a module from a checkpoint; further arguments are those of the class, in place of the stored ones.

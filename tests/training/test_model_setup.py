@@ -40,3 +40,22 @@ def test_a_default_device_changes_nothing_of_what_is_found_out_about_a_model(set
     assert module.why_not_packed is None
     assert module.num_positions == 64
     assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"cpu"}
+
+
+def test_a_model_in_half_precision_is_trained_in_it_only_with_a_word_of_warning(tmp_path, recwarn):
+    """As `AutoModelForCausalLM.from_pretrained` loads most models."""
+    for options, module in (({"precision": "bf16-true"}, {}), ({}, {"lora": {"r": 2}})):
+        fit(tmp_path, SFTModule(tiny_model().bfloat16(), **module), max_steps=1, **options)
+    with pytest.warns(UserWarning, match=r"trained in torch.bfloat16, which rounds small steps away.* Load it with"):
+        fit(tmp_path, SFTModule(tiny_model().bfloat16()), max_steps=1, precision="bf16-mixed")
+
+
+def test_a_module_says_how_it_gets_its_model():
+    module = SFTModule(tiny_config())
+    assert not hasattr(module, "model")
+    with pytest.raises(AttributeError, match=r"`SFTModule` has no `model` yet.* call `configure_model\(\)`"):
+        module.model.generate()
+    with pytest.raises(AttributeError, match="no attribute 'modle'"):
+        module.modle.generate()
+    module.configure_model()
+    assert module.model.config.vocab_size == 131
