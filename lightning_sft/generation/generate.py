@@ -16,7 +16,7 @@ from lightning_sft.data.tokens.tokenization import pad_token_id, token_texts
 from lightning_sft.errors import SettingsError, SettingsTypeError, shorten
 from lightning_sft.generation.batches import make_batches, make_requests, tokens_per_batch
 from lightning_sft.generation.generators import Responder, ResponseGenerator, make_responder
-from lightning_sft.generation.records import GenerationRecord, summarize, write_records
+from lightning_sft.generation.records import GenerationRecord, check_path, summarize, write_records
 from lightning_sft.generation.responses import Response, ResponseRequest
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.generation.settings import REWARD_SECONDS, GenerationSettings
@@ -96,7 +96,7 @@ def log_generations(
     settings = GenerationSettings(reward_fn, sampling or Sampling(), max_tokens_per_batch, reward_seconds, generator)
     path = None if path is None else Path(path).expanduser()
     if path is not None:
-        _make_folder(path)
+        check_path("path", path)
     numbered = [
         Prompt(index, text, ground_truth, is_written)
         for index, (text, ground_truth, is_written) in enumerate(
@@ -107,16 +107,6 @@ def log_generations(
     if path is not None and _rank_and_world_size(model, distributed)[0] == 0:
         write_records(path, records)
     return records, summarize(records)
-
-
-def _make_folder(path: Path) -> None:
-    """Make the folder of a file, and refuse what cannot be one, now rather than after generating."""
-    if path.is_dir():
-        raise SettingsError(f"`path` is {str(path)!r}, which is a folder, expected a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"`path` is {str(path)!r}, whose folder cannot be made: {error.strerror}.") from error
 
 
 def generate_records(

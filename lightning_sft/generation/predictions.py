@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_sft.data.rows.prompts import Prompt
-from lightning_sft.errors import SettingsError, shorten, why_not_written
-from lightning_sft.generation.records import GenerationRecord, write_records
+from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.generation.records import GenerationRecord, check_path, write_records
 from lightning_sft.generation.settings import GenerationSettings
 from lightning_sft.model.sharding import gathered, is_sharded
 
@@ -50,8 +50,7 @@ class PredictionFile:
 
     def resume(self, keep_records: bool = False) -> EarlierPredictions:
         """Find out where an earlier run stopped; what it left unfinished at the end of the file is removed."""
-        if (problem := why_not_written(self.path.parent)) or self.path.is_dir():
-            raise SettingsError(f"`predict_path` is {str(self.path)!r}, but {problem or 'that is a folder'}.")
+        check_path("predict_path", self.path)
         num_lines = end = whole = 0
         records: list[GenerationRecord] = []
         if not self.path.exists():

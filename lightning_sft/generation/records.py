@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_sft.errors import SettingsError, shorten
+from lightning_sft.errors import SettingsError, shorten, why_not_written
 from lightning_sft.generation.bootstrap import bootstrap_mean
 
 DECIMALS = 4  # of values of single tokens in files
@@ -160,6 +160,12 @@ def summarize_test(records: Sequence[GenerationRecord]) -> dict[str, float]:
         "answer_reward_low": low,
         "answer_reward_high": high,
     }
+
+
+def check_path(argument: str, path: Path) -> None:
+    """Refuse a path to which no records can be written, now rather than after generating them."""
+    if (problem := why_not_written(path.parent)) or path.is_dir():
+        raise SettingsError(f"`{argument}` is {str(path)!r}, but {problem or 'that is a folder'}. Give another file.")
 
 
 def write_records(

@@ -290,8 +290,3 @@ def test_several_samples_and_what_narrows_the_choice_need_a_temperature():
     for name, value in (("top_p", 0.9), ("top_k", 5)):
         with pytest.raises(ValueError, match=f"`{name}` is {value}, but `temperature` is 0, so the most likely"):
             Sampling(**{name: value})
-
-
-def test_prompts_and_ground_truths_must_pair_up(model):
-    with pytest.raises(ValueError, match="There are 3 `prompts`, but 1 `ground_truths`"):
-        generate(model, ground_truths=["g"])

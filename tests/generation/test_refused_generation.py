@@ -67,11 +67,11 @@ REFUSED = {
         "A prompt has the token id 122, but the model has only 100 embeddings. Give the model's own tokenizer.",
     ),
     "a folder as file of records": Refusal(
-        lambda folder: generate(path=folder), "`path` is '{tmp}', which is a folder, expected a file."
+        lambda folder: generate(path=folder), "`path` is '{tmp}', but that is a folder. Give another file."
     ),
     "records where no folder can be": Refusal(
         lambda folder: generate(path=write(folder / "file", b"") / "records.jsonl"),
-        "`path` is '{tmp}/file/records.jsonl', whose folder cannot be made: File exists.",
+        "`path` is '{tmp}/file/records.jsonl', but {tmp}/file is a file. Give another file.",
     ),
 }
 
