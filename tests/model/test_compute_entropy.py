@@ -31,25 +31,15 @@ def test_compute_entropy_equals_the_published_snapshot(shared_data):
     torch.testing.assert_close(run_compute_entropy(torch.randn(2, 10, 100)), torch.from_numpy(expected))
 
 
-def test_compute_entropy_equals_the_sum_by_hand():
-    logits = 3 * torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(compute_entropy(logits), entropies_by_hand(logits))
-
-
-def test_compute_entropy_of_three_known_distributions():
+def test_compute_entropy_of_known_distributions():
     probabilities = torch.tensor([[[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.0, 1.0]]])
+    torch.testing.assert_close(compute_entropy(torch.full((1, 2, 1000), -7.0)), torch.full((1, 2), math.log(1000)))
     expected = torch.tensor([[1.0, 1.5, 0.0]]) * math.log(2)  # 1, 1.5 and 0 bits
     torch.testing.assert_close(compute_entropy(probabilities.log()), expected)
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 1000])
-def test_compute_entropy_of_a_uniform_distribution_is_the_log_of_its_size(vocab_size):
-    entropy = compute_entropy(torch.full((1, 2, vocab_size), -7.0))
-    torch.testing.assert_close(entropy, torch.full((1, 2), math.log(vocab_size)))
-
-
-@pytest.mark.parametrize("offset", [1e4, -1e4, 1e8, -1e30])
-def test_compute_entropy_loses_no_digits_to_huge_logits(offset):
+@pytest.mark.parametrize("offset", [0, 1e4, -1e4, 1e8, -1e30])
+def test_compute_entropy_equals_the_sum_by_hand_however_large_the_logits_are(offset):
     logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) + offset  # rounded before both
     torch.testing.assert_close(compute_entropy(logits), entropies_by_hand(logits))
 

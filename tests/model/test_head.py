@@ -183,27 +183,13 @@ def test_of_equal_logits_the_first_is_the_top_one_as_for_argmax():
     assert scores.is_top1.tolist() == [True, False, False, False, False]
 
 
-def test_autocast_multiplies_in_half_precision_and_returns_gradients_in_the_parameters_type():
-    hidden, weight, _, labels, weights = make(torch.float32)
-    exact = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (hidden, weight)]
-    expected = -(weights * naive(*exact, None, labels)[0]).sum()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = score(hidden, Head(weight), labels, token_weights=weights.float()).loss
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
-    for ours, theirs in zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours - theirs).norm() < 0.01 * theirs.norm()
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_float16_keeps_the_digits_of_small_weights_under_a_loss_scaler(known):
+def test_float16_keeps_the_digits_of_small_gradients_under_a_loss_scaler():
+    """Of weights that are known beforehand, see `test_token_loss.py`."""
     hidden, weight, _, labels, _ = make(torch.float16)
     weights, scale = torch.full((ROWS,), 1e-5), 2.0**14
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     expected = gradients(-(weights.double() * naive(*exact, None, labels)[0]).sum(), *exact)
-    scores = score(hidden, Head(weight), labels, token_weights=weights if known else None)
-    loss = scores.loss if known else -(weights * scores.log_probs).sum()
+    loss = -(weights * score(hidden, Head(weight), labels).log_probs).sum()
     for ours, theirs in zip(gradients(scale * loss, hidden, weight), expected, strict=True):
         assert (ours.double() / scale - theirs).norm() < 0.002 * theirs.norm()
 

@@ -72,10 +72,12 @@ def test_no_digits_are_lost_under_autocast_nor_to_logits_far_from_zero(name):
     options = {"token_weights": weights, "token_loss": LOSSES[name], "tiling": TILING}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = score_labels(hidden, Head(weight), labels, **options).loss
+    assert loss.dtype == torch.float32
     expected = (weights * naive(name, rounded[0] @ rounded[1].t(), labels)).sum()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
     gradients = (torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, rounded))
     for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 0.03 * theirs.norm()  # products are rounded, and with them factors of dft
     with torch.no_grad():
         far = score_labels(hidden, Head(weight, torch.full((VOCAB,), 1e4)), labels, **options).loss
