@@ -62,10 +62,6 @@ RECORDS = [
 ]
 
 
-def shown(browser):
-    return browser.evaluate("[...document.querySelectorAll('article header a')].map(a => +a.textContent.slice(1))")
-
-
 def data_of(path):
     text = path.read_text(encoding="ascii" if path.name == "data" else "utf-8")
     return json.loads(text.partition('id="data">')[2].partition("</script>")[0])
@@ -90,8 +86,8 @@ def test_each_filter_shows_its_records_and_counts_them(page):
     ]
     for name, indices in expected.items():
         browser.click(f"[data-filter={name}]")
-        assert shown(browser) == indices
-        assert browser.evaluate(f"document.querySelector('[data-filter={name}] b').textContent") == str(len(indices))
+        assert browser.cards() == indices
+        assert browser.texts(f"[data-filter={name}] b") == [str(len(indices))]
         assert browser.evaluate(f"document.querySelector('[data-filter={name}]').ariaPressed") == "true"
     page(RECORDS[:1])
     assert browser.evaluate("[...document.querySelectorAll('#filters button')].map(b => b.dataset.filter)") == [
@@ -117,7 +113,7 @@ def test_search_ignores_case_and_looks_at_prompt_response_and_ground_truth(page)
     for query, indices in {"pie": [0, 2], "QUESTION 3": [3], "truth 4": [4], "a.p": [], "": [0, 1, 2, 3, 4]}.items():
         browser.evaluate(f"$('search').value = {query!r}; $('search').dispatchEvent(new Event('input'))")
         browser.wait(f"state.q === {query!r}")
-        assert shown(browser) == indices
+        assert browser.cards() == indices
         assert browser.evaluate("$('nothing').hidden") is bool(indices)
         if query == "pie":
             assert browser.evaluate("[...CSS.highlights.get('found')].map(range => range.endOffset)") == [9, 10]
@@ -134,9 +130,9 @@ def test_sorting_puts_what_has_no_value_last(page):
         "-reward": [0, 1, 2, 4, 3],
     }.items():
         page(RECORDS, f"sort={sort}")
-        assert shown(browser) == indices
+        assert browser.cards() == indices
     browser.click("#direction")
-    assert shown(browser) == [1, 2, 4, 0, 3]
+    assert browser.cards() == [1, 2, 4, 0, 3]
 
 
 def test_tokens_are_coloured_by_what_was_chosen_and_nothing_moves(page):
@@ -159,7 +155,7 @@ def test_tokens_are_coloured_by_what_was_chosen_and_nothing_moves(page):
     browser.hover("article .t")
     assert browser.evaluate(places) == found["none places"]
     assert browser.evaluate("document.querySelector('.response').textContent") == "".join(tokens)
-    assert browser.evaluate("[...document.querySelectorAll('.eos')].map(t => t.textContent)") == ["<eos>"]
+    assert browser.texts(".eos") == ["<eos>"]
 
 
 def alpha(colour):
@@ -222,7 +218,7 @@ def test_hostile_text_is_shown_and_never_run(page):
     ]
     browser = page(records, summary={texts[0]: 1.0}, title=texts[1])
     browser.evaluate("while (!$('more').hidden) $('more').click()")
-    responses = browser.evaluate("[...document.querySelectorAll('.response')].map(t => t.textContent)")
+    responses = browser.texts(".response")
     seen = [text for text in texts for _ in range(3) if "\ud83d" not in text]
     assert [text for text in responses if not text.startswith("half")] == sorted(seen, key=texts.index)
     assert (
@@ -239,18 +235,18 @@ def test_hostile_text_is_shown_and_never_run(page):
 def test_one_prompt_alone_and_back_again(page):
     records = [record(index, f"{index}{sample}", sample=sample) for index in range(3) for sample in range(2)]
     browser = page(records, "prompt=1&filter=answer")
-    assert shown(browser) == [1, 1]
+    assert browser.cards() == [1, 1]
     browser.evaluate("[...$('focus').children].find(b => b.textContent.includes('Next')).click()")
-    assert shown(browser) == [2, 2]
+    assert browser.cards() == [2, 2]
     assert browser.evaluate("location.hash") == "#filter=answer&prompt=2"
     browser.click("#everything")
-    assert shown(browser) == []
+    assert browser.cards() == []
     browser.click("[data-filter=all]")
     browser.click("article header a")
-    assert shown(browser) == [0, 0]
+    assert browser.cards() == [0, 0]
     assert browser.evaluate("location.hash") == "#prompt=0"
     page(records, "prompt=9&colour=none&filter=nonsense")
-    assert shown(browser) == []
+    assert browser.cards() == []
     assert not browser.evaluate("$('nothing').hidden || $('everything').disabled")
 
 
@@ -282,7 +278,7 @@ def test_dark_is_dark_and_no_width_scrolls_sideways(page):
         backgrounds.append(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert backgrounds == ["rgb(245, 246, 248)", "rgb(15, 18, 22)", "rgb(15, 18, 22)"]
-    values = browser.evaluate("[...document.querySelectorAll('#summary dd')].map(dd => dd.textContent)")
+    values = browser.texts("#summary dd")
     assert values == ["1,235tokens", NOTHING]
 
 
@@ -290,16 +286,16 @@ def test_a_large_page_draws_what_is_near_and_the_rest_on_the_way_down(page):
     records = [record(i, "x " * 400, tokens=["x "] * 400, answer_reward=float(i % 2)) for i in range(500)]
     browser = page(records, num_records=1319)
     assert browser.evaluate("$('count').textContent") == "the first 500 of 1,319 records"
-    assert len(shown(browser)) < 60
+    assert len(browser.cards()) < 60
     browser.click("[data-filter=correct]")
-    assert shown(browser)[:3] == [1, 3, 5]
-    before = len(shown(browser))
+    assert browser.cards()[:3] == [1, 3, 5]
+    before = len(browser.cards())
     browser.evaluate("scrollTo(0, document.body.scrollHeight)")
     browser.wait(f"document.querySelectorAll('article').length > {before}")
-    left = 250 - len(shown(browser))
+    left = 250 - len(browser.cards())
     assert browser.evaluate("$('more').textContent") == f"Show more ({left} left)"
     browser.evaluate("$('more').click()")
-    assert shown(browser) == list(range(1, 2 * (250 - left + 13), 2))  # 13 of 400 tokens are enough at a time
+    assert browser.cards() == list(range(1, 2 * (250 - left + 13), 2))  # 13 of 400 tokens are enough at a time
 
 
 # -- the index, in the browser ---------------------------------------------------------------------------------------
@@ -364,8 +360,7 @@ def test_the_index_charts_its_steps_and_one_step_is_enough(browser, tmp_path):
     update_index(tmp_path, 10, "step_10.html", {"reward": 0.5, "pass_at_4": 0.75, "response_entropy": math.nan})
     write_page(tmp_path / "step_10.html", RECORDS, {}, title="10")
     browser.open((tmp_path / "index.html").as_uri())
-    captions = "[...document.querySelectorAll('figcaption')].map(c => c.textContent)"
-    assert browser.evaluate(captions) == ["RewardsReward0.5pass@40.75", "Length, tokens", "Entropy, nats"]
+    assert browser.texts("figcaption") == ["RewardsReward0.5pass@40.75", "Length, tokens", "Entropy, nats"]
     left, right = browser.evaluate("[...document.querySelectorAll('circle')].map(c => c.cx.baseVal.value)")
     width = browser.evaluate("document.querySelector('svg').clientWidth")
     assert width / 3 < left == right < 2 * width / 3

@@ -56,13 +56,9 @@ ROWS = [
 ]
 
 
-def shown(browser):
-    return browser.evaluate("[...document.querySelectorAll('article header a')].map(a => +a.textContent.slice(1))")
-
-
 def test_the_highest_loss_comes_first_and_every_other_order_can_be_chosen(page):
     browser = page(ROWS)
-    assert shown(browser) == [2, 1, 3, 0, 4]
+    assert browser.cards() == [2, 1, 3, 0, 4]
     for sort, indices in {
         "share": [1, 2, 3, 0, 4],
         "length": [4, 3, 0, 2, 1],
@@ -72,9 +68,9 @@ def test_the_highest_loss_comes_first_and_every_other_order_can_be_chosen(page):
         "loss": [2, 1, 3, 0, 4],
     }.items():
         browser.evaluate(f"$('sort').value = {sort!r}; $('sort').dispatchEvent(new Event('change'))")
-        assert shown(browser) == indices
+        assert browser.cards() == indices
     browser.click("#direction")
-    assert shown(browser) == [0, 3, 1, 2, 4]
+    assert browser.cards() == [0, 3, 1, 2, 4]
     assert browser.evaluate("location.hash") == "#sort=loss"
 
 
@@ -84,16 +80,16 @@ def test_each_filter_shows_its_rows_and_counts_them(page, num_rows, highest):
     expected = {"all": [2, 1, 3, 0, 4], "highest": highest, "rare": [2, 3], "known": [0]}
     for name, indices in expected.items():
         browser.click(f"[data-filter={name}]")
-        assert shown(browser) == indices
-        assert browser.evaluate(f"document.querySelector('[data-filter={name}] b').textContent") == str(len(indices))
-    assert len(browser.evaluate("[...document.querySelectorAll('#filters button')].map(b => b.textContent)")) == 4
+        assert browser.cards() == indices
+        assert browser.texts(f"[data-filter={name}] b") == [str(len(indices))]
+    assert len(browser.texts("#filters button")) == 4
 
 
 def test_the_page_says_how_many_rows_were_scored_and_a_card_what_the_model_made_of_its_row(page):
     browser = page(ROWS, num_rows=10_000)
     count = "the 5 rows with the highest loss, of 10,000 that were scored"
     assert browser.evaluate("$('count').textContent") == count
-    tiles = browser.evaluate("[...document.querySelectorAll('#summary div')].map(d => d.textContent)")
+    tiles = browser.texts("#summary div")
     assert tiles == ["Loss0.5nats", "Perplexity1.649", "Accuracy81.3%", "Entropy0.25nats", "Rows5"]
     browser.wait("document.querySelector('article header').innerText")  # a card is laid out when it comes into view
     head = browser.evaluate("document.querySelector('article header').innerText.split(/\\s*\\n\\s*/)")
@@ -110,7 +106,7 @@ def test_search_looks_at_prompt_response_and_location(page):
     for query, indices in {"pie": [2, 0], "question 3": [3], "LINE 5 OF": [4], "<b>": []}.items():
         browser.evaluate(f"$('search').value = {query!r}; $('search').dispatchEvent(new Event('input'))")
         browser.wait(f"state.q === {query!r}")
-        assert shown(browser) == indices
+        assert browser.cards() == indices
         found = browser.evaluate("CSS.highlights.get('found').size")
         assert found == len(indices)
 
@@ -118,12 +114,12 @@ def test_search_looks_at_prompt_response_and_location(page):
 def test_one_row_alone_and_its_neighbours_in_the_data(page):
     browser = page(ROWS)
     browser.click("article header a")
-    assert shown(browser) == [2]
+    assert browser.cards() == [2]
     browser.evaluate("[...$('focus').children].find(b => b.textContent.includes('Next')).click()")
-    assert shown(browser) == [3]
+    assert browser.cards() == [3]
     assert browser.evaluate("location.hash") == "#row=3"
     browser.click("#everything")
-    assert shown(browser) == [2, 1, 3, 0, 4]
+    assert browser.cards() == [2, 1, 3, 0, 4]
 
 
 def test_learnt_tokens_are_coloured_and_what_stands_between_turns_is_not(page):
@@ -138,7 +134,7 @@ def test_learnt_tokens_are_coloured_and_what_stands_between_turns_is_not(page):
     for colour, coloured in {"log_prob": [" rare"], "entropy": [" open"], "none": []}.items():
         browser.click(f"#colours [data-colour={colour}]")
         assert browser.evaluate(seen) == coloured
-    assert browser.evaluate("[...document.querySelectorAll('.context')].map(t => t.textContent)") == [" context"]
+    assert browser.texts(".context") == [" context"]
     # There is no text before the response, which has the whole width.
     assert browser.evaluate("document.querySelectorAll('.left').length") == 0
     assert browser.evaluate("document.querySelector('.right').clientWidth") > 1000
@@ -164,7 +160,7 @@ def test_hostile_text_is_shown_and_never_run(page):
     ]
     browser = page(rows, title=texts[0], summary={texts[1]: 1.0})
     for part in (".response", ".prompt", ".location"):
-        seen = browser.evaluate(f"[...document.querySelectorAll('{part}')].map(t => t.textContent)")
+        seen = browser.texts(part)
         assert seen[:8] == [text for text in texts[:4] for _ in range(2)]
         assert [text[:5] for text in seen[8:]] == ["half ", "half "]
     assert browser.evaluate("document.querySelector('h1').textContent") == texts[0]
@@ -211,6 +207,6 @@ def test_ten_thousand_rows_are_written_and_opened_in_seconds(page):
     browser = page(rows)
     assert browser.evaluate("fitting.length") == 10_000
     assert time.perf_counter() - started < 60  # 5 s where nothing else runs
-    assert len(shown(browser)) < 60
+    assert len(browser.cards()) < 60
     browser.evaluate("apply({q: 'line 9999 of', sort: '-share'})")
-    assert shown(browser) == [9998]
+    assert browser.cards() == [9998]

@@ -64,19 +64,11 @@ def page(browser, tmp_path):
     assert all(request.startswith("file:") for request in browser.requests)
 
 
-def shown(browser):
-    return browser.evaluate("[...document.querySelectorAll('article header a')].map(a => +a.textContent.slice(1))")
-
-
 def filters(browser):
     return browser.evaluate(
         "Object.fromEntries([...document.querySelectorAll('#filters button')]"
         ".map(button => [button.dataset.filter, button.textContent]))"
     )
-
-
-def texts(browser, selector):
-    return browser.evaluate(f"[...document.querySelectorAll({selector!r})].map(each => each.textContent)")
 
 
 def test_planted_differences_are_found_by_the_filters(page):
@@ -105,14 +97,14 @@ def test_planted_differences_are_found_by_the_filters(page):
         "missing": [30],
     }.items():
         browser.click(f"[data-filter={name}]")
-        assert shown(browser) == indices
-    assert texts(browser, "article .column")[1] == "tunedThis run was not asked."
-    row = texts(browser, "#runs tbody tr:last-child > *")
+        assert browser.cards() == indices
+    assert browser.texts("article .column")[1] == "tunedThis run was not asked."
+    row = browser.texts("#runs tbody tr:last-child > *")
     assert row[:3] == ["tuned", "1", f"+0.03395 %: {MINUS}0.067 to +0.1672 better, 1 worseof 30 pairs"]
     browser.evaluate("apply({filter: 'all', sort: '-reward'})")
-    assert shown(browser)[:3] == [4, 17, 0]
+    assert browser.cards()[:3] == [4, 17, 0]
     browser.click("#direction")
-    assert shown(browser)[:2] == [9, 0]
+    assert browser.cards()[:2] == [9, 0]
 
 
 def test_a_card_has_all_runs_their_samples_and_where_a_response_departs_from_the_first(page):
@@ -121,16 +113,16 @@ def test_a_card_has_all_runs_their_samples_and_where_a_response_departs_from_the
     third = [record(0, ["2", "+", "3"], None, ground_truth=None)]
     browser = page(one=first, two=second, three=third)
     assert filters(browser)["gained_1"] == "two right more often than one1"
-    assert texts(browser, "article .run") == ["one", "two", "three"]
-    assert texts(browser, ".columns .verdict") == ["✗ Wrong answer"] * 3 + ["✓ Correct", f"{NOTHING} Unscored"]
-    assert texts(browser, ".column .departs") == ["-"]
+    assert browser.texts("article .run") == ["one", "two", "three"]
+    assert browser.texts(".columns .verdict") == ["✗ Wrong answer"] * 3 + ["✓ Correct", f"{NOTHING} Unscored"]
+    assert browser.texts(".column .departs") == ["-"]
     browser.click(".column .gap")
-    assert texts(browser, ".sample .facts span:nth-child(2)")[:5] == [f"sample {i} of 5" for i in range(1, 6)]
-    assert texts(browser, "article header .verdict") == ["▲ reward +1"]
+    assert browser.texts(".sample .facts span:nth-child(2)")[:5] == [f"sample {i} of 5" for i in range(1, 6)]
+    assert browser.texts("article header .verdict") == ["▲ reward +1"]
     browser.hover(".column:nth-child(2) .departs")
-    assert texts(browser, "#tip")[0].startswith("-probability25 %")
+    assert browser.texts("#tip")[0].startswith("-probability25 %")
     browser.evaluate("apply({q: '2-', prompt: ''})")
-    assert (shown(browser), browser.evaluate("CSS.highlights.get('found').size")) == ([0], 1)
+    assert (browser.cards(), browser.evaluate("CSS.highlights.get('found').size")) == ([0], 1)
 
 
 def test_runs_without_rewards_are_told_apart_by_text_and_log_prob(page):
@@ -143,8 +135,8 @@ def test_runs_without_rewards_are_told_apart_by_text_and_log_prob(page):
     }
     browser = page("sort=-log_prob", **runs)
     assert filters(browser) == {"all": "All3", "text": "Different responses1"}
-    assert shown(browser) == [1, 2, 0]
-    assert texts(browser, "#runs td:nth-child(3)")[1] == f"{NOTHING}no pairs with rewards"
+    assert browser.cards() == [1, 2, 0]
+    assert browser.texts("#runs td:nth-child(3)")[1] == f"{NOTHING}no pairs with rewards"
 
 
 def test_curves_lie_over_one_another_and_tell_their_values_under_the_pointer(page):
@@ -153,12 +145,12 @@ def test_curves_lie_over_one_another_and_tell_their_values_under_the_pointer(pag
         "two": "step,train/loss\n10,3.0\n30,2.5\n",
     }
     browser = page(metrics=metrics, **{name: [record(0, "a", 1.0)] for name in metrics})
-    assert texts(browser, "figcaption strong") == ["train/loss", "only"]
-    assert texts(browser, "figcaption b") == ["0.5", "2.5", f"1e{MINUS}5", NOTHING]
+    assert browser.texts("figcaption strong") == ["train/loss", "only"]
+    assert browser.texts("figcaption b") == ["0.5", "2.5", f"1e{MINUS}5", NOTHING]
     points = browser.evaluate("[...document.querySelectorAll('figure:first-child polyline')].map(p => p.points.length)")
     assert points == [3, 2]
     browser.hover("#charts svg")  # in the middle, at step 20
-    assert texts(browser, "figcaption")[0] == "train/lossstep 2013"
+    assert browser.texts("figcaption")[0] == "train/lossstep 2013"
 
 
 def test_hostile_text_is_shown_and_never_run_and_no_width_scrolls_sideways(browser, tmp_path):
@@ -182,10 +174,10 @@ def test_hostile_text_is_shown_and_never_run_and_no_width_scrolls_sideways(brows
     assert backgrounds == ["rgb(245, 246, 248)", "rgb(15, 18, 22)", "rgb(15, 18, 22)"]
     browser.evaluate("while (!$('more').hidden) $('more').click()")
     for part, number in {".response": 4, ".expected .text": 2, ".error": 4}.items():
-        seen = [text.removeprefix("⚠ reward failed: ") for text in texts(browser, part)]
+        seen = [text.removeprefix("⚠ reward failed: ") for text in browser.texts(part)]
         expected = [text for text in HOSTILE for _ in range(number)]
         assert [text for text in seen if "half" not in text] == [text for text in expected if "half" not in text]
-    assert texts(browser, "h1") == [f"Runs compared: {HOSTILE[0]}, {HOSTILE[1]}"]
+    assert browser.texts("h1") == [f"Runs compared: {HOSTILE[0]}, {HOSTILE[1]}"]
     assert browser.evaluate("window.__pwned") is None
     assert browser.problems == []
 
@@ -202,4 +194,4 @@ def test_ten_thousand_records_are_opened_in_seconds(page):
     assert browser.evaluate("fitting.length") == 5000
     assert time.perf_counter() - started < 60  # 8 s where nothing else runs, of which the browser takes one or two
     browser.evaluate("apply({q: 'Problem 4995', filter: 'gained_1'})")
-    assert shown(browser) == [4995]
+    assert browser.cards() == [4995]

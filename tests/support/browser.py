@@ -78,6 +78,17 @@ class Browser:
             raise AssertionError(f"{expression}: {reply['exceptionDetails']}")
         return reply["result"].get("value")
 
+    def texts(self, selector: str) -> list[str]:
+        """The texts of all elements that a selector finds."""
+        texts: list[str] = self.evaluate(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map(each => each.textContent)"
+        )
+        return texts
+
+    def cards(self) -> list[int]:
+        """The numbers of the cards that are drawn, from above."""
+        return [int(text.removeprefix("#")) for text in self.texts("article header a")]
+
     def wait(self, expression: str, frame: str = "") -> None:
         """Until an expression is true."""
         deadline = time.monotonic() + SECONDS
