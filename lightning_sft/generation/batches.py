@@ -77,12 +77,8 @@ def make_batches(
     """Batches over all devices, for each to take every `world_size`-th request of.
 
     Requests of a batch have the same `max_new_tokens`, so that no response is cut short by its neighbours, and prompts
-    of similar length. One without room for a response is in no batch.
-
-    Args:
-        requests: In any order.
-        max_tokens: The most tokens of a batch on one device: its rows times the longest prompt and response.
-        world_size: Number of devices.
+    of similar length. One without room for a response is in no batch. On each device a batch has at most `max_tokens`:
+    its rows times the longest prompt and response.
     """
     batch: list[ResponseRequest] = []
     for request in sorted(requests, key=lambda request: (request.max_new_tokens, len(request.prompt_ids))):

@@ -117,19 +117,7 @@ def generate_records(
     *,
     distributed: bool = False,
 ) -> list[GenerationRecord]:
-    """Generate responses to prompts and score them; `log_generations` for prompts that have their numbers already.
-
-    Args:
-        model: A Hugging Face causal language model, left exactly as it was.
-        tokenizer: Its tokenizer.
-        prompts: What is to be continued.
-        settings: How responses are drawn, how many at a time, and how they are scored.
-        distributed: Share the prompts among all processes of the process group; each calls this function with all
-            prompts, and gets all records.
-
-    Returns:
-        The records, in the order of the prompts' numbers, each prompt's samples together.
-    """
+    """`log_generations` for prompts that have their numbers already: records in the order of these numbers."""
     rank, world_size = _rank_and_world_size(model, distributed)
     requests = make_requests(model, tokenizer, prompts, settings.sampling)
     records = [

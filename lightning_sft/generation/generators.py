@@ -33,17 +33,9 @@ def make_responder(
 ) -> Responder:
     """Make what is then asked for the responses to one batch after another.
 
-    Args:
-        model: In eval mode.
-        tokenizer: Its tokenizer.
-        batches: All requests of this process.
-        sampling: How responses are drawn.
-        generator: It is asked at once for the responses to all batches, since an engine makes batches of its own. None:
-            the model generates when it is asked for a batch.
-
-    Returns:
-        A function of the requests of a batch. To a request that is in none of `batches` a generator's response is
-        empty.
+    Without a `generator` the model, which is in eval mode, generates a batch when it is asked for. A generator answers
+    the requests of all `batches` of this process at once, since an engine makes batches of its own. Its response to any
+    other request is empty.
     """
     if generator is None:
         return lambda requests: generate_responses(model, tokenizer, requests, sampling)

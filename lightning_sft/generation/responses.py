@@ -64,16 +64,10 @@ class Response:
 def generate_responses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[ResponseRequest], sampling: Sampling
 ) -> list[Response]:
-    """Generate a batch of responses with the model itself.
+    """Generate a response to each request with the model itself, which is in eval mode.
 
-    Args:
-        model: In eval mode. If it is sharded, all processes call this.
-        tokenizer: Its tokenizer.
-        requests: At least one; all with the same `max_new_tokens`, above 0.
-        sampling: How responses are drawn.
-
-    Returns:
-        One response for each request.
+    There is at least one request, and all have the same `max_new_tokens`, above 0. If the model is sharded, all
+    processes call this.
     """
     eos_ids, stop_strings = model_end_ids(model, tokenizer), sampling.stop_strings or []
     pad_id, max_new_tokens = pad_token_id(tokenizer), requests[0].max_new_tokens

@@ -139,11 +139,8 @@ AttentionMaskInterface.register(VARLEN, sdpa_mask)
 def packed_inputs(model: PreTrainedModel, packing: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is to be called with besides `input_ids`: nothing for a padded microbatch.
 
-    Under `VARLEN` a mask of one element keeps `transformers` from building one of `num_tokens ** 2`.
-
-    Args:
-        model: What is called.
-        packing: `position_ids`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`; empty if padded.
+    `packing` has `position_ids`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, or is empty if
+    padded. Under `VARLEN` a mask of one element keeps `transformers` from building one of `num_tokens ** 2`.
     """
     inputs = dict(packing)
     if inputs and model.config._attn_implementation == VARLEN:

@@ -12,8 +12,8 @@ _LENGTH, _NUM_SHARED = 12, 7  # tokens of the documents, and how many they begin
 def check_causal(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     """Refuse a model whose logits change with tokens that follow, or with what else is in the batch.
 
-    The first would see the answers that it is to predict. Of the second the loss would depend on how rows are put
-    into batches. Two documents that begin alike are read side by side, and their beginning alone. Matrices are
+    In the first case it would see the answers that it is to predict; in the second the loss would depend on how rows
+    are put into batches. Two documents that begin alike are read side by side, and their beginning alone. Matrices are
     multiplied in `dtype`, by default that of the weights.
     """
     if next(model.parameters()).is_meta:

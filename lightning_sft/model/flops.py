@@ -9,14 +9,14 @@ def training_flops(
 ) -> float | None:
     """Multiplications and additions that training on some sequences takes, forward and backward.
 
-    A matrix of `n` weights takes `2 n` for each token that goes through it and as many for the gradient of its input;
-    trained, as many again for its own. A pair of tokens in attention takes `4 num_heads * head_size` in each layer, and
-    twice that in backward.
+    A matrix of `n` weights takes `2 n` for each token that goes through it, and as many for the gradient of its input.
+    If it is trained, its own gradient takes as many again. A pair of tokens in attention takes `4 num_heads *
+    head_size` in each layer, and twice that in backward.
 
     Args:
         model: A causal language model.
-        num_tokens: That go through the body.
-        num_response_tokens: That go through the head.
+        num_tokens: Tokens that go through the body.
+        num_response_tokens: Tokens that go through the head.
         num_attended: Pairs of a token and one that it attends to, itself included.
 
     Returns:

@@ -63,8 +63,8 @@ def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> No
     add_lora(again, settings)
     here, there = (dict(each.named_parameters(remove_duplicate=False)) for each in (model, again))
     own = {name for name, weight in there.items() if weight.requires_grad}
-    misfits = [f"`{name}` exists only there" for name in here if name not in there]
-    misfits += [f"`{name}` is missing" for name in there if name not in here]
+    misfits = [f"`{name}` exists only in the model" for name in here if name not in there]
+    misfits += [f"`{name}` is missing in the model" for name in there if name not in here]
     misfits += [
         f"`{name}` is {tuple(here[name].shape)}" for name in own & here.keys() if here[name].shape != there[name].shape
     ]

@@ -27,11 +27,6 @@ class HeadGradients:
     A matrix product is summed in float32 whatever its type is. Adding the products of many blocks in half precision,
     however, would lose what is small beside their sum. What each addition rounds off is therefore kept and added the
     next time: as exact as a sum in float32, which would need twice as much memory beside the gradient.
-
-    Attributes:
-        hidden: Gradient of the hidden states, of their shape, or None where it is not needed.
-        weight: Likewise.
-        bias: Likewise.
     """
 
     def __init__(self, needed: NeededGradients, hidden: Tensor, head: TiledHead, num_blocks: int = 1) -> None:
@@ -53,7 +48,7 @@ class HeadGradients:
             rows: Which of all rows they are.
             weight_tile: The tile.
             hidden: The rows' hidden states.
-            gradient: The tile's, by the logits before they were capped, `(rows, width)`.
+            gradient: Of the tile, with respect to the logits before the cap, `(rows, width)`.
             coefficient: Probability of the tile times the token weights, `(rows,)`.
         """
         tokens, weight = weight_tile

@@ -120,11 +120,9 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any], seed: int = 0)
 
 
 def keep_adapters(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    """Note on a model what its adapters are, and have what is trained in float32, or as the model if that has more.
+    """Note on a model that its adapters, all that is trained of it, are those that `add_lora` makes by `settings`.
 
-    Args:
-        model: With adapters, by `add_lora` or by `peft`; all that is trained of it are these. Changed in place.
-        settings: By which `add_lora` would make them.
+    They are converted to float32 in place, or to the type of the model if that is more precise.
     """
     model.lora_settings = dict(settings)  # type: ignore[assignment]
     trained = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad]

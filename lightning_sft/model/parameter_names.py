@@ -21,12 +21,9 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
 
 
 def matching(argument: str, pattern: str, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-    """The parameters of which a name holds something that a pattern matches, once each; it is refused if there is none.
+    """The parameters with a name in which the pattern is found, once each; refused if there are none.
 
-    Args:
-        argument: The setting that has the pattern.
-        pattern: A regular expression.
-        parameters: With their names; one that is shared has several.
+    `argument` is the setting that has the pattern. A parameter that is shared has several names.
     """
     known = list(parameters)
     found = {weight: None for name, weight in known if re.search(pattern, name)}

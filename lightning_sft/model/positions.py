@@ -1,4 +1,4 @@
-"""How many inputs a model takes at the most."""
+"""How long a row may be for a model."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +21,6 @@ def num_positions(model: PreTrainedModel) -> int | None:
     Learned and tabulated positions end with their table: a few tokens are read to see which rows of it are looked up,
     since some models count from 2. Rotary positions end where the model was trained to (`max_position_embeddings`),
     unless they are scaled by a rule that goes beyond. Models without positions (ALiBi, state spaces) have no limit.
-
-    Args:
-        model: On the device that it is to be trained on.
     """
     config, kinds = model.config.get_text_config(decoder=True), list(_rotary_kinds(model))
     tables = [*_looked_up(model), *_tabulated(model)]

@@ -1,4 +1,4 @@
-"""Rotary positions: float32 whatever the weights are converted to, and those of a row are its own.
+"""Rotary positions: in float32 whatever type the weights have, and of each row as if it were alone.
 
 LongRoPE and dynamic NTK choose their frequencies by the length of a row. `transformers` takes the longest of the batch
 for that, and dynamic NTK what it saw before, so that a loss would depend on how rows are put into batches.

@@ -105,11 +105,13 @@ class StoredAdapters:
                 warnings.filterwarnings("ignore", ".*tied")
                 result: Any = set_peft_model_state_dict(model, named)
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = f"`{error.args[0]}` is missing there" if isinstance(error, KeyError) else _first_misfit(error)
+            reason = (
+                f"`{error.args[0]}` is missing in the folder" if isinstance(error, KeyError) else _first_misfit(error)
+            )
             raise SettingsError(f"{about} do not fit {type(model).__name__}: {reason}.") from error
         own = adapter_names(model)
-        misfits = [f"`{name}` is missing there" for name in sorted(own.intersection(result.missing_keys))]
-        misfits += [f"`{name}` exists only there" for name in result.unexpected_keys]
+        misfits = [f"`{name}` is missing in the folder" for name in sorted(own.intersection(result.missing_keys))]
+        misfits += [f"`{name}` exists only in the folder" for name in result.unexpected_keys]
         if misfits:
             raise SettingsError(f"{about} do not fit {type(model).__name__}: {misfits[0]}{and_more(misfits)}.")
         after = model.state_dict()
@@ -150,11 +152,9 @@ def _read_config(folder: Path) -> "LoraConfig":
 
 
 def config_of_lora(stored: Mapping[str, Any], came: str) -> "LoraConfig":
-    """The configuration of adapters, if they can be trained here.
+    """The configuration of adapters, given its values as `peft` stores them, if they can be trained here.
 
-    Args:
-        stored: Its values, plain ones, as `peft` stores them.
-        came: Begins the message of an error.
+    `came` begins the message of an error.
     """
     peft = import_peft()
     kind, task = stored.get("peft_type"), stored.get("task_type")
@@ -181,13 +181,9 @@ def config_of_lora(stored: Mapping[str, Any], came: str) -> "LoraConfig":
 
 
 def check_same_settings(given: Mapping[str, Any], config: "LoraConfig", what: str, free: Collection[str] = ()) -> None:
-    """Refuse settings that contradict those of adapters that are there already.
+    """Refuse what the user has `given` if it contradicts the configuration of adapters that are there already.
 
-    Args:
-        given: By the user.
-        config: Of the adapters.
-        what: "the adapters are stored" or the like, for the message.
-        free: The names of those that may differ.
+    Settings with the names in `free` may differ. `what` is for the message: "the adapters are stored" or the like.
     """
     lora_config(given)
     for name, value in given.items():

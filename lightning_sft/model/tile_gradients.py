@@ -1,4 +1,4 @@
-"""Gradients of log-probabilities and entropies by the logits of a tile, once the sums of whole rows are known."""
+"""Gradients with respect to the logits of a tile, once the sums of whole rows are known."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lightning_sft.model.tiles import LogitTransform, TiledHead, WeightTile, flo
 
 @dataclass(frozen=True)
 class LogitGradient:
-    """The gradient of `sum(a * log_probs + b * entropies)` by all logits but the labels' own part in it.
+    """The gradient of `sum(a * log_probs + b * entropies)` with respect to all logits, without the labels' own part.
 
     With `p` the probabilities of a row and `H` their entropy, a row's gradient is `-p * (a + b * (log p + H))`, and `a`
     more at its label. It is computed as `coefficient * p * (offset + slope * log p)`, with an offset and a slope of
@@ -42,12 +42,7 @@ class LogitGradient:
         return cls(top, log_sum, -unit, offset / unit, b / unit)
 
     def tiles(self, head: TiledHead, hidden: Tensor) -> Iterator[tuple[WeightTile, Tensor]]:
-        """The gradients of one tile of the vocabulary after another, `(num_tokens, width)`, without `coefficient`.
-
-        Args:
-            head: The head.
-            hidden: What it is applied to, in the type in which matrices are multiplied.
-        """
+        """The gradients of one tile of the vocabulary after another, `(num_tokens, width)`, without `coefficient`."""
         settings = head.settings
         # As for scores: the same tiles, and fused into one pass over each where that is faster.
         function = gradient_tile if settings.tiling.score is score_tile else fused(gradient_tile)
@@ -74,17 +69,9 @@ def gradient_tile(
     offset: Tensor | None,
     slope: Tensor | None,
 ) -> Tensor:
-    """A tile's `p * (offset + slope * log p)` by the logits before they were capped, `(rows, width)`.
+    """A tile's `p * (offset + slope * log p)` with respect to the logits before the soft cap, `(rows, width)`.
 
-    Args:
-        products: Of hidden states and the tile's weights, `(rows, width)`.
-        bias: Of the tile's tokens, `(width,)`, if there is one.
-        transform: Makes logits of products and bias.
-        gradient_dtype: Type of the result.
-        top: As of `LogitGradient`, of these rows.
-        log_sum: Likewise.
-        offset: Likewise.
-        slope: Likewise.
+    The first four arguments are as for `score_tile`. The others are those of `LogitGradient`, of these rows.
     """
     logits = float32_or_more(products)
     if bias is not None:

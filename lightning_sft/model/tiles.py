@@ -48,7 +48,7 @@ class Tile(NamedTuple):
     top: Tensor  # the largest logit
     top_index: Tensor  # of the first token that has it, counted from the tile's start; meaningless unless asked for
     below_top: Tensor  # sum of the logits less `top` each; meaningless unless asked for
-    gradient: Tensor  # of `log_sum`, by the logits before they were capped: softmax times the cap's slope
+    gradient: Tensor  # of `log_sum` with respect to the logits before the cap: softmax times its slope
 
 
 TileFunction = Callable[[Tensor, Tensor | None, Tensor, LogitTransform, torch.dtype, bool, bool], Tile]

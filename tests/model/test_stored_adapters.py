@@ -185,8 +185,11 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path
     embeddings = "base_model.model.model.embed_tokens.weight"
     stored_embeddings = build("untied").model.embed_tokens.weight.detach()
     for stored, message in (
-        ({name: weights[name] for name in weights if name != first}, r"do not fit Llama.*is missing there"),
-        (weights | {"base_model.model.other.lora_A.weight": torch.ones(1)}, r"other.lora_A.* exists only there"),
+        ({name: weights[name] for name in weights if name != first}, r"do not fit Llama.*is missing in the folder"),
+        (
+            weights | {"base_model.model.other.lora_A.weight": torch.ones(1)},
+            r"other.lora_A.* exists only in the folder",
+        ),
         (weights | {first: torch.ones(7, 64)}, r"do not fit LlamaForCausalLM: size mismatch for .*\[7, 64\]"),
         (
             weights | {embeddings: stored_embeddings + 1},
@@ -271,7 +274,7 @@ def test_a_model_whose_adapters_could_not_be_loaded_again_is_refused_at_once(tmp
     refused("another scale", lambda model: model.get_submodule("base_" + first).set_scale("default", 2))
     more = {"q_proj", "v_proj"}
     refused(
-        "do not match their configuration: `.*v_proj",
+        "do not match their configuration: `.*v_proj.* exists only in the model",
         lambda model: setattr(model.peft_config["default"], "target_modules", more),
     )
     with pytest.raises(SettingsError, match=r"`lora\.r` is 8, but the adapters of `model` are made with 4"):

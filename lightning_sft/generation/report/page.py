@@ -113,18 +113,8 @@ def write_comparison_page(
 ) -> None:
     """Write a page with the curves of several runs over one another, and with their responses side by side.
 
-    Args:
-        path: The HTML file.
-        runs: Each has `name`, `path`, `step` (None if unknown), `num_responses`, `notes` (words), `summary` (averages,
-            by name) and `difference` in reward to the first run: None, or `mean`, `low`, `high`, `num_pairs`,
-            `num_better` and `num_worse`.
-        curves: By metric, for each run pairs of step and value.
-        settings: Each has `name`, and `values`, a text or None for each run.
-        prompts: Each has `index` (its place, from 0), `prompt`, `ground_truths` and `responses`, a list for each run.
-            A response has fields of a `GenerationRecord`; `log_prob`, the mean over its tokens; and `line`, the place
-            of its tokens among `tokens`, or None.
-        tokens: Of a response each, as JSON: texts, ids, log-probabilities and entropies. They are most of the page, and
-            a line is read only when it is shown.
+    `results/comparison_page.py` makes what it shows. `tokens` has a line of JSON for each response. They are most of
+    the page, and a line is only read when it is shown.
     """
     parts = {
         "data": _json({"runs": runs, "settings": settings, "prompts": prompts}),
