@@ -26,7 +26,7 @@ def check_causal(model: PreTrainedModel, dtype: torch.dtype | None = None) -> No
         alone = probe.logits(document[None, :_NUM_SHARED])[0]
     except CALL_ERRORS:
         return  # the first step will say the same, with its whole traceback
-    tolerance = 5e-2 if probe.is_half else 1e-3
+    tolerance = 5e-2 if probe.half else 1e-3
     name = type(model).__name__.removeprefix("FSDP")
     if relative_difference(first, second) > tolerance:
         raise SettingsError(

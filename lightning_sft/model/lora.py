@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lightning_sft.checks import check_integer
 from lightning_sft.errors import MissingPackageError, SettingsError, one_line, shorten
@@ -29,6 +30,7 @@ _NOT_SET = _WRITTEN | {
 _OF_FIRST_WEIGHTS = {"init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"}
 _OTHER_DEFAULTS = ("target_modules", "ensure_weight_tying")  # of which the defaults are others here
 _FROM_DATA = ("eva", "corda", "lora_ga")  # first weights that are computed from data before the training
+_LINEAR = (nn.Linear, Conv1D)
 _DEFAULTS: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -181,10 +183,10 @@ def _inject(model: PreTrainedModel, config: "LoraConfig", seed: int) -> None:
         try:
             inject_adapter_in_model(config, model)
         except (TypeError, ValueError) as error:
-            linear = sorted({name.rpartition(".")[2] for name, each in model.named_modules() if _is_linear(each)})
+            linear = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, _LINEAR)}
             raise SettingsError(
                 f"`lora` does not fit {type(model).__name__}: {one_line(error, 300)} Its linear layers are "
-                f"{', '.join(linear)}."
+                f"{', '.join(sorted(linear))}."
             ) from error
 
 
@@ -196,10 +198,6 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 def _has_bias_for_none(module: Any) -> bool:
     return bool(getattr(module, "lora_bias", {}).get("default")) and module.base_layer.bias is None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def trained_layer(layer: Any) -> Any:

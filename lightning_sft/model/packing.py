@@ -72,7 +72,7 @@ def _tried_out(model: PreTrainedModel, attention: str, probe: Probe) -> str | No
         model.set_attn_implementation(VARLEN)
     packed = probe.packed_logits(short, long)
     behind_another = probe.packed_logits(probe.document(len(short), seed=2), long)[1]
-    same_kernel, other_kernel = (2e-2, 1e-1) if probe.is_half else (1e-4, 1e-3)
+    same_kernel, other_kernel = (2e-2, 1e-1) if probe.half else (1e-4, 1e-3)
     if relative_difference(packed[1], behind_another) > same_kernel:
         return "lets packed documents see each other"
     if any(relative_difference(*each) > other_kernel for each in zip(packed, plain, strict=True)):

@@ -6,7 +6,6 @@ import torch
 
 from lightning_sft.errors import SettingsError
 
-_HALF = (torch.float16, torch.bfloat16)
 _MEANINGS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32-true": (None, None),
     "64-true": (torch.float64, None),
@@ -50,7 +49,7 @@ class Precision:
     @property
     def is_half(self) -> bool:
         """Whether matrices are multiplied in 16 bits."""
-        return self.compute_dtype in _HALF
+        return self.compute_dtype.itemsize == 2
 
     def __str__(self) -> str:
         return self.word

@@ -19,20 +19,16 @@ CALL_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, In
 class Probe:
     """Calls a model with made-up documents, as it is called in training, but in eval mode and without gradients.
 
-    Args:
-        model: On the device that it is to be trained on.
-        dtype: Type in which matrices will be multiplied. Default: the type of the weights.
+    Attributes:
+        model: The model, on the device that it is to be trained on.
+        half: The half precision that matrices are multiplied in: `dtype`, or else that of the weights. Logits are then
+            known to two digits only. None: they are multiplied in float32 or float64.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         self.model = model
         dtypes = (dtype, *(weight.dtype for weight in model.parameters()))
-        self._half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)
-
-    @property
-    def is_half(self) -> bool:
-        """Whether matrices are multiplied in half precision, so that logits are known to two digits only."""
-        return self._half is not None
+        self.half = next((each for each in dtypes if each in (torch.float16, torch.bfloat16)), None)
 
     def document(self, length: int, seed: int) -> Tensor:
         """Token ids, `(length,)`, none of which is likely to mean anything special."""
@@ -75,7 +71,7 @@ class Probe:
             evaluating(self.model),
             routing or RoutingRecorder(self.model),
             # Adapters may be float32 beside half-precision weights.
-            torch.autocast(kind, self._half, enabled=self._half is not None),
+            torch.autocast(kind, self.half, enabled=self.half is not None),
             torch.random.fork_rng([self.model.device] if kind == "cuda" else []),
         ):
             yield

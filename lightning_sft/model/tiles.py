@@ -191,11 +191,6 @@ class ScoringSettings:
     tiling: Tiling
     token_loss: TokenLoss = NLL
 
-    @property
-    def smooths(self) -> bool:
-        """Whether the loss needs the mean of all log-probabilities."""
-        return self.token_loss.label_smoothing > 0
-
 
 @dataclass(frozen=True)
 class TiledHead:
@@ -220,9 +215,9 @@ class TiledHead:
 
     def score_tiles(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[WeightTile, Tile]]:
         """Score all rows on one tile of the vocabulary after another."""
-        tiling = self.settings.tiling
-        settings = self.settings
-        options = (settings.transform, settings.dtype, settings.return_is_top1, settings.smooths)
+        settings, tiling = self.settings, self.settings.tiling
+        smooths = settings.token_loss.label_smoothing > 0
+        options = (settings.transform, settings.dtype, settings.return_is_top1, smooths)
         for weight_tile in self.weight_tiles():
             tokens, weight = weight_tile
             bias = None if self.bias is None else self.bias[tokens]
@@ -241,7 +236,8 @@ class TiledHead:
                 gradients.append(tile.gradient)
         log_sums, entropies, label_logits, tops, top_indices, below_tops = map(torch.stack, zip(*found, strict=True))
         top = tops.amax(dim=0)
-        mean_below_top = self._mean(below_tops, tops - top) if self.settings.smooths else None
+        smooths = self.settings.token_loss.label_smoothing > 0
+        mean_below_top = self._mean(below_tops, tops - top) if smooths else None
         log_sums = log_sums + (tops - top)
         log_sum = log_sums.logsumexp(dim=0)
         probabilities = (log_sums - log_sum).exp()
