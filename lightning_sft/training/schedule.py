@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -165,26 +166,17 @@ def step_plateau_schedules(module: L.LightningModule) -> None:
     The module's `configure_optimizers` says which (`monitor`); `val/loss` unless it does.
     """
     configs = module.trainer.lr_scheduler_configs
-    plateaus = [each.scheduler for each in configs if isinstance(each.scheduler, ReduceLROnPlateau)]
+    plateaus = [index for index, each in enumerate(configs) if isinstance(each.scheduler, ReduceLROnPlateau)]
     if not plateaus or module.trainer.sanity_checking or module.trainer.state.fn != "fit":
         return
-    monitor = _monitor(module.configure_optimizers())  # under manual optimization Lightning drops what is named there
-    if monitor not in (metrics := module.trainer.callback_metrics):
-        raise SettingsError(
-            f"`configure_optimizers` says that ReduceLROnPlateau follows {monitor!r}, but the metrics are "
-            f"{', '.join(sorted(metrics))}."
-        )
-    for scheduler in plateaus:
-        module.lr_scheduler_step(scheduler, metrics[monitor])
-
-
-def _monitor(configured: Any) -> str:
-    """The metric that is named in what `configure_optimizers` returns."""
-    schedule = configured
-    if isinstance(configured, dict):
-        if "monitor" in configured:
-            return str(configured["monitor"])
-        schedule = configured.get("lr_scheduler")
-    elif isinstance(configured, tuple | list):
-        schedule = configured[1][0] if len(configured) == 2 and isinstance(configured[1], list) else None
-    return str(schedule["monitor"]) if isinstance(schedule, dict) and "monitor" in schedule else "val/loss"
+    # Asked again: under manual optimization Lightning drops the metrics that are named there.
+    _, schedules, of_all = _configure_optimizers(module.configure_optimizers())
+    for index in plateaus:
+        own = schedules[index].get("monitor") if isinstance(schedules[index], dict) else None
+        monitor = own or of_all or "val/loss"
+        if monitor not in (metrics := module.trainer.callback_metrics):
+            raise SettingsError(
+                f"`configure_optimizers` says that ReduceLROnPlateau follows {monitor!r}, but the metrics are "
+                f"{', '.join(sorted(metrics))}."
+            )
+        module.lr_scheduler_step(configs[index].scheduler, metrics[monitor])

@@ -68,16 +68,39 @@ def test_a_schedule_is_stepped_as_it_says(tmp_path, schedule, expected, form):
     assert rates == pytest.approx(expected)
 
 
-def test_a_schedule_follows_a_metric(tmp_path):
+METRIC = "val/token_entropy"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda optimizer, plateau: {"optimizer": optimizer, "lr_scheduler": plateau, "monitor": METRIC},
+        lambda optimizer, plateau: [
+            {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": METRIC}}
+        ],
+        lambda optimizer, plateau: ([optimizer], [StepLR(optimizer, 99), {"scheduler": plateau, "monitor": METRIC}]),
+    ],
+    ids=["dictionary", "list of dictionaries", "second of two"],
+)
+def test_a_schedule_follows_a_metric(tmp_path, form):
     """The threshold is so large that no validation is better than the first; the rate falls after each later one."""
+    followed = []
 
-    def configure(module):
-        optimizer = sgd(module)
-        plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/token_entropy"}}
+    class Own(SFTModule):
+        def configure_optimizers(self):
+            optimizer = sgd(self)
+            plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
+            return form(optimizer, plateau)
 
-    rates = rates_of(tmp_path, configure, val_check_interval=2)[1]
-    assert rates == pytest.approx([0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
+        def lr_scheduler_step(self, scheduler, metric):
+            followed.extend([] if metric is None else [metric])
+            super().lr_scheduler_step(scheduler, metric)
+
+    rates = Rates()
+    trainer = fit(tmp_path, Own(tiny_config()), make_data(**VALIDATED), callbacks=[rates], val_check_interval=2)[2]
+    assert rates.rates == pytest.approx([0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
+    assert len(followed) == 3
+    assert followed[-1] == trainer.callback_metrics[METRIC]
 
 
 def test_a_metric_that_is_not_there_is_named(tmp_path):
