@@ -20,10 +20,7 @@ Generator = Callable[[Sequence[Prompt]], Sequence[GenerationRecord]]
 class PredictionWriter:
     """Appends the records of each batch to a file. A run that was interrupted generates only what the file lacks.
 
-    Args:
-        path: The file. None: in the folder `predictions` of `default_root_dir`, by a name that depends on prompts,
-            weights, rewards, sampling and generator.
-        settings: How the records are made.
+    `path` is the `predict_path` of a `GenerationMonitor`, and `settings` are those by which it makes records.
     """
 
     def __init__(self, path: str | Path | None, settings: GenerationSettings) -> None:
@@ -34,13 +31,8 @@ class PredictionWriter:
         """Find out what an earlier run has left to do, and return what makes the records of a batch.
 
         That is `generate`, but what an earlier run has done is not generated again: its records are those of the file,
-        or none if the trainer does not return them. A file of anything but records of this run is refused.
-
-        Args:
-            trainer: The trainer.
-            module: Its weights are one of the things that the records depend on.
-            prompts: All that there are to predict, in their order.
-            generate: Makes the records of prompts.
+        or none if the trainer does not return them. A file of anything but records of this run is refused. `prompts`
+        are all that there are to predict, in their order.
         """
         run = prediction_run(module.model, prompts, self._settings)
         path = Path(self._path or Path(trainer.default_root_dir) / "predictions" / f"{run}.jsonl").expanduser()

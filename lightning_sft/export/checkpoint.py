@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lightning_sft.errors import SettingsError, is_missing_path
 from lightning_sft.export.whole_model import give_weights
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.pretrained import build_model
-from lightning_sft.training.checkpoint_weights import OF_MODEL, read_checkpoint
+from lightning_sft.training.checkpoint_weights import model_weights, read_checkpoint
 from lightning_sft.training.run_facts import RunFacts
 from lightning_sft.training.stored_settings import HYPER_PARAMETERS
 
@@ -49,9 +48,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = True) -> tuple[PreTra
         )
     if "generation_config" in checkpoint:
         model.generation_config = GenerationConfig.from_dict(checkpoint["generation_config"])
-    weights: dict[str, Tensor] = checkpoint["state_dict"]
-    of_model = {name.removeprefix(OF_MODEL): weights[name] for name in weights if name.startswith(OF_MODEL)}
-    give_weights(model, of_model, strict=lora is None)
+    give_weights(model, model_weights(checkpoint), strict=lora is None)
     return model, RunFacts(**checkpoint.get("model_card", {}))
 
 

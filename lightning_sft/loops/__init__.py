@@ -6,8 +6,8 @@ any of them. So these of Lightning's attributes, most of them private, are set f
 - The trainer's limits and intervals (`run_length.py`): in optimizer steps, whatever they were given in.
 - `fit_loop.run` (`training_run.py`): between the restoring of a checkpoint and the first step all counters are set.
 - The counters of the loops, `_batches_that_stepped` and `restarting` with what belongs to it (`progress.py`): restored
-  by Lightning they are wrong once a run has continued twice. `Due` is what the latest step has still to be followed by,
-  `_Progress.at` the counters from which Lightning does just that.
+  by Lightning they are wrong once a run has continued twice. `Due` is what is left to do after the latest step, and
+  `_Progress.at` gives the counters from which Lightning does just that.
 - `fit_loop._combined_loader` (`training_run.py`): a loader asked for too early knows nothing of the checkpoint.
 - `_logger_connector._callback_metrics` (`training_run.py`): callbacks find what was logged before the checkpoint.
 - `manual_optimization._on_after_step` (`trainer_state.py`): a hook after each optimizer step, whoever takes it.

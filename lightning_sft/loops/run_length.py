@@ -57,7 +57,7 @@ class LoopSettings:
 
 
 def check_accumulation(trainer: L.Trainer) -> None:
-    """Refuse to step after several batches: each is a whole optimizer step, by which a run is counted."""
+    """Refuse accumulation by the trainer: each batch is a whole optimizer step already."""
     if trainer.accumulate_grad_batches != 1:
         raise SettingsError(
             f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, but a batch is a whole optimizer "
@@ -66,7 +66,7 @@ def check_accumulation(trainer: L.Trainer) -> None:
 
 
 def check_validation(trainer: L.Trainer) -> None:
-    """Refuse what says otherwise than in optimizer steps or epochs when a run is validated, or says it twice."""
+    """Refuse an interval of validation that is a time, or that is given both in optimizer steps and in epochs."""
     if (seconds := getattr(trainer, "_val_check_time_interval", None)) is not None:
         raise SettingsError(
             f"`trainer.val_check_interval` is a time, {seconds:g} seconds, but validations are counted in optimizer "

@@ -37,6 +37,7 @@ class TrainingRun:
         has_validation: Whether there are validation rows.
 
     Attributes:
+        trainer: It has taken `global_step` of the run's steps, in parts of the run that it continues, too.
         epoch: What it takes of the data.
         steps_per_epoch: None if nobody knows.
     """
@@ -44,7 +45,7 @@ class TrainingRun:
     def __init__(self, trainer: L.Trainer, data: EpochData, has_validation: bool) -> None:
         check_accumulation(trainer)
         check_validation(trainer)
-        self._trainer, self._data = trainer, data
+        self.trainer, self._data = trainer, data
         steps_in_data = data.count_steps()
         self.epoch = read_epoch(trainer, steps_in_data)
         is_known = steps_in_data is not None or self.epoch.is_limited
@@ -57,8 +58,8 @@ class TrainingRun:
 
     def end(self) -> None:
         """Leave the trainer's settings as they were found, and end what makes steps ahead."""
-        self._found.apply(self._trainer)
-        vars(self._trainer.fit_loop).pop("run", None)
+        self._found.apply(self.trainer)
+        vars(self.trainer.fit_loop).pop("run", None)
         if self._loader is not None:
             self._loader.close()
         self._loader = None
@@ -70,16 +71,6 @@ class TrainingRun:
 
     # -- where it is ---------------------------------------------------------------------------------------------
 
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps taken so far. Resumed or not, it has taken as many of the data's steps."""
-        return self._trainer.global_step
-
-    @property
-    def epoch_number(self) -> int:
-        """The present epoch, from 0."""
-        return self._trainer.current_epoch
-
     def position(self, num_steps: int) -> EpochPosition:
         """Where in its epochs the run is after so many optimizer steps."""
         if self.steps_per_epoch is None:
@@ -88,7 +79,7 @@ class TrainingRun:
 
     def _run_loops(self) -> None:
         """Do what is due, and train from the present step on: what the trainer calls to run its loops."""
-        trainer = self._trainer
+        trainer = self.trainer
         trainer.fit_loop._combined_loader = None  # it may have been asked for before a checkpoint was restored
         if has_stopped_early(trainer):
             trainer.should_stop = True
@@ -108,14 +99,14 @@ class TrainingRun:
             type(trainer.fit_loop).run(trainer.fit_loop)
 
     def __len__(self) -> int:
-        return max(self._end - self.num_steps, 0)
+        return len(self._to_come())
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.num_steps, self._end))
+        return iter(self._to_come())
 
-    @property
-    def _end(self) -> int:
-        return self._trainer.max_steps if self._trainer.max_steps >= 0 else _ENDLESS
+    def _to_come(self) -> range:
+        max_steps = self.trainer.max_steps
+        return range(self.trainer.global_step, max_steps if max_steps >= 0 else _ENDLESS)
 
     # -- what a checkpoint keeps of it -----------------------------------------------------------------------------
 
@@ -124,11 +115,7 @@ class TrainingRun:
         return {"steps_per_epoch": self.steps_per_epoch, "shuffle": self.epoch.shuffle}
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Continue a run, but refuse to if its epochs had other steps.
-
-        Args:
-            saved: The `state` of its checkpoint, and its `metrics`; empty if it does not say.
-        """
+        """Continue the run of which a checkpoint has kept the `state` and the `metrics`; refuse if epochs differ."""
         self._metrics = saved.get("metrics", {})
         now = self.state()
         if not saved:
@@ -149,11 +136,8 @@ class TrainingRun:
 class EpochLoader:
     """Iterates over those steps of the run's present epoch that are still to come.
 
-    What makes them goes on beyond an epoch's end, so that its workers are neither started anew nor idle there.
-
-    Args:
-        steps: Those of the run, from the present one on, whenever it is iterated over.
-        run: Knows where it is.
+    What makes them goes on beyond an epoch's end, so that its workers are neither started anew nor idle there. Iterated
+    over, `steps` always begin with the present step of the run.
     """
 
     def __init__(self, steps: Iterable[Any], run: TrainingRun) -> None:
@@ -169,7 +153,7 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, whose body runs at the first `next`: a checkpoint has been restored.
-        epoch, now = self._run.epoch_number, self._run.num_steps
+        epoch, now = self._run.trainer.current_epoch, self._run.trainer.global_step
         if self._iterator is None or self._number != now:  # Lightning has not taken what it asked for, or just begins
             self.close()
             self._iterator, self._number = iter(self._steps), now

@@ -58,8 +58,7 @@ def check_same_run(
 ) -> None:
     """Refuse to continue a run with another loss, other parameters trained, or in the name of another model.
 
-    Of a run with adapters the checkpoint holds these alone, and the frozen weights are those of the model that is named
-    now; `check_adapters` warns if that is another one.
+    The checkpoint of a run with adapters may be continued on another model: `check_adapters` warns of that.
     """
     then = checkpoint.get(HYPER_PARAMETERS, {})
     for name, now in objective.settings().items():
@@ -79,7 +78,7 @@ def check_same_run(
 
 
 def _check_same_parameters(settings: Mapping[str, Any], patterns: Mapping[str, Sequence[str]]) -> None:
-    """Other parameters trained, or in other groups, would be given the state of others by the optimizer."""
+    """Refuse to train other parameters, or other groups of them: each would be given the optimizer state of another."""
     for name, now in patterns.items():
         given = settings.get(name) or []
         then = [each["pattern"] if isinstance(each, Mapping) else each for each in given]

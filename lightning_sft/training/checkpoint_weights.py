@@ -1,10 +1,12 @@
 """The weights of a checkpoint, without its optimizer; and runs that begin with them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_sft.model.builder import ModelBuilder
@@ -13,8 +15,6 @@ from lightning_sft.training.checkpoint_fit import check_adapters, check_weights
 from lightning_sft.training.sharded_files import read_weights
 from lightning_sft.training.stored_settings import HYPER_PARAMETERS
 from lightning_sft.training.trained_weights import trained_names
-
-OF_MODEL = "model."  # what the names of its weights begin with in a checkpoint
 
 
 def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt_path") -> dict[str, Any]:
@@ -33,6 +33,12 @@ def read_checkpoint(path: Path, weights_only: bool = True, argument: str = "ckpt
     return checkpoint
 
 
+def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, by their names in the model rather than in its module."""
+    weights: dict[str, Tensor] = checkpoint["state_dict"]
+    return {name.removeprefix("model."): weights[name] for name in weights if name.startswith("model.")}
+
+
 @dataclass(frozen=True)
 class InitialWeights:
     """The weights of an earlier run, which a new one begins with; the arguments are those of `read_checkpoint`."""
@@ -44,10 +50,9 @@ class InitialWeights:
         """Put them into a whole model with its adapters, which `builder` has made."""
         checkpoint = read_checkpoint(self.path, self.weights_only, "init_from")
         check_adapters(checkpoint.get(HYPER_PARAMETERS, {}), builder)
-        saved, own = checkpoint["state_dict"], {f"{OF_MODEL}{name}": each for name, each in model.state_dict().items()}
+        saved, own = model_weights(checkpoint), model.state_dict()
         if builder.lora is not None:  # frozen weights are in no checkpoint
-            trained = {f"{OF_MODEL}{name}" for name in trained_names(model)}
+            trained = trained_names(model)
             own = {name: weight for name, weight in own.items() if name in trained}
-        check_weights({name: saved[name] for name in saved if name.startswith(OF_MODEL)}, own, strict=True)
-        weights = {name.removeprefix(OF_MODEL): saved[name] for name in own}
-        model.load_state_dict(weights, strict=builder.lora is None)
+        check_weights(saved, own, strict=True)
+        model.load_state_dict(saved, strict=builder.lora is None)

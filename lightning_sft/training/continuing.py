@@ -1,7 +1,7 @@
 """Optimizer and schedule of a run that continues: what has been changed takes effect, or is refused by name.
 
-Restored as it was saved, an optimizer would go on with the learning rate, the weight decay and all else of the run
-before, whatever is given now; and a schedule with the learning rate that ended the shorter run.
+An optimizer that is restored as it was saved has the learning rate, weight decay and other settings of the earlier run,
+whatever is given now; and a restored schedule goes on with the learning rate that ended the shorter run.
 
 A run continues from a checkpoint, or where an earlier `fit` of the same trainer has left it. Lightning then goes on
 with the trainer's counters, but makes optimizer and schedule anew: the schedule would begin with its warmup again.
@@ -139,7 +139,7 @@ def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, no
 
 
 def _scale(scheduler: LRScheduler, factors: Sequence[float]) -> None:
-    """Multiply the learning rates of a schedule that makes each of the one before by a factor."""
+    """Multiply the first and the present learning rates of a schedule, from which it computes the next ones."""
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [float(rate) * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     groups = scheduler.optimizer.param_groups
@@ -196,7 +196,7 @@ def _go_on_in_data(trainer: L.Trainer) -> None:
 
 
 def _check_same_step(step: int | None) -> None:
-    """Refuse processes that would wait for one another forever, since their machines have different checkpoints."""
+    """Refuse machines that have found different checkpoints: their processes would wait for one another forever."""
     if not dist.is_available() or not dist.is_initialized():
         return
     steps: list[int | None] = [None] * dist.get_world_size()
@@ -212,7 +212,7 @@ def _check_same_step(step: int | None) -> None:
 
 
 class Continuation:
-    """What the optimizer of a run is made with, beside what that of the run was that it continues."""
+    """Compares a run with the one that it continues, and applies to its optimizer and schedule what has changed."""
 
     def __init__(self) -> None:
         self._continues = False
@@ -223,7 +223,7 @@ class Continuation:
         self._now: OptimizerSettings | None = None
 
     def begin(self, trainer: L.Trainer) -> None:
-        """A new run continues nothing yet, unless the trainer has trained before; its optimizer is still there."""
+        """Begin a run, which continues nothing yet, unless the trainer still has the optimizer of an earlier `fit`."""
         optimizers, self._left = trainer.strategy.optimizers, None
         if trainer.global_step > 0 and self._now is not None and optimizers:
             self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
@@ -238,7 +238,7 @@ class Continuation:
             self._then = OptimizerSettings(**values)
 
     def save(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
-        """Store what a run that continues from this checkpoint compares with, also one of a sharded model."""
+        """Store what a run that continues from this checkpoint is compared with; see also `number_as_in_module`."""
         if self._now is not None:
             checkpoint[_KEY] = asdict(self._now)
         if not is_sharded(module):
@@ -268,7 +268,7 @@ class Continuation:
         _check_same_step(self._step)
 
     def apply(self, trainer: L.Trainer) -> None:
-        """Let everything that was changed take effect on what has been restored, and say what it is."""
+        """Apply changed settings to the restored optimizer and schedules, and say which they are."""
         left, self._left = self._left, None
         optimizer, schedules = trainer.optimizers[0], trainer.lr_scheduler_configs
         assert self._now is not None  # `check` comes first

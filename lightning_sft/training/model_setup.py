@@ -88,9 +88,8 @@ def load_model(
 def _store_as(dtype: torch.dtype | None, model: PreTrainedModel) -> PreTrainedModel:
     """Convert all weights, and leave buffers alone, such as rotary frequencies.
 
-    Lightning does that only later: after a checkpoint's weights have been read into the model, which in float32 would
-    round float64, and after FSDP2 has run a sharded model for the first time, whose weights it would go on to gather in
-    the type that they had until then.
+    Lightning does that too late: a checkpoint's float64 weights would be read into a float32 model first, and FSDP2
+    goes on to gather weights in the type that they had when the model ran for the first time.
     """
     for weight in model.parameters() if dtype is not None else ():
         if weight.is_floating_point():

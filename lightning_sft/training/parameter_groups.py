@@ -41,8 +41,8 @@ class ParameterGroups:
     def make_optimizer(self, factory: OptimizerCallable, module: nn.Module) -> Optimizer:
         """The optimizer of all trained parameters, as the factory makes it of them or of groups.
 
-        Patterns see the names of parameters in `module.model`. A pattern that matches no trained parameter is refused,
-        and so is an optimizer without one of the settings, or one that does more than to step by a schedule's rate.
+        Patterns are matched with the names of parameters in `module.model`. Refused are patterns that match no trained
+        parameter, settings that the optimizer does not have, and optimizers that need another training loop.
         """
         try:
             optimizer = self._make(factory, module)
@@ -83,7 +83,7 @@ class ParameterGroups:
 
 
 def _check(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that asks more of a training loop than to step with the gradients, at a schedule's rate."""
+    """Refuse an optimizer that needs more of a training loop than gradients and the learning rate of a schedule."""
     check_type("optimizer", optimizer, Optimizer, "a function that makes an optimizer")
     name = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -110,11 +110,11 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def number_as_in_module(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> None:
-    """Change the numbers that a state dict of an optimizer has for its parameters to their places in a module.
+    """Renumber the parameters in a state dict of an optimizer by their places in a module, which a sharded model needs.
 
-    Torch numbers them in the order of the optimizer, which has no frozen ones, and may have groups. In a checkpoint a
-    sharded model takes the numbers for places in the module; any other goes by the order in the groups alone. Those of
-    an optimizer with parameters or states of its own, such as copies in float32, stay as they are.
+    Torch numbers them in the order of the optimizer's groups, without frozen ones. A model that is not sharded is
+    restored by that order, whatever the numbers are. The state dict of an optimizer with parameters or states of its
+    own, such as copies in float32, stays as it is.
     """
     places = {parameter: place for place, parameter in enumerate(module.parameters())}
     if "state" not in state or not places.keys() >= set(parameters_of(optimizer)):

@@ -170,7 +170,8 @@ def step_plateau_schedules(module: L.LightningModule) -> None:
     if not plateaus or module.trainer.sanity_checking or module.trainer.state.fn != "fit":
         return
     # Asked again: under manual optimization Lightning drops the metrics that are named there.
-    _, schedules, of_all = _configure_optimizers(module.configure_optimizers())
+    configured: Any = module.configure_optimizers()
+    _, schedules, of_all = _configure_optimizers(configured)
     for index in plateaus:
         own = schedules[index].get("monitor") if isinstance(schedules[index], dict) else None
         monitor = own or of_all or "val/loss"

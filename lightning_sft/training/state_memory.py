@@ -15,13 +15,13 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def binary(size: float) -> str:
-    """Bytes in words."""
+    """A size in bytes as text, such as `1.5 GiB`."""
     power = min(max(int(size).bit_length() - 1, 0) // 10, 3)
     return f"{size / 2 ** (10 * power):,.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def parameter_counts(parameters: Iterable[Tensor]) -> str:
-    """How many there are, and how many of them are trained; of sharded ones, over all devices."""
+    """The number of parameters over all devices, and of those that are trained, as text."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     of_these = "all of them trained" if trained == total else f"{trained:,} ({trained / total:.2%}) of them trained"

@@ -11,8 +11,8 @@ from lightning_sft.data.fixed_settings import FixedSettings, is_of_package, refu
 from lightning_sft.data.rows.shown import shown_settings
 from lightning_sft.errors import SettingsTypeError
 
-# Their key in a checkpoint. What stands under Lightning's own key, "hyper_parameters", any `LightningCLI` prefers to
-# what it is given, and takes for arguments of whatever class it is to make (#20801).
+# Their key in a checkpoint. What is under Lightning's own key, "hyper_parameters", a `LightningCLI` would prefer to
+# what it is given, and pass to any class that it makes (pytorch-lightning#20801).
 HYPER_PARAMETERS = "module_hyper_parameters"
 _STORED = (  # those that it can hold without pickling code
     *("loss_normalization", "normalize_constant", "loss_type", "label_smoothing", "neftune_noise_alpha"),
@@ -56,10 +56,9 @@ class StoredModule(FixedSettings, L.LightningModule):
 
 
 def keep_settings(module: StoredModule, arguments: Mapping[str, Any]) -> None:
-    """Let a module have its arguments as `settings`, which are fixed from now on, and its checkpoints what they can.
+    """Keep a module's arguments in `settings`, and in its checkpoints those that they can hold; fixed from now on.
 
-    They are stored by value. Given their names, Lightning would look for the arguments of a subclass, which may lack
-    them or mean something else by them.
+    They are stored by value: given names, Lightning would look for arguments of a subclass, which may have others.
     """
     module.save_hyperparameters({name: arguments[name] for name in _STORED}, logger=False)
     module.settings = shown_settings(arguments)

@@ -47,7 +47,7 @@ _HOOKS = {  # of automatic optimization, which Lightning does not call under man
     "configure_gradient_clipping": "Set `max_grad_norm` to none and clip in `on_before_optimizer_step`, after "
     "`super().on_before_optimizer_step(optimizer)`",
 }
-_EXTENDED = {  # Lightning's own do nothing, so that few call them; those of `SFTModule` and `SFTDataModule` do
+_EXTENDED = {  # Lightning's own are empty, so few subclasses call them; `SFTModule` and `SFTDataModule` need theirs
     *("setup", "configure_callbacks", "on_fit_start", "on_train_start", "on_validation_start", "on_train_end"),
     *("on_before_optimizer_step", "on_after_optimizer_step", "on_test_start"),
     *("on_save_checkpoint", "on_load_checkpoint"),
@@ -92,7 +92,7 @@ def check_strategy(name: str) -> None:
 
 
 def check_before_setup(trainer: L.Trainer) -> None:
-    """Refuse to train with callbacks that cannot be used, before any of them does anything, or a compiled module."""
+    """Refuse callbacks, hooks and settings that a run cannot be trained with, before any callback is set up."""
     if trainer.state.fn != "fit":
         return
     module = getattr(trainer, "lightning_module", None)
@@ -118,7 +118,7 @@ def put_best_first(trainer: L.Trainer) -> None:
 
 
 def _check_left_to_us(trainer: L.Trainer) -> None:
-    """Refuse what Lightning would do if it took the optimizer steps; its own words advise to let it."""
+    """Refuse accumulation and clipping by the trainer; Lightning's message would advise automatic optimization."""
     check_accumulation(trainer)
     if trainer.gradient_clip_val or trainer.gradient_clip_algorithm:
         name = "gradient_clip_val" if trainer.gradient_clip_val else "gradient_clip_algorithm"
@@ -141,7 +141,7 @@ def _check_hooks(module: L.LightningModule) -> None:
 
 
 def _check_super_is_called(kind: type) -> None:
-    """Refuse hooks of a subclass that leave out what those of this package do, such as where a run continues."""
+    """Refuse a subclass whose hooks replace those of this package, which have something to do, without calling them."""
     mro = kind.__mro__
     own = next((place for place, each in enumerate(mro) if each.__module__.startswith("lightning_sft.")), 0)
     for each in mro[:own]:
@@ -156,7 +156,7 @@ def _check_super_is_called(kind: type) -> None:
 
 
 def check_loader(trainer: L.Trainer) -> None:
-    """Refuse a loader alone where only the datamodule knows what each device is to be given next."""
+    """Refuse a loader without its datamodule where only that knows which rows each device is to be given next."""
     num_devices = getattr(trainer.train_dataloader, "world_size", trainer.world_size)
     if num_devices != trainer.world_size:
         raise SettingsError(
