@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 
 def leave_inference_mode(trainer: L.Trainer) -> None:
-    """Evaluate without gradients, but not in inference mode: FSDP2 could not train with what it gathers first there."""
+    """Evaluate without inference mode: FSDP2 could not train weights that it has gathered there for the first time."""
     validation = trainer.fit_loop.epoch_loop.val_loop
     for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
@@ -28,9 +28,9 @@ def ends_here(trainer: L.Trainer) -> bool:
 
 
 def has_stopped_early(trainer: L.Trainer) -> bool:
-    """Whether an `EarlyStopping` has ended the run, as its own state in a checkpoint says, but no other.
+    """Whether an `EarlyStopping` has ended the run, as its state says.
 
-    A run that has not begun was ended by none: that of a `patience` of 0, or of an earlier run, has waited that long.
+    Before the first step it has not, although a `patience` of 0, or the state of another run, looks as if it had.
     """
     stops = [each for each in trainer.callbacks if isinstance(each, EarlyStopping)]  # type: ignore[attr-defined]
     return trainer.global_step > 0 and any(each.wait_count >= max(each.patience, 1) for each in stops)
@@ -46,7 +46,7 @@ def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def log_latest_step(trainer: L.Trainer) -> None:
-    """Log an optimizer step, if it is to be logged, that ends the process in its last hook: Lightning logs after it."""
+    """Log the latest optimizer step, if it is to be logged, before a hook ends the process: Lightning logs after it."""
     if trainer.training:
         trainer._logger_connector.update_train_step_metrics()
 
@@ -65,12 +65,10 @@ def call_after_optimizer_steps(trainer: L.Trainer) -> None:
 
 
 def exchange_no_signals(trainer: L.Trainer) -> bool:
-    """Do not ask all devices before each step whether Lightning has received SIGTERM, and wait for their answers.
+    """Keep Lightning from asking all processes before each step for a SIGTERM, and waiting for their answers.
 
-    Signals are then received by somebody else.
-
-    Returns:
-        Whether it had received SIGTERM before. It forgets it: it would end this device alone, after its next step.
+    The caller then receives signals. Returned is whether Lightning had received SIGTERM already, which it forgets: it
+    would end this process alone.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     connector = trainer._signal_connector

@@ -84,8 +84,8 @@ class TrainingRun:
         if has_stopped_early(trainer):
             trainer.should_stop = True
             rank_zero_info(
-                "`EarlyStopping` has ended this run, as its state says, which a checkpoint holds with its `patience`: "
-                "no more is trained than `min_steps` asks for. To train on, leave the callback out."
+                "`EarlyStopping` has ended this run, by its state and `patience`, which are kept in checkpoints: no "
+                "more is trained than `min_steps` asks for. To train on, leave the callback out."
             )
         position = self.position(trainer.global_step)
         due = Due.after_latest_step(trainer, position)

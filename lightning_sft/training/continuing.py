@@ -197,7 +197,7 @@ def _go_on_in_data(trainer: L.Trainer) -> None:
 
 def _check_same_step(step: int | None) -> None:
     """Refuse machines that have found different checkpoints: their processes would wait for one another forever."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not dist.is_initialized():
         return
     steps: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(steps, step)

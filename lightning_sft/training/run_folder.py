@@ -14,14 +14,12 @@ _chosen: WeakKeyDictionary[L.Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of a run, which the first logger names; it is refused if that is an address such as `s3://bucket`.
+    """The folder of a run, as its first logger names it. Every process has to ask: the first one tells the others.
 
-    Without a logger it is `default_root_dir`; if that holds another run, which is not continued, `version_<N>` below.
-    Ask for it then once the training starts: only then it is known which checkpoint is continued from.
-    TensorBoard's and CSV's is their `log_dir`. Of others, such as Weights & Biases and MLflow, it is
-    `<save_dir>/<name>/<version>`, where Lightning puts checkpoints too: their `save_dir` holds all of their runs.
-
-    Every process has to ask, since the first one tells the others.
+    For TensorBoard and CSV it is `log_dir`; for loggers whose `save_dir` holds all of their runs, such as Weights &
+    Biases and MLflow, `<save_dir>/<name>/<version>`, where Lightning puts checkpoints too. Without a logger it is
+    `default_root_dir`, or `version_<N>` below if that holds a run that is not continued, which is known once training
+    starts. An address, such as `s3://bucket`, is refused.
     """
     check_run_folder_is_local(trainer)
     folder = str(_folder(trainer)) if trainer.is_global_zero else ""
