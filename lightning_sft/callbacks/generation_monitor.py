@@ -19,7 +19,7 @@ from lightning_sft.errors import SettingsError
 from lightning_sft.generation.generate import generate_records
 from lightning_sft.generation.generators import ResponseGenerator
 from lightning_sft.generation.records import GenerationRecord
-from lightning_sft.generation.report.report import GenerationCost, GenerationReport, Stage
+from lightning_sft.generation.report.report import GenerationReport, Stage
 from lightning_sft.generation.sampling import Sampling
 from lightning_sft.generation.settings import REWARD_SECONDS, GenerationSettings
 from lightning_sft.loops.trainer_state import validation_follows
@@ -194,12 +194,14 @@ class GenerationMonitor(FixedSettings, L.Callback):
         with trainer.precision_plugin.forward_context():
             return generate_records(module.model, tokenizer, prompts, self.settings, distributed=distributed)
 
-    def _cost_since(self, start: float, stage: Stage) -> GenerationCost:
+    def _cost_since(self, start: float, stage: Stage) -> dict[str, float]:
+        """The seconds that this step's generations have taken; in training also the share of all steps' in its time."""
         now = time.perf_counter()
         if stage != "fit":
-            return GenerationCost(now - start)
+            return {"generation_seconds": now - start}
         self._seconds_in_training += now - start
-        return GenerationCost(now - start, self._seconds_in_training / (now - self._training_began))
+        share = self._seconds_in_training / (now - self._training_began)
+        return {"generation_seconds": now - start, "generation_share": share}
 
 
 def _datamodule(trainer: L.Trainer) -> SFTDataModule:

@@ -135,25 +135,17 @@ def _by_prompt(records: Sequence[GenerationRecord]) -> dict[int, list[Generation
     return groups
 
 
-def bootstrap_interval(records: Sequence[GenerationRecord]) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the mean `answer_reward`, by `bootstrap_mean`; NaN if no record is scored.
-
-    Prompts are drawn with replacement, each with all of its responses. Records that are not scored are left out.
-    """
-    groups = _by_prompt([record for record in records if record.answer_reward is not None])
-    means = [sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups.values()]
-    return bootstrap_mean(means)
-
-
 def summarize_test(records: Sequence[GenerationRecord]) -> dict[str, float]:
     """What `test` says of its records besides `summarize`.
 
     Returns:
-        `num_responses`, `num_correct` (NaN if none is scored), and `answer_reward_low` and `answer_reward_high`, the
-        bounds of `bootstrap_interval`.
+        `num_responses`; `num_correct`; and `answer_reward_low` and `answer_reward_high`, the bounds of a 95% bootstrap
+        interval of the mean `answer_reward`: prompts are drawn with replacement, each with all of its responses. All
+        but the first are NaN if no record is scored.
     """
     scored = [record for record in records if record.answer_reward is not None]
-    low, high = bootstrap_interval(records)
+    groups = _by_prompt(scored).values()
+    low, high = bootstrap_mean([sum(record.answer_reward or 0.0 for record in group) / len(group) for group in groups])
     return {
         "num_responses": float(len(records)),
         "num_correct": float(sum(record.is_correct for record in scored)) if scored else math.nan,

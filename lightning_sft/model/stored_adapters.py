@@ -33,9 +33,7 @@ def is_adapter_folder(path: str | Path) -> bool:
 def tokenizer_beside(source: str, revision: str | None = None) -> str:
     """Where the tokenizer of a model is: with it; of a folder of adapters without one, with their base model.
 
-    Args:
-        source: The name or folder of a model, or a folder of adapters.
-        revision: Of the model on the hub, if its name does not say it.
+    `revision` is that of a model on the hub whose name does not say it.
     """
     source = os.path.expanduser(source)
     if not is_adapter_folder(source):

@@ -127,11 +127,7 @@ class Tiling:
         """The tiling that suits a device.
 
         On CPU a tile is 2 MiB of float32 and stays in the cache. On CUDA it is large enough to fill the device, and the
-        elementwise operations on a tile are fused.
-
-        Args:
-            device_type: `cuda`, or anything else for CPU.
-            score: Scores a tile. Default: whatever is fastest on the device.
+        elementwise operations on a tile are fused, unless there is another `score`.
         """
         if device_type == "cuda":
             return cls(rows=16384, width=20480, block_bytes=5 * 2**29, score=score or fused(score_tile))

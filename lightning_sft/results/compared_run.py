@@ -40,16 +40,8 @@ class ComparedRun:
     notes: list[str] = field(default_factory=list)
 
 
-def read_compared_runs(
-    runs: Sequence[str | Path], names: Sequence[str] | None = None, step: int | None = None
-) -> list[ComparedRun]:
-    """Read runs that are to be compared.
-
-    Args:
-        runs: Their folders, or files of records.
-        names: What to call them. None: by as much of their paths as tells them apart.
-        step: The optimizer step whose responses are taken from folders. None: the last of each.
-    """
+def read_compared_runs(runs: Sequence[str | Path], names: Sequence[str] | None, step: int | None) -> list[ComparedRun]:
+    """Read the runs that `compare_runs` is to compare, whose arguments these are."""
     check_type("runs", runs, (list, tuple), _EXPECTED)
     for run in runs:
         check_type("runs", run, (str, Path), _EXPECTED)

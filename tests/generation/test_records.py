@@ -7,12 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from lightning_sft.generation.records import (
-    GenerationRecord,
-    bootstrap_interval,
-    summarize,
-    write_records,
-)
+from lightning_sft.generation.records import GenerationRecord, summarize, summarize_test, write_records
 
 
 def record(answer, index=0, length=4, entropy=0.5, sample=0):
@@ -49,6 +44,11 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_correct_response():
 
     assert found == pytest.approx({f"pass_at_{k}": naive(k) for k in (1, 2, 4, 6)})
     assert not any(name.startswith("pass") for name in summarize(records[1:]))  # not of one prompt less than of others
+
+
+def bootstrap_interval(records):
+    summary = summarize_test(records)
+    return summary["answer_reward_low"], summary["answer_reward_high"]
 
 
 def test_the_bootstrap_interval_is_that_of_drawing_prompts_with_replacement():

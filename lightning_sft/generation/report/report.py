@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,24 +16,6 @@ Stage = Literal["fit", "validate", "test"]
 
 _RECORDS_WITH_TOKENS = 500  # in memory, and on the page
 _ROWS_IN_TERMINAL = 3
-
-
-@dataclass(frozen=True)
-class GenerationCost:
-    """What generating has taken.
-
-    Attributes:
-        seconds: Of this step.
-        share_of_training: Of the time since training began, all steps together; None outside of training.
-    """
-
-    seconds: float
-    share_of_training: float | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers by the names that loggers get them under."""
-        share = {} if self.share_of_training is None else {"generation_share": self.share_of_training}
-        return {"generation_seconds": self.seconds, **share}
 
 
 class GenerationReport:
@@ -66,18 +47,18 @@ class GenerationReport:
         return summarize(self._records) | of_test
 
     def show(
-        self, summary: dict[str, float], cost: GenerationCost, loggers: Sequence[Logger], num_rows_shown: int
+        self, summary: dict[str, float], cost: dict[str, float], loggers: Sequence[Logger], num_rows_shown: int
     ) -> None:
         """Show all records in the terminal, in loggers and on a page.
 
-        In training the loggers also get the numbers; otherwise Lightning passes these on.
+        In training the loggers also get the numbers of `summary` and `cost`; otherwise Lightning passes these on.
         """
-        print_summary(self._step, summary, cost.seconds, cost.share_of_training)
+        print_summary(self._step, summary | cost)
         if self._stage == "test":
             print_test_result(summary)
         print_records(self._records[:_ROWS_IN_TERMINAL])
         warn_of_failures(self._records)
-        metrics = {f"val/{name}": value for name, value in (summary | cost.metrics()).items() if not math.isnan(value)}
+        metrics = {f"val/{name}": value for name, value in (summary | cost).items() if not math.isnan(value)}
         for logger in loggers:
             log_records(logger, self._step, self._records, num_rows_shown)
             if self._stage == "fit":

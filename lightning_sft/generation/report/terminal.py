@@ -11,13 +11,13 @@ from rich.text import Text
 from lightning_sft.generation.records import GenerationRecord
 
 
-def print_summary(step: int, summary: Mapping[str, float], seconds: float, share_of_training: float | None) -> None:
-    """One line on what the records of a step add up to, and what they have taken."""
+def print_summary(step: int, summary: Mapping[str, float]) -> None:
+    """One line on what the records of a step add up to, and how long generating them has taken."""
     names = ("answer_reward", "format_reward", "response_length", "response_entropy")
     parts = [f"{name} {summary[name]:.{1 if name == 'response_length' else 3}f}" for name in names]
-    time_taken = f"{seconds:.1f} s"
-    if step and share_of_training is not None:
-        time_taken += f", generation has taken {share_of_training:.0%} of the time"
+    time_taken = f"{summary['generation_seconds']:.1f} s"
+    if step and "generation_share" in summary:
+        time_taken += f", generation has taken {summary['generation_share']:.0%} of the time"
     print(f"step {step}: {', '.join(parts)} ({time_taken})")
 
 
