@@ -35,7 +35,7 @@ from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, counted
 from lightning_sft.model.sharding import is_sharded
 from lightning_sft.training.optimizer_trial import IMPLEMENTATION, check_takes_shards, kind_of, missing_state
-from lightning_sft.training.parameter_groups import number_as_in_module
+from lightning_sft.training.parameter_groups import Places, check_same_parameters, number_as_in_module
 from lightning_sft.training.run_facts import run_facts
 
 _KEY = "optimizer_settings"  # in a checkpoint
@@ -220,6 +220,7 @@ class Continuation:
         self._settings: Mapping[str, Any] = {}  # of the checkpoint, by name
         self._left: _Left | None = None
         self._then: OptimizerSettings | None = None
+        self._trained: Places = ()  # of the checkpoint
         self._now: OptimizerSettings | None = None
 
     def begin(self, trainer: L.Trainer) -> None:
@@ -228,6 +229,7 @@ class Continuation:
         if trainer.global_step > 0 and self._now is not None and optimizers:
             self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
         self._continues, self._step, self._settings, self._then, self._now = False, None, {}, None, None
+        self._trained = ()
         _go_on_in_data(trainer)
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
@@ -236,6 +238,9 @@ class Continuation:
         self._settings = checkpoint.get("model_card", {}).get("settings", {})
         if (values := checkpoint.get(_KEY)) is not None:
             self._then = OptimizerSettings(**values)
+        self._trained = [
+            group["params"] for group in checkpoint.get("optimizer_states", [{}])[0].get("param_groups", [])
+        ]
 
     def save(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
         """Store what a run that continues from this checkpoint is compared with; see also `number_as_in_module`."""
@@ -247,7 +252,7 @@ class Continuation:
             ):
                 number_as_in_module(state, optimizer, module)
 
-    def check(self, optimizers: Sequence[Optimizer]) -> None:
+    def check(self, optimizers: Sequence[Optimizer], module: L.LightningModule) -> None:
         """Note what the optimizer is made with, before it is restored.
 
         Raises:
@@ -264,6 +269,7 @@ class Continuation:
         self._now = OptimizerSettings.of(optimizers[0])
         if self._then is not None:
             check_optimizer(self._then, self._now)
+            check_same_parameters(self._trained, optimizers[0], module)
         check_takes_shards(optimizers[0])
         _check_same_step(self._step)
 

@@ -256,7 +256,7 @@ class SFTModule(RotaryInFloat32, DatedMetrics, StoredModule):
 
     def on_fit_start(self) -> None:
         """Say how much there is to train; refuse to continue with another optimizer."""
-        self._continuation.check(self.trainer.optimizers)
+        self._continuation.check(self.trainer.optimizers, self)
         announce_state(list(self.parameters()), self.optimizer_factory)
 
     def on_train_start(self) -> None:

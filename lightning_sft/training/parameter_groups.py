@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
@@ -9,8 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sft.checks import check_type
-from lightning_sft.errors import SettingsError, one_line, shorten
+from lightning_sft.errors import SettingsError, and_more, one_line, shorten
 from lightning_sft.model.parameter_names import check_patterns, matching
+
+Places = Sequence[Sequence[int]]  # of the parameters of each group, in the module
 
 
 class ParameterGroups:
@@ -124,3 +127,30 @@ def number_as_in_module(state: dict[str, Any], optimizer: Optimizer, module: nn.
     state["state"] = {numbers[then]: values for then, values in state["state"].items()}
     for group in state["param_groups"]:
         group["params"] = [numbers[then] for then in group["params"]]
+
+
+def check_same_parameters(saved: Places, optimizer: Optimizer, module: nn.Module) -> None:
+    """Refuse to restore an optimizer of other parameters: torch gives the states to parameters by their order alone.
+
+    Args:
+        saved: Those of a checkpoint, as `number_as_in_module` numbers them; empty if it does not say.
+        optimizer: Made anew. Of one with parameters of its own nothing is known.
+        module: Whose parameters it trains.
+    """
+    names = {parameter: name.removeprefix("model.") for name, parameter in module.named_parameters()}
+    if not saved or not names.keys() >= set(parameters_of(optimizer)):
+        return
+    in_order = [*names.values(), *["?"] * max(chain(*saved), default=0)]
+    then = [[in_order[place] for place in group] for group in saved]
+    now = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if then != now:
+        here = set(chain(*now))
+        differing = sorted(here ^ set(chain(*then)))
+        what = "the same parameters in other groups"
+        if differing:
+            where = "here" if differing[0] in here else "there"
+            what = f"other parameters: `{differing[0]}` is trained only {where}{and_more(differing)}"
+        raise SettingsError(
+            f"The checkpoint is of a run that trained {what}. Freeze the same ones (`freeze`, `requires_grad`), in the "
+            "same groups, or begin a new run with its weights (`--init_from`)."
+        )

@@ -122,3 +122,21 @@ def test_an_optimizer_of_other_parameters_begins_anew_and_says_so(tmp_path, capl
     assert "continues after an earlier `fit`, but with another optimizer, other parameters" in caplog.text
     assert trainer.optimizers[0].state[module.model.lm_head.weight]["step"] == 3
     assert rates == [0.01] * 6
+
+
+def test_a_checkpoint_with_states_of_other_parameters_is_refused_also_where_they_have_the_same_shapes(tmp_path):
+    def begin_without(layer, max_epochs):
+        trainer, module, _ = begin(tmp_path, max_epochs)
+        module.configure_model()
+        module.model.get_submodule(layer).requires_grad_(False)
+        return trainer, module
+
+    trainer, module = begin_without("model.layers.0.self_attn.q_proj", 1)
+    trainer.fit(module, make_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    message = r"trained other parameters: `model.layers.0.self_attn.k_proj.weight` is trained only there, and 1 more"
+    trainer, module = begin_without("model.layers.0.self_attn.k_proj", 2)
+    with pytest.raises(SettingsError, match=message):
+        trainer.fit(module, make_data(), ckpt_path=tmp_path / "one.ckpt")
+    trainer, module = begin_without("model.layers.0.self_attn.q_proj", 2)
+    trainer.fit(module, make_data(), ckpt_path=tmp_path / "one.ckpt")
