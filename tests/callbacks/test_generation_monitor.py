@@ -2,7 +2,6 @@
 
 import json
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -118,13 +117,7 @@ def test_test_reports_loss_and_rewards_over_all_rows(tmp_path, monkeypatch, caps
 
     module = SFTModule(tiny_model())
     data = SFTDataModule(character_tokenizer(), test_data=ROWS, batch_size=4)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=[make_monitor(reward_fn=every_third)],
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = make_trainer(tmp_path, callbacks=[make_monitor(reward_fn=every_third)])
     (metrics,) = trainer.test(module, data, verbose=False)
     lines = [json.loads(line) for line in (tmp_path / "generations" / "test_step_0.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(12))
@@ -155,13 +148,13 @@ def test_fast_dev_run_generates_but_writes_nothing(tmp_path):
 
 
 def test_a_monitor_without_an_sft_datamodule_says_so(tmp_path):
-    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[make_monitor()], max_steps=1)
+    trainer = make_trainer(tmp_path, callbacks=[make_monitor()])
     with pytest.raises(ValueError, match="`GenerationMonitor` takes its prompts from an `SFTDataModule`"):
         trainer.validate(SFTModule(tiny_model()), torch.utils.data.DataLoader([1]))
 
 
 def test_a_monitor_without_an_sft_module_says_so(tmp_path):
-    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[make_monitor()], max_steps=1)
+    trainer = make_trainer(tmp_path, callbacks=[make_monitor()])
     with pytest.raises(ValueError, match="`GenerationMonitor` generates with an `SFTModule`"):
         trainer.validate(BoringModel(), SFTDataModule(character_tokenizer(), ROWS, ROWS[:5]))
 

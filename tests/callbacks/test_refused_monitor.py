@@ -2,8 +2,8 @@
 
 import time
 
-import lightning as L
 import pytest
+from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_config
 from support.refusals import ROWS, Refusal, each
 
@@ -55,17 +55,7 @@ def hangs(response: str, ground_truth: str) -> dict[str, float]:
 
 def test_a_reward_that_hangs_does_not_stop_training(tmp_path):
     monitor = GenerationMonitor(hangs, num_prompts=1, sampling=Sampling(max_new_tokens=2), reward_seconds=0.2)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        callbacks=[monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[monitor])
     with pytest.warns(
         UserWarning, match=r"failed on 1 of 1 examples, which count as 0. The first: it took longer than"
     ):

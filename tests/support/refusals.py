@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning as L
 import pytest
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.errors import SettingsError
+from support.fits import make_trainer
 from support.models import character_tokenizer
 
 ROWS = [{"prompt": f"q{i}", "output": "abc"} for i in range(4)]
@@ -107,9 +107,8 @@ def fit(
     """One optimizer step; `options` are the module's."""
 
     def provoke(folder: Path) -> None:
-        how = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_checkpointing": False}
-        how |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
         rows = SFTDataModule(character_tokenizer(), ROWS, **(of_data or {}))
-        L.Trainer(**(how | (trainer or {}))).fit(SFTModule(model, **options), rows, ckpt_path=ckpt_path)
+        how = {"max_steps": 1} | (trainer or {})
+        make_trainer(folder, **how).fit(SFTModule(model, **options), rows, ckpt_path=ckpt_path)
 
     return provoke

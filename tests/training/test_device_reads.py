@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.cuda import NEEDS_CUDA, attend_as_the_kernel
 from support.device_reads import DeviceReadError, NoDeviceReads
+from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_config
 from support.processes import Processes
 from support.runs import ROWS, adamw, train
@@ -81,10 +82,8 @@ class NoWaits:
 def run(device, data, config, accelerator="cpu", **module):
     on_device = OnDevice(device)
     callbacks = [on_device, TokenThroughput(), StepProgressBar()]
-    trainer = L.Trainer(
-        accelerator=accelerator, max_steps=4, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        callbacks=callbacks, num_sanity_val_steps=0, precision=module.pop("precision", "32-true"),
-    )  # fmt: skip
+    options = {"accelerator": accelerator, "precision": module.pop("precision", "32-true")}
+    trainer = make_trainer(".", max_steps=4, callbacks=callbacks, enable_progress_bar=True, **options)
     rows = SFTDataModule(character_tokenizer(), ROWS, batch_size=8, **data)
     trainer.fit(SFTModule(tiny_config(**config), optimizer=adamw, **module), rows)
     return on_device.num_steps

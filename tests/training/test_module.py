@@ -8,12 +8,12 @@ import lightning as L
 import pytest
 import torch
 from support.fits import ROWS, fit, make_data, make_trainer, sgd
-from support.models import character_tokenizer, tiny_config, tiny_model
+from support.models import tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
-from lightning_sft import GenerationMonitor, Sampling, SFTDataModule, SFTModule
+from lightning_sft import GenerationMonitor, Sampling, SFTModule
 
 
 def never(response, ground_truth):
@@ -188,15 +188,11 @@ def test_dropout_is_drawn_anew_each_step_and_is_the_same_in_each_run(tmp_path):
 
 def test_a_model_is_trained_after_it_was_evaluated(tmp_path):
     """Evaluations are in inference mode, whose tensors cannot be changed outside of it."""
-    module, data = (
-        SFTModule(tiny_config(), optimizer=sgd),
-        SFTDataModule(character_tokenizer(), ROWS, val_data=ROWS[:4]),
-    )
-    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 2}
-    before = L.Trainer(**options, accelerator="cpu").validate(module, data, verbose=False)
-    trainer = L.Trainer(**options, accelerator="cpu")
+    module, data = SFTModule(tiny_config(), optimizer=sgd), make_data(val_data=ROWS[:4])
+    before = make_trainer(tmp_path).validate(module, data, verbose=False)
+    trainer = make_trainer(tmp_path, max_steps=2, val_check_interval=2)
     trainer.fit(module, data)
-    after = L.Trainer(**options, accelerator="cpu").validate(module, data, verbose=False)
+    after = make_trainer(tmp_path).validate(module, data, verbose=False)
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(after[0]["val/loss"], abs=1e-6)
     assert after[0]["val/loss"] < before[0]["val/loss"]
 

@@ -1,10 +1,9 @@
 """Other losses and noise in whole runs: exact under any split, and refused where they make no sense."""
 
-import lightning as L
 import pytest
 import torch
 from support.processes import Processes
-from support.runs import train
+from support.runs import StopAt, train
 
 from lightning_sft import SFTModule
 from lightning_sft.errors import SettingsError
@@ -62,11 +61,7 @@ def test_two_processes_are_one(tmp_path, whole_steps, strategy):
 
 
 def test_a_run_with_noise_continues_to_the_last_bit(tmp_path, whole_steps):
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.should_stop = trainer.global_step == 7
-
-    train(tmp_path, module=OBJECTIVES["noise"], dtype="float64", callbacks=[Stop()])
+    train(tmp_path, module=OBJECTIVES["noise"], dtype="float64", callbacks=[StopAt(7)])
     continued = train(tmp_path, module=OBJECTIVES["noise"], dtype="float64")
     assert continued["losses"] == whole_steps["noise"]["losses"]
 

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
+from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_config, tiny_model
 from support.refusals import ROWS, Provoke, Refusal, assert_says, each, fit, write
 from support.untrusted import Payload, trace_of_payload
@@ -212,8 +212,7 @@ def test_a_sharded_checkpoint_of_tensors_and_plain_values_is_loaded(tmp_path, mo
 def good(tmp_path_factory):
     """The checkpoint of a run of one step."""
     path = tmp_path_factory.mktemp("run") / "good.ckpt"
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **silent)
+    trainer = make_trainer(path.parent, max_steps=1)
     trainer.fit(SFTModule(tiny_config()), SFTDataModule(character_tokenizer(), ROWS))
     trainer.save_checkpoint(path, weights_only=False)
     return str(path)

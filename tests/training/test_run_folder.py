@@ -2,20 +2,16 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from support.fits import make_data
+from support.fits import make_data, make_trainer
 from support.models import tiny_config
 
 from lightning_sft import LastCheckpoint, SettingsError, SFTModule
 
 
 def run(folder, max_steps, ckpt_path=None):
-    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(
-        logger=False, default_root_dir=folder, max_steps=max_steps, callbacks=[LastCheckpoint()], **options
-    )
+    trainer = make_trainer(folder, max_steps=max_steps, callbacks=[LastCheckpoint()], enable_checkpointing=True)
     trainer.fit(SFTModule(tiny_config()), make_data(), ckpt_path=ckpt_path)
     trainer.validate(trainer.model, make_data(val_data=[{"prompt": "a", "output": "b"}]), verbose=False)
 

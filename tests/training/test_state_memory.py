@@ -1,8 +1,8 @@
 """Memory that is kept from step to step, against that of real optimizers."""
 
-import lightning as L
 import pytest
 import torch
+from support.fits import make_trainer
 from support.models import character_tokenizer, tiny_config, tiny_model
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -47,10 +47,7 @@ def test_an_optimizer_that_reads_values_is_said_to_be_unknown():
 def test_a_run_begins_by_saying_how_much_it_trains(tmp_path, caplog):
     data = SFTDataModule(character_tokenizer(), [{"prompt": "a", "output": "b"}])
     module = SFTModule(tiny_config(), lr_scheduler="constant")
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    L.Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, **dict.fromkeys(quiet, False)).fit(
-        module, data
-    )
+    make_trainer(tmp_path, max_steps=1).fit(module, data)
     count = 2 * 131 * 16 + 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
     said = f"{count:,} parameters, all of them trained; weights, gradients and optimizer: {16 * count / 1024:.1f} KiB"
     assert said in caplog.text
