@@ -75,7 +75,7 @@ def generate_responses(
     responses: dict[int, Response] = {}
     with (
         torch.compiler.set_stance("force_eager"),  # a model compiled for training would compile anew for every cache
-        RoutingRecorder(model),  # a loss of routing would take the mask of the whole prompt for that of a token
+        RoutingRecorder(model),  # a router loss would take the mask of the whole prompt for that of a token
     ):
         while batch.rows:
             ends = ResponseEnds(batch, eos_ids, stop_strings, tokenizer)

@@ -24,7 +24,7 @@ if torch.backends.cuda.is_built():  # other builds would import it for nothing
         from torch.nn.attention.varlen import varlen_attn
 
         _HAS_KERNEL = True
-# Fewer heads of keys than of queries: torch 2.11 takes them without a word, newer ones want to be told.
+# Newer versions of torch than 2.11 have to be told that there may be fewer heads of keys than of queries.
 _GROUPED: dict[str, Any] = {}
 if _HAS_KERNEL and "enable_gqa" in inspect.signature(varlen_attn).parameters:
     _GROUPED["enable_gqa"] = True

@@ -43,7 +43,7 @@ class ResponseScores:
             is a `loss`.
         is_top1: Whether the label is the first token with the highest logit, `(num_tokens,)`, if that was asked for.
         loss: A weighted sum of what each token adds to the loss, a scalar, if that was asked for.
-        routing: What the routers of a mixture of experts have said, if its configuration asks for a loss of that.
+        routing: The routers' logits of a mixture of experts, if its configuration asks for a router loss.
     """
 
     log_probs: Tensor

@@ -1,4 +1,4 @@
-"""Models by name, by folder or from settings: with all of their weights, and no code of theirs."""
+"""Models by name, by folder or from settings: with all of their weights, and without running code of theirs."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from lightning_sft.errors import SettingsError, and_more, is_missing_path, one_line, shorten
 from lightning_sft.hub import commit_of
 
-# Arguments of `from_pretrained` that its configuration must not take over; the other ones, such as `revision` or
-# `subfolder`, say where it is, or change a setting of it.
+# Arguments of `from_pretrained` that are of the weights. The others, such as `revision` or `subfolder`, say where the
+# configuration is, or change a setting of it.
 _OF_WEIGHTS = ("dtype", "attn_implementation", "quantization_config", "device_map")
 
 

@@ -1,4 +1,4 @@
-"""A few short documents through a model, to find out what it does rather than to trust its settings."""
+"""Runs a few short documents through a model, to find out what it does rather than to trust its settings."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from lightning_sft.model.attention import packed_inputs
 from lightning_sft.model.modes import evaluating
 from lightning_sft.model.routing import RoutingRecorder
 
-# What a model raises that does not take a call: a shape, a type, an argument, something that it is not given.
+# What a model raises if it does not take a call: because of a shape, a type, an argument, or one that is missing.
 CALL_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)
 
 

@@ -1,4 +1,4 @@
-"""Losses that a model's configuration asks for beside that of the tokens: taken over, or refused."""
+"""Losses of routers that a model's configuration asks for beside that of the tokens: found, or refused."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ _LARGE = float(2**20)  # so that no digit of the coefficient is lost beside the 
 
 
 def router_coefficient(model: PreTrainedModel) -> float:
-    """What the loss of routing is multiplied by; 0 unless the model's configuration asks for it.
+    """What the router loss is multiplied by; 0 unless the model's configuration asks for it.
 
-    It does with `output_router_logits` and a coefficient, which has many names. So the model is run on a few tokens
-    with labels, and given two values for that loss. A loss that is not known here is refused.
+    The configuration asks by `output_router_logits` and a coefficient, which has many names. To find the coefficient,
+    the model is run on a few tokens with labels, and given two values for the router loss. A loss that is not known
+    here is refused.
     """
     _refuse_z_loss(model)
     if next(model.parameters()).is_meta:
@@ -41,7 +42,7 @@ def router_coefficient(model: PreTrainedModel) -> float:
 
 
 def _refuse_z_loss(model: PreTrainedModel) -> None:
-    """It is a mean over all tokens, those of prompts too, of a sum over logits that the head does not keep."""
+    """Refuse a z-loss: a mean over all tokens, prompts included, of a sum over logits that the head does not keep."""
     for name, value in vars(model.config.get_text_config(decoder=True)).items():
         if "z_loss_coef" in name and value:
             raise SettingsError(

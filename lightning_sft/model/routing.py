@@ -1,4 +1,4 @@
-"""How a mixture of experts has distributed its tokens, and the loss that keeps experts equally busy.
+"""How a mixture of experts has distributed its tokens, and the router loss, which keeps experts equally busy.
 
 Over the tokens of all layers `f_e` is how often expert `e` is chosen for a token, and `p_e` its mean probability; the
 loss is `coefficient * num_experts * sum_e f_e p_e` (Switch Transformers, https://huggingface.co/papers/2101.03961).
@@ -21,7 +21,7 @@ _FUNCTION = "load_balancing_loss_func"  # what models of `transformers` compute 
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers of one forward pass have said.
+    """The routers' logits in one forward pass.
 
     Attributes:
         logits: Of each layer, `(num_tokens, num_experts)`, padding included.
@@ -67,14 +67,11 @@ class RoutingSums:
 
 
 class RoutingRecorder:
-    """A context in which a model's loss of routing is not computed by itself, but what it is made of is kept.
+    """A context in which a model does not compute its router loss; what the loss is made of is kept instead.
 
-    By itself the model would compute it from one forward pass, and take the mask of packed attention for one of tokens.
-    Once the model has run, `routing` holds what was found; None if the model computes no such loss.
-
-    Args:
-        model: Any module.
-        value: What the model is given for the loss.
+    The model would compute it from this forward pass alone, and take the mask of packed attention for one of tokens.
+    Once the model has run, `routing` holds what was found; None if the model computes no such loss. `value` is what the
+    model is given for the loss.
     """
 
     def __init__(self, model: nn.Module, value: float = 0.0) -> None:

@@ -79,7 +79,7 @@ def _names_of(paths: Sequence[Path]) -> list[str]:
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return ["/".join(path.parts[-depth:]) for path in paths]
+    return [Path(*path.parts[-depth:]).as_posix() for path in paths]
 
 
 def _read(path: Path, name: str, step: int | None) -> ComparedRun:

@@ -31,7 +31,7 @@ class StepSums:
     Attributes:
         loss: The loss, a scalar, with that of routing in it.
         token_entropy: Summed over the response tokens, in nats, a scalar.
-        router_loss: The loss of routing, a scalar; None where there is none.
+        router_loss: The router loss, a scalar; None where there is none.
     """
 
     loss: Tensor

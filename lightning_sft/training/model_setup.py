@@ -36,7 +36,7 @@ class ModelTraits:
     Attributes:
         why_not_packed: Why it cannot take packed batches; None if it can.
         num_positions: Inputs that a row may have at the most. None: any number.
-        router_coefficient: What the loss of routing is multiplied by; 0 unless the configuration asks for it.
+        router_coefficient: What the router loss is multiplied by; 0 unless the configuration asks for it.
     """
 
     why_not_packed: str | None

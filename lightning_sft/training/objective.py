@@ -15,7 +15,7 @@ class Objective:
         token_loss: What each response token adds to the loss.
         scale: What their sum is divided by.
         noise: What is added to the embeddings.
-        router_coefficient: What the loss of routing is multiplied by; 0: it is no part of the loss.
+        router_coefficient: What the router loss is multiplied by; 0: it is no part of the loss.
     """
 
     token_loss: TokenLoss

@@ -1,4 +1,4 @@
-"""The loss of routing of a whole optimizer step, however it is split over microbatches and devices.
+"""The router loss of a whole optimizer step, however it is split over microbatches and devices.
 
 Its gradient needs to know how often each expert is chosen in the whole step before the first backward pass. Where there
 are several microbatches, all of them go through the model once more, without gradients, and in any case the devices add
@@ -21,7 +21,7 @@ Scorer = Callable[[Microbatch], ResponseScores]
 
 
 class RouterBalance:
-    """The loss of routing of one optimizer step.
+    """The router loss of one optimizer step.
 
     Args:
         score: Scores a microbatch with a mixture of experts, whose configuration asks for the loss.

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from support.refusals import Refusal, each, write
 from lightning_sft import GenerationRecord, compare_runs
 from lightning_sft.errors import MissingFileError, SettingsTypeError
 from lightning_sft.generation.records import write_records
+from lightning_sft.results import compared_run
 from lightning_sft.results.compared_prompts import match_prompts
 
 
@@ -160,6 +162,10 @@ def test_a_page_that_cannot_hold_all_tokens_has_those_of_prompts_where_the_runs_
     }
     assert shown == {same: [None, None], text: [0, 1], reward: [2, 3]}
     assert page_data(found.page, "tokens")[3] == [["b", "<eos>"], [1, 2], [-0.5, -1.5], [0.1, 0.9]]
+
+
+def test_a_path_that_ends_as_another_one_is_named_as_a_whole():
+    assert compared_run._names_of([Path("/a/b.jsonl"), Path("/x/a/b.jsonl")]) == ["/a/b", "x/a/b"]
 
 
 def two(folder, second, **options):

@@ -1,4 +1,4 @@
-"""The loss of routing of a mixture of experts: that of the whole optimizer step, however it is split."""
+"""The router loss of a mixture of experts: that of the whole optimizer step, however it is split."""
 
 import copy
 
