@@ -223,14 +223,13 @@ class Continuation:
         self._trained: Places = ()  # of the checkpoint
         self._now: OptimizerSettings | None = None
 
-    def begin(self, trainer: L.Trainer) -> None:
-        """Begin a run, which continues nothing yet, unless the trainer still has the optimizer of an earlier `fit`."""
-        optimizers, self._left = trainer.strategy.optimizers, None
+    def next_run(self, trainer: L.Trainer) -> "Continuation":
+        """That of a run after this one: it continues nothing yet, unless the trainer still has this one's optimizer."""
+        run, optimizers = Continuation(), trainer.strategy.optimizers
         if trainer.global_step > 0 and self._now is not None and optimizers:
-            self._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
-        self._continues, self._step, self._settings, self._then, self._now = False, None, {}, None, None
-        self._trained = ()
+            run._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
         _go_on_in_data(trainer)
+        return run
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """The run continues from this checkpoint, whose optimizer is not restored yet."""
@@ -238,18 +237,21 @@ class Continuation:
         self._settings = checkpoint.get("model_card", {}).get("settings", {})
         if (values := checkpoint.get(_KEY)) is not None:
             self._then = OptimizerSettings(**values)
-        self._trained = [
-            group["params"] for group in checkpoint.get("optimizer_states", [{}])[0].get("param_groups", [])
-        ]
+        states = checkpoint.get("optimizer_states", [{}])  # those of a sharded model are elsewhere
+        if not states:
+            raise SettingsError(
+                "The checkpoint was saved where nothing was trained, such as after `trainer.validate`: it has no state "
+                "of an optimizer. Use one of a training run, or begin a new run with its weights (`--init_from`)."
+            )
+        self._trained = [group["params"] for group in states[0].get("param_groups", [])]
 
     def save(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
         """Store what a run that continues from this checkpoint is compared with; see also `number_as_in_module`."""
         if self._now is not None:
             checkpoint[_KEY] = asdict(self._now)
         if not is_sharded(module):
-            for state, optimizer in zip(
-                checkpoint.get("optimizer_states", []), module.trainer.optimizers, strict=False
-            ):
+            states = checkpoint.get("optimizer_states", [])
+            for state, optimizer in zip(states, module.trainer.optimizers, strict=False):
                 number_as_in_module(state, optimizer, module)
 
     def check(self, optimizers: Sequence[Optimizer], module: L.LightningModule) -> None:

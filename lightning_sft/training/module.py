@@ -164,7 +164,7 @@ class SFTModule(RotaryInFloat32, DatedMetrics, StoredModule):
         self.generator = None
         if stage == "fit":
             self.guard.start_run(self.global_step, self.guard.num_skipped if self.global_step else 0)
-            self._continuation.begin(self.trainer)
+            self._continuation = self._continuation.next_run(self.trainer)
 
     def configure_model(self) -> None:
         """Load or build the model, once, shard it if the strategy asks for that, and switch it to training mode."""

@@ -218,6 +218,14 @@ def good(tmp_path_factory):
     return str(path)
 
 
+def test_a_checkpoint_saved_without_training_is_refused_where_a_run_would_continue(tmp_path):
+    data, trainer = SFTDataModule(character_tokenizer(), ROWS, val_data=ROWS), make_trainer(tmp_path, max_steps=1)
+    trainer.validate(SFTModule(tiny_config()), data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "validated.ckpt")
+    with pytest.raises(SettingsError, match=r"such as after `trainer.validate`: it has no state of an optimizer\."):
+        trainer.fit(SFTModule(tiny_config()), data, ckpt_path=tmp_path / "validated.ckpt")
+
+
 OTHER_MODEL = "The checkpoint is of another model: `model.model."
 
 
