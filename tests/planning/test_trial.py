@@ -70,8 +70,8 @@ def test_lightning_s_own_finders_say_who_finds(method, instead):
     data = rows()
     data.batch_size = 8  # what Lightning looks for
     trainer = L.Trainer(**QUIET, logger=False, enable_checkpointing=False, max_steps=2)
-    with pytest.raises(
-        ValueError,
-        match=rf"does not work with manual optimization. Use `lightning_sft.{instead}\(module, datamodule\)`",
-    ):
+    message = (
+        rf"cannot be used: it needs automatic optimization\. Before the run use `lightning_sft\.{instead}\(module, "
+    )
+    with pytest.raises(ValueError, match=message):
         getattr(Tuner(trainer), method)(module(), datamodule=data)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
-    BatchSizeFinder,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -55,7 +54,6 @@ class Unfreeze(BaseFinetuning):
         (Unfreeze(), r"`Unfreeze` .* `requires_grad_\(trainer.current_epoch >= N\)`"),
         (ModelPruning("l1_unstructured", amount=0.5), "`ModelPruning` .* `torch.nn.utils.prune`"),
         (GradientAccumulationScheduler({0: 2}), "`GradientAccumulationScheduler` .* `gradient_accumulation_steps`"),
-        (BatchSizeFinder(), "`BatchSizeFinder` .* `lightning_sft.find_batch_size"),
         (ModelCheckpoint(train_time_interval=timedelta(minutes=1)), "`train_time_interval`, .* `every_n_train_steps`"),
     ],
 )
