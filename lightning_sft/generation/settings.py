@@ -13,16 +13,7 @@ REWARD_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How responses are drawn, how many at a time, and how they are scored.
-
-    Args:
-        reward_fn: Called with response and ground truth; returns `format_reward`, `answer_reward` and `reward`.
-        sampling: How responses are drawn.
-        max_tokens_per_batch: The most tokens of a batch, those that may be generated included, on each device. None:
-            `tokens_per_batch` of the model.
-        reward_seconds: The most that the reward function may take for one response. None: no limit.
-        generator: Generates the responses in the model's place. None: the model does.
-    """
+    """How responses are drawn, how many at a time, and how they are scored: the arguments of `log_generations`."""
 
     reward_fn: RewardFunction = r1_zero_reward
     sampling: Sampling = field(default_factory=Sampling)

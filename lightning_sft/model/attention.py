@@ -43,18 +43,11 @@ def varlen_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document of a packed row.
+    """Causal attention within each document of a packed row, with the arguments that `transformers` gives.
 
-    Args:
-        module: The layer.
-        query: `(1, num_heads, num_tokens, head_size)`.
-        key: `(1, num_key_value_heads, num_tokens, head_size)`.
-        value: Likewise.
-        attention_mask: None when packed.
-        scaling: Multiplies the scores; None: `head_size ** -0.5`.
-        dropout: Probability.
-        **kwargs: `cu_seq_lens_q`, where documents begin and end; `max_length_q`; `sliding_window`, the most tokens
-            that a token attends to, itself included; what else `sdpa` takes.
+    Queries are `(1, num_heads, num_tokens, head_size)`, keys and values `(1, num_key_value_heads, num_tokens,
+    head_size)`. A packed row has `cu_seq_lens_q`, where documents begin and end, `max_length_q`, and perhaps
+    `sliding_window`, the most tokens that a token attends to, itself included.
 
     Returns:
         `(1, num_tokens, num_heads, head_size)`, and None for the attention weights.

@@ -42,14 +42,10 @@ class HeadGradients:
     def add_tile(
         self, rows: slice, weight_tile: WeightTile, hidden: Tensor, gradient: Tensor, coefficient: Tensor
     ) -> None:
-        """Add some rows' part on a tile.
+        """Add the part of some rows, which have these hidden states, on a tile.
 
-        Args:
-            rows: Which of all rows they are.
-            weight_tile: The tile.
-            hidden: The rows' hidden states.
-            gradient: Of the tile, with respect to the logits before the cap, `(rows, width)`.
-            coefficient: Probability of the tile times the token weights, `(rows,)`.
+        `gradient` is that of the tile with respect to the logits before the cap, `(rows, width)`. `coefficient` is the
+        probability of the tile times the token weights, `(rows,)`.
         """
         tokens, weight = weight_tile
         coefficient = (coefficient * self._scale).unsqueeze(-1)

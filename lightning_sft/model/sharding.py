@@ -149,9 +149,13 @@ def gathered(value: _T, num_processes: int) -> list[_T]:
     return values
 
 
+def _sharded_parts(module: nn.Module) -> list[FSDPModule]:
+    return [each for each in module.modules() if isinstance(each, FSDPModule)]
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether each process holds a share of the weights only, so that all have to run the module together."""
-    return any(isinstance(each, FSDPModule) for each in module.modules())
+    return bool(_sharded_parts(module))
 
 
 def reshard(module: nn.Module) -> None:
@@ -159,9 +163,8 @@ def reshard(module: nn.Module) -> None:
 
     What is then done to its parameters, such as freezing some or clearing gradients, is done to those that are trained.
     """
-    for each in module.modules():
-        if isinstance(each, FSDPModule):
-            each.reshard()
+    for part in _sharded_parts(module):
+        part.reshard()
 
 
 @contextmanager
@@ -181,11 +184,10 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
         with module.no_sync():
             yield
     else:
-        sharded = [each for each in module.modules() if isinstance(each, FSDPModule)]
-        for each in sharded:
-            each.set_requires_gradient_sync(False, recurse=False)
+        for part in _sharded_parts(module):
+            part.set_requires_gradient_sync(False, recurse=False)
         try:
             yield
         finally:
-            for each in sharded:
-                each.set_requires_gradient_sync(True, recurse=False)
+            for part in _sharded_parts(module):
+                part.set_requires_gradient_sync(True, recurse=False)

@@ -171,35 +171,21 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """What is the same for all tiles.
-
-    Attributes:
-        transform: Makes logits of the head's products.
-        dtype: Type in which matrices are multiplied.
-        return_is_top1: Whether to find out if the label has the largest logit.
-        tiling: How the logits are divided into tiles.
-        token_loss: What each token adds to the loss, if there is one.
-    """
+    """What is the same for all tiles."""
 
     transform: LogitTransform
-    dtype: torch.dtype
-    return_is_top1: bool
+    dtype: torch.dtype  # in which matrices are multiplied
+    return_is_top1: bool  # whether to find out if the label has the largest logit
     tiling: Tiling
     token_loss: TokenLoss = NLL
 
 
 @dataclass(frozen=True)
 class TiledHead:
-    """A head whose logits are computed tile by tile.
+    """A head whose logits are computed tile by tile."""
 
-    Attributes:
-        weight: `(vocab_size, hidden_size)`.
-        bias: `(vocab_size,)`, if there is one.
-        settings: What is the same for all tiles.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # (vocab_size, hidden_size)
+    bias: Tensor | None  # (vocab_size,)
     settings: ScoringSettings
 
     def weight_tiles(self) -> Iterator[WeightTile]:
