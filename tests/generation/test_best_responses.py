@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from support.models import character_tokenizer
+from support.records import made_up_record
 
-from lightning_sft import GenerationRecord, SettingsError, SFTDataModule, best_responses, is_rewarded
+from lightning_sft import SettingsError, SFTDataModule, best_responses, is_rewarded
 from lightning_sft.cli.app import run_command
 from lightning_sft.errors import MissingFileError, SettingsTypeError
 from lightning_sft.generation.records import write_records
@@ -15,25 +16,9 @@ from lightning_sft.generation.records import write_records
 EOS = "<eos>"
 
 
-def record(prompt, response, reward, stop_reason="eos", **more):
-    tokens = [*response, EOS] if stop_reason == "eos" else list(response)
-    values = [0.0] * len(tokens)
-    return GenerationRecord(
-        prompt=prompt,
-        response=response,
-        ground_truth="1",
-        format_reward=1.0,
-        answer_reward=reward,
-        reward=reward,
-        token_entropy=0.0,
-        response_length=len(tokens),
-        stop_reason=stop_reason,
-        token_ids=[1] * len(tokens),
-        tokens=tokens,
-        token_log_probs=values,
-        token_entropies=values,
-        **more,
-    )
+def record(prompt, response, reward, stop_reason="eos", **changes):
+    tokens = [*response, EOS] if stop_reason == "eos" else response
+    return made_up_record(prompt, [*tokens], reward, response=response, stop_reason=stop_reason, **changes)
 
 
 RECORDS = [

@@ -8,6 +8,7 @@ import threading
 from functools import partial
 
 import pytest
+from support.records import made_up_record
 
 from lightning_sft.generation.report.page import update_index, write_page
 
@@ -31,26 +32,9 @@ def page(browser, tmp_path):
 
 
 def record(index, response, format_reward=1.0, answer_reward=1.0, tokens=None, **changes):
-    tokens = [response] if tokens is None else tokens
-    made = {
-        "index": index,
-        "sample": 0,
-        "prompt": f"{PREAMBLE}Question {index}",
-        "response": response,
-        "ground_truth": f"truth {index}",
-        "format_reward": format_reward,
-        "answer_reward": answer_reward,
-        "reward": answer_reward,
-        "token_entropy": 0.5,
-        "response_length": len(tokens),
-        "stop_reason": "stop",
-        "reward_error": None,
-        "token_ids": list(range(len(tokens))),
-        "tokens": tokens,
-        "token_log_probs": [-1.0] * len(tokens),
-        "token_entropies": [1.0] * len(tokens),
-    }
-    return made | changes
+    made = made_up_record(f"{PREAMBLE}Question {index}", response if tokens is None else tokens, answer_reward)
+    values = {"index": index, "response": response, "format_reward": format_reward, "ground_truth": f"truth {index}"}
+    return vars(made) | values | changes
 
 
 RECORDS = [

@@ -5,9 +5,10 @@ import math
 import time
 
 import pytest
+from support.records import made_up_record
 from support.refusals import write
 
-from lightning_sft import GenerationRecord, compare_runs
+from lightning_sft import compare_runs
 from lightning_sft.generation.records import write_records
 
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -21,28 +22,9 @@ HOSTILE = [
 ]
 
 
-def record(index, tokens, answer, prompt=None, sample=0, ground_truth="5", **values):
-    tokens = [tokens] if isinstance(tokens, str) else tokens
-    made = GenerationRecord(
-        f"Question {index}?" if prompt is None else prompt,
-        "".join(tokens),
-        ground_truth,
-        None if answer is None else 1.0,
-        answer,
-        answer,
-        0.5,
-        len(tokens),
-        "stop",
-        None,
-        index,
-        sample,
-        list(range(len(tokens))),
-        tokens,
-        [-0.25] * len(tokens),
-        [0.5] * len(tokens),
-    )
-    vars(made).update(values)
-    return made
+def record(index, tokens, answer, prompt=None, **changes):
+    prompt = f"Question {index}?" if prompt is None else prompt
+    return made_up_record(prompt, tokens, answer, index=index, **({"ground_truth": "5"} | changes))
 
 
 @pytest.fixture
