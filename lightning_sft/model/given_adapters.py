@@ -54,6 +54,7 @@ def settings_of_given(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[
 
 
 def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Refuse adapters that `add_lora` would not make again by these settings, or of which other weights are trained."""
     for module in model.modules():
         if getattr(module, "merged", False) is True:
             raise SettingsError("`model` has adapters that are merged into its weights. Call its `unmerge_adapter()`.")
@@ -68,9 +69,8 @@ def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> No
     misfits += [
         f"`{name}` is {tuple(here[name].shape)}" for name in own & here.keys() if here[name].shape != there[name].shape
     ]
-    misfits += [
-        f"`{name}` has another scale" for name, scale in _scales(again).items() if _scales(model).get(name) != scale
-    ]
+    scales = _scales(model)
+    misfits += [f"`{name}` has another scale" for name, scale in _scales(again).items() if scales.get(name) != scale]
     if misfits:
         raise SettingsError(
             f"`model` has adapters that do not match their configuration: {misfits[0]}. A checkpoint of them could not "
@@ -95,5 +95,6 @@ def _check_made_again(model: PreTrainedModel, settings: Mapping[str, Any]) -> No
 
 
 def _scales(model: nn.Module) -> dict[str, float]:
+    """What the adapter of each layer is multiplied by."""
     layers = {name: getattr(module, "scaling", None) for name, module in model.named_modules()}
     return {name: scale["default"] for name, scale in layers.items() if isinstance(scale, dict) and "default" in scale}
