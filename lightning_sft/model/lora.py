@@ -4,6 +4,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -127,11 +128,23 @@ def keep_adapters(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
     They are converted to float32 in place, or to the type of the model if that is more precise.
     """
     model.lora_settings = dict(settings)  # type: ignore[assignment]
+    model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[method-assign]
     trained = [(name, each) for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad]
     model.adapter_names = frozenset(name for name, _ in trained)  # type: ignore[assignment]
     dtype = torch.promote_types(model.dtype, torch.float32)  # half precision would lose small steps
     for _, weight in trained:
         weight.data = weight.data.to(torch.promote_types(weight.dtype, dtype))
+
+
+def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Write no adapters that nobody can load: `transformers` knows of those alone that it has loaded itself."""
+    if not model._hf_peft_config_loaded and any(hasattr(each, "base_layer") for each in model.modules()):
+        raise SettingsError(
+            f"`save_pretrained` would write {type(model).__name__} by the names that its layers have beside adapters, "
+            "for which `from_pretrained` would draw new weights. Use `lightning_sft.export_model(model, folder, "
+            "tokenizer)`, which merges the adapters, or with `merge_lora=False` writes them alone."
+        )
+    type(model).save_pretrained(model, *args, **kwargs)
 
 
 def adapter_names(model: nn.Module) -> frozenset[str]:

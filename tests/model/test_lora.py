@@ -1,12 +1,15 @@
 """Adapters beside frozen weights: what they compute, and which settings are refused."""
 
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.lora import LORA, MODELS, build, disturb, logits
+from transformers import AutoModelForCausalLM
 
-from lightning_sft import SettingsError, SFTModule
+from lightning_sft import SettingsError, SFTModule, export_model
 from lightning_sft.model.lora import add_lora
 from lightning_sft.model.packing import enable_packing
 
@@ -48,6 +51,24 @@ def test_an_adapted_layer_is_the_layer_and_a_product_of_low_rank(name):
 def test_settings_that_do_not_fit_are_refused(lora, message):
     with pytest.raises(ValueError, match=message):
         SFTModule(build("tied"), lora=lora).configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_a_model_with_adapters_is_not_saved_by_names_that_nobody_can_load(tmp_path):
+    wrapped = get_peft_model(build("untied"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    module = SFTModule(wrapped)
+    module.configure_model()
+    expected = logits(module.model)
+    for model in (module.model, deepcopy(module).model):
+        with pytest.raises(
+            SettingsError, match=r"would write LlamaForCausalLM by .* Use `lightning_sft.export_model\(m"
+        ):
+            model.save_pretrained(tmp_path / "saved")
+    export_model(module.model, tmp_path / "exported")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for folder in ("exported", "merged"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
 
 
 def test_adapters_that_are_there_already_are_not_taken_for_others():
