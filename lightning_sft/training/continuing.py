@@ -118,24 +118,25 @@ def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: Optimizer
 def continue_schedule(scheduler: LRScheduler, then: OptimizerSettings | None, now: OptimizerSettings) -> None:
     """Go on at the learning rate that the schedule, as it is given now, has at this step.
 
-    The scheduler was restored from a checkpoint, whose optimizer was made with `then`, this one with `now`. `then` is
-    None if the checkpoint does not say.
+    It was restored from a checkpoint whose optimizer was made with `then` (None: it does not say), this one with `now`.
     """
     rates = [group["lr"] for group in now.groups]
-    if not isinstance(scheduler, LambdaLR):
-        before = rates if then is None else [group["lr"] for group in then.groups]
-        if before != rates and type(scheduler) in _PROPORTIONAL and all(before):
-            _scale(scheduler, [today / earlier for today, earlier in zip(rates, before, strict=True)])
-        elif before != rates:
-            raise SettingsError(
-                f"The checkpoint was made with `lr` = {before[0]}, now it is {rates[0]}, but "
-                f"{type(scheduler).__name__} computes each learning rate from the one before. Use {before[0]}, or "
-                "begin a new run with its weights (`--init_from`)."
-            )
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs[: len(rates)] = rates
+        factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+        _set_rates(scheduler, [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)])
         return
-    scheduler.base_lrs[: len(rates)] = rates
-    factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
-    _set_rates(scheduler, [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)])
+    before = rates if then is None else [group["lr"] for group in then.groups]
+    changed = [(earlier, today) for earlier, today in zip(before, rates, strict=True) if earlier != today]
+    if changed and (type(scheduler) not in _PROPORTIONAL or not all(before)):
+        earlier, today = changed[0]
+        raise SettingsError(
+            f"The checkpoint was made with `lr` = {earlier}, now it is {today}, but {type(scheduler).__name__} "
+            f"computes each learning rate from the one before. Use {earlier}, or begin a new run with its weights "
+            "(`--init_from`)."
+        )
+    if changed:
+        _scale(scheduler, [today / earlier for earlier, today in zip(before, rates, strict=True)])
 
 
 def _scale(scheduler: LRScheduler, factors: Sequence[float]) -> None:
@@ -255,12 +256,7 @@ class Continuation:
                 number_as_in_module(state, optimizer, module)
 
     def check(self, optimizers: Sequence[Optimizer], module: L.LightningModule) -> None:
-        """Note what the optimizer is made with, before it is restored.
-
-        Raises:
-            SettingsError: If there is not one, it is not that of the checkpoint, or it cannot train a sharded model; or
-                if processes continue from different steps.
-        """
+        """Note what the optimizer is made with, before it is restored; refuse one that the run cannot go on with."""
         if len(optimizers) != 1:
             raise SettingsError(
                 f"`configure_optimizers` returns {len(optimizers)} optimizers, but only one is supported. Return one "

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import math
 
 import pytest
 import torch
@@ -12,18 +11,6 @@ from support.models import character_tokenizer
 
 from lightning_sft import SFTDataModule, TokenThroughput
 from lightning_sft.callbacks.throughput import _DeviceTimer, known_peak_flops
-
-
-def test_throughput_counts_real_tokens(tmp_path, monkeypatch):
-    clock = iter(range(0, 10_000, 2))
-    monkeypatch.setattr("lightning_sft.callbacks.throughput.time.perf_counter", lambda: next(clock))
-    data = SFTDataModule(character_tokenizer(), ROWS, batch_size=12)
-    fit(tmp_path, [TokenThroughput()], CSVLogger(tmp_path), data, max_steps=1)
-    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    num_tokens = sum(len(row["prompt"]) + len(row["output"]) for row in ROWS)  # inputs: EOS is only a label
-    assert float(row["train/tokens_per_second"]) == num_tokens / 2
-    assert not math.isnan(float(row["train/loss"]))
 
 
 def read_csv(folder):

@@ -12,6 +12,7 @@ from support.models import character_tokenizer, tiny_config
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.errors import SettingsError
+from lightning_sft.training.continuing import OptimizerSettings, continue_schedule
 
 EFFECT, NONE, REFUSED = "takes effect", "cannot matter", "is refused"
 
@@ -213,6 +214,16 @@ def test_changed_settings_of_a_group_take_effect_on_it_alone(tmp_path, changed):
     weights = [run(tmp_path / f"{i}", checkpoint, module=groups(**each))[0] for i, each in enumerate(({}, changed))]
     other = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     assert other == {name for name in weights[0] if "norm" in name}
+
+
+def test_a_rate_that_cannot_be_changed_is_named_in_whatever_group_it_is():
+    def made(lr):
+        first, second = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        return torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": [second], "lr": lr}])
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(made(0.2), 8)
+    with pytest.raises(SettingsError, match=r"`lr` = 0\.2, now it is 0\.3, .* Use 0\.2, or"):
+        continue_schedule(scheduler, *(OptimizerSettings.of(made(lr)) for lr in (0.2, 0.3)))
 
 
 def shares(num_steps, num_warmup_steps=1):
