@@ -90,11 +90,8 @@ def check_optimizer(then: OptimizerSettings, now: OptimizerSettings) -> None:
 def apply_settings(optimizer: Optimizer, then: OptimizerSettings, now: OptimizerSettings) -> dict[str, tuple[Any, Any]]:
     """Let settings that were changed take effect on an optimizer that was restored from a checkpoint.
 
-    The checkpoint's optimizer was made with `then`, this one with `now`. The learning rate of one with a schedule is
-    left to `continue_schedule`.
-
-    Returns:
-        What was changed, by name: the values of `then` and of `now`.
+    The checkpoint's optimizer was made with `then`, this one with `now`. Returned are the two values of each changed
+    setting. The learning rate of an optimizer with a schedule is left to `continue_schedule`.
     """
     changed: dict[str, tuple[Any, Any]] = {}
     for group, before, today in zip(optimizer.param_groups, then.groups, now.groups, strict=True):

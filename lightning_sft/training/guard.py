@@ -62,15 +62,10 @@ class StepGuard:
         self._loss, self._locations = loss, locations
 
     def allows(self, step: int, grad_norm: Tensor, *, is_scaled: bool) -> bool:
-        """Whether the optimizer may use the gradients of the step that it is about to take, which is counted.
+        """Whether the optimizer may use the gradients of the step that it is about to take, number `step` from 1.
 
-        Args:
-            step: Its number, from 1.
-            grad_norm: Before clipping, a scalar.
-            is_scaled: Whether a loss scaler leaves out what overflows float16, which is no error and not skipped.
-
-        Raises:
-            NonFiniteError: Under `error`: this step on the CPU, the one before it on a device.
+        The gradient norm is that before clipping. With `is_scaled` a loss scaler leaves out what overflows float16,
+        which is no error and not counted as skipped.
         """
         overflows = is_scaled and not bool(grad_norm.isfinite())
         found = {"loss": self._loss, "gradient norm": None if overflows else grad_norm}
@@ -92,11 +87,7 @@ class StepGuard:
         return self.allowed
 
     def check(self) -> None:
-        """Check the latest step, if that is still to be done; this waits until its numbers have been computed.
-
-        Raises:
-            NonFiniteError: Under `error`.
-        """
+        """Check the latest step, if that is still to be done; this waits until its numbers have been computed."""
         step, self._unchecked = self._unchecked, None
         if step is not None and not self._is_finite(step):
             raise step.error()

@@ -21,13 +21,7 @@ Scorer = Callable[[Microbatch], ResponseScores]
 
 
 class RouterBalance:
-    """The router loss of one optimizer step.
-
-    Args:
-        score: Scores a microbatch with a mixture of experts, whose configuration asks for the loss.
-        step: This device's microbatches, on the device.
-        coefficient: What the loss is multiplied by.
-    """
+    """The router loss of one optimizer step, times `coefficient`; `score` runs a mixture of experts on a microbatch."""
 
     def __init__(self, score: Scorer, step: OptimizerStep, coefficient: float) -> None:
         self._coefficient = coefficient
