@@ -37,6 +37,7 @@ class RowStore:
         self.test: PreparedRows | None = None
         self.predict: list[Prompt] | None = None
         self._error: SettingsError | None = None
+        self._made_by: tuple[object, ...] = ()
 
     def keep_error(self, load: Callable[[], None]) -> None:
         """Load rows while other processes wait; if there are some, keep an error for `raise_kept_error`.
@@ -62,8 +63,13 @@ class RowStore:
                 raise error
 
     def load(self, stage: str, encoder: RowEncoder) -> None:
-        """Read and tokenise what a stage needs and is not there yet."""
+        """Read and tokenise what a stage needs and is not there yet, or was made before the tokenizer was changed."""
         check_choice("stage", stage, Stage)
+        tokenizer = encoder.tokenizer
+        made_by = tokenizer, *(getattr(tokenizer, name, None) for name in ("chat_template", "special_tokens_map"))
+        if self._made_by != made_by:
+            self.train = self.val = self.test = self.predict = None
+            self._made_by = made_by
         if stage == "fit":
             self._load_training(encoder)
             self._load_validation(encoder)

@@ -34,7 +34,7 @@ def make_requests(
     if not callable(getattr(model, "get_input_embeddings", None)):
         raise SettingsTypeError(
             f"`model` is of type {type(model).__name__}, expected a causal language model of `transformers`. Give what "
-            "the wrapper holds, such as its `module`."
+            "the wrapper holds, such as its `module` or `model`."
         )
     texts, as_written = [prompt.text for prompt in prompts], [prompt.as_written for prompt in prompts]
     encoded = encode_prompts(texts, tokenizer, as_written=as_written)

@@ -28,6 +28,21 @@ def rows_of(batch):
     ]
 
 
+def test_rows_are_those_of_the_tokenizer_as_it_is_now():
+    """As where a notebook shows them, and the tokenizer's settings are then changed."""
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    tokenizer = character_tokenizer(pad=True)
+    data = SFTDataModule(tokenizer, rows)
+    for mark, eos in (("?", "<eos>"), ("!", "<eos>"), ("!", "<pad>")):
+        tokenizer.chat_template = "{% for each in messages %}{{ each.content }}" + mark + "{% endfor %}"
+        tokenizer.eos_token = eos
+        assert data.prompts("fit")[0].text == f"a{mark}"
+        assert tokenizer.decode(data.training_rows.rows[0]["input_ids"]) == f"a{mark}b{mark}{eos}"
+    data.tokenizer = character_tokenizer(bos=True)
+    data.tokenizer.chat_template = "<bos>" + tokenizer.chat_template
+    assert data.prompts("fit")[0].text == "<bos>a!"
+
+
 def test_a_batch_is_one_optimizer_step_with_its_totals():
     batches = list(prepared(gradient_accumulation_steps=2).train_dataloader())
     assert [batch.totals.num_sequences for batch in batches] == [6, 6, 6, 2]

@@ -59,7 +59,7 @@ REFUSED = {
     "a model in a wrapper": Refusal(
         lambda folder: log_generations(DataParallel(tiny_model()), character_tokenizer(), ["a"], ["b"]),
         "`model` is of type DataParallel, expected a causal language model of `transformers`. Give what the wrapper "
-        "holds, such as its `module`.",
+        "holds, such as its `module` or `model`.",
         SettingsTypeError,
     ),
     "a tokenizer of another model": Refusal(
