@@ -18,18 +18,8 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    ExponentialLR,
-    LambdaLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    PolynomialLR,
-    ReduceLROnPlateau,
-    StepLR,
-)
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_sft.data.datamodule import SFTDataModule
 from lightning_sft.errors import SettingsError, counted
@@ -40,7 +30,10 @@ from lightning_sft.training.run_facts import run_facts
 
 _KEY = "optimizer_settings"  # in a checkpoint
 _PLAIN = (bool, int, float, str, tuple)
-_PROPORTIONAL = (StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, PolynomialLR, ReduceLROnPlateau)
+_PROPORTIONAL = (
+    *(lr_scheduler.StepLR, lr_scheduler.MultiStepLR, lr_scheduler.ExponentialLR, lr_scheduler.ConstantLR),
+    *(lr_scheduler.LinearLR, lr_scheduler.PolynomialLR, lr_scheduler.ReduceLROnPlateau),
+)
 
 
 @dataclass(frozen=True)
@@ -177,11 +170,19 @@ def _kinds(optimizer: Optimizer, schedules: Sequence[LRSchedulerConfig]) -> list
     return [type(optimizer), parameters, *(type(config.scheduler) for config in schedules)]
 
 
-def _go_on_in_data(trainer: L.Trainer) -> None:
-    """Continue where an earlier `fit` of the trainer has left its data, also in the same rows of another datamodule."""
-    data, earlier = getattr(trainer, "datamodule", None), vars(trainer).get("_data_of_fit")
-    goes_on = trainer.global_step > 0 and trainer.ckpt_path is None and data is not earlier
-    if goes_on and isinstance(data, SFTDataModule) and isinstance(earlier, SFTDataModule):
+def _go_on(trainer: L.Trainer) -> None:
+    """Continue where an earlier `fit` of the trainer has left its data, also in the same rows of another datamodule.
+
+    Another module would be trained from there on alone, and is refused.
+    """
+    module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    earlier_module, earlier = vars(trainer).get("_of_fit", (module, data))
+    if module is not earlier_module:
+        raise SettingsError(
+            f"The trainer has taken {counted(trainer.global_step, 'optimizer step')} already, with another module, and "
+            "would not begin with the first one again. Fit with a new trainer."
+        )
+    if data is not earlier and isinstance(data, SFTDataModule) and isinstance(earlier, SFTDataModule):
         try:
             data.load_state_dict(earlier.state_dict())
         except SettingsError as error:
@@ -190,7 +191,6 @@ def _go_on_in_data(trainer: L.Trainer) -> None:
                 f"The trainer has taken {counted(trainer.global_step, 'optimizer step')} already, and would go on at "
                 f"this place in other data: {then}. Fit with a new trainer, which begins at the first step."
             ) from None
-    trainer._data_of_fit = data  # type: ignore[attr-defined]
 
 
 def _check_same_step(step: int | None) -> None:
@@ -226,7 +226,6 @@ class Continuation:
         run, optimizers = Continuation(), trainer.strategy.optimizers
         if trainer.global_step > 0 and self._now is not None and optimizers:
             run._left = _Left(self._now, optimizers[0], trainer.strategy.lr_scheduler_configs)
-        _go_on_in_data(trainer)
         return run
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
@@ -261,6 +260,10 @@ class Continuation:
             )
         if isinstance(optimizers[0], _MockOptimizer):
             raise SettingsError("`configure_optimizers` returns no optimizer, so nothing would be trained. Return one.")
+        trainer = module.trainer
+        if trainer.global_step > 0 and not self._continues:
+            _go_on(trainer)
+        trainer._of_fit = module, getattr(trainer, "datamodule", None)  # type: ignore[attr-defined]
         self._now = OptimizerSettings.of(optimizers[0])
         if self._then is not None:
             check_optimizer(self._then, self._now)

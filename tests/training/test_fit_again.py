@@ -77,6 +77,21 @@ def test_other_data_is_refused_where_the_run_would_go_on_at_some_place_in_it(tmp
         trainer.fit(module, make_data(train_data=ROWS[:9]))
 
 
+def test_another_module_is_refused_of_whose_run_only_the_rest_would_be_left(tmp_path):
+    data = make_data()
+    trainer, module, _ = begin(tmp_path, 2, stop=1)
+    with pytest.raises(InterruptedError):
+        trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    other = begin(tmp_path, 2)[1]
+    with pytest.raises(
+        SettingsError, match=r"1 optimizer step already, with another module, .* Fit with a new trainer"
+    ):
+        trainer.fit(other, data)
+    trainer.fit(other, data, ckpt_path=tmp_path / "one.ckpt")
+    assert trainer.global_step == 6
+
+
 @pytest.mark.parametrize(
     ("make", "name", "value", "given"),
     [
