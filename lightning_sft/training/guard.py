@@ -78,8 +78,7 @@ class StepGuard:
             is_finite = self._is_finite(present)
             self.num_skipped += not is_finite
         else:
-            self.check()
-            self._unchecked = present
+            self._check_latest(present)
             if grad_norm.device.type == "cpu":
                 self.check()
         self.num_steps = step
@@ -88,7 +87,11 @@ class StepGuard:
 
     def check(self) -> None:
         """Check the latest step, if that is still to be done; this waits until its numbers have been computed."""
-        step, self._unchecked = self._unchecked, None
+        self._check_latest(None)
+
+    def _check_latest(self, following: "_Step | None") -> None:
+        # A following step is to be checked even if this one is refused: its weights may be saved on the exception.
+        step, self._unchecked = self._unchecked, following
         if step is not None and not self._is_finite(step):
             raise step.error()
 

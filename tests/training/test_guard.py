@@ -52,6 +52,18 @@ def test_what_is_still_on_the_device_is_read_before_anything_relies_on_it(hook, 
         getattr(module, hook)(*([{}] if hook == "on_save_checkpoint" else []))
 
 
+def test_what_a_device_computes_with_a_refused_step_is_refused_too(monkeypatch):
+    """As where `ModelCheckpoint` has `save_on_exception`: the weights have had the step by the time that it is read."""
+    guard = StepGuard("error")
+    with monkeypatch.context() as on_device:
+        on_device.setattr(guard, "check", lambda: None)
+        guard.allows(3, torch.tensor(torch.nan), is_scaled=False)
+    with pytest.raises(FloatingPointError, match="Optimizer step 3"):
+        guard.allows(4, torch.tensor(torch.nan), is_scaled=False)
+    with pytest.raises(FloatingPointError, match="Optimizer step 4"):
+        guard.check()
+
+
 def test_an_infinite_gradient_norm_stops_the_run_too(tmp_path):
     class Explode(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
