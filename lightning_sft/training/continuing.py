@@ -177,7 +177,7 @@ def _go_on(trainer: L.Trainer) -> None:
     """
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     earlier_module, earlier = vars(trainer).get("_of_fit", (module, data))
-    if module is not earlier_module:
+    if module is not earlier_module and not trainer.strategy.restore_checkpoint_after_setup:  # one may follow
         raise SettingsError(
             f"The trainer has taken {counted(trainer.global_step, 'optimizer step')} already, with another module, and "
             "would not begin with the first one again. Fit with a new trainer."

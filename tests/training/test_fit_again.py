@@ -77,7 +77,7 @@ def test_other_data_is_refused_where_the_run_would_go_on_at_some_place_in_it(tmp
         trainer.fit(module, make_data(train_data=ROWS[:9]))
 
 
-def test_another_module_is_refused_of_whose_run_only_the_rest_would_be_left(tmp_path):
+def test_another_module_is_refused_of_whose_run_only_the_rest_would_be_left(tmp_path, monkeypatch):
     data = make_data()
     trainer, module, _ = begin(tmp_path, 2, stop=1)
     with pytest.raises(InterruptedError):
@@ -88,6 +88,8 @@ def test_another_module_is_refused_of_whose_run_only_the_rest_would_be_left(tmp_
         SettingsError, match=r"1 optimizer step already, with another module, .* Fit with a new trainer"
     ):
         trainer.fit(other, data)
+    # As that of a sharded model, which Lightning restores after `on_fit_start`.
+    monkeypatch.setattr(type(trainer.strategy), "restore_checkpoint_after_setup", True)
     trainer.fit(other, data, ckpt_path=tmp_path / "one.ckpt")
     assert trainer.global_step == 6
 
