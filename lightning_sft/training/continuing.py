@@ -240,7 +240,8 @@ class Continuation:
                 "The checkpoint was saved where nothing was trained, such as after `trainer.validate`: it has no state "
                 "of an optimizer. Use one of a training run, or begin a new run with its weights (`--init_from`)."
             )
-        self._trained = [group["params"] for group in states[0].get("param_groups", [])]
+        if "state" in states[0]:  # else `number_as_in_module` has left it alone
+            self._trained = [group["params"] for group in states[0]["param_groups"]]
 
     def save(self, checkpoint: dict[str, Any], module: L.LightningModule) -> None:
         """Store what a run that continues from this checkpoint is compared with; see also `number_as_in_module`."""

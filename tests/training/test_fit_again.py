@@ -141,6 +141,23 @@ def test_an_optimizer_of_other_parameters_begins_anew_and_says_so(tmp_path, capl
     assert rates == [0.01] * 6
 
 
+def test_an_optimizer_with_a_state_dict_of_its_own_continues_with_frozen_weights(tmp_path):
+    class Wrapper(torch.optim.SGD):
+        def state_dict(self):
+            return {"wrapped": (state := super().state_dict()), "param_groups": state["param_groups"]}
+
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict["wrapped"])
+
+    options = {"optimizer": partial(Wrapper, lr=0.01, momentum=0.9), "freeze": ["embed_tokens"]}
+    trainer, module, _ = begin(tmp_path, 1, **options)
+    trainer.fit(module, make_data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    trainer, module, rates = begin(tmp_path, 2, **options)
+    trainer.fit(module, make_data(), ckpt_path=tmp_path / "one.ckpt")
+    assert len(rates) == 3
+
+
 def test_a_checkpoint_with_states_of_other_parameters_is_refused_also_where_they_have_the_same_shapes(tmp_path):
     def begin_without(layer, max_epochs):
         trainer, module, _ = begin(tmp_path, max_epochs)
