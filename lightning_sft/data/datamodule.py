@@ -82,7 +82,7 @@ class SFTDataModule(FixedDataModule):
             Their gradients are added up. Default: one, unless `max_tokens_per_microbatch` is given.
         max_tokens_per_microbatch: Instead, split each step so that no microbatch has more tokens, padding included.
         layout: `packed`: the sequences of a microbatch in one row, each attending only to itself; `padded`: one row per
-            sequence. The results are the same. Default: packed if the model supports it.
+            sequence. The results are the same. Default: in a run packed, if the model supports it.
         max_length: Maximum number of tokens of prompt and response together, EOS included. None: no limit.
         too_long: What to do with longer rows: `error`; `drop` them; `truncate` the end, which loses the EOS.
         append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that already does
@@ -288,7 +288,7 @@ class SFTDataModule(FixedDataModule):
         return self.layout or ("padded" if reason else "packed")
 
     def _loader_options(self) -> LoaderOptions:
-        module = getattr(self.trainer, "lightning_module", None)
+        module = self.trainer.lightning_module if self.trainer and self.trainer.state.status == "running" else None
         return LoaderOptions(
             self.tokenizer,
             self.layout_for(module),

@@ -66,6 +66,20 @@ def test_without_a_model_batches_are_padded_and_a_wrong_layout_is_named():
         prepared(layout="packed").train_dataloader()
 
 
+def test_after_a_fit_the_batches_of_a_loop_of_ones_own_are_padded_as_before_it(tmp_path):
+    """A packed row looks the same, but is wrong for whoever calls the model without saying where its sequences end."""
+
+    class Layouts(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.is_packed = batch.microbatches[0].packing is not None
+
+    data, layouts = SFTDataModule(character_tokenizer(), ROWS, ROWS, batch_size=6), Layouts()
+    make_trainer(tmp_path, max_steps=1, callbacks=[layouts]).fit(SFTModule(tiny_config()), data)
+    assert layouts.is_packed
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader)).microbatches[0].packing is None
+
+
 def test_loaders_need_no_setup_and_the_rows_say_what_they_are():
     data = SFTDataModule(character_tokenizer(), ROWS, ROWS[:7], "test.jsonl", batch_size=6)
     assert [batch.totals.num_sequences for batch in data.val_dataloader()] == [6, 1]
