@@ -73,6 +73,7 @@ def test_no_digits_are_lost_under_autocast_nor_to_logits_far_from_zero(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = score_labels(hidden, Head(weight), labels, **options).loss
     assert loss.dtype == torch.float32
+    assert loss == score_labels(hidden.bfloat16(), Head(weight.bfloat16()), labels, **options).loss  # multiplied so
     expected = (weights * naive(name, rounded[0] @ rounded[1].t(), labels)).sum()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
     gradients = (torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, rounded))
