@@ -274,10 +274,7 @@ class SFTDataModule(FixedDataModule):
         return {"data": self._rows.facts(), "settings": settings, "prompt_template": self._row_format.prompt_template}
 
     def layout_for(self, module: object) -> Layout:
-        """The layout that the user has chosen, or else packed if the module supports it.
-
-        Args:
-            module: Whose `why_not_packed` is the reason why it does not; empty if it does.
+        """The layout that the user has chosen, or else packed if the module's `why_not_packed` is empty.
 
         Raises:
             SettingsError: If they are to be packed, and the module cannot take that.
@@ -288,10 +285,11 @@ class SFTDataModule(FixedDataModule):
         return self.layout or ("padded" if reason else "packed")
 
     def _loader_options(self) -> LoaderOptions:
-        module = self.trainer.lightning_module if self.trainer and self.trainer.state.status == "running" else None
+        module = getattr(self.trainer, "lightning_module", None)
+        is_running = self.trainer is not None and self.trainer.state.status == "running"
         return LoaderOptions(
             self.tokenizer,
-            self.layout_for(module),
+            self.layout_for(module if is_running or self.layout else None),
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
             num_workers=self._data.num_workers,

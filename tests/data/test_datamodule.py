@@ -78,6 +78,9 @@ def test_after_a_fit_the_batches_of_a_loop_of_ones_own_are_padded_as_before_it(t
     assert layouts.is_packed
     for loader in (data.train_dataloader(), data.val_dataloader()):
         assert next(iter(loader)).microbatches[0].packing is None
+    data = SFTDataModule(character_tokenizer(), ROWS, layout="packed")
+    make_trainer(tmp_path, max_steps=1).fit(SFTModule(tiny_config()), data)
+    assert next(iter(data.train_dataloader())).microbatches[0].packing is not None  # they are asked for
 
 
 def test_loaders_need_no_setup_and_the_rows_say_what_they_are():
