@@ -78,8 +78,7 @@ class SFTDataModule(FixedDataModule):
         train_on_turns: Which of the assistant's turns in a row are learnt: `all`, or only the `last`.
         train_on_prompts: Whether every token is learnt: also of prompts, and of all turns of a conversation.
         batch_size: Sequences per optimizer step, over all devices; each example of a conversation counts as one.
-        gradient_accumulation_steps: Number of microbatches into which each device splits its part of an optimizer step.
-            Their gradients are added up. Default: one, unless `max_tokens_per_microbatch` is given.
+        gradient_accumulation_steps: Number of microbatches into which each device splits its part of a step; default 1.
         max_tokens_per_microbatch: Instead, split each step so that no microbatch has more tokens, padding included.
         layout: `packed`: the sequences of a microbatch in one row, each attending only to itself; `padded`: one row per
             sequence. The results are the same. Default: in a run packed, if the model supports it.
@@ -274,7 +273,10 @@ class SFTDataModule(FixedDataModule):
         return {"data": self._rows.facts(), "settings": settings, "prompt_template": self._row_format.prompt_template}
 
     def layout_for(self, module: object) -> Layout:
-        """The layout that the user has chosen, or else packed if the module's `why_not_packed` is empty.
+        """The layout that the user has chosen, or else packed if the module supports it.
+
+        Args:
+            module: Whose `why_not_packed` is the reason why it does not; empty if it does.
 
         Raises:
             SettingsError: If they are to be packed, and the module cannot take that.
