@@ -8,6 +8,7 @@ from argparse import SUPPRESS
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -280,6 +281,8 @@ def main() -> None:
         elif sys.argv[1:] in (["fit", "--ckpt_path", "last"], ["fit", "--ckpt_path=last"]):
             sys.argv[2:] = ["--config", str(config_of_newest_run()), "--ckpt_path", "last"]
         run_command(sys.argv[1:])
+        if dist.is_initialized():  # by gloo, whose threads can abort the program if they still run while Python ends
+            dist.destroy_process_group()
     except SettingsError as error:
         sys.exit(f"lightning-sft: error: {one_line(error, 2000)}")
 

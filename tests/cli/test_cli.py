@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from support.cuda import take_cpu_for_cuda
 from support.models import character_tokenizer, tiny_model
@@ -268,6 +269,14 @@ def in_process(*words, cwd):
     return subprocess.run(
         [sys.executable, "-m", "lightning_sft", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=240
     )
+
+
+def test_a_program_does_not_end_with_threads_of_gloo(tmp_path, monkeypatch):
+    """Seen once: such a thread aborted a program whose run was complete."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr("lightning_sft.cli.app.run_command", lambda words: None)
+    main()
+    assert not dist.is_initialized()
 
 
 def test_two_devices_equal_one(inputs):
