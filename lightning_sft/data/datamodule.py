@@ -73,15 +73,15 @@ class SFTDataModule(FixedDataModule):
         row_filter: Function called with each row as it is read; rows for which it returns false are skipped.
         text_field: Column with texts of which every token is learnt. Default: `text`, in rows with no prompt or output.
         as_chat: Also format prompt and output with the chat template, preceded by the column `system`.
-        chat_template: Instead of the tokenizer's own: its text, a file, or the name or folder of another tokenizer.
+        chat_template: Template instead of the tokenizer's own: its text, a file, or another tokenizer's name or folder.
         chat_template_kwargs: Further variables for the chat template, by name.
         train_on_turns: Which of the assistant's turns in a row are learnt: `all`, or only the `last`.
         train_on_prompts: Whether every token is learnt: also of prompts, and of all turns of a conversation.
         batch_size: Sequences per optimizer step, over all devices; each example of a conversation counts as one.
         gradient_accumulation_steps: Number of microbatches into which each device splits its part of a step; default 1.
-        max_tokens_per_microbatch: Instead, split each step so that no microbatch has more tokens, padding included.
+        max_tokens_per_microbatch: Split each step so that no microbatch has more tokens than this, padding included.
         layout: `packed`: the sequences of a microbatch in one row, each attending only to itself; `padded`: one row per
-            sequence. The results are the same. Default: in a run packed, if the model supports it.
+            sequence. The results are the same. Default: packed in a run, if the model supports it.
         max_length: Maximum number of tokens of prompt and response together, EOS included. None: no limit.
         too_long: What to do with longer rows: `error`; `drop` them; `truncate` the end, which loses the EOS.
         append_eos: Whether every response ends in EOS, so that the model learns to stop; an output that already does
